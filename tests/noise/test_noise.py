@@ -1,0 +1,211 @@
+"""Directions: published vectors, kernels against the reference, statistics, slices."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from scipy import stats
+
+from zofo.noise import combine, direction, philox
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}
+
+# The known-answer tests that the authors of Philox publish with Random123.
+PUBLISHED = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF,) * 4,
+        0xFFFFFFFF_FFFFFFFF,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0_A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), PUBLISHED)
+def test_philox_gives_the_published_vectors(counter, key, expected):
+    words = philox.philox(tuple(torch.tensor([c]) for c in counter), key)
+    assert tuple(int(w) for w in words) == expected
+
+
+def reference(weight, coefficients, *, distribution, rounding, offset=0, decay=1.0, first=0):
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    philox.combine(
+        weight.contiguous(),
+        out,
+        tuple(coefficients),
+        decay=decay,
+        offset=offset,
+        purpose=philox.RADEMACHER if distribution == "rademacher" else philox.GAUSSIAN,
+        first_direction=first,
+        stochastic=rounding == "stochastic",
+        **ADDRESS,
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    size=st.integers(1, 5000),
+    offset=st.integers(0, 2**40),
+    scale=st.floats(1e-6, 1e3),
+    num_directions=st.integers(1, 3),
+)
+def test_kernel_equals_reference_bit_for_bit(dtype, rounding, size, offset, scale, num_directions):
+    weight = (torch.randn(size, dtype=torch.float64) * scale).to(dtype)
+    coefficients = [1e-3 * (k + 1) for k in range(num_directions)]
+    options = {"distribution": "rademacher", "rounding": rounding, "offset": offset}
+    ours = combine(
+        weight, coefficients, out=torch.empty_like(weight), decay=0.99, **options, **ADDRESS
+    )
+    assert torch.equal(ours, reference(weight, coefficients, decay=0.99, **options))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_special_values_survive_rounding(dtype, rounding):
+    weight = torch.tensor([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504, math.inf, -math.inf], dtype=dtype)
+    out = combine(weight, (0.0,), out=torch.empty_like(weight), rounding=rounding, **ADDRESS)
+    assert torch.equal(out, weight)
+    nan = torch.full((4,), math.nan, dtype=dtype)
+    assert combine(nan, (1.0,), rounding=rounding, **ADDRESS).isnan().all()
+
+
+def test_gaussian_kernel_agrees_with_float64_box_muller():
+    ours = direction((200_001,), distribution="gaussian", **ADDRESS)
+    exact = philox.gaussian(torch.arange(200_001), direction=0, **ADDRESS)
+    torch.testing.assert_close(ours, exact, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_equal_the_whole(distribution, dtype):
+    weight = torch.randn(9001).to(dtype)
+    options = {"distribution": distribution, "rounding": "stochastic", **ADDRESS}
+    whole = combine(weight, (0.1, -0.2), out=torch.empty_like(weight), **options)
+    parts = [
+        combine(weight[a:b].clone(), (0.1, -0.2), offset=a, **options)
+        for a, b in [(0, 1), (1, 130), (130, 4097), (4097, 9001)]
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_threads_do_not_change_a_bit():
+    before = torch.get_num_threads()
+    weight = torch.randn(1_000_003)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(combine(weight.clone(), (0.1,), **ADDRESS))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_strides_do_not_matter():
+    base = torch.randn(40, 30)
+    expected = combine(base.t().contiguous(), (0.1,), **ADDRESS)
+    transposed = base.clone().t()
+    assert torch.equal(combine(transposed, (0.1,), **ADDRESS), expected)
+    out = torch.empty(40, 30).t()
+    combine(base.t(), (0.1,), out=out, **ADDRESS)
+    assert torch.equal(out, expected)
+
+
+def test_empty_and_zero_dimensional_tensors():
+    assert combine(torch.empty(0, 5), (1.0,), **ADDRESS).shape == (0, 5)
+    assert combine(torch.tensor(2.0), (1.0,), **ADDRESS) in (torch.tensor(1.0), torch.tensor(3.0))
+
+
+def test_elements_beyond_32_bits_have_directions_of_their_own():
+    size = 4096
+    zero = torch.zeros(size)
+    near = combine(zero.clone(), (1.0,), offset=0, **ADDRESS)
+    for offset in (2**31, 2**32, 2**39):
+        far = combine(zero.clone(), (1.0,), offset=offset, **ADDRESS)
+        assert abs(float((near * far).mean())) < 5 / math.sqrt(size)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_moments(distribution):
+    n = 1_000_000
+    v = direction((n,), distribution=distribution, **ADDRESS).double()
+    assert abs(v.mean()) < 5 / math.sqrt(n)
+    fourth = 1 if distribution == "rademacher" else 3
+    assert abs(v.pow(2).mean() - 1) < 5 * math.sqrt(max(fourth - 1, 0) / n) + 1e-9
+    assert abs(v.pow(4).mean() - fourth) < (1e-9 if fourth == 1 else 5 * math.sqrt(96 / n))
+
+
+def test_gaussian_distribution_with_tails():
+    v = direction((1_000_000,), distribution="gaussian", **ADDRESS).double().numpy()
+    assert stats.kstest(v, "norm").pvalue > 1e-4
+    expected = 1_000_000 * 2 * stats.norm.sf(4)
+    assert abs((abs(v) > 4).sum() - expected) < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_directions_of_different_addresses_are_uncorrelated(distribution):
+    n = 200_000
+    addresses = [
+        {"seed": s, "step": t, "tensor": i, "index": k}
+        for s, t, i, k in [
+            (0, 0, 0, 0), (1, 0, 0, 0), (2**32, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1),
+        ]
+    ]  # fmt: skip
+    v = torch.stack([direction((n,), distribution=distribution, **a) for a in addresses])
+    # Shifted by one and by a block as well: overlapping streams would show there.
+    v = torch.cat([v, v[:1].roll(1, -1), v[:1].roll(128, -1)])
+    correlation = torch.corrcoef(v.double()) - torch.eye(len(v))
+    assert correlation.abs().max() < 5.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.3, -1.7, 3e-6])
+def test_stochastic_rounding_is_unbiased(dtype, value):
+    n = 400_000
+    weight = torch.full((n,), value, dtype=dtype)
+    decay = 1 - 2.0**-12  # moves by a fraction of the spacing
+    out = combine(
+        weight, (), decay=decay, out=torch.empty_like(weight), rounding="stochastic", **ADDRESS
+    )
+    exact = float(weight[0]) * decay
+    values = out.double()
+    assert len(values.unique()) == 2
+    assert abs(values.mean() - exact) < 5 * values.std() / math.sqrt(n) + 1e-4 * abs(value) * 2**-8
+
+
+def test_global_generators_are_untouched():
+    state = torch.get_rng_state()
+    combine(torch.zeros(1000, dtype=torch.bfloat16), (1.0,), rounding="stochastic", **ADDRESS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"step": 2**32}, "step is 4294967296"),
+        ({"tensor": 2**20}, "tensor is 1048576"),
+    ],
+)
+def test_addresses_outside_their_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        combine(torch.zeros(3), (1.0,), **{**ADDRESS, **change})
+
+
+def test_integer_weights_are_refused():
+    with pytest.raises(ValueError, match=r"torch\.int64 cannot be perturbed"):
+        combine(torch.zeros(3, dtype=torch.int64), (1.0,), **ADDRESS)

@@ -1,0 +1,204 @@
+"""The perturbed view equals a really perturbed copy and never touches a weight."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import CASES, assert_same_bits, batch_for, bits, build, loss_of
+from zofo.methods import split_parameters
+from zofo.noise import combine
+from zofo.perturb import Perturbation, SelfCheckError
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def view_of(model, *, seed=5, distribution="rademacher"):
+    blocks = split_parameters(model)
+    return Perturbation(
+        model,
+        list(blocks.base.values()),
+        [blocks.base_index[name] for name in blocks.base],
+        seed=seed,
+        distribution=distribution,
+    )
+
+
+def really_perturbed(model, scale, *, step, seed=5, distribution="rademacher"):
+    twin = copy.deepcopy(model)
+    blocks = split_parameters(twin)
+    for name, parameter in blocks.base.items():
+        combine(
+            parameter,
+            (scale,),
+            seed=seed,
+            step=step,
+            tensor=blocks.base_index[name],
+            distribution=distribution,
+        )
+    return twin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("architecture", "adapter"), CASES)
+def test_bit_equal_to_a_really_perturbed_copy(architecture, adapter, dtype):
+    model = build(architecture, adapter, dtype=dtype).eval()
+    batch = batch_for(architecture)
+    before = bits(model)
+    twin = really_perturbed(model, 1e-2, step=3)
+    with torch.no_grad():
+        with view_of(model).at(1e-2, step=3, self_check=True):
+            seen = loss_of(model, batch)
+        assert torch.equal(seen, loss_of(twin, batch))
+        if dtype == torch.float32:  # the mean loss of two classes has few values in bfloat16
+            assert seen != loss_of(model, batch)
+    assert_same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize(("architecture", "adapter"), CASES)
+def test_size_zero_gives_the_same_loss(architecture, adapter):
+    model = build(architecture, adapter).eval()
+    batch = batch_for(architecture)
+    with torch.no_grad():
+        plain = loss_of(model, batch)
+        with view_of(model).at(0.0, step=0):
+            assert torch.equal(loss_of(model, batch), plain)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("architecture", "adapter"), CASES)
+def test_an_exception_inside_the_forward_leaves_every_bit(architecture, adapter, error):
+    model = build(architecture, adapter)
+    before, identities = bits(model), {n: id(p) for n, p in model.named_parameters()}
+    modules = [m for m in model.modules() if m._parameters and not list(m.children())]
+    batch = batch_for(architecture)
+    for place in modules:
+
+        def explode(*_):
+            raise error("inside the forward")
+
+        handle = place.register_forward_hook(explode)
+        try:
+            with torch.no_grad(), view_of(model).at(1e-1, step=0):
+                loss_of(model, batch)
+        except error:
+            pass
+        handle.remove()
+        assert_same_bits(bits(model), before)
+        assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert not any(m._forward_pre_hooks for m in modules)
+
+
+class Nested(nn.Module):
+    """Owns a weight itself, calls its child twice, ties weights, returns a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.first = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4, bias=False)
+        self.last.weight = self.first.weight
+        self.table = Table()
+        self.extra = nn.ParameterList([nn.Parameter(torch.randn(4))])
+
+    def forward(self, x):
+        x = self.first(self.first(x)) * self.scale
+        row = self.table()
+        return (self.last(x) + row + self.extra[0]).square().sum()
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self):
+        return self.weight[1]
+
+
+def test_nested_tied_repeated_and_returned_weights():
+    model, x = Nested(), torch.randn(2, 4)
+    twin = really_perturbed(model, 0.1, step=1)
+    with torch.no_grad():
+        with view_of(model).at(0.1, step=1, self_check=True):
+            seen = model(x)
+        assert torch.equal(seen, twin(x))
+
+
+class Sneaky(nn.Module):
+    """Reads a child's weight without calling the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.child.weight).sum()
+
+
+def test_self_check_names_the_weight_that_is_read_directly():
+    model = Sneaky()
+    with (
+        pytest.raises(SelfCheckError, match=r"child\.weight of Linear"),
+        torch.no_grad(),
+        view_of(model).at(0.1, step=0, self_check=True),
+    ):
+        model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)]
+)
+def test_modules_that_read_their_children_are_swapped_whole(module):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            arguments = (x, x, x) if isinstance(self.inner, nn.MultiheadAttention) else (x,)
+            out = self.inner(*arguments)
+            return (out[0] if isinstance(out, tuple) else out).sum()
+
+    model = Wrapped().train()
+    x = torch.randn(3, 2, 8)
+    twin = really_perturbed(model, 0.1, step=0)
+    with torch.no_grad():
+        with view_of(model).at(0.1, step=0, self_check=True):
+            seen = model(x)
+        assert torch.equal(seen, twin(x))
+
+
+def test_gradient_checkpointing_of_the_first_order_pass():
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        model = build("llama", "lora").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        batch = batch_for("llama")
+        loss = loss_of(model, batch)
+        loss.backward()
+        with torch.no_grad(), view_of(model).at(1e-2, step=0, self_check=True):
+            losses.append(loss_of(model, batch))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_scratch_is_no_larger_than_the_largest_layer():
+    model = build("llama", "lora").eval()
+    view = view_of(model)
+    with torch.no_grad(), view.at(1e-2, step=0):
+        loss_of(model, batch_for("llama"))
+    largest = max(p.numel() * p.element_size() for p in split_parameters(model).base.values())
+    assert 0 < view.scratch_bytes <= largest + 64 * 4
+
+
+def test_the_direction_of_a_weight_does_not_depend_on_the_adapter():
+    plain = split_parameters(build("llama", None)).base_index
+    for adapter in ("lora", "prefix", "prompt"):
+        assert split_parameters(build("llama", adapter)).base_index == plain

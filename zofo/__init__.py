@@ -1,0 +1,48 @@
+"""zofo: hybrid fine-tuning, zeroth order for the base and first order for the adapter.
+
+The public names; each is imported on first use, so that `import zofo` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zofo.errors import UserError as UserError
+    from zofo.methods import METHODS as METHODS
+    from zofo.methods import param_groups as param_groups
+    from zofo.methods import split_parameters as split_parameters
+    from zofo.optim import HybridOptimizer as HybridOptimizer
+    from zofo.perturb import Perturbation as Perturbation
+    from zofo.perturb import SelfCheckError as SelfCheckError
+    from zofo.reshuffle import ReshufflingSampler as ReshufflingSampler
+    from zofo.trainer import HybridArguments as HybridArguments
+    from zofo.trainer import HybridMixin as HybridMixin
+    from zofo.trainer import HybridTrainer as HybridTrainer
+    from zofo.trajectory import Trajectory as Trajectory
+
+_HOMES = {
+    "METHODS": "methods",
+    "HybridArguments": "trainer",
+    "HybridMixin": "trainer",
+    "HybridOptimizer": "optim",
+    "HybridTrainer": "trainer",
+    "Perturbation": "perturb",
+    "ReshufflingSampler": "reshuffle",
+    "SelfCheckError": "perturb",
+    "Trajectory": "trajectory",
+    "UserError": "errors",
+    "param_groups": "methods",
+    "split_parameters": "methods",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zofo' has no attribute {name!r}")
+    return getattr(import_module(f"zofo.{_HOMES[name]}"), name)

@@ -1,0 +1,289 @@
+"""The model seen at w + scale · v, without writing w.
+
+A forward pre-hook on each module that owns moved weights computes w + scale · v into a scratch
+buffer and puts that in the module's parameter table; the post-hook puts the parameter itself back.
+The parameter is never written, so nothing has to be undone: an exception, Ctrl-C or a kill leaves
+every bit where it was. Each layer's scratch is reused by the next: the extra memory is that of the
+largest layer.
+
+Modules that read a child's weight directly (instead of calling the child) would see it unperturbed.
+The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree; any other is found by the
+self-check, which watches every tensor operation of one perturbed forward for reads of the original
+weights and names the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from zofo.noise import Distribution, combine
+
+ATOMIC: tuple[type[nn.Module], ...] = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.RNNBase,
+)
+"""Module classes that read the weights of their children directly."""
+
+_ALIGNMENT = 64
+
+
+class SelfCheckError(RuntimeError):
+    """A weight is read around its module, so the model cannot be seen perturbed."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter stands: the entry `name` of `module`'s parameter table."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    tensor: int
+    path: str
+
+
+@dataclass(eq=False)
+class _Owner:
+    """A module whose call swaps the weights in its slots."""
+
+    module: nn.Module
+    slots: list[_Slot] = field(default_factory=list)
+    calls: int = 0
+    """Calls under way: a module that calls itself is swapped once."""
+
+
+class Perturbation:
+    """The perturbed view of a model.
+
+    Args:
+        model: the model whose forward is to be seen perturbed.
+        parameters: what is perturbed.
+        tensors: their direction indices, as in `Blocks.base_index`.
+        seed: run seed in [0, 2^64).
+        distribution: "rademacher" or "gaussian".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        tensors: Sequence[int],
+        *,
+        seed: int,
+        distribution: Distribution = "rademacher",
+    ) -> None:
+        self.seed, self.distribution = seed, distribution
+        self._owners = _find_owners(model, dict(zip(parameters, tensors, strict=True)))
+        self._scratch: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._stack: list[_Owner] = []
+        self._watch: _ReadWatch | None = None
+
+    @contextmanager
+    def at(
+        self, scale: float, *, step: int, direction: int = 0, self_check: bool = False
+    ) -> Iterator[None]:
+        """Within the context the model computes with w + scale · v[step, direction].
+
+        Args:
+            scale: eps, or −eps for the other side of a central difference.
+            step: the optimiser step.
+            direction: index of the direction.
+            self_check: watch for reads of the unperturbed weights.
+
+        Raises:
+            SelfCheckError: if such a read happens; names the weight and its module.
+        """
+        if self._stack:
+            raise RuntimeError("the model is already being evaluated at a perturbed point")
+        handles = []
+        self._watch = _ReadWatch(self._owners) if self_check else None
+
+        def enter(module: nn.Module, owner: _Owner) -> None:
+            owner.calls += 1
+            if owner.calls > 1:
+                return
+            self._stack.append(owner)
+            with self._paused():
+                self._swap_in(owner, scale, step, direction)
+
+        def leave(module: nn.Module, owner: _Owner, output: Any) -> Any:
+            if owner.calls == 0:  # another pre-hook failed before ours ran
+                return None
+            owner.calls -= 1
+            if owner.calls:
+                return None
+            with self._paused():
+                safe = self._detach_from_scratch(output)
+                self._swap_out(owner)
+            self._stack.remove(owner)
+            return None if safe is output else safe
+
+        try:
+            for owner in self._owners:
+                handles.append(
+                    owner.module.register_forward_pre_hook(
+                        lambda module, _, owner=owner: enter(module, owner), prepend=True
+                    )
+                )
+                handles.append(
+                    owner.module.register_forward_hook(
+                        lambda module, _, output, owner=owner: leave(module, owner, output),
+                        always_call=True,
+                    )
+                )
+            with self._watch or nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner in self._owners:
+                owner.calls = 0
+                self._swap_out(owner)
+            self._stack.clear()
+            self._watch = None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Size of the scratch buffers held between evaluations."""
+        return sum(t.numel() * t.element_size() for t in self._scratch.values())
+
+    def _paused(self) -> Any:
+        return self._watch.paused() if self._watch else nullcontext()
+
+    def _swap_in(self, owner: _Owner, scale: float, step: int, direction: int) -> None:
+        for slot, view in zip(owner.slots, self._views(owner), strict=True):
+            combine(
+                slot.parameter,
+                (scale,),
+                out=view,
+                seed=self.seed,
+                step=step,
+                tensor=slot.tensor,
+                first_direction=direction,
+                distribution=self.distribution,
+            )
+            slot.module._parameters[slot.name] = nn.Parameter(view, requires_grad=False)
+
+    @staticmethod
+    def _swap_out(owner: _Owner) -> None:
+        for slot in owner.slots:
+            slot.module._parameters[slot.name] = slot.parameter
+
+    def _views(self, owner: _Owner) -> list[Tensor]:
+        """One scratch tensor for each slot, from the buffer of the present nesting depth."""
+        depth = len(self._stack)
+        needed: dict[tuple[int, torch.dtype, torch.device], int] = {}
+        places = []
+        for slot in owner.slots:
+            key = (depth, slot.parameter.dtype, slot.parameter.device)
+            places.append((key, needed.get(key, 0)))
+            padded = -(-slot.parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            needed[key] = needed.get(key, 0) + padded
+        for key, size in needed.items():
+            if key not in self._scratch or self._scratch[key].numel() < size:
+                self._scratch.pop(key, None)
+                self._scratch[key] = torch.empty(size, dtype=key[1], device=key[2])
+        return [
+            self._scratch[key][start : start + slot.parameter.numel()].view(slot.parameter.shape)
+            for slot, (key, start) in zip(owner.slots, places, strict=True)
+        ]
+
+    def _detach_from_scratch(self, output: Any) -> Any:
+        """Copy what a module returns of its own weights: the next layer reuses the buffer."""
+        buffers = {t.untyped_storage().data_ptr() for t in self._scratch.values()}
+
+        def is_scratch(t: Tensor) -> bool:
+            return t.layout == torch.strided and t.untyped_storage().data_ptr() in buffers
+
+        if isinstance(output, Tensor):
+            return output.clone() if is_scratch(output) else output
+        if any(isinstance(t, Tensor) and is_scratch(t) for t in tree_iter(output)):
+            return tree_map_only(Tensor, lambda t: t.clone() if is_scratch(t) else t, output)
+        return output
+
+
+def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Owner]:
+    """The modules to hook: for each slot the nearest module that is called and reads it."""
+    owners: dict[nn.Module, _Owner] = {}
+
+    def visit(module: nn.Module, path: str, holder: nn.Module | None, fixed: bool) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        # A container without a forward of its own is read by whoever holds it.
+        if not fixed and _is_called(module):
+            holder = module
+        fixed = fixed or isinstance(module, ATOMIC) or _reads_children(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in tensors:
+                owner = owners.setdefault(holder or model, _Owner(holder or model))
+                slot = _Slot(module, name, parameter, tensors[parameter], f"{path}{name}")
+                owner.slots.append(slot)
+        for name, child in module.named_children():
+            visit(child, f"{path}{name}.", holder, fixed)
+
+    seen: set[nn.Module] = set()
+    visit(model, "", None, False)
+    return list(owners.values())
+
+
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _reads_children(module: nn.Module) -> bool:
+    """Peft's DoRA computes the norm of its base layer's weight."""
+    use_dora = getattr(module, "use_dora", None)
+    return isinstance(use_dora, dict) and any(use_dora.values())
+
+
+class _ReadWatch(TorchDispatchMode):
+    """Raises when an operation reads the storage of a weight that should be seen perturbed."""
+
+    def __init__(self, owners: Sequence[_Owner]) -> None:
+        super().__init__()
+        self._paths = {
+            slot.parameter.untyped_storage().data_ptr(): slot
+            for owner in owners
+            for slot in owner.slots
+            if slot.parameter.numel()
+        }
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if not self._is_paused:
+            for value in tree_iter((args, kwargs)):
+                if isinstance(value, Tensor) and value.layout == torch.strided:
+                    slot = self._paths.get(value.untyped_storage().data_ptr())
+                    if slot is not None:
+                        raise SelfCheckError(
+                            f"the weight {slot.path} of {type(slot.module).__name__} is read by "
+                            f"{func} outside its module's call, so its zeroth-order estimate would "
+                            "be wrong. Freeze it (a base_lr map of patterns that leaves it out), "
+                            "or add the class of the module that reads it to "
+                            "zofo.perturb.ATOMIC"
+                        )
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,98 @@
+"""The order of the samples: random reshuffling, and what the theory compares it with.
+
+    reshuffle          a fresh permutation every epoch, each sample exactly once (the paper's)
+    shuffle-once       one permutation for all epochs
+    with-replacement   n independent draws an epoch
+
+The order of an epoch is a pure function of (seed, epoch): it does not depend on the global
+generator, on the number of workers, or on what ran before. The state is the pair (epoch, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from zofo.errors import UserError
+
+Sampling = Literal["reshuffle", "shuffle-once", "with-replacement"]
+SAMPLINGS: Final[tuple[str, ...]] = get_args(Sampling)
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int, sampling: Sampling) -> np.ndarray:
+    """Sample indices of one epoch: int64, shape [num_samples].
+
+    Drawn with numpy's Philox generator, keyed by (seed, epoch).
+    """
+    key = (seed, 0 if sampling == "shuffle-once" else epoch)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    if sampling == "with-replacement":
+        return generator.integers(num_samples, size=num_samples)
+    return generator.permutation(num_samples)
+
+
+class ReshufflingSampler(Sampler[int]):
+    """Yields one epoch's order at each iteration, then moves to the next epoch.
+
+    Args:
+        num_samples: size of the data set.
+        seed: of the order.
+        sampling: "reshuffle", "shuffle-once" or "with-replacement".
+
+    Raises:
+        UserError: for an unknown sampling or an empty data set.
+    """
+
+    def __init__(
+        self, num_samples: int, *, seed: int = 0, sampling: Sampling = "reshuffle"
+    ) -> None:
+        if sampling not in SAMPLINGS:
+            raise UserError(f"sampling is {sampling!r}; choose one of {', '.join(SAMPLINGS)}")
+        if num_samples < 1:
+            raise UserError(f"the training set has {num_samples} samples; it needs at least one")
+        self.num_samples, self.seed, self.sampling = num_samples, seed, sampling
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(
+            self.num_samples, seed=self.seed, epoch=self.epoch, sampling=self.sampling
+        )
+        for index in order[self.position :]:
+            self.position += 1
+            yield int(index)
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next iteration at this epoch's first sample; a no-op within that epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands."""
+        return {
+            "seed": self.seed,
+            "sampling": self.sampling,
+            "num_samples": self.num_samples,
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position.
+
+        Raises:
+            UserError: if the state belongs to another order.
+        """
+        for key in ("seed", "sampling", "num_samples"):
+            if state[key] != getattr(self, key):
+                raise UserError(
+                    f"the sampler's state has {key} {state[key]!r}, this run has "
+                    f"{getattr(self, key)!r}; resume with the data and options of the saved run"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,199 @@
+"""The base as a function of its history: one scalar per direction and step.
+
+    w_{t+1} = round((1 − lr_t · weight_decay) · w_t − (lr_t / K) Σ_k s_{t,k} v_{t,k})
+
+Directions and rounding are pure functions of their address, so the recorded scalars and learning
+rates are the whole difference between the original base and the trained one: a full-model
+fine-tune at a few bytes a step. `Update.apply` is the only place that moves a zeroth-order weight,
+in training and in replay alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zofo.errors import UserError
+from zofo.files import read_tensors, write_tensors
+from zofo.noise import NOISE_VERSION, Distribution, combine
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Which base tensors a group holds, by name, and the indices of their directions."""
+
+    names: tuple[str, ...]
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of one group.
+
+    Attributes:
+        step: address of the directions.
+        projected_grad: s_k, one a direction.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+    """
+
+    step: int
+    projected_grad: tuple[float, ...]
+    lr: float
+    weight_decay: float
+
+    def apply(
+        self,
+        parameters: Iterable[Tensor],
+        tensors: Iterable[int],
+        *,
+        seed: int,
+        distribution: Distribution,
+    ) -> None:
+        """Move the parameters in place. A rate of 0 leaves every bit as it is."""
+        if self.lr == 0:
+            return
+        num_directions = len(self.projected_grad)
+        coefficients = [-self.lr * s / num_directions for s in self.projected_grad]
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            combine(
+                parameter,
+                coefficients,
+                decay=1.0 - self.lr * self.weight_decay,
+                seed=seed,
+                step=self.step,
+                tensor=tensor,
+                distribution=distribution,
+                rounding="stochastic",
+            )
+
+
+@dataclass
+class Trajectory:
+    """Every zeroth-order update of the base in a run.
+
+    Attributes:
+        seed: run seed of the directions.
+        distribution: of the directions.
+        eps: smoothing radius (for the record; replay does not need it).
+        estimator: likewise.
+        groups: what each recorded group holds.
+        updates: one row a step, in it one update a group.
+    """
+
+    seed: int
+    distribution: Distribution
+    eps: float
+    estimator: str
+    groups: tuple[GroupSpec, ...]
+    updates: list[tuple[Update, ...]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def replay(
+        self, parameters: Mapping[str, nn.Parameter], *, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Apply updates start .. stop to the parameters, in place.
+
+        Args:
+            parameters: name -> parameter at its value before update `start`.
+            start: first update.
+            stop: one past the last; None: all.
+
+        Raises:
+            UserError: if a recorded name is missing.
+        """
+        missing = [n for g in self.groups for n in g.names if n not in parameters]
+        if missing:
+            raise UserError(
+                f"the trajectory moves {missing[0]!r} ({len(missing)} missing in all), which this "
+                "model does not have; load it on the base it was recorded on"
+            )
+        for row in self.updates[start:stop]:
+            for group, update in zip(self.groups, row, strict=True):
+                update.apply(
+                    (parameters[name] for name in group.names),
+                    group.tensors,
+                    seed=self.seed,
+                    distribution=self.distribution,
+                )
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write safetensors, whole or not at all; `extra` goes to the metadata as JSON."""
+        rows = self.updates
+
+        def table(get: Any, width: int) -> Tensor:
+            values = [[get(update) for update in row] for row in rows]
+            return torch.tensor(values, dtype=torch.float64).reshape(
+                len(rows), len(self.groups), width
+            )
+
+        num_directions = len(rows[0][0].projected_grad) if rows else 0
+        tensors = {
+            "step": torch.tensor([row[0].step for row in rows], dtype=torch.int64),
+            "projected_grad": table(lambda u: u.projected_grad, num_directions)[:, 0].clone()
+            if rows
+            else torch.zeros(0, 0, dtype=torch.float64),
+            "lr": table(lambda u: [u.lr], 1).squeeze(-1).clone(),
+            "weight_decay": table(lambda u: [u.weight_decay], 1).squeeze(-1).clone(),
+        }
+        header = {
+            "format": FORMAT_VERSION,
+            "noise_version": NOISE_VERSION,
+            "seed": self.seed,
+            "distribution": self.distribution,
+            "eps": self.eps,
+            "estimator": self.estimator,
+            "groups": [asdict(group) for group in self.groups],
+            **extra,
+        }
+        write_tensors(path, tensors, {"zofo": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Trajectory, dict[str, Any]]:
+        """Read a trajectory and its metadata.
+
+        Raises:
+            UserError: if the file is missing, damaged, or of another version.
+        """
+        tensors, metadata = read_tensors(path)
+        try:
+            header = json.loads(metadata["zofo"])
+            versions = {"format": FORMAT_VERSION, "noise_version": NOISE_VERSION}
+            for key, known in versions.items():
+                if header[key] != known:
+                    raise UserError(
+                        f"{path} has {key} {header[key]}; this zofo reads {known}: install the "
+                        "zofo that wrote it"
+                    )
+            groups = tuple(
+                GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in header["groups"]
+            )
+            steps, scalars = tensors["step"].tolist(), tensors["projected_grad"].tolist()
+            lrs, decays = tensors["lr"].tolist(), tensors["weight_decay"].tolist()
+            updates = [
+                tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
+                for step, s, row_lr, row_wd in zip(steps, scalars, lrs, decays, strict=True)
+            ]
+            trajectory = cls(
+                header["seed"],
+                header["distribution"],
+                header["eps"],
+                header["estimator"],
+                groups,
+                updates,
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{path} is not a trajectory of zofo, or is damaged ({error!r}); copy it again"
+            ) from error
+        return trajectory, header
