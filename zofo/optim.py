@@ -99,8 +99,7 @@ class HybridOptimizer(Optimizer):
         replay_dropout: bool = True,
         self_check: bool = True,
     ) -> None:
-        _check_options(eps, estimator, num_directions, distribution, seed, max_grad_norm)
-        optimizer_class = _optimizer_class(optimizer)
+        _check_options(optimizer, eps, estimator, num_directions, distribution, seed, max_grad_norm)
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
         _check_groups(self.param_groups)
         self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
@@ -111,7 +110,9 @@ class HybridOptimizer(Optimizer):
         # The inner optimizer holds the same group dicts and the same state: schedulers and
         # checkpoints see one optimizer.
         first = self._groups("first")
-        self.inner = optimizer_class(first, **dict(optimizer_kwargs or {})) if first else None
+        self.inner = (
+            _optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
+        )
         self._share_state()
 
         zeroth = self._groups("zeroth")
@@ -155,24 +156,24 @@ class HybridOptimizer(Optimizer):
             loss: the unperturbed loss of the micro-batch.
             generators: their state before `loss` was computed; None: masks are not replayed.
         """
+        # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
+        if self.perturbation is not None:
+            scalars = projected_gradients(
+                closure,
+                self.perturbation,
+                loss,
+                eps=self.eps,
+                step=self.step_count,
+                num_directions=self.num_directions,
+                estimator=self.estimator,
+                generators=generators if self.replay_dropout else None,
+                self_check=self._self_check,
+            )
+            self._self_check = False
+            self._scalars = scalars if self._scalars is None else self._scalars + scalars
+            self._num_forwards += self.num_directions * forwards_per_direction(self.estimator)
         if loss is not None:
             self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
-        if self.perturbation is None:
-            return
-        scalars = projected_gradients(
-            closure,
-            self.perturbation,
-            loss,
-            eps=self.eps,
-            step=self.step_count,
-            num_directions=self.num_directions,
-            estimator=self.estimator,
-            generators=generators if self.replay_dropout else None,
-            self_check=self._self_check,
-        )
-        self._self_check = False
-        self._scalars = scalars if self._scalars is None else self._scalars + scalars
-        self._num_forwards += self.num_directions * forwards_per_direction(self.estimator)
 
     def accumulate(self, closure: Callable[[], Tensor]) -> Tensor:
         """Forward, backward and loss differences of one micro-batch; moves nothing.
@@ -185,24 +186,29 @@ class HybridOptimizer(Optimizer):
             The unperturbed loss, detached.
         """
         generators = GeneratorState.capture() if self.perturbation is not None else None
-        with torch.set_grad_enabled(self.inner is not None):
-            loss = closure()
-        if self.inner is not None:
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
+        try:
+            with torch.set_grad_enabled(self.inner is not None):
+                loss = closure()
+            if not isinstance(loss, Tensor):
                 raise ValueError(
-                    "the closure's loss has no gradient for the first-order group; return the loss "
-                    "tensor itself, computed by the model, and let the optimizer run backward"
+                    f"the closure returned {type(loss).__name__}; return the loss tensor itself"
                 )
-            try:
-                loss.backward()
-            except RuntimeError as error:
-                if "second time" in str(error):
+            if self.inner is not None:
+                if not loss.requires_grad:
                     raise ValueError(
-                        "the closure called backward; it must only return the loss: the optimizer "
-                        "runs backward, and evaluates the closure again without gradients"
-                    ) from error
-                raise
-        self.measure(closure, loss, generators)
+                        "the closure's loss has no gradient for the first-order group; return the "
+                        "loss tensor itself, not detached, and let the optimizer run backward"
+                    )
+                loss.backward()
+            self.measure(closure, loss, generators)
+        except RuntimeError as error:
+            # A graph used twice, or a backward where the optimizer evaluates without gradients.
+            if any(sign in str(error) for sign in ("second time", "does not require grad")):
+                raise ValueError(
+                    "the closure called backward; it must only return the loss: the optimizer "
+                    "runs backward, and evaluates the closure again without gradients"
+                ) from error
+            raise
         return loss.detach()
 
     @torch.no_grad()
@@ -313,22 +319,21 @@ class HybridOptimizer(Optimizer):
         self._loss, self._scalars, self._num_forwards = None, None, 0
 
 
-def _optimizer_class(optimizer: str | type[Optimizer]) -> type[Optimizer]:
-    if not isinstance(optimizer, str):
-        return optimizer
-    known = {
+def _known_optimizers() -> dict[str, type[Optimizer]]:
+    """The optimizers of `torch.optim` by their names in lower case."""
+    return {
         name.lower(): value
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
     }
-    if optimizer.lower() not in known:
-        near = difflib.get_close_matches(optimizer.lower(), known, n=1)
-        hint = f"; did you mean {known[near[0]].__name__!r}?" if near else ""
-        raise UserError(f"torch.optim has no optimizer {optimizer!r}{hint}")
-    return known[optimizer.lower()]
+
+
+def _optimizer_class(optimizer: str | type[Optimizer]) -> type[Optimizer]:
+    return _known_optimizers()[optimizer.lower()] if isinstance(optimizer, str) else optimizer
 
 
 def _check_options(
+    optimizer: str | type[Optimizer],
     eps: float,
     estimator: str,
     num_directions: int,
@@ -336,7 +341,15 @@ def _check_options(
     seed: int,
     max_grad_norm: float | None,
 ) -> None:
+    known = _known_optimizers()
+    asked = optimizer.lower() if isinstance(optimizer, str) else None
+    near = difflib.get_close_matches(asked, known, n=1) if asked else []
+    hint = f"; did you mean {known[near[0]].__name__!r}?" if near else ""
     checks = (
+        (
+            asked is None or asked in known,
+            f"optimizer is {optimizer!r}, which torch.optim does not have{hint}",
+        ),
         (0 < eps < math.inf, f"eps is {eps}; it must be a positive number, 1e-3 is usual"),
         (
             estimator in ESTIMATORS,
