@@ -41,7 +41,7 @@ class Nonlinear(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         self.x = torch.randn(5, 2, dtype=torch.float64, generator=generator)
-        self.inner, self.outer = nn.Linear(2, 2, bias=False), nn.Linear(2, 1)
+        self.inner, self.outer = nn.Linear(2, 1, bias=False), nn.Linear(1, 1)
         self.double()
         with torch.no_grad():
             for p in self.parameters():
