@@ -1,0 +1,286 @@
+"""Examples as tensors, and the two numbers everything rests on: scores and losses.
+
+    score(candidate) = mean over its tokens of log p(token | what stands before it)
+    candidates:  loss = −log softmax(scores)[gold]
+    gold:        loss = −score(gold);  over completions the mean runs over all target tokens
+
+Logits are computed only at positions that are scored, and turned into float32 there. Rows are
+padded on the right, so that a row's scores do not depend on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zofo.errors import UserError
+from zofo.tasks.spec import Completion, Example, Objective
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example in tokens.
+
+    Attributes:
+        rows: token ids of each sequence to run.
+        targets: for each candidate the tokens that score it: (row, position of the logit, token).
+        gold: index of the right candidate.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[tuple[int, int, int], ...], ...]
+    gold: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.rows))
+
+
+class Encoder:
+    """Turns a task's rows into tokens.
+
+    Args:
+        tokenizer: the model's.
+        head: "causal-lm" or "classification".
+        max_length: tokens a sequence; a prompt loses its beginning, an encoder's text its end.
+    """
+
+    def __init__(self, tokenizer: Any, *, head: str = "causal-lm", max_length: int = 256) -> None:
+        self.tokenizer, self.head, self.max_length = tokenizer, head, max_length
+
+    def __call__(self, example: Example | Completion) -> Encoded:
+        """Encode one row.
+
+        Raises:
+            UserError: if its candidate or completion alone is longer than `max_length`.
+        """
+        if self.head == "classification":
+            if isinstance(example, Completion):
+                raise UserError("an encoder with a classification head writes no completions")
+            ids = self.tokenizer(example.text, truncation=True, max_length=self.max_length)
+            return Encoded((tuple(ids["input_ids"]),), (), example.gold)
+        if isinstance(example, Completion):
+            return self._completion(example)
+        return self._candidates(example)
+
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _start(self) -> list[int]:
+        """What a first target token is conditioned on when there is no prompt."""
+        start = self.tokenizer.bos_token_id
+        return [self.tokenizer.eos_token_id if start is None else start]
+
+    def _candidates(self, example: Example) -> Encoded:
+        prompt = self._ids(example.prompt)
+        full = [self._ids(example.prompt + candidate) for candidate in example.candidates]
+        shared = min(_common(prompt, ids) for ids in full)
+        if shared == 0:
+            full = [self._start() + ids for ids in full]
+            shared = 1
+        if any(len(ids) <= shared for ids in full):
+            raise UserError(
+                f"row {example.row}: the candidate {min(example.candidates, key=len)!r} adds no "
+                "token to the prompt; write it out in task.verbalizers"
+            )
+        tails = [ids[shared:] for ids in full]
+        head = self._shorten(full[0][:shared], max(map(len, tails)), example.row)
+        if all(len(tail) == 1 for tail in tails):
+            place = len(head) - 1
+            return Encoded(
+                (tuple(head),), tuple(((0, place, tail[0]),) for tail in tails), example.gold
+            )
+        rows = tuple(tuple(head + tail[:-1]) for tail in tails)
+        targets = tuple(
+            tuple((row, len(head) - 1 + i, token) for i, token in enumerate(tail))
+            for row, tail in enumerate(tails)
+        )
+        return Encoded(rows, targets, example.gold)
+
+    def _completion(self, example: Completion) -> Encoded:
+        ids: list[int] = []
+        learnt: list[bool] = []
+        for text, is_target in example.segments:
+            part = self._ids(text, special=not ids and not example.is_rendered and not is_target)
+            ids += part
+            learnt += [is_target] * len(part)
+        if not example.is_rendered and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+            learnt.append(True)
+        if learnt[0]:
+            ids, learnt = self._start() + ids, [False, *learnt]
+        # Too long: the beginning goes, as long as something to learn from stays.
+        excess = max(0, len(ids) - self.max_length)
+        ids, learnt = ids[excess:], learnt[excess:]
+        targets = tuple((0, i - 1, ids[i]) for i in range(1, len(ids)) if learnt[i])
+        if not targets or (excess and learnt[0]):
+            raise UserError(
+                f"row {example.row}: its completion is longer than max_length {self.max_length}; "
+                "raise task.max_length or shorten the row"
+            )
+        last = targets[-1][1]
+        return Encoded((tuple(ids[: last + 1]),), (targets,), 0)
+
+    def _shorten(self, prompt: list[int], longest_tail: int, row: int) -> list[int]:
+        room = self.max_length - longest_tail + 1
+        if room < 1:
+            raise UserError(
+                f"row {row}: a candidate of {longest_tail} tokens does not fit into max_length "
+                f"{self.max_length}; raise task.max_length"
+            )
+        return prompt[-room:]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+class Collator:
+    """Pads encoded examples into a batch.
+
+    The batch is a dict of tensors: `input_ids`, `attention_mask` [rows, length]; `gold` [examples];
+    and for decoders `place` [places, 2] (row, position of each scored logit), `token_place`,
+    `token_id`, `token_candidate` [tokens], `candidate` [candidates, 2] (example, index in it).
+
+    Args:
+        pad_token_id: the tokenizer's.
+        multiple: lengths are padded to a multiple of this.
+    """
+
+    def __init__(self, pad_token_id: int, *, multiple: int = 1) -> None:
+        self.pad_token_id, self.multiple = pad_token_id, multiple
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """One batch."""
+        rows = [row for example in examples for row in example.rows]
+        length = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        ids = torch.full((len(rows), length), self.pad_token_id)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "gold": torch.tensor([example.gold for example in examples]),
+        }
+        if not examples[0].targets:
+            return batch
+        places: dict[tuple[int, int], int] = {}
+        token_place: list[int] = []
+        token_id: list[int] = []
+        token_candidate: list[int] = []
+        candidates: list[tuple[int, int]] = []
+        first_row = 0
+        for e, example in enumerate(examples):
+            for c, tokens in enumerate(example.targets):
+                for offset, position, token in tokens:
+                    place = (first_row + offset, position)
+                    token_place.append(places.setdefault(place, len(places)))
+                    token_id.append(token)
+                    token_candidate.append(len(candidates))
+                candidates.append((e, c))
+            first_row += len(example.rows)
+        return batch | {
+            "place": torch.tensor(list(places)),
+            "token_place": torch.tensor(token_place),
+            "token_id": torch.tensor(token_id),
+            "token_candidate": torch.tensor(token_candidate),
+            "candidate": torch.tensor(candidates),
+        }
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """For every target token: its log-likelihood (float32) and whether it is the likeliest."""
+
+    log_likelihood: Tensor
+    is_first_choice: Tensor | None
+
+
+def token_scores(
+    model: nn.Module, batch: dict[str, Tensor], *, with_first_choice: bool = False
+) -> TokenScores:
+    """Score every target token of a decoder's batch; tensors of shape [tokens]."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    place = batch["place"]
+    if _keeps_logits(model):
+        wanted, slot = place[:, 1].unique(return_inverse=True)
+        logits = model(**inputs, logits_to_keep=wanted + _virtual_tokens(model)).logits
+    else:
+        logits = model(**inputs).logits
+        slot = place[:, 1] + _virtual_tokens(model)
+    scored = logits[place[:, 0], slot].float()
+    chosen = scored[batch["token_place"], batch["token_id"]]
+    first = scored.argmax(dim=-1)[batch["token_place"]] if with_first_choice else None
+    return TokenScores(
+        chosen - torch.logsumexp(scored, dim=-1)[batch["token_place"]],
+        None if first is None else first == batch["token_id"],
+    )
+
+
+def candidate_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Score of every candidate: float32, shape [examples, most candidates], −inf where none is."""
+    if "place" not in batch:
+        return functional.log_softmax(_encoder_logits(model, batch), dim=-1)
+    scores = _mean_by(token_scores(model, batch).log_likelihood, batch["token_candidate"])
+    example, index = batch["candidate"].unbind(1)
+    table = scores.new_full((len(batch["gold"]), int(index.max()) + 1), -torch.inf)
+    return table.index_put((example, index), scores)
+
+
+def objective_loss(
+    model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
+) -> Tensor:
+    """The training loss of a batch: float32 scalar.
+
+    Args:
+        model: the model.
+        batch: as from `Collator`.
+        objective: "candidates" or "gold"; completions have one candidate, so there it is "gold".
+    """
+    if "place" not in batch:
+        return functional.cross_entropy(_encoder_logits(model, batch), batch["gold"])
+    if len(batch["candidate"]) == len(batch["gold"]):
+        return -token_scores(model, batch).log_likelihood.mean()
+    scores = candidate_scores(model, batch)
+    if objective == "candidates":
+        return functional.cross_entropy(scores, batch["gold"])
+    return -scores.gather(1, batch["gold"][:, None]).mean()
+
+
+def _encoder_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits: Tensor = output.logits
+    return logits.float()
+
+
+def _mean_by(values: Tensor, group: Tensor) -> Tensor:
+    num_groups = int(group.max()) + 1
+    counts = torch.bincount(group, minlength=num_groups).to(values.dtype)
+    return values.new_zeros(num_groups).index_add(0, group, values) / counts
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Tokens that prompt tuning puts before the input; a prefix lives in the cache instead."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return 0
+    if str(getattr(config.peft_type, "value", config.peft_type)) in ("PREFIX_TUNING", "CARTRIDGE"):
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,110 @@
+"""Rows whose continuation is learnt: prompt and completion, or chat messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from zofo.errors import UserError
+from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
+from zofo.tasks.spec import Completion
+
+_ROLES: Final = ("system", "user", "assistant", "tool", "developer")
+
+
+def completions(table: Table, *, prompt_column: str, completion_column: str) -> list[Completion]:
+    """One completion a row; prompt and completion are joined as they are, without a blank.
+
+    Raises:
+        UserError: for missing columns or bad rows.
+    """
+    require_columns(
+        table,
+        [prompt_column, completion_column],
+        "Name yours with task.prompt and task.completion",
+    )
+
+    def convert(number: int, row: dict[str, Any]) -> Completion:
+        prompt, completion = text_in(row, prompt_column), text_in(row, completion_column)
+        return Completion(((prompt, False), (completion, True)), prompt + completion, number)
+
+    return convert_rows(table, convert)
+
+
+def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Completion]:
+    """One conversation a row, in the tokenizer's chat template; the assistant's turns are learnt.
+
+    Raises:
+        UserError: for a missing column, bad rows, or a tokenizer without a chat template.
+    """
+    require_columns(table, [messages_column], "Name yours with task.messages")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template, so messages cannot be written as text; choose an "
+            "instruction-tuned model, or use task completion"
+        )
+
+    def convert(number: int, row: dict[str, Any]) -> Completion:
+        messages = _messages(row[messages_column], messages_column)
+        text = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+        return Completion(_segments(messages, tokenizer), text, number, is_rendered=True)
+
+    return convert_rows(table, convert)
+
+
+def _messages(value: Any, column: str) -> list[dict[str, str]]:
+    if hasattr(value, "tolist"):  # parquet gives arrays
+        value = value.tolist()
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{column!r} must be a list of messages, each with role and content")
+    for i, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"message {i + 1} must be an object with role and content")
+        if message.get("role") not in _ROLES:
+            raise ValueError(
+                f"message {i + 1} has role {message.get('role')!r}; use one of {', '.join(_ROLES)}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i + 1} has content {message.get('content')!r}, not a text")
+    if value[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's: it is what the model learns")
+    return [dict(message) for message in value]
+
+
+def _segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[tuple[str, bool], ...]:
+    """Alternating context and assistant's words.
+
+    A template that rewrites earlier turns (dropping their reasoning, say) gives no such
+    alternation: then only the last turn is learnt.
+    """
+
+    def render(part: Sequence[dict[str, str]], opened: bool) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(part), tokenize=False, add_generation_prompt=opened
+                )
+            )
+        except Exception as error:  # jinja's errors, raised by the template on purpose
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+    whole = render(messages, False)
+    segments: list[tuple[str, bool]] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(messages[:i], True), render(messages[: i + 1], False)
+        if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
+            break
+        segments += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    else:
+        return tuple(segments)
+    before = render(messages[:-1], True)
+    if not whole.startswith(before):
+        raise ValueError(
+            "the chat template does not write the last answer after its generation prompt; use "
+            "task completion with the text as the model expects it"
+        )
+    return (before, False), (whole[len(before) :], True)

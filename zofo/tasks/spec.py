@@ -1,0 +1,126 @@
+"""What a task is made of: its options, its examples and its splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Kind = Literal["classification", "choice", "completion"]
+Objective = Literal["candidates", "gold"]
+
+
+class TaskSpec(BaseModel):
+    """Options of a task; those that a task does not use must be left at their defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        "rotten-tomatoes",
+        description="a built-in task, or classification, completion or chat for your own rows",
+    )
+    train: str | None = Field(
+        None, description="your rows: a jsonl, json, csv, tsv or parquet file, or a hub dataset id"
+    )
+    dev: str | None = Field(
+        None, description="file, or name of the hub split; default: carved from train"
+    )
+    test: str | None = Field(
+        None, description="file, or name of the hub split; default: carved from train"
+    )
+    subset: str | None = Field(None, description="configuration name of the hub dataset")
+    data_dir: str | None = Field(
+        None, description="folder with a built-in task's files in the hub's columns (sst2)"
+    )
+    text: str = Field("text", description="column of the text (classification)")
+    label: str = Field("label", description="column of the label (classification)")
+    prompt: str = Field("prompt", description="column of the prompt (completion)")
+    completion: str = Field("completion", description="column of the completion (completion)")
+    messages: str = Field("messages", description="column of the messages (chat)")
+    template: str | None = Field(
+        None, description="prompt with columns in braces, such as '{text} It was'"
+    )
+    verbalizers: dict[str, str] | None = Field(
+        None, description="label -> what the model should write after the prompt, such as ' great'"
+    )
+    num_train: int | None = Field(None, ge=1, description="rows to train on; default: the task's")
+    num_dev: int | None = Field(None, ge=1, description="rows to select on; default: the task's")
+    num_test: int | None = Field(None, ge=1, description="rows to report on; default: the task's")
+    max_length: int = Field(
+        256, ge=8, description="tokens of prompt and candidate; longer prompts lose their beginning"
+    )
+    objective: Objective = Field(
+        "candidates",
+        description="training loss: cross-entropy over the candidates, or likelihood of the right "
+        "one (gold)",
+    )
+
+    @field_validator("verbalizers", mode="before")
+    @classmethod
+    def _labels_as_text(cls, value: Any) -> Any:
+        """YAML reads the keys 0 and true as a number and a truth value."""
+        if not isinstance(value, dict):
+            return value
+        return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready for a model.
+
+    Attributes:
+        prompt: what stands before the candidates.
+        candidates: what may follow it.
+        gold: index of the right candidate.
+        text: the row's own text, for encoders and for finding duplicates.
+        row: number of the row in its file, from 1.
+    """
+
+    prompt: str
+    candidates: tuple[str, ...]
+    gold: int
+    text: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One row whose text is to be generated.
+
+    Attributes:
+        segments: pieces of text in order, and whether the model learns to write them.
+        text: for finding duplicates.
+        row: number of the row in its file, from 1.
+        is_rendered: the text holds its special tokens (a chat template wrote them); otherwise the
+            tokenizer's are added, and an end token.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+    text: str
+    row: int
+    is_rendered: bool = False
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's rows.
+
+    Attributes:
+        kind: "classification" (the same labels for every row), "choice" (candidates of its own for
+            every row) or "completion".
+        train, dev, test: `Example`s, or `Completion`s.
+        labels: names of the classes; empty unless kind is "classification".
+        notes: what was done to the rows (duplicates removed, ...), for the record.
+    """
+
+    kind: Kind
+    train: tuple[Any, ...]
+    dev: tuple[Any, ...]
+    test: tuple[Any, ...]
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def part(self, name: str) -> tuple[Any, ...]:
+        """The rows of "train", "dev" or "test"."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}[name]
