@@ -1,0 +1,357 @@
+"""The configuration of a run: read from YAML and `key=value`, checked whole, written back.
+
+All problems are reported together, an unknown key with the nearest known one. Learning rates and
+lengths that are left out are filled in by method and adapter, so that the written configuration
+says everything that was used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zofo.errors import UserError
+from zofo.tasks.spec import TaskSpec
+
+_SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
+_ADAPTER_LR: Final = {"lora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
+"""For AdamW; measured on SmolLM2-135M, SST-2 (LoRA, prompt); prefix by choice, as the prompt's."""
+_ZO_ADAPTER_LR: Final = 1e-4
+"""Middle of the paper's grid for zeroth-order LoRA."""
+_BASE_LR: Final = 1e-5
+"""Measured on SmolLM2-135M, SST-2; the paper's models are larger and want about 1e-6."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The base."""
+
+    name: str = Field("smollm2-135m", description="hub id, folder, or smollm2-135m, minilm")
+    head: Literal["auto", "causal-lm", "classification"] = Field(
+        "auto", description="classification puts a fresh head on an encoder"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the base; the adapter follows"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of the hub id")
+    trust_remote_code: bool = Field(False, description="run code from the model's repository")
+    attn_implementation: str | None = Field(None, description="as in transformers")
+
+
+class AdapterConfig(_Section):
+    """The PEFT module."""
+
+    type: Literal["lora", "prefix", "prompt", "none"] = Field(
+        "lora", description="none for fo-ft and zo-ft"
+    )
+    r: int = Field(8, ge=1, description="rank of LoRA (paper)")
+    alpha: float = Field(16, gt=0, description="LoRA's scale is alpha / r (paper)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on LoRA's input")
+    targets: str | list[str] | None = Field(
+        None, description="modules that get LoRA: names, all-linear, or peft's choice"
+    )
+    num_virtual_tokens: int | None = Field(
+        None, ge=1, description="length of prefix (default 5) or prompt (default 10)"
+    )
+    init_text: str | None = Field(None, description="initial text of prompt or prefix")
+    config_file: str | None = Field(None, description="any peft configuration, JSON or YAML")
+
+
+class RunConfig(_Section):
+    """One run."""
+
+    method: Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"] = Field(
+        "hybrid", description="which block moves by what"
+    )
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    task: TaskSpec = TaskSpec()
+
+    base_lr: float | dict[str, float] | None = Field(
+        None, description="learning rate of the base, or pattern of weight names -> rate"
+    )
+    adapter_lr: float | None = Field(None, ge=0, description="learning rate of the adapter")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="of the first-order block (paper: sgd)"
+    )
+    scheduler: str = Field("constant", description="transformers' schedules (paper: constant)")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    base_weight_decay: float = Field(0.0, ge=0, description="decoupled, of the base")
+    adapter_weight_decay: float = Field(0.0, ge=0, description="of the adapter's optimizer")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="clip the first-order gradient to this norm; null: do not"
+    )
+
+    eps: float = Field(1e-3, gt=0, description="smoothing radius (as in MeZO)")
+    estimator: Literal["forward", "central"] = Field(
+        "forward", description="forward (paper): 1 extra forward; central: 2"
+    )
+    num_directions: int = Field(1, ge=1, description="directions a step (paper: 1)")
+    distribution: Literal["rademacher", "gaussian"] = Field(
+        "rademacher", description="of the directions (paper: gaussian)"
+    )
+    replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
+    self_check: bool = Field(True, description="watch the first perturbed forward")
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; default 200")
+    epochs: float | None = Field(None, gt=0, description="instead of steps")
+    batch_size: int = Field(8, ge=1, description="rows a micro-batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step")
+    eval_batch_size: int = Field(32, ge=1, description="rows a forward when evaluating")
+    sampling: Literal["reshuffle", "shuffle-once", "with-replacement"] = Field(
+        "reshuffle", description="order of the rows (paper: reshuffle)"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations on dev; default: a quarter of the run"
+    )
+    select_best: bool = Field(True, description="keep the checkpoint with the best dev score")
+    select_by: Literal["loss", "accuracy"] = Field(
+        "loss", description="which dev score; loss has less noise"
+    )
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    gradient_checkpointing: bool = Field(False, description="in the first-order pass")
+
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    num_threads: int | None = Field(None, ge=1, description="of the CPU; default: torch's choice")
+    output_dir: str | None = Field(
+        None, description="run folder; default: runs/TASK-METHOD-ADAPTER, numbered"
+    )
+    report_to: list[str] = Field([], description="tensorboard and other integrations of Trainer")
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that reads back to the same."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Read, check and complete a configuration.
+
+    Args:
+        path: YAML file; None: defaults.
+        overrides: "key=value", dotted for sections: "task.num_train=500"; the value is YAML.
+        values: a mapping instead of a file.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    given: dict[str, Any] = dict(values or {})
+    where = "the configuration"
+    if path is not None:
+        where = str(path)
+        given = _read_yaml(Path(path))
+    problems: list[str] = []
+    given = _expand(given)
+    for override in overrides:
+        problems += _apply(given, override)
+    try:
+        config = RunConfig.model_validate(given)
+    except ValidationError as error:
+        found = error.errors()
+        problems += list(dict.fromkeys(_describe(e) for e in found))
+        # Whatever is wrong with the rest is reported in the same breath.
+        for e in found:
+            _drop(given, e["loc"])
+        with contextlib.suppress(ValidationError):
+            problems += _check(RunConfig.model_validate(given))
+        raise UserError(_joined(where, problems)) from None
+    problems += _check(config)
+    if problems:
+        raise UserError(_joined(where, problems))
+    return _complete(config)
+
+
+def _joined(where: str, problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the configuration {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"the configuration {path} must be keys and values, such as 'steps: 200'")
+    return {str(key): entry for key, entry in value.items()}
+
+
+def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`task: boolq` is short for `task: {name: boolq}`."""
+    return {
+        key: {_SHORTHANDS[key]: value} if key in _SHORTHANDS and isinstance(value, str) else value
+        for key, value in given.items()
+    }
+
+
+def _apply(given: dict[str, Any], override: str) -> list[str]:
+    key, mark, text = override.partition("=")
+    if not mark or not key.strip():
+        return [f"{override!r} is not of the form key=value"]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    path = key.strip().split(".")
+    if len(path) == 1 and path[0] in _SHORTHANDS and isinstance(value, str):
+        path.append(_SHORTHANDS[path[0]])
+    target = given
+    for part in path[:-1]:
+        inner = target.get(part)
+        target[part] = dict(inner) if isinstance(inner, dict) else {}
+        target = target[part]
+    target[path[-1]] = value
+    return []
+
+
+def _drop(given: dict[str, Any], path: Sequence[Any]) -> None:
+    target: Any = given
+    for part in path[:-1]:
+        if not isinstance(target, dict) or not isinstance(target.get(part), dict):
+            break
+        target = target[part]
+        path = path[1:]
+    target.pop(path[0], None)
+
+
+def _section(path: Sequence[Any]) -> type[BaseModel]:
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelConfig,
+        "adapter": AdapterConfig,
+        "task": TaskSpec,
+    }
+    return sections.get(str(path[0]), RunConfig) if len(path) > 1 else RunConfig
+
+
+def _describe(error: Any) -> str:
+    path = error["loc"]
+    key = ".".join(str(part) for part in path if part not in ("float", "dict[str,float]"))
+    if error["type"] == "extra_forbidden":
+        known = list(_section(path).model_fields)
+        inner = {
+            f"{name}.{field}"
+            for name, section in (
+                ("model", ModelConfig),
+                ("adapter", AdapterConfig),
+                ("task", TaskSpec),
+            )
+            for field in section.model_fields
+        }
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        if not near:
+            homes = sorted(k for k in inner if k.endswith(f".{path[-1]}"))
+            near = homes[:1]
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+        return f"unknown key {key}{hint}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {error['input']!r}; it takes keys and values of its own"
+    if path[0] == "base_lr":
+        return (
+            f"base_lr is {error['input']!r}; it must be a number, or a map from patterns of weight "
+            "names to numbers"
+        )
+    message = re.sub(r"^Input should be ", "must be ", error["msg"])
+    message = re.sub(r", unable to parse string as an? \w+$", "", message)
+    text = f"{key} is {error['input']!r}; it {message}"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(error["input"], choices, n=1)
+        text += f" (did you mean {near[0]}?)" if near else ""
+    return text
+
+
+def _check(config: RunConfig) -> list[str]:
+    """What no single field shows."""
+    from zofo.tasks import check_spec
+
+    problems = check_spec(config.task)
+    full = config.method in ("fo-ft", "zo-ft")
+    if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
+        problems.append(
+            f"method {config.method} moves no adapter; remove adapter, or choose hybrid, fo-peft "
+            "or zo-peft"
+        )
+    if not full and config.adapter.type == "none" and config.adapter.config_file is None:
+        problems.append(
+            f"method {config.method} moves an adapter and adapter.type is none; choose lora, "
+            "prefix or prompt, or method fo-ft or zo-ft"
+        )
+    if config.steps is not None and config.epochs is not None:
+        problems.append("steps and epochs are both given; keep one")
+    rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
+    for pattern, rate in rates.items():
+        if rate is not None and not 0 <= rate < float("inf"):
+            name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
+            problems.append(f"{name} is {rate}; a learning rate is a finite number of at least 0")
+    try:
+        from transformers import SchedulerType
+
+        schedulers = [str(s.value) for s in SchedulerType]
+    except ImportError:
+        schedulers = []
+    if schedulers and config.scheduler not in schedulers:
+        near = difflib.get_close_matches(config.scheduler, schedulers, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        problems.append(
+            f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
+        )
+    return problems
+
+
+def _complete(config: RunConfig) -> RunConfig:
+    update: dict[str, Any] = {}
+    if config.method in ("fo-ft", "zo-ft"):
+        update["adapter"] = AdapterConfig(type="none")
+    if config.base_lr is None and config.method in ("hybrid", "fo-ft", "zo-ft"):
+        update["base_lr"] = _BASE_LR
+    if config.adapter_lr is None and config.method in ("hybrid", "fo-peft"):
+        update["adapter_lr"] = _ADAPTER_LR.get(config.adapter.type, 1e-3)
+    if config.adapter_lr is None and config.method == "zo-peft":
+        update["adapter_lr"] = _ZO_ADAPTER_LR
+    if config.steps is None and config.epochs is None:
+        update["steps"] = 200
+    return config.model_copy(update=update)
+
+
+def idle_options(config: RunConfig) -> list[str]:
+    """Options given by the user that have no effect with the chosen method."""
+    idle = {
+        "fo-peft": (
+            "base_lr",
+            "eps",
+            "estimator",
+            "num_directions",
+            "distribution",
+            "base_weight_decay",
+        ),
+        "zo-peft": ("base_lr", "optimizer", "max_grad_norm", "base_weight_decay"),
+        "zo-ft": ("adapter_lr", "adapter_weight_decay", "optimizer", "max_grad_norm"),
+        "fo-ft": ("adapter_lr", "adapter_weight_decay", "eps", "estimator", "num_directions"),
+        "hybrid": (),
+    }
+    return [
+        f"{key} has no effect with method {config.method}"
+        for key in idle[config.method]
+        if getattr(config, key) != RunConfig.model_fields[key].default
+    ]
