@@ -60,13 +60,12 @@ class ReshufflingSampler(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(
-            self.num_samples, seed=self.seed, epoch=self.epoch, sampling=self.sampling
-        )
-        for index in order[self.position :]:
-            self.position += 1
+        epoch, num = self.epoch, self.num_samples
+        order = epoch_order(num, seed=self.seed, epoch=epoch, sampling=self.sampling)
+        for position, index in enumerate(order[self.position :], self.position + 1):
+            # The state names the next sample; after an epoch's last that is the next one's first.
+            self.epoch, self.position = (epoch, position) if position < num else (epoch + 1, 0)
             yield int(index)
-        self.epoch, self.position = self.epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration at this epoch's first sample; a no-op within that epoch."""
