@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zofo.reshuffle import ReshufflingSampler as ReshufflingSampler
     from zofo.trainer import HybridArguments as HybridArguments
     from zofo.trainer import HybridMixin as HybridMixin
+    from zofo.trainer import HybridOptions as HybridOptions
     from zofo.trainer import HybridTrainer as HybridTrainer
     from zofo.trajectory import Trajectory as Trajectory
 
@@ -29,6 +30,7 @@ _HOMES = {
     "HybridArguments": "trainer",
     "HybridMixin": "trainer",
     "HybridOptimizer": "optim",
+    "HybridOptions": "trainer",
     "HybridTrainer": "trainer",
     "Perturbation": "perturb",
     "ReshufflingSampler": "reshuffle",

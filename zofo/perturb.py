@@ -7,9 +7,10 @@ every bit where it was. Each layer's scratch is reused by the next: the extra me
 largest layer.
 
 Modules that read a child's weight directly (instead of calling the child) would see it unperturbed.
-The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree; any other is found by the
-self-check, which watches every tensor operation of one perturbed forward for reads of the original
-weights and names the module.
+The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, and the head of a model
+whose forward was replaced (trl's and Liger's fused losses read it) for the whole forward; any other
+is found by the self-check, which watches every tensor operation of one perturbed forward for reads
+of the original weights and names the module.
 """
 
 from __future__ import annotations
@@ -219,6 +220,10 @@ def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Ow
         if module in seen:
             return
         seen.add(module)
+        if module in heads:
+            # peft calls the patched forward without its hooks: only the outermost call is certain.
+            holder, fixed = model, True
+        heads.update(_head_read_by(module))
         # A container without a forward of its own is read by whoever holds it.
         if not fixed and _is_called(module):
             holder = module
@@ -232,6 +237,7 @@ def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Ow
             visit(child, f"{path}{name}.", holder, fixed)
 
     seen: set[nn.Module] = set()
+    heads: set[nn.Module] = set()
     visit(model, "", None, False)
     return list(owners.values())
 
@@ -244,6 +250,14 @@ def _reads_children(module: nn.Module) -> bool:
     """Peft's DoRA computes the norm of its base layer's weight."""
     use_dora = getattr(module, "use_dora", None)
     return isinstance(use_dora, dict) and any(use_dora.values())
+
+
+def _head_read_by(module: nn.Module) -> list[nn.Module]:
+    """A forward set on the instance may read the output embeddings instead of calling them."""
+    if "forward" not in vars(module) or not hasattr(type(module), "get_output_embeddings"):
+        return []
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return [head] if isinstance(head, nn.Module) else []
 
 
 class _ReadWatch(TorchDispatchMode):

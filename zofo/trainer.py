@@ -12,7 +12,10 @@ trained with is the wrong model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +24,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
-from zofo.files import fingerprint, read_tensors, write_tensors
-from zofo.methods import get_method, param_groups, split_parameters
+from zofo.methods import apply_method, get_method, param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
-from zofo.trajectory import Trajectory
-
-TRAJECTORY_FILE = "base_trajectory.safetensors"
-ORIGINAL_BASE_FILE = "base_original.safetensors"
 
 
 @dataclass
@@ -44,7 +43,7 @@ class HybridOptions:
     method: str = field(
         default="hybrid", metadata={"help": "hybrid, fo-peft, zo-peft, fo-ft or zo-ft"}
     )
-    base_lr: Any = field(
+    base_lr: dict[str, float] | float | str = field(
         default=1e-5,
         metadata={"help": "learning rate of the base, or a map from name patterns to rates"},
     )
@@ -66,7 +65,8 @@ class HybridOptions:
         default=True, metadata={"help": "same dropout masks for all evaluations of a step"}
     )
     self_check: bool = field(
-        default=True, metadata={"help": "watch the first perturbed forward for unperturbed reads"}
+        default=True,
+        metadata={"help": "on the first step, look for unperturbed reads and unsteady losses"},
     )
 
 
@@ -84,7 +84,10 @@ class HybridMixin:
     Args:
         hybrid: the options, for argument classes that do not carry them.
         original_base: returns the base as it was before training, name -> tensor; used to go back
-            to the best checkpoint. Default: a copy written beside the checkpoints when needed.
+            to the best checkpoint. Default: a copy written beside the checkpoints while needed.
+
+    Raises:
+        UserError: if the method does not fit the model, the arguments or the hardware.
     """
 
     def __init__(
@@ -97,9 +100,11 @@ class HybridMixin:
         self._given_options = hybrid
         self._original_base = original_base
         self._hybrid: HybridOptimizer | None = None
-        self.base_fingerprint: str | None = None
+        self._history: BaseHistory | None = None  # where the base moves by the zeroth order
+        self._measured_step: int | None = None
+        self._base_lr: float | None = None
         super().__init__(*args, **kwargs)
-        get_method(self.hybrid_options.method)
+        _check_setup(self, self.hybrid_options.method)
 
     @property
     def hybrid_options(self) -> Any:
@@ -113,31 +118,99 @@ class HybridMixin:
             "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
         )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; removes the copy of the original base when training has ended well."""
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        if self._history is not None:
+            self._history.drop_original()
+        return output
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
         trainer: Any = self
-        if trainer.optimizer is not None:
-            return trainer.optimizer
+        self._measured_step = None
+        if trainer.optimizer is None:
+            self._hybrid = self._history = None
+            trainer.optimizer = self._new_optimizer(trainer.model if model is None else model)
+        if self._hybrid is None:
+            optimizer = self._hybrid = trainer.optimizer
+            if optimizer.trajectory.groups:
+                folder = Path(trainer.args.output_dir)
+                self._history = BaseHistory(trainer.model, optimizer, folder, self._original_base)
+        if self._history is not None and trainer.args.load_best_model_at_end:
+            self._history.keep_original()
+        return trainer.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Trainer's forward and backward, then the loss differences of the same micro-batch."""
+        trainer: Any = self
+        optimizer = self._hybrid
+        assert optimizer is not None
+        if self._measured_step != trainer.state.global_step:
+            # A gradient scaler may have skipped the step before; what it measured is void.
+            optimizer._forget_measurements()
+        is_first = self._measured_step is None
+        self._measured_step = trainer.state.global_step
+        rates = [g["lr"] for g in optimizer.param_groups if g["block"] == "base"]
+        self._base_lr = float(rates[0]) if rates else None
+        if optimizer.perturbation is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            optimizer.measure(lambda: loss, loss)
+            return loss
+
+        def closure() -> Tensor:
+            batch = trainer._prepare_inputs(dict(inputs))
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            return (
+                loss
+                if _is_scaled(trainer, num_items_in_batch)
+                else loss / (trainer.current_gradient_accumulation_steps)
+            )
+
+        generators = GeneratorState.capture()
+        if optimizer.inner is not None:
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
+        else:
+            model.train()
+            with torch.no_grad():
+                loss = closure().detach()
+        with _metrics_set_aside(trainer):
+            if is_first and self.hybrid_options.self_check and optimizer.replay_dropout:
+                with torch.no_grad(), generators.replayed():
+                    _check_same(loss, closure(), type(self))
+            optimizer.measure(closure, loss, generators)
+        return loss
+
+    def _new_optimizer(self, model: Any) -> HybridOptimizer:
+        trainer: Any = self
         options, args = self.hybrid_options, trainer.args
-        target: Any = trainer.model if model is None else model
-        moves_base = get_method(options.method).base == "zeroth"
-        blocks = split_parameters(target)
-        if moves_base:
-            self.base_fingerprint = fingerprint(blocks.base)
-        decayed = set(trainer.get_decay_parameter_names(target))
-        inner_class, inner_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, target)
-        groups = param_groups(
-            target,
-            options.method,
-            base_lr=options.base_lr,
-            adapter_lr=args.learning_rate,
-            base_weight_decay=options.base_weight_decay,
-            adapter_weight_decay=args.weight_decay,
-            no_decay=[n for n, _ in target.named_parameters() if n not in decayed],
-        )
-        self._hybrid = HybridOptimizer(
-            groups,
-            target,
+        decayed = set(trainer.get_decay_parameter_names(model))
+        chosen = getattr(trainer, "optimizer_cls_and_kwargs", None)
+        inner_class, inner_kwargs = chosen or trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not isinstance(inner_class, type) or not {
+            "params",
+            "model",
+            "optimizer_dict",
+        }.isdisjoint(inner_kwargs):
+            raise UserError(
+                f"optim is {args.optim!r}, which builds its own parameter groups; choose one that "
+                "takes them, such as adamw_torch or sgd"
+            )
+        base_lr = options.base_lr
+        return HybridOptimizer(
+            param_groups(
+                model,
+                options.method,
+                base_lr=json.loads(base_lr) if isinstance(base_lr, str) else base_lr,
+                adapter_lr=args.learning_rate,
+                base_weight_decay=options.base_weight_decay,
+                adapter_weight_decay=args.weight_decay,
+                no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
+            ),
+            model,
             optimizer=inner_class,
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
             eps=options.eps,
@@ -148,56 +221,12 @@ class HybridMixin:
             replay_dropout=options.replay_dropout,
             self_check=options.self_check,
         )
-        trainer.optimizer = self._hybrid
-        if moves_base and args.load_best_model_at_end and self._original_base is None:
-            write_tensors(Path(args.output_dir) / ORIGINAL_BASE_FILE, _plain(blocks.base), {})
-            self._original_base = lambda: read_tensors(Path(args.output_dir) / ORIGINAL_BASE_FILE)[
-                0
-            ]
-        return self._hybrid
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Trainer's forward and backward, then the loss differences of the same micro-batch."""
-        trainer: Any = self
-        optimizer = self._hybrid
-        if optimizer is None:  # an optimizer of the user's own
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if optimizer.perturbation is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-            optimizer.measure(lambda: loss, loss)
-            return loss
-        generators = GeneratorState.capture()
-
-        def closure() -> Tensor:
-            batch = trainer._prepare_inputs(dict(inputs))
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-            scaled = trainer.loss_is_scaled_for_ga
-            if scaled is None:
-                scaled = (
-                    trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-                ) or trainer.compute_loss_func is not None
-            loss = loss.mean()
-            return loss if scaled else loss / trainer.current_gradient_accumulation_steps
-
-        if optimizer.inner is not None:
-            loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
-        else:
-            model.train()
-            with torch.no_grad():
-                loss = closure().detach()
-        # Callbacks of the forward pass (entropy, token counts) have seen the unperturbed model;
-        # what they would add at the perturbed point is discarded.
-        with _metrics_set_aside(trainer):
-            optimizer.measure(closure, loss, generators)
-        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         trainer: Any = self
         dataset = trainer.train_dataset if train_dataset is None else train_dataset
-        if dataset is None or not hasattr(dataset, "__len__"):
+        strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+        if not hasattr(dataset, "__len__") or strategy != "random":
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         return ReshufflingSampler(len(dataset), seed=seed, sampling=self.hybrid_options.sampling)
@@ -207,12 +236,10 @@ class HybridMixin:
         optimizer = self._hybrid
         if optimizer is not None and "loss" in logs and optimizer.last_step is not None:
             report = optimizer.last_step
-            zeroth = [g for g in optimizer.param_groups if g["order"] == "zeroth"]
-            if zeroth:
-                scalars = report.projected_grad
-                logs["projected_grad"] = sum(scalars) / len(scalars)
-                key = "base_lr" if zeroth[0]["block"] == "base" else "learning_rate"
-                logs[key] = float(zeroth[0]["lr"])
+            if report.projected_grad:
+                logs["projected_grad"] = sum(report.projected_grad) / len(report.projected_grad)
+            if self._base_lr is not None:
+                logs["base_lr"] = self._base_lr
             logs["zo_forwards"] = optimizer.num_forwards
             logs["non_finite"] = float(report.non_finite)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -221,74 +248,107 @@ class HybridMixin:
         """Save the adapter (or the model) and, where the base moved, its trajectory."""
         trainer: Any = self
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if self._hybrid is not None and self._hybrid.trajectory.groups and trainer.args.should_save:
-            folder = Path(output_dir or trainer.args.output_dir)
-            self._hybrid.trajectory.save(
-                folder / TRAJECTORY_FILE, base_fingerprint=self.base_fingerprint
-            )
+        if not trainer.args.should_save:
+            return
+        folder = Path(output_dir or trainer.args.output_dir)
+        save_prompt_encoder(trainer.model, folder)
+        if self._history is not None:
+            self._history.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        if is_peft(trainer.model) and not _is_sharded(trainer):
+            load_adapter(trainer.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._history is not None:
+            self._history.go_to(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None or self._hybrid is None or not self._hybrid.trajectory.groups:
-            return
-        # The model is as the user loaded it: the original base, which the trajectory continues.
-        self._replay_checkpoint(Path(checkpoint), check_base=True)
+        optimizer = self._hybrid
+        if optimizer is not None and len(optimizer.trajectory):
+            # A checkpoint saved with save_only_model carries no count of steps.
+            last = optimizer.trajectory.updates[-1][0].step
+            optimizer.step_count = max(optimizer.step_count, last + 1)
 
     def _load_best_model(self) -> None:
         trainer: Any = self
-        super()._load_best_model()  # type: ignore[misc]
-        if self._hybrid is None or not self._hybrid.trajectory.groups:
-            return
-        if self._original_base is not None:
-            original = self._original_base()
-            for name, parameter in split_parameters(trainer.model).base.items():
-                parameter.data.copy_(original[name])
-        self._replay_checkpoint(Path(trainer.state.best_model_checkpoint), check_base=True)
-        (Path(trainer.args.output_dir) / ORIGINAL_BASE_FILE).unlink(missing_ok=True)
-
-    def _replay_checkpoint(self, folder: Path, *, check_base: bool) -> None:
-        trainer: Any = self
-        trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
-        blocks = split_parameters(trainer.model)
-        found = fingerprint(blocks.base)
-        if check_base and header.get("base_fingerprint") not in (None, found):
-            raise UserError(
-                f"{folder} continues the base {header['base_fingerprint']}, this model's base is "
-                f"{found}; load the base that the run began with"
-            )
-        trajectory.replay(blocks.base)
-        assert self._hybrid is not None
-        self._hybrid.trajectory = trajectory
+        best = Path(trainer.state.best_model_checkpoint)
+        if is_peft(trainer.model) and not _is_sharded(trainer):
+            load_adapter(trainer.model, best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+        if self._history is not None:
+            self._history.go_to(best)
 
 
 class HybridTrainer(HybridMixin, Trainer):
     """`transformers.Trainer` with hybrid steps."""
 
 
-def _plain(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-
-
-class _metrics_set_aside:  # noqa: N801
-    """Keep what trainers collect inside compute_loss (trl's `_metrics`) as it was."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        metrics = getattr(self.trainer, "_metrics", None)
-        self.kept = (
-            {mode: {k: list(v) for k, v in values.items()} for mode, values in metrics.items()}
-            if isinstance(metrics, dict)
-            else None
+def _check_setup(trainer: Any, method: str) -> None:
+    """Everything that is known to be wrong before the first step."""
+    orders = get_method(method)
+    apply_method(trainer.model, method)
+    args = trainer.args
+    if trainer.optimizer is not None and not isinstance(trainer.optimizer, HybridOptimizer):
+        raise UserError(
+            f"optimizers holds {type(trainer.optimizer).__name__}; choose the adapter's optimizer "
+            "by optim or optimizer_cls_and_kwargs, or pass a zofo.HybridOptimizer"
         )
-        self.tokens = getattr(self.trainer, "_total_train_tokens", None)
+    if "zeroth" not in (orders.base, orders.adapter):
+        return
+    wrong = []
+    if args.world_size > 1 or args.n_gpu > 1 or _is_sharded(trainer):
+        wrong.append("several devices: run on one (CUDA_VISIBLE_DEVICES=0), or choose fo-peft")
+    if args.fp16 and "first" not in (orders.base, orders.adapter):
+        wrong.append("fp16=True, which scales gradients where there are none: use bf16=True")
+    if orders.base == "zeroth" and _reference_is_the_base(trainer):
+        wrong.append(
+            "a reference model that is this base, which moves: pass precompute_ref_log_probs=True "
+            "or a ref_model of its own"
+        )
+    if wrong:
+        raise UserError(f"method {method!r} does not work with " + "; nor with ".join(wrong))
 
-    def __exit__(self, *exception: object) -> None:
-        if self.kept is not None:
-            for mode, values in self.kept.items():
-                live = self.trainer._metrics[mode]
-                for key in list(live):
-                    live[key] = values.get(key, [])
-        if self.tokens is not None:
-            self.trainer._total_train_tokens = self.tokens
+
+def _reference_is_the_base(trainer: Any) -> bool:
+    """Trl's preference trainers take the model without its adapter as the reference."""
+    precomputed = getattr(trainer.args, "precompute_ref_log_probs", True)
+    return not precomputed and getattr(trainer, "ref_model", None) is None
+
+
+def _check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
+    """The loss difference means nothing unless a second evaluation gives the same loss."""
+    if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise UserError(
+            f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "
+            "the same batch; a loss difference needs a compute_loss without side effects or "
+            "randomness of its own"
+        )
+
+
+def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether compute_loss has divided by the accumulation steps, by Trainer's own rule."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return scaled
+    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return counted or trainer.compute_loss_func is not None
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+@contextmanager
+def _metrics_set_aside(trainer: Any) -> Iterator[None]:
+    """What trl's trainers collect inside compute_loss is collected once a batch, unperturbed."""
+    names = ("_metrics", "_stored_metrics", "_total_train_tokens")
+    kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
+    vars(trainer).update(copy.deepcopy(kept))
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)

@@ -1,0 +1,143 @@
+"""What a checkpoint holds of a model whose base moves, and the way back to it.
+
+    adapter_model.safetensors       peft's own
+    prompt_encoder.safetensors      the encoder's parameters, of prompt learning only
+    base_trajectory.safetensors     the base, as the updates that lead to it from the original
+
+The trained base itself is not in it. To go to a checkpoint is to start from the original base and
+replay. Within one run the base has moved on, so going back needs the original: the user's, or a
+copy that is written when training begins and removed when it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zofo.errors import UserError
+from zofo.files import fingerprint, read_tensors, write_tensors
+from zofo.methods import split_parameters
+from zofo.optim import HybridOptimizer
+from zofo.trajectory import Trajectory
+
+TRAJECTORY_FILE = "base_trajectory.safetensors"
+PROMPT_FILE = "prompt_encoder.safetensors"
+ORIGINAL_BASE_FILE = "base_original.safetensors"
+
+
+class BaseHistory:
+    """Where the base of one model came from and has got to.
+
+    A model without peft is saved whole, so its weights need no replay; only the record continues.
+
+    Args:
+        model: the model.
+        optimizer: what moves the base and records how.
+        folder: where the copy of the original goes.
+        original: returns the original base, name -> tensor; None: copy it when told to.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: HybridOptimizer,
+        folder: Path,
+        original: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.original = model, optimizer, original
+        self.base = split_parameters(model).base
+        self.fingerprint: str | None = fingerprint(self.base)
+        self._file = folder / ORIGINAL_BASE_FILE
+        self._num_updates_in_copy: int | None = None
+
+    def keep_original(self) -> None:
+        """Write the copy that going back needs, unless it is there or not needed."""
+        if is_peft(self.model) and self.original is None and self._num_updates_in_copy is None:
+            copied = {name: p.detach().cpu().contiguous() for name, p in self.base.items()}
+            write_tensors(self._file, copied, {})
+            self._num_updates_in_copy = len(self.optimizer.trajectory)
+
+    def drop_original(self) -> None:
+        """Remove the copy."""
+        if self._num_updates_in_copy is not None:
+            self._file.unlink(missing_ok=True)
+            self._num_updates_in_copy = None
+
+    def save(self, folder: Path) -> None:
+        """Write the trajectory."""
+        self.optimizer.trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint)
+
+    def go_to(self, folder: Path) -> None:
+        """Bring the base to where the trajectory in a checkpoint ends.
+
+        Raises:
+            UserError: if the checkpoint is of another run or base, or the original is needed and
+                not at hand.
+        """
+        target, header = Trajectory.load(folder / TRAJECTORY_FILE)
+        present = self.optimizer.trajectory
+        for key in ("seed", "distribution", "groups"):
+            if getattr(target, key) != getattr(present, key):
+                raise UserError(
+                    f"{folder} was trained with another {key} of the base; resume with the options "
+                    "of the saved run"
+                )
+        if is_peft(self.model):
+            start = self._restore_original() if len(present) else 0
+            if target.updates[:start] != present.updates[:start]:
+                raise UserError(f"{folder} belongs to another run than this trainer's base")
+            expected = header.get("base_fingerprint")
+            if not start and expected != (found := fingerprint(self.base)):
+                raise UserError(
+                    f"{folder} continues the base {expected}, this model's base is {found}; load "
+                    "the base that the run began with"
+                )
+            target.replay(self.base, start=start)
+        self.fingerprint = header.get("base_fingerprint")
+        self.optimizer.trajectory = target
+
+    def _restore_original(self) -> int:
+        """Put the original back; returns how many updates it contains."""
+        if self.original is not None:
+            values, num_updates = self.original(), 0
+        elif self._num_updates_in_copy is not None:
+            values, num_updates = read_tensors(self._file)[0], self._num_updates_in_copy
+        else:
+            raise UserError(
+                "this trainer's base has moved since the checkpoint; make a new trainer on the "
+                "base that the run began with, or pass original_base"
+            )
+        for name, parameter in self.base.items():
+            parameter.data.copy_(values[name])
+        return num_updates
+
+
+def is_peft(model: Any) -> bool:
+    """Whether peft wraps the model."""
+    return hasattr(model, "peft_config")
+
+
+def save_prompt_encoder(model: Any, folder: Path) -> None:
+    """Write the parameters of a prompt encoder; nothing for other adapters.
+
+    peft saves what the encoder puts out, from which a reparametrised one cannot be trained further.
+    """
+    if is_peft(model) and hasattr(model, "prompt_encoder"):
+        write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Load the active adapter into its parameters in place, values and dtypes as saved."""
+    if (folder / PROMPT_FILE).exists():
+        saved, _ = read_tensors(folder / PROMPT_FILE)
+        for name, parameter in split_parameters(model).adapter.items():
+            parameter.data.copy_(saved[name])
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    name = model.active_adapters[0]
+    weights = load_peft_weights(str(folder if name == "default" else folder / name), device="cpu")
+    set_peft_model_state_dict(model, weights, adapter_name=name)
