@@ -316,7 +316,9 @@ def test_a_restored_run_continues_with_the_same_bits(architecture, adapter, name
     assert after.trajectory.updates == optimizer.trajectory.updates[cut:]
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"distribution": "gaussian"}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"distribution": "gaussian"}, {"num_directions": 2}]
+)
 def test_a_state_with_other_directions_is_refused(other):
     state = optimizer_for(Net()).state_dict()
     with pytest.raises(UserError, match=next(iter(other))):

@@ -266,6 +266,7 @@ class HybridOptimizer(Optimizer):
                 "num_forwards": self.num_forwards,
                 "seed": self.seed,
                 "distribution": self.distribution,
+                "num_directions": self.num_directions,
             },
         }
 
@@ -276,7 +277,7 @@ class HybridOptimizer(Optimizer):
             UserError: if the state was saved with other directions.
         """
         own = state_dict["zofo"]
-        for key in ("seed", "distribution"):
+        for key in ("seed", "distribution", "num_directions"):
             if own[key] != getattr(self, key):
                 raise UserError(
                     f"the state was saved with {key} {own[key]!r}, this optimizer has "

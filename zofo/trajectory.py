@@ -10,8 +10,9 @@ in training and in replay alike.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
-from zofo.files import read_tensors, write_tensors
+from zofo.files import fingerprint, read_tensors, write_tensors
 from zofo.noise import NOISE_VERSION, Distribution, combine
 
 FORMAT_VERSION = 1
@@ -131,20 +132,20 @@ class Trajectory:
         """Write safetensors, whole or not at all; `extra` goes to the metadata as JSON."""
         rows = self.updates
 
-        def table(get: Any, width: int) -> Tensor:
+        def column(get: Callable[[Update], float]) -> Tensor:
+            """[steps, groups], or [1, groups] if it never changes."""
             values = [[get(update) for update in row] for row in rows]
-            return torch.tensor(values, dtype=torch.float64).reshape(
-                len(rows), len(self.groups), width
-            )
+            table = torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(self.groups))
+            return table[:1].clone() if rows and bool((table == table[0]).all()) else table
 
-        num_directions = len(rows[0][0].projected_grad) if rows else 0
+        scalars = [row[0].projected_grad for row in rows]
         tensors = {
             "step": torch.tensor([row[0].step for row in rows], dtype=torch.int64),
-            "projected_grad": table(lambda u: u.projected_grad, num_directions)[:, 0].clone()
-            if rows
-            else torch.zeros(0, 0, dtype=torch.float64),
-            "lr": table(lambda u: [u.lr], 1).squeeze(-1).clone(),
-            "weight_decay": table(lambda u: [u.weight_decay], 1).squeeze(-1).clone(),
+            "projected_grad": torch.tensor(scalars, dtype=torch.float64).reshape(
+                len(rows), len(scalars[0]) if scalars else 0
+            ),
+            "lr": column(lambda update: update.lr),
+            "weight_decay": column(lambda update: update.weight_decay),
         }
         header = {
             "format": FORMAT_VERSION,
@@ -156,6 +157,7 @@ class Trajectory:
             "groups": [asdict(group) for group in self.groups],
             **extra,
         }
+        header["digest"] = _digest(header, tensors)
         write_tensors(path, tensors, {"zofo": json.dumps(header)})
 
     @classmethod
@@ -175,11 +177,16 @@ class Trajectory:
                         f"{path} has {key} {header[key]}; this zofo reads {known}: install the "
                         "zofo that wrote it"
                     )
+            if header.pop("digest") != _digest(header, tensors):
+                raise UserError(f"{path} is damaged (its digest does not fit); copy it again")
             groups = tuple(
                 GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in header["groups"]
             )
             steps, scalars = tensors["step"].tolist(), tensors["projected_grad"].tolist()
-            lrs, decays = tensors["lr"].tolist(), tensors["weight_decay"].tolist()
+            lrs, decays = (
+                tensors[key].expand(len(steps), len(groups)).tolist()
+                for key in ("lr", "weight_decay")
+            )
             updates = [
                 tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
                 for step, s, row_lr, row_wd in zip(steps, scalars, lrs, decays, strict=True)
@@ -192,8 +199,16 @@ class Trajectory:
                 groups,
                 updates,
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path} is not a trajectory of zofo, or is damaged ({error!r}); copy it again"
             ) from error
         return trajectory, header
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of a file's whole content: one changed bit would be another model."""
+    text = json.dumps(header) + fingerprint(tensors)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
