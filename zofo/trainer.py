@@ -30,6 +30,7 @@ from zofo.estimator import GeneratorState
 from zofo.methods import apply_method, get_method, param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
+from zofo.trajectory import Trajectory
 
 
 @dataclass
@@ -117,6 +118,16 @@ class HybridMixin:
             f"{type(self.args).__name__} carries no hybrid options; "  # type: ignore[attr-defined]
             "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
         )
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """How the base has moved; None where it is not of the zeroth order."""
+        return None if self._history is None else self._history.optimizer.trajectory
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base before training; None where it is not of the zeroth order."""
+        return None if self._history is None else self._history.fingerprint
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; removes the copy of the original base when training has ended well."""
