@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.conftest import ADAPTERS, assert_same_bits, bits, build
+from tests.conftest import ADAPTERS, assert_same_bits, batch_for, bits, build, loss_of
 from tests.training import (
     Recorder,
     Rows,
     arguments,
     trainer_for,
 )
-from zofo.checkpoint import ORIGINAL_BASE_FILE, TRAJECTORY_FILE
+from zofo.checkpoint import ORIGINAL_BASE_FILE, TRAJECTORY_FILE, load_checkpoint
 from zofo.errors import UserError
 from zofo.methods import split_parameters
 from zofo.trainer import HybridTrainer
@@ -116,6 +117,40 @@ def test_the_best_checkpoint_with_the_original_base_from_the_user(tmp_path):
     trainer.train()
     assert_same_bits(bits(model), recorder.weights[trainer.state.best_global_step])
     assert not (tmp_path / ORIGINAL_BASE_FILE).exists()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_checkpoint_loads_as_the_trained_model_and_not_silently_as_another(tmp_path, adapter):
+    model = build("llama", adapter)
+    trainer = trainer_for(tmp_path, model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = load_checkpoint(build("llama", None), tmp_path / "final")
+    assert_same_bits(dict(split_parameters(loaded).base), dict(split_parameters(model).base))
+    with torch.no_grad():
+        batch = batch_for("llama")
+        assert torch.equal(loss_of(loaded, batch), loss_of(model.eval(), batch))
+
+    with pytest.raises(UserError, match="load the base that the run began with"):
+        load_checkpoint(build("llama", None, seed=7), tmp_path / "final")
+    with pytest.warns(UserWarning, match="zofo_load_with"):
+        peft.PeftModel.from_pretrained(build("llama", None), str(tmp_path / "final"))
+
+
+def test_an_adapter_of_another_name_comes_back(tmp_path):
+    def model():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = peft.LoraConfig(
+                task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False
+            )
+            return peft.get_peft_model(build("llama", None), config, adapter_name="mine")
+
+    whole, rest = model(), model()
+    trainer_for(tmp_path, whole, save_strategy="steps", save_steps=2).train()
+    trainer = trainer_for(tmp_path, rest)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_bits(bits(rest), bits(whole))
 
 
 class KilledError(Exception):
@@ -231,8 +266,6 @@ def test_full_fine_tuning_goes_back_to_the_best(tmp_path, method):
 
 
 def test_a_reparametrised_prefix_resumes(tmp_path):
-    import peft
-
     def model():
         with torch.random.fork_rng():
             torch.manual_seed(0)

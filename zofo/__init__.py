@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
     from zofo.methods import METHODS as METHODS
     from zofo.methods import param_groups as param_groups
@@ -37,6 +38,7 @@ _HOMES = {
     "SelfCheckError": "perturb",
     "Trajectory": "trajectory",
     "UserError": "errors",
+    "load_checkpoint": "checkpoint",
     "param_groups": "methods",
     "split_parameters": "methods",
 }

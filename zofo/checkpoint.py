@@ -7,18 +7,23 @@
 The trained base itself is not in it. To go to a checkpoint is to start from the original base and
 replay. Within one run the base has moved on, so going back needs the original: the user's, or a
 copy that is written when training begins and removed when it has ended.
+
+`PeftModel.from_pretrained` would join the adapter to a base that it was not trained with. A mark in
+adapter_config.json makes it warn; `load_checkpoint` does what is meant.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zofo.errors import UserError
-from zofo.files import fingerprint, read_tensors, write_tensors
+from zofo.files import fingerprint, read_tensors, write_json, write_tensors
 from zofo.methods import split_parameters
 from zofo.optim import HybridOptimizer
 from zofo.trajectory import Trajectory
@@ -26,6 +31,8 @@ from zofo.trajectory import Trajectory
 TRAJECTORY_FILE = "base_trajectory.safetensors"
 PROMPT_FILE = "prompt_encoder.safetensors"
 ORIGINAL_BASE_FILE = "base_original.safetensors"
+MARK = "zofo_load_with"
+"""Key in adapter_config.json, which peft does not know and warns of."""
 
 
 class BaseHistory:
@@ -67,8 +74,14 @@ class BaseHistory:
             self._num_updates_in_copy = None
 
     def save(self, folder: Path) -> None:
-        """Write the trajectory."""
+        """Write the trajectory beside the adapter, and mark the adapter as not enough."""
         self.optimizer.trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint)
+        for name in getattr(self.model, "peft_config", {}):
+            path = _adapter_folder(folder, name) / "adapter_config.json"
+            if not path.exists():
+                continue
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
 
     def go_to(self, folder: Path) -> None:
         """Bring the base to where the trajectory in a checkpoint ends.
@@ -89,12 +102,8 @@ class BaseHistory:
             start = self._restore_original() if len(present) else 0
             if target.updates[:start] != present.updates[:start]:
                 raise UserError(f"{folder} belongs to another run than this trainer's base")
-            expected = header.get("base_fingerprint")
-            if not start and expected != (found := fingerprint(self.base)):
-                raise UserError(
-                    f"{folder} continues the base {expected}, this model's base is {found}; load "
-                    "the base that the run began with"
-                )
+            if not start:
+                _check_base(self.base, header, folder)
             target.replay(self.base, start=start)
         self.fingerprint = header.get("base_fingerprint")
         self.optimizer.trajectory = target
@@ -113,6 +122,40 @@ class BaseHistory:
         for name, parameter in self.base.items():
             parameter.data.copy_(values[name])
         return num_updates
+
+
+def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
+    """The trained model of a checkpoint, or of a folder that a hybrid trainer's save_model wrote.
+
+    Args:
+        base: the model that the run began with, without adapter; changed in place.
+        folder: where the adapter and the base's trajectory are.
+
+    Returns:
+        The `PeftModel`, in evaluation mode.
+
+    Raises:
+        UserError: if the folder holds no trajectory, or that of another base.
+    """
+    from peft import PeftModel
+
+    trajectory, header = Trajectory.load(Path(folder) / TRAJECTORY_FILE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{MARK}.*")
+        model: Any = PeftModel.from_pretrained(base, str(folder))
+    moved = split_parameters(model).base
+    _check_base(moved, header, Path(folder))
+    trajectory.replay(moved)
+    return model.eval()
+
+
+def _check_base(base: Mapping[str, Tensor], header: Mapping[str, Any], folder: Path) -> None:
+    expected, found = header.get("base_fingerprint"), fingerprint(base)
+    if expected != found:
+        raise UserError(
+            f"{folder} continues the base {expected}, this model's base is {found}; load the base "
+            "that the run began with"
+        )
 
 
 def is_peft(model: Any) -> bool:
@@ -139,5 +182,10 @@ def load_adapter(model: Any, folder: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     name = model.active_adapters[0]
-    weights = load_peft_weights(str(folder if name == "default" else folder / name), device="cpu")
+    weights = load_peft_weights(str(_adapter_folder(folder, name)), device="cpu")
     set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def _adapter_folder(folder: Path, name: str) -> Path:
+    """Where peft saves the adapter of that name."""
+    return folder if name == "default" else folder / name
