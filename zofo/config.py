@@ -41,7 +41,7 @@ class ModelConfig(_Section):
         "auto", description="classification puts a fresh head on an encoder"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the base; the adapter follows"
+        "float32", description="of the base; peft keeps adapters in float32"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub id")
     trust_remote_code: bool = Field(False, description="run code from the model's repository")

@@ -163,6 +163,25 @@ def load_model(
     return model, tokenizer
 
 
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A model's tokenizer, without the model.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import transformers as hf
+
+    source = resolve(name)
+    with _hub_errors(name), quiet():
+        tokenizer = hf.AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    _prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
 def empty_model(
     name: str,
     *,
@@ -212,6 +231,12 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
 
 def prepare(model: Any, tokenizer: Any) -> None:
     """What training and scoring rely on: padding on the right, a pad token, no cache."""
+    _prepare_tokenizer(tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+
+
+def _prepare_tokenizer(tokenizer: Any) -> None:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -219,8 +244,6 @@ def prepare(model: Any, tokenizer: Any) -> None:
                 "the tokenizer has neither a pad nor an end token; set tokenizer.pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False
 
 
 @contextlib.contextmanager

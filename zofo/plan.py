@@ -1,0 +1,156 @@
+"""What a run would do, without weights: parameters by block, memory, cost.
+
+Memory is an estimate: weights, gradients and optimizer states are exact, the scratch is that of the
+largest layer, activations follow Korthikanti et al. (2022), 34 · batch · length · hidden values'
+bytes a layer at two bytes a value, without attention matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zofo.adapters import create_adapter
+from zofo.config import RunConfig
+from zofo.methods import METHODS, apply_method, param_groups
+from zofo.models import empty_model, load_tokenizer
+from zofo.perturb import Perturbation
+from zofo.run import base_of, forward_equivalents, num_steps
+from zofo.tasks import Splits, load_splits
+from zofo.tasks.encode import Encoded, Encoder
+
+_ACTIVATION_BYTES = 34 / 2
+"""Bytes a layer keeps for each hidden value, over the bytes of a value."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is run.
+
+    Attributes:
+        steps: optimiser steps.
+        forward_equivalents: cost of training, evaluations apart.
+        num_parameters: block -> (order, parameters that move, all parameters).
+        memory_bytes: what -> bytes.
+        num_rows: part -> rows.
+        max_tokens: tokens of the longest sequence.
+        notes: what was done to the rows.
+    """
+
+    steps: int
+    forward_equivalents: int
+    num_parameters: dict[str, tuple[str, int, int]]
+    memory_bytes: dict[str, int]
+    num_rows: dict[str, int]
+    max_tokens: int
+    notes: tuple[str, ...]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Read the data, build the model without weights, count.
+
+    Raises:
+        UserError: for anything that a run would refuse.
+    """
+    tokenizer = load_tokenizer(
+        config.model.name,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    base = base_of(config, splits)
+    encoder = Encoder(tokenizer, head=base.head, max_length=config.task.max_length)
+    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    model: Any = empty_model(
+        base.name,
+        head=base.head,  # type: ignore[arg-type]
+        dtype=base.dtype,
+        num_labels=base.num_labels,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+    )
+    config_of_model = model.config
+    if METHODS[config.method].needs_adapter:
+        adapter = config.adapter
+        model = create_adapter(
+            model,
+            adapter.type,
+            head=base.head,  # type: ignore[arg-type]
+            r=adapter.r,
+            alpha=adapter.alpha,
+            targets=adapter.targets,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            config_file=adapter.config_file,
+        )
+    return Plan(
+        steps=num_steps(config, len(rows["train"])),
+        forward_equivalents=forward_equivalents(config, num_steps(config, len(rows["train"]))),
+        num_parameters=_parameters(model, config),
+        memory_bytes=_memory(model, config, config_of_model, rows["train"]),
+        num_rows=_num_rows(splits),
+        max_tokens=max(row.length for part in rows.values() for row in part),
+        notes=splits.notes,
+    )
+
+
+def _num_rows(splits: Splits) -> dict[str, int]:
+    return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
+
+
+def _parameters(model: nn.Module, config: RunConfig) -> dict[str, tuple[str, int, int]]:
+    blocks, method = apply_method(model, config.method), METHODS[config.method]
+    groups = _groups(model, config)
+    counts = {}
+    for block, parameters in (("base", blocks.base), ("adapter", blocks.adapter)):
+        moved = sum(p.numel() for g in groups if g["block"] == block for p in g["params"])
+        total = sum(p.numel() for p in parameters.values())
+        counts[block] = (str(getattr(method, block)), moved, total)
+    return counts
+
+
+def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    return param_groups(
+        model,
+        config.method,
+        base_lr=config.base_lr if config.base_lr is not None else 0.0,
+        adapter_lr=config.adapter_lr or 0.0,
+    )
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _memory(
+    model: nn.Module, config: RunConfig, model_config: Any, train: Sequence[Encoded]
+) -> dict[str, int]:
+    groups = _groups(model, config)
+    first = [p for g in groups if g["order"] == "first" for p in g["params"]]
+    zeroth = [g for g in groups if g["order"] == "zeroth"]
+    states = 2 if config.optimizer == "adamw" else 0
+    scratch = 0
+    if zeroth:
+        view = Perturbation(
+            model,
+            [p for g in zeroth for p in g["params"]],
+            [t for g in zeroth for t in g["tensors"]],
+            seed=0,
+        )
+        scratch = view.largest_layer_bytes
+    longest = sorted((row.length * len(row.rows) for row in train), reverse=True)
+    tokens = sum(longest[: config.batch_size])
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
+    hidden = getattr(text, "hidden_size", 0)
+    layers = getattr(text, "num_hidden_layers", 0)
+    value = next(model.parameters()).element_size()
+    kept = 1 if config.gradient_checkpointing or not first else layers
+    return {
+        "weights": _bytes(list(model.parameters())),
+        "gradients": _bytes(first),
+        "optimizer states": states * _bytes(first),
+        "perturbation scratch": scratch,
+        "activations (estimate)": int(_ACTIVATION_BYTES * value * tokens * hidden * kept),
+    }

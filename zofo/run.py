@@ -1,0 +1,363 @@
+"""One run: read, measure, train, measure again, save.
+
+run.yaml           the resolved configuration
+environment.json   versions, machine, device
+metrics.jsonl      what was logged, one object a line
+checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
+result.json        scores before and after with intervals, cost
+artifact/          what one ships
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from zofo.adapters import create_adapter
+from zofo.artifact import Artifact, BaseModel, save_artifact
+from zofo.config import RunConfig, load_config
+from zofo.environment import check_device, environment, peak_memory_bytes
+from zofo.errors import UserError
+from zofo.evaluate import Metrics, evaluate
+from zofo.files import fingerprint, write_json, write_text
+from zofo.methods import METHODS, split_parameters
+from zofo.models import head_of, load_tokenizer
+from zofo.progress import new_progress
+from zofo.task_trainer import build_trainer, close_displays
+from zofo.tasks import Splits, TaskSpec, load_splits
+from zofo.tasks.encode import Collator, Encoded, Encoder
+
+CONFIG_FILE: Final = "run.yaml"
+RESULT_FILE: Final = "result.json"
+_FORWARDS_PER_GRADIENT: Final = {"adapter": 2, "base": 3}
+"""A backward costs about one forward for an adapter's gradient, two for every weight's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: the run folder.
+        before, after: scores on the test rows.
+        cost: seconds, forward-equivalents, peak memory, bytes of the artefact.
+    """
+
+    folder: Path
+    before: Metrics
+    after: Metrics
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, checked, nothing trained yet."""
+
+    base: BaseModel
+    model: nn.Module
+    tokenizer: Any
+    splits: Splits
+    rows: dict[str, list[Encoded]]
+    collator: Collator
+    base_fingerprint: str
+
+
+def base_of(config: RunConfig, splits: Splits) -> BaseModel:
+    """The base that a configuration names.
+
+    Raises:
+        UserError: if its head does not suit the model.
+    """
+    model = config.model
+    head = model.head
+    if head == "auto":
+        head = head_of(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if head == "classification" and splits.kind != "classification":
+        raise UserError(
+            f"{model.name} with a classification head cannot do task {config.task.name}, which has "
+            "no fixed classes; choose a decoder, such as smollm2-135m"
+        )
+    return BaseModel(
+        model.name,
+        head=head,
+        dtype=model.dtype,
+        num_labels=max(2, len(splits.labels)),
+        seed=config.seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read data and model, attach the adapter, encode the rows; trains and writes nothing.
+
+    Raises:
+        UserError: for anything wrong with data, model or adapter.
+    """
+    tokenizer = (
+        load_tokenizer(
+            config.model.name,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if config.task.name == "chat"
+        else None
+    )
+    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    base = base_of(config, splits)
+    model, tokenizer = base.load()
+    if METHODS[config.method].needs_adapter:
+        adapter = config.adapter
+        model = create_adapter(
+            model,
+            adapter.type,
+            head=base.head,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            r=adapter.r,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            init_text=adapter.init_text,
+            config_file=adapter.config_file,
+            seed=config.seed,
+        )
+    encoder = Encoder(tokenizer, head=base.head, max_length=config.task.max_length)
+    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    return Prepared(
+        base,
+        model,
+        tokenizer,
+        splits,
+        rows,
+        Collator(tokenizer.pad_token_id),
+        fingerprint(split_parameters(model).base),
+    )
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: Path | None = None,
+    console: Console | None = None,
+    on_start: Callable[[Path], None] | None = None,
+) -> Result:
+    """Run a configuration.
+
+    Args:
+        config: resolved, as from `load_config`.
+        resume: a run folder to continue from its newest checkpoint.
+        console: where progress goes; default: stderr.
+        on_start: called with the run folder once everything is checked.
+
+    Raises:
+        UserError: before any work, for anything wrong with the configuration, data or folders.
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    check_device(config.device)
+    folder = resume or new_folder(config)
+    prepared = prepare(config)
+    for note in prepared.splits.notes:
+        console.print(f"note: {note}", highlight=False)
+    base = prepared.base
+    trainer = build_trainer(
+        config,
+        prepared.model,
+        prepared.rows,
+        kind=prepared.splits.kind,
+        collator=prepared.collator,
+        original_base=lambda: dict(split_parameters(base.load()[0]).base),
+        total_steps=num_steps(config, len(prepared.rows["train"])),
+        folder=folder,
+        console=console,
+    )
+    checkpoint = newest_checkpoint(folder) if resume is not None else None
+    _begin_folder(folder, config)
+    if on_start is not None:
+        on_start(folder)
+
+    device = trainer.args.device
+    prepared.model.to(device)
+    before = _measured(prepared, prepared.model, config, console, "before")
+    began = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        close_displays(trainer)
+    trained_s = time.monotonic() - began
+    after = _measured(prepared, prepared.model, config, console, "after")
+
+    optimizer = trainer._hybrid
+    assert optimizer is not None
+    artifact = save_artifact(
+        folder / "artifact",
+        prepared.model,
+        base=prepared.base,
+        method=config.method,
+        trajectory=optimizer.trajectory if optimizer.trajectory.groups else None,
+        base_fingerprint=prepared.base_fingerprint,
+        tokenizer=prepared.tokenizer,
+        task=config.task.model_dump(),
+        labels=prepared.splits.labels,
+    )
+    cost = {
+        "steps": trainer.state.global_step,
+        "train_s": round(trained_s, 3),
+        "total_s": round(time.monotonic() - started, 3),
+        "forward_equivalents": forward_equivalents(config, trainer.state.global_step),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+    }
+    result = Result(folder, before, after, cost)
+    best = trainer.state.best_model_checkpoint
+    write_json(
+        folder / RESULT_FILE,
+        {
+            "method": config.method,
+            "task": config.task.name,
+            "model": config.model.name,
+            "adapter": config.adapter.type,
+            "seed": config.seed,
+            "test": {"before": before.as_dict(), "after": after.as_dict()},
+            "best_dev": trainer.state.best_metric,
+            "best_checkpoint": Path(best).name if best else None,
+            "cost": cost,
+            "notes": list(prepared.splits.notes),
+        },
+    )
+    return result
+
+
+def num_steps(config: RunConfig, num_rows: int) -> int:
+    """Optimiser steps of a run on that many training rows."""
+    if config.steps is not None:
+        return config.steps
+    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))
+    return max(1, round(float(config.epochs or 1) * per_epoch))
+
+
+def forward_equivalents(config: RunConfig, steps: int) -> int:
+    """Cost of training in forwards of one micro-batch without gradients, evaluations apart."""
+    orders = METHODS[config.method]
+    gradient = max(
+        (
+            _FORWARDS_PER_GRADIENT[block]
+            for block in ("adapter", "base")
+            if getattr(orders, block) == "first"
+        ),
+        default=0,
+    )
+    per_direction = 1 if config.estimator == "forward" else 2
+    moves = "zeroth" in (orders.base, orders.adapter)
+    differences = config.num_directions * per_direction if moves else 0
+    return steps * config.accumulation * (max(gradient, 1) + differences)
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The run folder: the configured one, which must be new or empty, or a numbered default.
+
+    Raises:
+        UserError: if it holds something.
+    """
+    if config.output_dir is not None:
+        folder = Path(config.output_dir).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"output_dir {folder} exists and is not empty; choose another, remove it, or "
+                f"continue it with 'zofo train --resume {folder}'"
+            )
+        return folder
+    name = f"{config.task.name}-{config.method}"
+    if config.adapter.type != "none":
+        name += f"-{config.adapter.type}"
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def resumed_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        UserError: if it is none, or has no checkpoint to continue from.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder")
+    if newest_checkpoint(folder) is None:
+        raise UserError(f"{folder} holds no checkpoint to continue from; start it anew")
+    return load_config(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step that is complete."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.partition("-")[2]
+        if number.isdigit() and (path / "trainer_state.json").is_file():
+            found.append((int(number), path))
+    return max(found)[1] if found else None
+
+
+def evaluate_artifact(
+    artifact: Artifact,
+    task: TaskSpec,
+    *,
+    seed: int = 0,
+    part: str = "test",
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> Metrics:
+    """Scores of a loaded model on a task's rows.
+
+    Raises:
+        UserError: for data that cannot be read or does not suit the model.
+    """
+    splits = load_splits(task, seed=seed, tokenizer=artifact.tokenizer)
+    if artifact.base.head == "classification" and len(splits.labels) != artifact.base.num_labels:
+        raise UserError(
+            f"the model tells {artifact.base.num_labels} classes apart, the task has "
+            f"{len(splits.labels)} ({', '.join(splits.labels) or 'none'}); choose the task it was "
+            "trained on"
+        )
+    encoder = Encoder(artifact.tokenizer, head=artifact.base.head, max_length=task.max_length)
+    rows = [encoder(row) for row in splits.part(part)]
+    collator = Collator(artifact.tokenizer.pad_token_id)
+    return evaluate(
+        artifact.model, rows, collator, kind=splits.kind, batch_size=batch_size, progress=progress
+    )
+
+
+def _measured(
+    prepared: Prepared, model: nn.Module, config: RunConfig, console: Console, when: str
+) -> Metrics:
+    rows = prepared.rows["test"]
+    with new_progress(console, "rows") as progress:
+        task = progress.add_task(f"test {when}", total=len(rows), text="")
+        return evaluate(
+            model,
+            rows,
+            prepared.collator,
+            kind=prepared.splits.kind,
+            batch_size=config.eval_batch_size,
+            progress=lambda num: progress.advance(task, num),
+        )
+
+
+def _begin_folder(folder: Path, config: RunConfig) -> None:
+    write_text(folder / CONFIG_FILE, config.to_yaml())
+    write_json(folder / "environment.json", environment())

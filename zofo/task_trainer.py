@@ -1,0 +1,174 @@
+"""`HybridTrainer` on a task: the loss is its objective, the dev scores are zofo's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
+
+from zofo.config import RunConfig
+from zofo.evaluate import evaluate
+from zofo.models import quiet
+from zofo.progress import MetricsFile, TrainingDisplay
+from zofo.tasks.encode import Collator, Encoded, objective_loss
+from zofo.trainer import HybridArguments, HybridTrainer
+
+
+class TaskTrainer(HybridTrainer):
+    """`HybridTrainer` on a task: its loss is the task's objective, its dev scores zofo's."""
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: str,
+        kind: str,
+        dev: Sequence[Encoded],
+        collator: Collator,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, data_collator=collator, eval_dataset=dev, **kwargs)
+        self.objective: Any = objective
+        self.kind: Any = kind
+        self.dev, self.collator = dev, collator
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The task's training loss."""
+        loss = objective_loss(model, inputs, self.objective)
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores on dev, under Trainer's names."""
+        metrics = evaluate(
+            self.model,  # type: ignore[arg-type]
+            self.dev if eval_dataset is None else eval_dataset,
+            self.collator,
+            kind=self.kind,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+
+class _MeasureAtTheEnd(TrainerCallback):
+    """The last step is a candidate for the best, whatever the interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+        return control
+
+
+def _checkpointing(is_wanted: bool) -> dict[str, Any]:
+    """Trainer's argument, under the name that this transformers has for it."""
+    new_name = "activation_checkpointing"
+    has_new = new_name in HybridArguments.__dataclass_fields__
+    return {new_name if has_new else "gradient_checkpointing": True} if is_wanted else {}
+
+
+def close_displays(trainer: TaskTrainer) -> None:
+    """Take the progress bar off the screen, however training ended."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrainingDisplay):
+            callback.close()
+
+
+def build_trainer(
+    config: RunConfig,
+    model: nn.Module,
+    rows: Mapping[str, Sequence[Encoded]],
+    *,
+    kind: str,
+    collator: Collator,
+    original_base: Callable[[], Mapping[str, Tensor]],
+    total_steps: int,
+    folder: Path,
+    console: Console,
+) -> TaskTrainer:
+    """The trainer of a run; its construction checks method against model.
+
+    Args:
+        config: resolved.
+        model: adapter attached.
+        rows: encoded rows of "train" and "dev".
+        kind: the task's.
+        collator: of the rows.
+        original_base: as for `HybridMixin`.
+        total_steps: optimiser steps.
+        folder: the run folder.
+        console: for progress.
+    """
+    every = min(config.eval_every or max(1, total_steps // 4), total_steps)
+    arguments = HybridArguments(
+        output_dir=str(folder),
+        method=config.method,
+        base_lr=config.base_lr if config.base_lr is not None else 0.0,
+        learning_rate=config.adapter_lr or 0.0,
+        optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.adapter_weight_decay,
+        base_weight_decay=config.base_weight_decay,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        eps=config.eps,
+        estimator=config.estimator,
+        num_directions=config.num_directions,
+        distribution=config.distribution,
+        replay_dropout=config.replay_dropout,
+        self_check=config.self_check,
+        sampling=config.sampling,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        **_checkpointing(config.gradient_checkpointing),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=config.select_best,
+        metric_for_best_model=f"eval_{config.select_by}",
+        greater_is_better=config.select_by == "accuracy",
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    with quiet():
+        trainer = TaskTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows["train"],
+            original_base=original_base,
+            objective=config.task.objective,
+            kind=kind,
+            dev=rows["dev"],
+            collator=collator,
+            callbacks=[
+                MetricsFile(folder / "metrics.jsonl"),
+                TrainingDisplay(console, config.batch_size * config.accumulation),
+                _MeasureAtTheEnd(),
+            ],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
