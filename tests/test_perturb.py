@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -170,6 +171,19 @@ def test_modules_that_read_their_children_are_swapped_whole(module):
         with view_of(model).at(0.1, step=0, self_check=True):
             seen = model(x)
         assert torch.equal(seen, twin(x))
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"trainable_token_indices": [1, 2]}])
+def test_adapters_that_read_their_base_layer(option):
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, **option
+    )
+    model = peft.get_peft_model(build("llama", None), config).eval()
+    batch, twin = batch_for("llama"), really_perturbed(model, 1e-2, step=3)
+    with torch.no_grad():
+        with view_of(model).at(1e-2, step=3, self_check=True):
+            seen = loss_of(model, batch)
+        assert torch.equal(seen, loss_of(twin, batch))
 
 
 def test_gradient_checkpointing_of_the_first_order_pass():

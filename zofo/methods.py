@@ -25,6 +25,12 @@ Order = Literal["first", "zeroth", "frozen"]
 ADAPTER_TENSORS_FROM: Final = 1 << 19
 """Adapter tensors are numbered from here on, so that they share no direction with the base."""
 
+_ADALORA_RANK: Final = "ranknum"
+"""AdaLoRA keeps its present rank as a parameter that nothing trains."""
+
+_MIXED_KINDS: Final = ("ADAPTION_PROMPT", "CPT")
+"""Kinds of adapter whose trained weights cannot be told by name."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -56,7 +62,7 @@ def get_method(name: str) -> Method:
         UserError: if there is none; names the nearest.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        near = difflib.get_close_matches(name.lower(), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"method {name!r} does not exist; {hint}choose one of {', '.join(METHODS)}")
     return METHODS[name]
@@ -111,10 +117,14 @@ def split_parameters(model: nn.Module) -> Blocks:
     wrapper = _wrapper_prefix(model)
     base, adapter, numbered = {}, {}, []
     for i, parameter in parameters.items():
+        if markers is not None and any(f".{_ADALORA_RANK}." in name for name in names[i]):
+            continue
         if is_adapter[i]:
             adapter[min(names[i])] = parameter
             continue
-        canonical = min(canonical_name(name, wrapper) for name in names[i])
+        # Prompt learning registers the embedding a second time, outside the wrapped model.
+        own = [name for name in names[i] if name.startswith(wrapper)] or names[i]
+        canonical = min(canonical_name(name, wrapper) for name in own)
         numbered.append(canonical)
         # peft keeps the module that a trained copy replaced; the forward does not use it.
         if not all("original_module." in name for name in names[i]):
@@ -130,7 +140,9 @@ def canonical_name(name: str, wrapper: str = "") -> str:
         wrapper: the prefix that peft's wrapping adds.
     """
     name = name.removeprefix(wrapper)
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    for inserted in (".token_adapter.", ".base_layer.", ".original_module."):
+        name = name.replace(inserted, ".")
+    return name
 
 
 def _wrapper_prefix(model: nn.Module) -> str:
@@ -138,6 +150,22 @@ def _wrapper_prefix(model: nn.Module) -> str:
     if not hasattr(model, "peft_config"):
         return ""
     return "base_model.model." if hasattr(model.base_model, "prefix") else "base_model."
+
+
+def _check_adapter_kinds(model: nn.Module) -> None:
+    """Refuse what would put one weight into both blocks, or a frozen one into the adapter."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "bias", "none") != "none":
+            raise UserError(
+                f"adapter {name!r} has bias={config.bias!r}, which trains biases of the base as "
+                "part of the adapter; the base moves by the method's own order: use bias='none'"
+            )
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in _MIXED_KINDS:
+            raise UserError(
+                f"adapter {name!r} is of kind {kind}, which zofo cannot tell from the base; choose "
+                "LoRA, prefix tuning, prompt tuning or another kind"
+            )
 
 
 def _adapter_markers(model: nn.Module) -> list[str] | None:
@@ -153,7 +181,8 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
     """Set `requires_grad` as the method's orders ask, and return the blocks.
 
     Raises:
-        UserError: if the method moves an adapter and the model has none, or the other way round.
+        UserError: if the method moves an adapter and the model has none, or the other way round,
+            or if the adapter's weights cannot be told from the base's.
     """
     chosen = get_method(method)
     blocks = split_parameters(model)
@@ -167,6 +196,7 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
             f"method {method!r} moves no adapter and the model has one; pass the model without "
             "adapter, or choose hybrid, fo-peft or zo-peft"
         )
+    _check_adapter_kinds(model)
     for parameter in blocks.base.values():
         parameter.requires_grad_(chosen.base == "first")
     for parameter in blocks.adapter.values():

@@ -153,6 +153,17 @@ class Perturbation:
             self._watch = None
 
     @property
+    def largest_layer_bytes(self) -> int:
+        """Size of the scratch that the largest layer will need."""
+        return max(
+            (
+                sum(s.parameter.numel() * s.parameter.element_size() for s in owner.slots)
+                for owner in self._owners
+            ),
+            default=0,
+        )
+
+    @property
     def scratch_bytes(self) -> int:
         """Size of the scratch buffers held between evaluations."""
         return sum(t.numel() * t.element_size() for t in self._scratch.values())
@@ -247,9 +258,10 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _reads_children(module: nn.Module) -> bool:
-    """Peft's DoRA computes the norm of its base layer's weight."""
+    """Peft's DoRA computes the norm of its base layer's weight; trained tokens replace its rows."""
     use_dora = getattr(module, "use_dora", None)
-    return isinstance(use_dora, dict) and any(use_dora.values())
+    is_dora = isinstance(use_dora, dict) and any(use_dora.values())
+    return is_dora or hasattr(module, "trainable_tokens_delta")
 
 
 def _head_read_by(module: nn.Module) -> list[nn.Module]:
