@@ -238,6 +238,7 @@ def test_a_method_that_does_not_fit_is_refused_before_training(tmp_path, adapter
         ({"estimator": "backward"}, "estimator"),
         ({"base_lr": {"*nothing*": 1.0}}, "matches no base parameter"),
         ({"base_lr": -1.0}, "at least 0"),
+        ({"base_lr": "fast"}, "must be a number"),
         ({"sampling": "sorted"}, "sampling"),
     ],
 )
@@ -247,6 +248,48 @@ def test_wrong_values_are_refused_before_the_first_step(tmp_path, changes, match
     with pytest.raises(UserError, match=match):
         trainer_for(tmp_path, model, **changes).train()
     assert_same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "match"),
+    [
+        ("hybrid", {"torch_compile": True}, "torch_compile"),
+        ("zo-peft", {"fp16": True}, "fp16"),
+    ],
+)
+def test_arguments_that_would_void_the_estimate_are_refused(tmp_path, method, changes, match):
+    with pytest.raises(UserError, match=match):
+        trainer_for(tmp_path, method=method, **changes)
+
+
+def test_a_quantized_base_is_refused(tmp_path):
+    model = build("llama", "lora")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        trainer_for(tmp_path, model)
+
+
+def test_an_optimizer_with_modes_is_refused(tmp_path):
+    class ScheduleFree(torch.optim.SGD):
+        def train(self): ...
+
+        def eval(self): ...
+
+    trainer = HybridTrainer(
+        model=build("llama", "lora"),
+        args=arguments(tmp_path),
+        train_dataset=Rows(),
+        optimizer_cls_and_kwargs=(ScheduleFree, {"lr": 0.1}),
+    )
+    with pytest.raises(UserError, match="plain one"):
+        trainer.train()
+
+
+def test_rates_as_text(tmp_path):
+    trainer = trainer_for(tmp_path, base_lr='{"*layers.1.*": 2e-3}', max_steps=1)
+    trainer.train()
+    assert history(trainer, "base_lr") == [2e-3]
 
 
 def test_a_foreign_optimizer_is_refused_and_our_own_is_used(tmp_path):

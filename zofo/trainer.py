@@ -27,9 +27,10 @@ from transformers import Trainer, TrainingArguments
 from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
-from zofo.methods import apply_method, get_method, param_groups
+from zofo.methods import param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
+from zofo.trainer_checks import check_same, check_setup, is_sharded
 from zofo.trajectory import Trajectory
 
 
@@ -105,7 +106,7 @@ class HybridMixin:
         self._measured_step: int | None = None
         self._base_lr: float | None = None
         super().__init__(*args, **kwargs)
-        _check_setup(self, self.hybrid_options.method)
+        check_setup(self, self.hybrid_options.method)
 
     @property
     def hybrid_options(self) -> Any:
@@ -164,7 +165,7 @@ class HybridMixin:
             optimizer._forget_measurements()
         is_first = self._measured_step is None
         self._measured_step = trainer.state.global_step
-        rates = [g["lr"] for g in optimizer.param_groups if g["block"] == "base"]
+        rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
         if optimizer.perturbation is None:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
@@ -175,11 +176,9 @@ class HybridMixin:
             batch = trainer._prepare_inputs(dict(inputs))
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-            return (
-                loss
-                if _is_scaled(trainer, num_items_in_batch)
-                else loss / (trainer.current_gradient_accumulation_steps)
-            )
+            if not _is_scaled(trainer, num_items_in_batch):
+                loss = loss / trainer.current_gradient_accumulation_steps
+            return loss
 
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
@@ -191,7 +190,7 @@ class HybridMixin:
         with _metrics_set_aside(trainer):
             if is_first and self.hybrid_options.self_check and optimizer.replay_dropout:
                 with torch.no_grad(), generators.replayed():
-                    _check_same(loss, closure(), type(self))
+                    check_same(loss, closure(), type(self))
             optimizer.measure(closure, loss, generators)
         return loss
 
@@ -201,22 +200,18 @@ class HybridMixin:
         decayed = set(trainer.get_decay_parameter_names(model))
         chosen = getattr(trainer, "optimizer_cls_and_kwargs", None)
         inner_class, inner_kwargs = chosen or trainer.get_optimizer_cls_and_kwargs(args, model)
-        if not isinstance(inner_class, type) or not {
-            "params",
-            "model",
-            "optimizer_dict",
-        }.isdisjoint(inner_kwargs):
+        is_plain = isinstance(inner_class, type) and not hasattr(inner_class, "eval")
+        if not is_plain or {"params", "model", "optimizer_dict"} & inner_kwargs.keys():
             raise UserError(
-                f"optim is {args.optim!r}, which builds its own parameter groups; choose one that "
-                "takes them, such as adamw_torch or sgd"
+                f"optim is {args.optim!r}, which makes its own parameter groups or switches "
+                "between training and evaluation; choose a plain one, such as adamw_torch or sgd"
             )
-        base_lr = options.base_lr
         return HybridOptimizer(
             param_groups(
                 model,
                 options.method,
-                base_lr=json.loads(base_lr) if isinstance(base_lr, str) else base_lr,
-                adapter_lr=args.learning_rate,
+                base_lr=_rates(options.base_lr),
+                adapter_lr=inner_kwargs.get("lr", args.learning_rate),
                 base_weight_decay=options.base_weight_decay,
                 adapter_weight_decay=args.weight_decay,
                 no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
@@ -268,7 +263,7 @@ class HybridMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         trainer: Any = self
-        if is_peft(trainer.model) and not _is_sharded(trainer):
+        if is_peft(trainer.model) and not is_sharded(trainer):
             load_adapter(trainer.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -286,7 +281,7 @@ class HybridMixin:
     def _load_best_model(self) -> None:
         trainer: Any = self
         best = Path(trainer.state.best_model_checkpoint)
-        if is_peft(trainer.model) and not _is_sharded(trainer):
+        if is_peft(trainer.model) and not is_sharded(trainer):
             load_adapter(trainer.model, best)
         else:
             super()._load_best_model()  # type: ignore[misc]
@@ -298,46 +293,16 @@ class HybridTrainer(HybridMixin, Trainer):
     """`transformers.Trainer` with hybrid steps."""
 
 
-def _check_setup(trainer: Any, method: str) -> None:
-    """Everything that is known to be wrong before the first step."""
-    orders = get_method(method)
-    apply_method(trainer.model, method)
-    args = trainer.args
-    if trainer.optimizer is not None and not isinstance(trainer.optimizer, HybridOptimizer):
+def _rates(base_lr: Any) -> Any:
+    """YAML reads 1e-5 as text, and a command line a map as JSON."""
+    if not isinstance(base_lr, str):
+        return base_lr
+    try:
+        return json.loads(base_lr)
+    except json.JSONDecodeError as error:
         raise UserError(
-            f"optimizers holds {type(trainer.optimizer).__name__}; choose the adapter's optimizer "
-            "by optim or optimizer_cls_and_kwargs, or pass a zofo.HybridOptimizer"
-        )
-    if "zeroth" not in (orders.base, orders.adapter):
-        return
-    wrong = []
-    if args.world_size > 1 or args.n_gpu > 1 or _is_sharded(trainer):
-        wrong.append("several devices: run on one (CUDA_VISIBLE_DEVICES=0), or choose fo-peft")
-    if args.fp16 and "first" not in (orders.base, orders.adapter):
-        wrong.append("fp16=True, which scales gradients where there are none: use bf16=True")
-    if orders.base == "zeroth" and _reference_is_the_base(trainer):
-        wrong.append(
-            "a reference model that is this base, which moves: pass precompute_ref_log_probs=True "
-            "or a ref_model of its own"
-        )
-    if wrong:
-        raise UserError(f"method {method!r} does not work with " + "; nor with ".join(wrong))
-
-
-def _reference_is_the_base(trainer: Any) -> bool:
-    """Trl's preference trainers take the model without its adapter as the reference."""
-    precomputed = getattr(trainer.args, "precompute_ref_log_probs", True)
-    return not precomputed and getattr(trainer, "ref_model", None) is None
-
-
-def _check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
-    """The loss difference means nothing unless a second evaluation gives the same loss."""
-    if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
-        raise UserError(
-            f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "
-            "the same batch; a loss difference needs a compute_loss without side effects or "
-            "randomness of its own"
-        )
+            f"base_lr is {base_lr!r}; it must be a number, or a map from name patterns to numbers"
+        ) from error
 
 
 def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
@@ -347,10 +312,6 @@ def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
         return scaled
     counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return counted or trainer.compute_loss_func is not None
-
-
-def _is_sharded(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 @contextmanager
