@@ -168,14 +168,14 @@ def test_a_fused_head_is_seen_perturbed(adapter, tied):
     assert_same_bits(bits(model), before)
 
 
-def dpo(folder, model, **changes):
+def dpo(folder, model, *, hybrid=OPTIONS, **changes):
     settings = {"bf16": False, "gradient_checkpointing": False, **changes}
     return HybridDPOTrainer(
         model=model,
         args=DPOConfig(**plain_options(folder, **settings)),
         train_dataset=preferences(),
         processing_class=tokenizer(),
-        hybrid=OPTIONS,
+        hybrid=hybrid,
     )
 
 
@@ -189,3 +189,13 @@ def test_dpo_needs_a_reference_that_does_not_move(tmp_path):
     after = bits(model)
     assert all(not torch.equal(before[n], after[n]) for n in before)
     assert len(history(trainer, "rewards/margins")) == 4
+
+
+def test_the_reference_adapter_of_dpo_stays_as_it_is(tmp_path):
+    model = build("llama", "lora")
+    trainer = dpo(tmp_path, model, hybrid=HybridOptions(method="zo-peft"), learning_rate=1e-3)
+    before = bits(model)
+    trainer.train()
+    for name, parameter in bits(model).items():
+        moves = "lora" in name and ".ref." not in name
+        assert torch.equal(parameter, before[name]) != moves, name

@@ -93,7 +93,8 @@ class Blocks:
 def split_parameters(model: nn.Module) -> Blocks:
     """Sort a model's parameters into base and adapter.
 
-    In a `PeftModel` the adapter is what peft added, whatever requires a gradient at the moment. In
+    In a `PeftModel` the adapter is what peft added for the active adapters, whatever requires a
+    gradient at the moment; inactive ones (the frozen reference of trl's DPO) are in no block. In
     another model whose parameters partly require a gradient those are the adapter; otherwise all
     are base. Tied parameters count once, under the first of their sorted names.
     """
@@ -114,13 +115,14 @@ def split_parameters(model: nn.Module) -> Blocks:
             for i in parameters
         }
 
-    wrapper = _wrapper_prefix(model)
+    wrapper, inactive = _wrapper_prefix(model), _inactive_adapters(model)
     base, adapter, numbered = {}, {}, []
     for i, parameter in parameters.items():
         if markers is not None and any(f".{_ADALORA_RANK}." in name for name in names[i]):
             continue
         if is_adapter[i]:
-            adapter[min(names[i])] = parameter
+            if not all(inactive & set(name.split(".")) for name in names[i]):
+                adapter[min(names[i])] = parameter
             continue
         # Prompt learning registers the embedding a second time, outside the wrapped model.
         own = [name for name in names[i] if name.startswith(wrapper)] or names[i]
@@ -175,6 +177,12 @@ def _adapter_markers(model: nn.Module) -> list[str] | None:
     tuner_prefix = getattr(getattr(model, "base_model", None), "prefix", "")
     markers = [".prompt_encoder.", ".modules_to_save.", ".trainable_tokens_"]
     return [*markers, f".{tuner_prefix}"] if tuner_prefix else markers
+
+
+def _inactive_adapters(model: nn.Module) -> set[str]:
+    if not hasattr(model, "peft_config"):
+        return set()
+    return set(model.peft_config) - set(model.active_adapters)  # type: ignore[arg-type]
 
 
 def apply_method(model: nn.Module, method: str) -> Blocks:
