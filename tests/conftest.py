@@ -143,3 +143,17 @@ def _one_thread_and_known_seed():
 @pytest.fixture
 def clone():
     return copy.deepcopy
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory):
+    from tests.tiny import save_decoder
+
+    return str(save_decoder(tmp_path_factory.mktemp("decoder")))
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    from tests.tiny import save_encoder
+
+    return str(save_encoder(tmp_path_factory.mktemp("encoder")))
