@@ -1,0 +1,221 @@
+"""Commands as a user runs them: in processes of their own where exit codes and imports count."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from zofo.cli.app import app
+
+runner = CliRunner()
+
+
+def run(*arguments, input=None):
+    return runner.invoke(app, [str(a) for a in arguments], input=input)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, decoder_folder):
+    """A run folder of a tiny model on a csv."""
+    folder = tmp_path_factory.mktemp("cli")
+    lines = ["text,label"]
+    lines += [f"film {i} is {('great', 'dull')[i % 2]},{('good', 'bad')[i % 2]}" for i in range(60)]
+    (folder / "reviews.csv").write_text("\n".join(lines) + "\n")
+    done = run(
+        "train",
+        f"model={decoder_folder}",
+        "task=classification",
+        f"task.train={folder / 'reviews.csv'}",
+        "task.num_dev=10",
+        "task.num_test=20",
+        "steps=2",
+        "batch_size=4",
+        f"output_dir={folder / 'run'}",
+    )
+    assert done.exit_code == 0, done.output
+    return folder, done.output
+
+
+def test_train_ends_with_a_table_and_where_the_result_lies(trained):
+    folder, output = trained
+    assert "20 held-out rows" in output
+    assert "before" in output
+    assert "AUC" in output
+    assert str(folder / "run") in output
+    for name in ("run.yaml", "environment.json", "metrics.jsonl", "result.json", "artifact"):
+        assert (folder / "run" / name).exists()
+
+
+def test_eval_repeats_the_runs_score(trained):
+    folder, _ = trained
+    done = run("eval", folder / "run", "--json")
+    assert done.exit_code == 0, done.output
+    saved = json.loads((folder / "run" / "result.json").read_text())["test"]["after"]
+    found = json.loads(done.stdout)
+    assert {key: found[key] for key in saved} == saved
+
+
+def test_eval_on_other_rows_and_splits(trained):
+    folder, _ = trained
+    done = run("eval", folder / "run", "--split", "dev", "eval_batch_size=3")
+    assert done.exit_code == 0
+    assert "dev, 10 rows" in done.stdout
+
+
+def test_predict_texts_and_files(trained):
+    folder, _ = trained
+    done = run("predict", folder / "run", "film 1 is great", "film 2 is dull")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["row"] for line in lines] == [1, 2]
+    for line in lines:
+        assert set(line["probabilities"]) == {"good", "bad"}
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+        assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
+    (folder / "new.jsonl").write_text('{"text": "film 1 is great"}\n{"text": "film 2 is dull"}\n')
+    output = folder / "out.jsonl"
+    done = run("predict", folder / "run", "--file", folder / "new.jsonl", "--output", output)
+    assert done.exit_code == 0
+    assert [json.loads(x) for x in output.read_text().splitlines()] == lines
+
+
+def test_completions_are_written(tmp_path, decoder_folder):
+    rows = [{"prompt": f"film {i} is", "completion": " great"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(
+        "train",
+        f"model={decoder_folder}",
+        "task=completion",
+        f"task.train={tmp_path / 'a.jsonl'}",
+        "steps=40",
+        "batch_size=4",
+        "adapter_lr=0.05",
+        "eval_every=20",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.exit_code == 0, done.output
+    assert "perplexity" in done.output
+    done = run("predict", tmp_path / "run", "film 3 is", "--max-new-tokens", "4")
+    assert json.loads(done.stdout)["prediction"] == " great"
+
+
+def test_chat_messages(tmp_path, decoder_folder):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is film {i}?"},
+                {"role": "assistant", "content": "great"},
+            ]
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(
+        "train",
+        f"model={decoder_folder}",
+        "task=chat",
+        f"task.train={tmp_path / 'a.jsonl'}",
+        "steps=40",
+        "batch_size=4",
+        "adapter_lr=0.05",
+        "eval_every=20",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.exit_code == 0, done.output
+    done = run("predict", tmp_path / "run", "What is film 3?", "--max-new-tokens", "4")
+    assert json.loads(done.stdout)["prediction"] == "great"
+
+
+def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
+    folder, _ = trained
+    done = run(
+        "train",
+        "--dry-run",
+        f"model={decoder_folder}",
+        "task=classification",
+        f"task.train={folder / 'reviews.csv'}",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.exit_code == 0
+    for part in ("forward-equivalents", "parameters", "memory", "zeroth", "method: hybrid"):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "stepss=3"], "did you mean steps?"),
+        (["train", "nowhere.yaml"], "does not exist"),
+        (["train", "model=./nowhere", "task=boolq"], "does not exist"),
+        (["train", "task=classification", "task.train=none.csv"], "does not exist"),
+        (["train", "--resume", "nowhere"], "no run folder"),
+        (["train", "device=tpu"], "choose one of"),
+        (["eval", "./nowhere"], "does not exist"),
+        (["eval", "smollm2-135m", "--split", "all"], "choose train, dev or test"),
+        (["eval", "minilm"], "untrained"),
+        (["predict", "smollm2-135m"], "one of the two"),
+        (["tasks", "rotten-tomato"], "did you mean"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_tasks_and_doctor():
+    done = run("tasks")
+    assert all(name in done.stdout for name in ("rotten-tomatoes", "sst2", "boolq", "piqa", "chat"))
+    assert "It was" in run("tasks", "rotten-tomatoes").stdout
+    assert "task.template" in run("tasks", "classification").stdout
+    done = run("doctor")
+    assert done.exit_code == 0
+    assert "torch" in done.stdout
+    assert "as the reference" in done.stdout
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "from zofo.cli.app import app\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'numba', 'numpy') if m in sys.modules])\n"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_importing_zofo_loads_nothing_heavy():
+    code = (
+        "import sys, zofo\n"
+        "print([m for m in ('torch', 'transformers', 'numba', 'peft', 'datasets') "
+        "if m in sys.modules])\n"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_the_installed_command_reports_errors_without_a_traceback(tmp_path):
+    command = Path(sys.executable).parent / "zofo"
+    done = subprocess.run(
+        [command, "train", "steps=none"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

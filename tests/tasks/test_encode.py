@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from tests.conftest import build
+from tests.tiny import make_tokenizer
+from zofo.adapters import create_adapter
+from zofo.errors import UserError
+from zofo.models import load_model
+from zofo.tasks.encode import Collator, Encoder, candidate_scores, objective_loss, token_scores
+from zofo.tasks.spec import Completion, Example
+
+
+def example(prompt, candidates, gold=0):
+    return Example(prompt, tuple(candidates), gold, prompt, 1)
+
+
+ONE_TOKEN = example("the film is It was", [" terrible", " great"], gold=1)
+MANY_TOKENS = example("a dull story", [" that goes nowhere", " loses", " bad mess Label"], gold=2)
+
+
+def score_by_hand(model, tokenizer, prompt, candidate):
+    """Mean log-likelihood of the candidate's tokens, one sequence at a time, all logits."""
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(prompt + candidate)["input_ids"]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    virtual = logits.shape[1] - ids.shape[1]
+    logs = logits[:, virtual:].float().log_softmax(-1)
+    return torch.stack([logs[0, i - 1, ids[0, i]] for i in range(start, ids.shape[1])]).mean()
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix", "prompt"])
+@torch.no_grad()
+def test_scores_are_the_mean_log_likelihoods(decoder_folder, adapter):
+    model, tokenizer = load_model(decoder_folder)
+    if adapter is not None:
+        model = create_adapter(model, adapter, tokenizer=tokenizer)
+    model.eval()
+    examples = [ONE_TOKEN, MANY_TOKENS]
+    encoder = Encoder(tokenizer)
+    batch = Collator(tokenizer.pad_token_id)([encoder(e) for e in examples])
+    scores = candidate_scores(model, batch)
+    assert scores.shape == (2, 3)
+    for row, e in zip(scores, examples, strict=True):
+        expected = [score_by_hand(model, tokenizer, e.prompt, c) for c in e.candidates]
+        assert torch.allclose(row[: len(expected)], torch.stack(expected), atol=1e-5)
+        assert (row[len(expected) :] == -torch.inf).all()
+
+
+def test_one_token_candidates_share_one_sequence():
+    encoded = Encoder(make_tokenizer())(example("It was", [" great", " bad"]))
+    assert len(encoded.rows) == 1
+    assert len(Encoder(make_tokenizer())(MANY_TOKENS).rows) == 3
+
+
+@torch.no_grad()
+def test_objectives_by_their_definition(decoder_folder):
+    model, tokenizer = load_model(decoder_folder)
+    encoder = Encoder(tokenizer)
+    batch = Collator(tokenizer.pad_token_id)([encoder(ONE_TOKEN), encoder(MANY_TOKENS)])
+    scores = candidate_scores(model, batch)
+    right = torch.stack([scores[0, 1], scores[1, 2]])
+    assert torch.allclose(objective_loss(model, batch, "gold"), -right.mean())
+    expected = (torch.logsumexp(scores, 1) - right).mean()
+    assert torch.allclose(objective_loss(model, batch, "candidates"), expected)
+
+
+@torch.no_grad()
+def test_the_loss_of_completions_is_transformers_own(decoder_folder):
+    model, tokenizer = load_model(decoder_folder)
+    row = Completion((("the film", False), (" is great", True)), "", 1)
+    encoded = Encoder(tokenizer)(row)
+    batch = Collator(tokenizer.pad_token_id)([encoded])
+    prompt = tokenizer("the film")["input_ids"]
+    whole = prompt + tokenizer(" is great")["input_ids"] + [tokenizer.eos_token_id]
+    labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
+    expected = model(input_ids=torch.tensor([whole]), labels=labels).loss
+    assert torch.allclose(objective_loss(model, batch), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_padding_changes_no_score(decoder_folder):
+    model, tokenizer = load_model(decoder_folder)
+    encoder, collator = Encoder(tokenizer), Collator(tokenizer.pad_token_id)
+    long = example("a warm and clever story that never loses its way " * 2, [" great", " bad"])
+    alone = candidate_scores(model, collator([encoder(ONE_TOKEN)]))[0]
+    beside = candidate_scores(model, collator([encoder(ONE_TOKEN), encoder(long)]))[0]
+    assert torch.allclose(alone, beside, atol=1e-6)
+
+
+@torch.no_grad()
+def test_architectures_without_logits_to_keep(monkeypatch):
+    model = build("llama", "prompt").eval()
+    batch = Collator(0)([Encoder(FakeTokenizer())(example("1 2 3", ["4", "5"]))])
+    kept = token_scores(model, batch).log_likelihood
+    monkeypatch.setattr("zofo.tasks.encode._keeps_logits", lambda model: False)
+    assert torch.allclose(token_scores(model, batch).log_likelihood, kept, atol=1e-6)
+
+
+class FakeTokenizer:
+    """Digits are tokens."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [int(c) for c in text if c.isdigit()]}
+
+
+def test_long_prompts_lose_their_beginning():
+    encoded = Encoder(FakeTokenizer(), max_length=8)(example("1" * 20 + "23", ["45", "6"]))
+    assert encoded.rows == ((1, 1, 1, 1, 1, 2, 3, 4), (1, 1, 1, 1, 1, 2, 3))
+    assert [[token for _, _, token in c] for c in encoded.targets] == [[4, 5], [6]]
+
+
+def test_an_empty_prompt_conditions_on_a_start_token():
+    encoded = Encoder(FakeTokenizer())(example("", ["4", "5"]))
+    assert encoded.rows == ((0,),)
+
+
+def test_a_candidate_without_tokens_is_refused():
+    with pytest.raises(UserError, match="adds no token"):
+        Encoder(FakeTokenizer())(example("12", ["", "3"]))
+
+
+def test_encoders_see_the_text_alone(encoder_folder):
+    model, tokenizer = load_model(encoder_folder, head="classification", num_labels=2)
+    row = Example("ignored", (" a", " b"), 1, "the film", 1)
+    encoded = Encoder(tokenizer, head="classification")(row)
+    assert list(encoded.rows[0]) == tokenizer("the film")["input_ids"]
+    batch = Collator(tokenizer.pad_token_id)([encoded])
+    model.eval()
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits.log_softmax(-1)
+    assert torch.allclose(candidate_scores(model, batch), logits)
+    assert torch.allclose(objective_loss(model, batch), -logits[0, 1])
