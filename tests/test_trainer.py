@@ -262,6 +262,14 @@ def test_arguments_that_would_void_the_estimate_are_refused(tmp_path, method, ch
         trainer_for(tmp_path, method=method, **changes)
 
 
+def test_a_trainer_that_generates_its_batches_is_refused(tmp_path):
+    class Online(HybridTrainer):
+        def _generate_and_score_completions(self): ...
+
+    with pytest.raises(UserError, match="generate their batches"):
+        trainer_for(tmp_path, cls=Online)
+
+
 def test_a_quantized_base_is_refused(tmp_path):
     model = build("llama", "lora")
     layer = model.get_base_model().model.layers[0].mlp.up_proj

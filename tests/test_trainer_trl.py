@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.conftest import VOCABULARY, assert_same_bits, batch_for, bits, build
@@ -199,3 +199,28 @@ def test_the_reference_adapter_of_dpo_stays_as_it_is(tmp_path):
     for name, parameter in bits(model).items():
         moves = "lora" in name and ".ref." not in name
         assert torch.equal(parameter, before[name]) != moves, name
+
+
+def test_kto_needs_a_reference_that_does_not_move(tmp_path):
+    class HybridKTOTrainer(HybridMixin, KTOTrainer):
+        pass
+
+    def kto(**changes):
+        rows = [
+            {"prompt": f"w{i}", "completion": f" w{i + 1} w{i + 2}", "label": i % 2 == 0}
+            for i in range(NUM_ROWS)
+        ]
+        settings = {"bf16": False, "gradient_checkpointing": False, **changes}
+        return HybridKTOTrainer(
+            model=build("llama", "lora"),
+            args=KTOConfig(**plain_options(tmp_path, **settings)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            hybrid=OPTIONS,
+        )
+
+    with pytest.raises(UserError, match="precompute_ref_log_probs"):
+        kto()
+    trainer = kto(precompute_ref_log_probs=True)
+    trainer.train()
+    assert len(trainer.trajectory) == 4

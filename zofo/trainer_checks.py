@@ -27,6 +27,11 @@ def check_setup(trainer: Any, method: str) -> None:
     wrong = []
     if args.world_size > 1 or args.n_gpu > 1 or is_sharded(trainer):
         wrong.append("several devices: run on one (CUDA_VISIBLE_DEVICES=0), or choose fo-peft")
+    if hasattr(trainer, "_generate_and_score_completions"):
+        wrong.append(
+            "trainers that generate their batches as they go, such as GRPO, since a loss cannot be "
+            "computed again: choose fo-peft"
+        )
     if args.torch_compile:
         wrong.append("torch_compile=True, whose graphs hold the weights: leave it off")
     if args.fp16 and "first" not in (orders.base, orders.adapter):
