@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zofo.adapters import create_adapter as create_adapter
+    from zofo.artifact import BaseModel as BaseModel
+    from zofo.artifact import load as load
+    from zofo.artifact import save_artifact as save_artifact
     from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
     from zofo.methods import METHODS as METHODS
     from zofo.methods import param_groups as param_groups
     from zofo.methods import split_parameters as split_parameters
+    from zofo.models import load_model as load_model
     from zofo.optim import HybridOptimizer as HybridOptimizer
     from zofo.perturb import Perturbation as Perturbation
     from zofo.perturb import SelfCheckError as SelfCheckError
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from zofo.trajectory import Trajectory as Trajectory
 
 _HOMES = {
+    "BaseModel": "artifact",
     "METHODS": "methods",
     "HybridArguments": "trainer",
     "HybridMixin": "trainer",
@@ -38,8 +44,12 @@ _HOMES = {
     "SelfCheckError": "perturb",
     "Trajectory": "trajectory",
     "UserError": "errors",
+    "create_adapter": "adapters",
+    "load": "artifact",
     "load_checkpoint": "checkpoint",
+    "load_model": "models",
     "param_groups": "methods",
+    "save_artifact": "artifact",
     "split_parameters": "methods",
 }
 
