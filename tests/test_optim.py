@@ -141,15 +141,18 @@ def test_several_directions_are_averaged():
     assert optimizer.last_step.num_forwards == optimizer.num_forwards == 3
 
 
-def test_each_step_takes_a_new_direction():
+def test_each_step_measures_and_moves_along_its_own_direction():
     net, x = Net(), rows(8)
     optimizer = optimizer_for(net)
     for step in range(3):
-        start = copy.deepcopy(net)
+        start, v = copy.deepcopy(net), directions_of(net, step=step)
         optimizer.step(lambda: net(x))
         (s,) = optimizer.last_step.projected_grad
-        expected = moved_along(start, directions_of(start, step=step), -0.3 * s)
-        torch.testing.assert_close(base_of(net), base_of(expected), rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            slope = float(moved_along(start, v, 1e-3)(x) - start(x)) / 1e-3
+        assert s == pytest.approx(slope, rel=1e-8)
+        expected = base_of(moved_along(start, v, -0.3 * s))
+        torch.testing.assert_close(base_of(net), expected, rtol=1e-9, atol=1e-12)
 
 
 # Gradient accumulation.

@@ -16,6 +16,7 @@ from tests.smooth import Net, adapter_of, base_of, moved_along, optimizer_for, r
 from zofo.errors import UserError
 from zofo.methods import METHODS, split_parameters
 from zofo.optim import HybridOptimizer
+from zofo.perturb import SelfCheckError
 
 # Losses that are not finite.
 
@@ -41,6 +42,17 @@ def test_a_loss_that_is_not_finite_moves_nothing(name, value):
     assert_same_bits(bits(net), bits(twin))
     assert optimizer.last_step == other.last_step
     assert optimizer.trajectory.updates[0][0].step == 1
+
+
+def test_only_the_unperturbed_loss_is_not_finite():
+    """The central difference is finite then, but belongs to a step that was given up."""
+    net, x = Net(), rows(4)
+    before = bits(net)
+    optimizer = optimizer_for(net, estimator="central")
+    with pytest.warns(UserWarning, match="loss nan, projected gradient .[-0-9.]+,.: not finite"):
+        optimizer.step(lambda: net(x) * math.nan if torch.is_grad_enabled() else net(x))
+    assert_same_bits(bits(net), before)
+    assert not optimizer.trajectory.updates
 
 
 def test_only_the_perturbed_loss_is_not_finite():
@@ -87,6 +99,20 @@ def test_an_interrupted_step_can_be_taken_again(at_call):
     assert_same_bits(bits(net), bits(twin))
     assert optimizer.last_step == undisturbed.last_step
     assert optimizer.trajectory.updates == undisturbed.trajectory.updates
+
+
+def test_a_weight_read_around_the_perturbation_stops_the_first_step():
+    net, x = Net(), rows(4)
+    before = bits(net)
+
+    def closure():
+        return net(x) + net.first.weight.square().sum()
+
+    optimizer = optimizer_for(net)
+    with pytest.raises(SelfCheckError, match=r"first\.weight of Linear"):
+        optimizer.step(closure)
+    assert_same_bits(bits(net), before)
+    optimizer_for(net, self_check=False).step(closure)
 
 
 # Global generators.

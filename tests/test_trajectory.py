@@ -12,7 +12,7 @@ from tests.conftest import assert_same_bits, batch_for, build, loss_of
 from zofo.errors import UserError
 from zofo.files import write_tensors
 from zofo.methods import param_groups, split_parameters
-from zofo.noise import DISTRIBUTIONS
+from zofo.noise import DISTRIBUTIONS, direction
 from zofo.optim import HybridOptimizer
 from zofo.trajectory import GroupSpec, Trajectory, Update
 
@@ -139,12 +139,27 @@ def test_a_step_that_was_not_applied_is_not_replayed():
     assert_same_bits(base_of(original), base_of(model))
 
 
-def test_a_rate_of_zero_leaves_every_bit():
-    weight = torch.tensor([0.0, -0.0, 1e-40, 3.0, float("inf")])
-    before = weight.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rate_of_zero_leaves_every_bit(dtype):
+    """Also of negative zeros, which lose their sign when a positive one is added."""
+    weight = torch.full((256,), -0.0, dtype=dtype)
     update = Update(step=0, projected_grad=(5.0,), lr=0.0, weight_decay=0.5)
     update.apply([weight], [0], seed=0, distribution="rademacher")
-    assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
+    assert torch.equal(weight, torch.zeros_like(weight))
+    assert bool(weight.signbit().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_below_half_a_spacing_are_not_swallowed(dtype):
+    """Rounding is stochastic: weights move by −lr · s · v in the mean, however little that is."""
+    num = 200_000
+    weight, v = torch.ones(num, dtype=dtype), direction((num,), seed=1, step=2, tensor=3)
+    update = Update(step=2, projected_grad=(3.0,), lr=1e-5, weight_decay=0.0)
+    update.apply([weight], [3], seed=1, distribution="rademacher")
+    progress = (weight.double() - 1) * v.double()
+    z = (progress.mean() + 3e-5) / (progress.std() / num**0.5)
+    assert float(z.abs()) < 4
+    assert float(progress.mean()) < -2e-5
 
 
 # Files.
