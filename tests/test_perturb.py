@@ -216,3 +216,33 @@ def test_the_direction_of_a_weight_does_not_depend_on_the_adapter():
     plain = split_parameters(build("llama", None)).base_index
     for adapter in ("lora", "prefix", "prompt"):
         assert split_parameters(build("llama", adapter)).base_index == plain
+
+
+def test_an_embedding_perturbs_only_the_rows_it_reads():
+    """What the lookup gives is what the whole table perturbed would give, other hooks included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(1000, 24), nn.Linear(24, 3))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    ids = torch.randint(0, 1000, (4, 5))
+    parameters = list(model.parameters())
+    view = Perturbation(model, parameters, range(3), seed=9)
+    copied = copy.deepcopy(model)
+    for tensor, parameter in enumerate(copied.parameters()):
+        combine(parameter, (0.1,), seed=9, step=4, tensor=tensor)
+    with torch.no_grad():
+        expected = copied(ids)
+        with view.at(0.1, step=4, self_check=True):
+            seen = model(ids)
+    assert torch.equal(seen, expected)
+    assert view.scratch_bytes < parameters[0].numel()
+
+
+def test_an_embedding_that_renormalises_is_perturbed_whole():
+    torch.manual_seed(0)
+    model = nn.Embedding(10, 4, max_norm=0.5)
+    view = Perturbation(model, [model.weight], [0], seed=9)
+    before = model.weight.detach().clone()
+    with torch.no_grad(), view.at(0.1, step=4):
+        seen = model(torch.arange(10))
+    assert seen.norm(dim=1).max() <= 0.5 + 1e-6
+    assert torch.equal(model.weight, before)

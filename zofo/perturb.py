@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from zofo.noise import Distribution, combine
+from zofo.noise import Distribution, combine, combine_rows
 
 ATOMIC: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
@@ -60,6 +60,18 @@ class _Owner:
     slots: list[_Slot] = field(default_factory=list)
     calls: int = 0
     """Calls under way: a module that calls itself is swapped once."""
+
+    @property
+    def is_lookup(self) -> bool:
+        """A plain embedding, whose output is rows of its weight: only those are perturbed."""
+        module = self.module
+        return (
+            type(module) is nn.Embedding
+            and module.max_norm is None
+            and "forward" not in vars(module)
+            and [slot.module for slot in self.slots] == [module]
+            and module.weight.is_contiguous()
+        )
 
 
 class Perturbation:
@@ -108,6 +120,13 @@ class Perturbation:
         handles = []
         self._watch = _ReadWatch(self._owners) if self_check else None
 
+        def look_up(module: nn.Module, args: Any, kwargs: Any, output: Any, owner: _Owner) -> Any:
+            if not isinstance(output, Tensor):  # the module failed
+                return None
+            ids = args[0] if args else kwargs["input"]
+            with self._paused():
+                return self._looked_up(owner.slots[0], ids, scale, step, direction)
+
         def enter(module: nn.Module, owner: _Owner) -> None:
             owner.calls += 1
             if owner.calls > 1:
@@ -130,6 +149,20 @@ class Perturbation:
 
         try:
             for owner in self._owners:
+                if owner.is_lookup:
+                    # First among the hooks: another's noise on the output stays (NEFTune).
+                    handles.append(
+                        owner.module.register_forward_hook(
+                            lambda module, args, kwargs, output, owner=owner: look_up(
+                                module, args, kwargs, output, owner
+                            ),
+                            prepend=True,
+                            with_kwargs=True,
+                        )
+                    )
+                    if self._watch is not None:
+                        handles += self._watch.pause_during(owner.module)
+                    continue
                 handles.append(
                     owner.module.register_forward_pre_hook(
                         lambda module, _, owner=owner: enter(module, owner), prepend=True
@@ -159,6 +192,7 @@ class Perturbation:
             (
                 sum(s.parameter.numel() * s.parameter.element_size() for s in owner.slots)
                 for owner in self._owners
+                if not owner.is_lookup
             ),
             default=0,
         )
@@ -170,6 +204,23 @@ class Perturbation:
 
     def _paused(self) -> Any:
         return self._watch.paused() if self._watch else nullcontext()
+
+    def _looked_up(
+        self, slot: _Slot, ids: Tensor, scale: float, step: int, direction: int
+    ) -> Tensor:
+        """What the embedding returns at the perturbed point, from the rows that it reads."""
+        rows, place = ids.unique(return_inverse=True)
+        table = combine_rows(
+            slot.parameter,
+            rows.long(),
+            scale,
+            seed=self.seed,
+            step=step,
+            tensor=slot.tensor,
+            first_direction=direction,
+            distribution=self.distribution,
+        )
+        return table[place]
 
     def _swap_in(self, owner: _Owner, scale: float, step: int, direction: int) -> None:
         for slot, view in zip(owner.slots, self._views(owner), strict=True):
@@ -284,6 +335,20 @@ class _ReadWatch(TorchDispatchMode):
             if slot.parameter.numel()
         }
         self._is_paused = False
+
+    def pause_during(self, module: nn.Module) -> list[Any]:
+        """Hooks that let a module read what it owns."""
+
+        def pause(*_: Any) -> None:
+            self._is_paused = True
+
+        def go_on(*_: Any) -> None:
+            self._is_paused = False
+
+        return [
+            module.register_forward_pre_hook(pause),
+            module.register_forward_hook(go_on, always_call=True),
+        ]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

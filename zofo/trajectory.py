@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 from zofo.files import fingerprint, read_tensors, write_tensors
-from zofo.noise import NOISE_VERSION, Distribution, combine
+from zofo.noise import NOISE_VERSION, Distribution, combine, combine_steps
 
 FORMAT_VERSION = 1
+_REPLAY_BLOCK = 4096
+"""Updates in one pass: their scalars stay small beside the chunk of weights."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ class Update:
     lr: float
     weight_decay: float
 
+    @property
+    def coefficients(self) -> list[float]:
+        """What each direction is added with."""
+        num_directions = len(self.projected_grad)
+        return [-self.lr * s / num_directions for s in self.projected_grad]
+
+    @property
+    def decay(self) -> float:
+        """The factor of the weight."""
+        return 1.0 - self.lr * self.weight_decay
+
     def apply(
         self,
         parameters: Iterable[Tensor],
@@ -62,13 +75,11 @@ class Update:
         """Move the parameters in place. A rate of 0 leaves every bit as it is."""
         if self.lr == 0:
             return
-        num_directions = len(self.projected_grad)
-        coefficients = [-self.lr * s / num_directions for s in self.projected_grad]
         for parameter, tensor in zip(parameters, tensors, strict=True):
             combine(
                 parameter,
-                coefficients,
-                decay=1.0 - self.lr * self.weight_decay,
+                self.coefficients,
+                decay=self.decay,
                 seed=seed,
                 step=self.step,
                 tensor=tensor,
@@ -101,14 +112,23 @@ class Trajectory:
         return len(self.updates)
 
     def replay(
-        self, parameters: Mapping[str, nn.Parameter], *, start: int = 0, stop: int | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         """Apply updates start .. stop to the parameters, in place.
+
+        Each weight takes a block of updates in one pass over its memory; the bits are those of the
+        updates one by one.
 
         Args:
             parameters: name -> parameter at its value before update `start`.
             start: first update.
             stop: one past the last; None: all.
+            progress: called with the number of weight elements just done.
 
         Raises:
             UserError: if a recorded name is missing.
@@ -119,14 +139,24 @@ class Trajectory:
                 f"the trajectory moves {missing[0]!r} ({len(missing)} missing in all), which this "
                 "model does not have; load it on the base it was recorded on"
             )
-        for row in self.updates[start:stop]:
-            for group, update in zip(self.groups, row, strict=True):
-                update.apply(
-                    (parameters[name] for name in group.names),
-                    group.tensors,
-                    seed=self.seed,
-                    distribution=self.distribution,
-                )
+        for g, group in enumerate(self.groups):
+            # A rate of 0 leaves every bit as it is.
+            updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
+            for name, tensor in zip(group.names, group.tensors, strict=True):
+                for block in range(0, len(updates), _REPLAY_BLOCK):
+                    part = updates[block : block + _REPLAY_BLOCK]
+                    combine_steps(
+                        parameters[name],
+                        [update.coefficients for update in part],
+                        decays=[update.decay for update in part],
+                        steps=[update.step for update in part],
+                        seed=self.seed,
+                        tensor=tensor,
+                        distribution=self.distribution,
+                        rounding="stochastic",
+                    )
+                if progress is not None:
+                    progress(parameters[name].numel())
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write safetensors, whole or not at all; `extra` goes to the metadata as JSON."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from scipy import stats
 
-from zofo.noise import combine, direction, philox
+from zofo.noise import combine, combine_rows, combine_steps, direction, philox
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}
@@ -209,3 +209,50 @@ def test_addresses_outside_their_range_are_refused(change, message):
 def test_integer_weights_are_refused():
     with pytest.raises(ValueError, match=r"torch\.int64 cannot be perturbed"):
         combine(torch.zeros(3, dtype=torch.int64), (1.0,), **ADDRESS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_directions", [1, 3])
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_many_steps_at_once_are_the_steps_one_by_one(dtype, num_directions, distribution):
+    weight = torch.randn(5003, dtype=torch.float64).to(dtype)
+    coefficients = [[0.01 * (k + 1) * (-1) ** t for k in range(num_directions)] for t in range(7)]
+    decays = [1.0 - 0.01 * t for t in range(7)]
+    steps = [3, 4, 5, 9, 10, 11, 12]
+    one_by_one = weight.clone()
+    for row, decay, step in zip(coefficients, decays, steps, strict=True):
+        combine(
+            one_by_one,
+            row,
+            decay=decay,
+            seed=5,
+            step=step,
+            tensor=2,
+            distribution=distribution,
+            rounding="stochastic",
+        )
+    at_once = combine_steps(
+        weight.clone(),
+        coefficients,
+        decays=decays,
+        steps=steps,
+        seed=5,
+        tensor=2,
+        distribution=distribution,
+        rounding="stochastic",
+    )
+    assert torch.equal(at_once, one_by_one)
+    assert not torch.equal(at_once, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_some_rows_are_rows_of_the_whole(dtype, distribution):
+    weight = torch.randn(50, 37).to(dtype)
+    rows = torch.tensor([0, 3, 49, 17])
+    address = {"seed": 1, "step": 2, "tensor": 3, "distribution": distribution}
+    whole = combine(weight.clone(), (0.1,), first_direction=2, **address)
+    before = weight.clone()
+    some = combine_rows(weight, rows, 0.1, first_direction=2, **address)
+    assert torch.equal(some, whole[rows])
+    assert torch.equal(weight, before)

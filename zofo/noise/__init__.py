@@ -18,7 +18,15 @@ from torch import Tensor
 from zofo.noise import philox
 from zofo.noise.philox import NOISE_VERSION
 
-__all__ = ["DISTRIBUTIONS", "NOISE_VERSION", "Distribution", "combine", "direction"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "NOISE_VERSION",
+    "Distribution",
+    "combine",
+    "combine_rows",
+    "combine_steps",
+    "direction",
+]
 
 Distribution = Literal["rademacher", "gaussian"]
 DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
@@ -69,25 +77,174 @@ def combine(
     Raises:
         ValueError: for a dtype without kernels, or an address outside its range.
     """
-    out = weight if out is None else out
-    _check(weight, out, len(coefficients), seed, step, tensor, first_direction, offset)
+    return _run(
+        weight,
+        weight if out is None else out,
+        [tuple(coefficients)],
+        decays=[decay],
+        steps=[step],
+        seed=seed,
+        tensor=tensor,
+        first_direction=first_direction,
+        offset=offset,
+        distribution=distribution,
+        rounding=rounding,
+    )
+
+
+@torch.no_grad()
+def combine_rows(
+    weight: Tensor,
+    rows: Tensor,
+    coefficient: float,
+    *,
+    seed: int,
+    step: int,
+    tensor: int,
+    first_direction: int = 0,
+    distribution: Distribution = "rademacher",
+) -> Tensor:
+    """Some rows of weight + coefficient · v, as `combine` would make them.
+
+    Args:
+        weight: [rows of the whole, width], contiguous.
+        rows: int64, [n]: which.
+        coefficient: of the direction.
+        seed: run seed.
+        step: of the direction.
+        tensor: the tensor's index.
+        first_direction: index of the direction.
+        distribution: "rademacher" or "gaussian".
+
+    Returns:
+        [n, width], newly allocated.
+
+    Raises:
+        ValueError: as `combine`.
+    """
+    table = weight.detach()[rows]
+    _check(weight, weight, 1, seed, step, tensor, first_direction, 0)
+    if table.numel() == 0:
+        return table
+    if weight.device.type != "cpu":
+        width = weight.shape[1]
+        for i, row in enumerate(rows.tolist()):
+            combine(
+                table[i],
+                (coefficient,),
+                seed=seed,
+                step=step,
+                tensor=tensor,
+                first_direction=first_direction,
+                offset=row * width,
+                distribution=distribution,
+            )
+        return table
+
+    import numpy as np
+
+    from zofo.noise import kernels
+
+    (view,), wide = _views(table)
+    kernels.combine_rows(
+        view.reshape(table.shape),
+        rows.numpy(),
+        np.asarray([[coefficient]], dtype=wide),
+        np.ones(1, dtype=wide),
+        np.asarray([step], dtype=np.uint64),
+        np.uint64(seed),
+        np.uint64(tensor),
+        _PURPOSE[distribution],
+        first_direction,
+    )
+    return table
+
+
+@torch.no_grad()
+def combine_steps(
+    weight: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    seed: int,
+    tensor: int,
+    distribution: Distribution = "rademacher",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+) -> Tensor:
+    """Several updates of a weight in one pass over it, in place.
+
+    The bits are those of `combine` called once for each step, in order.
+
+    Args:
+        weight: as for `combine`.
+        coefficients: [steps][directions]: the same number of directions in every step.
+        decays: [steps].
+        steps: addresses of the directions.
+        seed: run seed.
+        tensor: the tensor's index.
+        distribution: "rademacher" or "gaussian".
+        rounding: "nearest" or "stochastic".
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: as `combine`.
+    """
+    if not steps:
+        return weight
+    return _run(
+        weight,
+        weight,
+        coefficients,
+        decays=decays,
+        steps=steps,
+        seed=seed,
+        tensor=tensor,
+        first_direction=0,
+        offset=0,
+        distribution=distribution,
+        rounding=rounding,
+    )
+
+
+def _run(
+    weight: Tensor,
+    out: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    seed: int,
+    tensor: int,
+    first_direction: int,
+    offset: int,
+    distribution: Distribution,
+    rounding: str,
+) -> Tensor:
+    num_directions = max(map(len, coefficients))
+    for step in (min(steps), max(steps)):
+        _check(weight, out, num_directions, seed, step, tensor, first_direction, offset)
     if weight.numel() == 0:
         return out
     # Kernels walk row-major memory; another layout goes through a copy.
     source = weight.detach().contiguous()
     target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    arguments = {
-        "decay": decay,
-        "seed": seed,
-        "step": step,
-        "tensor": tensor,
-        "offset": offset,
-        "purpose": _PURPOSE[distribution],
-        "first_direction": first_direction,
-        "stochastic": rounding == "stochastic" and weight.element_size() == 2,
-    }
-    run = _combine_cpu if weight.device.type == "cpu" else philox.combine
-    run(source, target, tuple(coefficients), **arguments)  # type: ignore[arg-type]
+    on_cpu = weight.device.type == "cpu"
+    (_combine_cpu if on_cpu else _combine_anywhere)(
+        source,
+        target,
+        coefficients,
+        decays=decays,
+        steps=steps,
+        seed=seed,
+        tensor=tensor,
+        offset=offset,
+        purpose=_PURPOSE[distribution],
+        first_direction=first_direction,
+        stochastic=rounding == "stochastic" and weight.element_size() == 2,
+    )
     if target.data_ptr() != out.data_ptr():
         out.copy_(target)
     elif not out.is_inference():
@@ -152,14 +309,29 @@ def _check(
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
 
 
+def _combine_anywhere(
+    weight: Tensor,
+    out: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    **address: Any,
+) -> None:
+    """By the reference, in torch's own operations: any device, slower."""
+    for step, decay, row in zip(steps, decays, coefficients, strict=True):
+        philox.combine(weight, out, tuple(row), decay=decay, step=step, **address)
+        weight = out
+
+
 def _combine_cpu(
     weight: Tensor,
     out: Tensor,
-    coefficients: tuple[float, ...],
+    coefficients: Sequence[Sequence[float]],
     *,
-    decay: float,
+    decays: Sequence[float],
+    steps: Sequence[int],
     seed: int,
-    step: int,
     tensor: int,
     offset: int,
     purpose: int,
@@ -170,22 +342,20 @@ def _combine_cpu(
 
     from zofo.noise import kernels
 
-    view = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(weight.dtype)
-    w, o = (t.view(-1) if view is None else t.view(-1).view(view) for t in (weight, out))
-    wide = np.float64 if weight.dtype == torch.float64 else np.float32
+    arrays, wide = _views(weight, out)
     shared = (
-        np.asarray(coefficients, dtype=wide),
-        wide(decay),
+        np.asarray(coefficients, dtype=wide).reshape(len(steps), -1),
+        np.asarray(decays, dtype=wide),
+        np.asarray(steps, dtype=np.uint64),
         np.uint64(seed),
-        np.uint64(step),
         np.uint64(tensor),
         offset,
         purpose,
         first_direction,
         stochastic,
+        weight.data_ptr() == out.data_ptr(),
     )
     kernel: Any = kernels.combine
-    arrays = w.numpy(), o.numpy()
     size = weight.numel()
     threads = min(torch.get_num_threads(), max(1, size // _MIN_ELEMENTS_PER_THREAD))
     if threads == 1:
@@ -200,6 +370,16 @@ def _combine_cpu(
     kernel(*arrays, *bounds[0], *shared)
     for job in jobs:
         job.result()
+
+
+def _views(*tensors: Tensor) -> tuple[list[Any], Any]:
+    """One-dimensional arrays over the tensors' memory, and the dtype of the arithmetic."""
+    import numpy as np
+
+    dtype = tensors[0].dtype
+    view = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(dtype, dtype)
+    arrays = [t.view(-1).view(view).numpy() for t in tensors]
+    return arrays, np.float64 if dtype == torch.float64 else np.float32
 
 
 @lru_cache(maxsize=1)

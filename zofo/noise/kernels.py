@@ -19,6 +19,8 @@ import math
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from zofo.noise import philox
@@ -29,6 +31,7 @@ _W0, _W1 = np.uint64(philox.WEYL_0), np.uint64(philox.WEYL_1)
 _MASK = np.uint64(philox.MASK32)
 _S32 = np.uint64(32)
 _ONE32 = np.float32(1)
+_SIGN = np.uint32(1 << 31)
 _RADEMACHER, _GAUSSIAN, _ROUNDING = philox.RADEMACHER, philox.GAUSSIAN, philox.ROUNDING
 
 
@@ -52,6 +55,27 @@ def _bits_of(typing_context, x):
     return numba.types.uint32(numba.types.float32), codegen
 
 
+@intrinsic
+def _prefetch(typing_context, array, index):
+    """Ask for the cache line of array[index]; a hint, without effect on any value."""
+
+    def codegen(context, builder, signature, args):
+        array_type, _ = signature.args
+        view = context.make_array(array_type)(context, builder, args[0])
+        pointer = cgutils.get_item_pointer(context, builder, array_type, view, [args[1]])
+        i8p, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32]),
+            "llvm.prefetch.p0",
+        )
+        read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
+        builder.call(function, [builder.bitcast(pointer, i8p), read, keep, data])
+        return context.get_dummy_value()
+
+    return numba.types.void(array, index), codegen
+
+
 @numba.njit(inline="always")
 def _philox(block, seed, step, direction, tensor, purpose):
     c0 = block & _MASK
@@ -67,29 +91,35 @@ def _philox(block, seed, step, direction, tensor, purpose):
 
 
 @numba.njit
-def _add_rademacher(delta, start, n, c, first, seed, step, direction, tensor):
-    """Add c · v[start : start + n] to delta[:n] (`first`: write it)."""
+def _draw_words(words, first_block, num_blocks, seed, step, direction, tensor, purpose):
+    """Write the four words of each block: uint32, in the order of the blocks."""
+    for b in range(num_blocks):
+        w0, w1, w2, w3 = _philox(
+            np.uint64(first_block + b), seed, step, direction, tensor, np.uint64(purpose)
+        )
+        words[4 * b], words[4 * b + 1] = np.uint32(w0), np.uint32(w1)
+        words[4 * b + 2], words[4 * b + 3] = np.uint32(w2), np.uint32(w3)
+
+
+@numba.njit
+def _add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
+    """Add c · v[start : start + n] to delta[:n]."""
     stop = start + n
-    for block in range(start >> 7, ((stop - 1) >> 7) + 1):
-        four = _philox(np.uint64(block), seed, step, direction, tensor, np.uint64(_RADEMACHER))
-        for j in range(4):
-            word = np.uint32(four[0])
-            if j == 1:
-                word = np.uint32(four[1])
-            elif j == 2:
-                word = np.uint32(four[2])
-            elif j == 3:
-                word = np.uint32(four[3])
-            low = (block << 7) + (j << 5)
-            if low >= start and low + 32 <= stop:
-                at = low - start
-                for i in range(32):
-                    value = -c if (word >> np.uint32(i)) & np.uint32(1) else c
-                    delta[at + i] = value if first else delta[at + i] + value
-            else:
-                for e in range(max(low, start), min(low + 32, stop)):
-                    value = -c if (word >> np.uint32(e - low)) & np.uint32(1) else c
-                    delta[e - start] = value if first else delta[e - start] + value
+    first_block = start >> 7
+    num_blocks = ((stop - 1) >> 7) + 1 - first_block
+    _draw_words(words, first_block, num_blocks, seed, step, direction, tensor, _RADEMACHER)
+    for j in range(4 * num_blocks):
+        word = words[j]
+        low = (first_block << 7) + (j << 5)
+        if low >= start and low + 32 <= stop:
+            # A slice tells LLVM that the indices need no check; without it nothing is vectorised.
+            part = delta[low - start : low - start + 32]
+            for i in range(32):
+                part[i] += -c if np.uint32(word << np.uint32(31 - i)) & _SIGN else c
+        else:
+            for e in range(max(low, start), min(low + 32, stop)):
+                bit = np.uint32(word << np.uint32(31 - (e - low))) & _SIGN
+                delta[e - start] += -c if bit else c
 
 
 @numba.njit(inline="always")
@@ -97,19 +127,20 @@ def _normal_pair(word_1, word_2):
     """Two standard normals from two words (Box-Muller), float32."""
     u = (np.float32(word_1) + np.float32(0.5)) * np.float32(2.0**-32)
     # ln u = e ln 2 + 2 artanh(s), m in [sqrt(1/2), sqrt 2), s = (m - 1)/(m + 1), |s| < 0.172
-    bits = _bits_of(u) + np.uint32(0x3F800000 - 0x3F3504F3)
-    e = np.float32(np.int32(bits >> np.uint32(23)) - np.int32(127))
-    m = _float_of((bits & np.uint32(0x7FFFFF)) + np.uint32(0x3F3504F3))
+    bits = np.uint32(_bits_of(u) + np.uint32(0x3F800000 - 0x3F3504F3))
+    e = np.float32(np.int32(np.int32(bits >> np.uint32(23)) - np.int32(127)))
+    m = _float_of(np.uint32(np.uint32(bits & np.uint32(0x7FFFFF)) + np.uint32(0x3F3504F3)))
     s = (m - _ONE32) / (m + _ONE32)
     z = s * s
     series = np.float32(1 / 7) + z * np.float32(1 / 9)
     series = np.float32(1 / 3) + z * (np.float32(1 / 5) + z * series)
     log = e * np.float32(math.log(2)) + np.float32(2) * (s + s * z * series)
     # The rounded e·ln 2 + ... of u near 1 may be a hair above zero.
-    radius = np.float32(math.sqrt(max(np.float32(-2) * log, np.float32(0))))
+    twice = np.float32(-2) * log
+    radius = np.float32(math.sqrt(twice if twice > np.float32(0) else np.float32(0)))
     # The angle's nearest quarter turn, and the rest in [-1/8, 1/8) of a turn.
-    quarter = ((word_2 + np.uint64(1 << 29)) >> np.uint64(30)) & np.uint64(3)
-    rest = np.int32(np.uint32(word_2 - (quarter << np.uint64(30))))
+    quarter = np.uint32(np.uint32(word_2 + np.uint32(1 << 29)) >> np.uint32(30))
+    rest = np.int32(np.uint32(word_2 - np.uint32(quarter << np.uint32(30))))
     t = np.float32(rest) * np.float32(2 * math.pi * 2.0**-32)
     t2 = t * t
     a = np.float32(-1 / 5040) + t2 * np.float32(1 / 362880)
@@ -117,45 +148,41 @@ def _normal_pair(word_1, word_2):
     b = np.float32(1 / 40320) + t2 * np.float32(-1 / 3628800)
     b = np.float32(1 / 24) + t2 * (np.float32(-1 / 720) + t2 * b)
     cosine = _ONE32 + t2 * (np.float32(-1 / 2) + t2 * b)
-    odd = (quarter & np.uint64(1)) != np.uint64(0)
+    odd = np.uint32(quarter & np.uint32(1)) != np.uint32(0)
     x, y = (sine, cosine) if odd else (cosine, sine)
-    x = -x if (quarter == np.uint64(1)) | (quarter == np.uint64(2)) else x
-    y = -y if quarter >= np.uint64(2) else y
+    x = -x if (quarter == np.uint32(1)) | (quarter == np.uint32(2)) else x
+    y = -y if quarter >= np.uint32(2) else y
     return radius * x, radius * y
 
 
-@numba.njit
-def _add_gaussian(delta, values, start, n, c, first, seed, step, direction, tensor):
+# numpy's error model: the check for a zero divisor would keep LLVM from vectorising.
+@numba.njit(error_model="numpy")
+def _add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor):
     """Add c · v[start : start + n] to delta[:n]; `values` holds whole blocks of four."""
-    block_0 = start >> 2
-    num_blocks = ((start + n - 1) >> 2) + 1 - block_0
-    for b in range(num_blocks):
-        w0, w1, w2, w3 = _philox(
-            np.uint64(block_0 + b), seed, step, direction, tensor, np.uint64(_GAUSSIAN)
-        )
-        v0, v1 = _normal_pair(w0, w1)
-        v2, v3 = _normal_pair(w2, w3)
-        values[4 * b], values[4 * b + 1] = v0, v1
-        values[4 * b + 2], values[4 * b + 3] = v2, v3
-    shift = start - (block_0 << 2)
+    first_block = start >> 2
+    num_blocks = ((start + n - 1) >> 2) + 1 - first_block
+    _draw_words(words, first_block, num_blocks, seed, step, direction, tensor, _GAUSSIAN)
+    pairs, normals = words[: 4 * num_blocks], values[: 4 * num_blocks]
+    for i in range(2 * num_blocks):
+        normals[2 * i], normals[2 * i + 1] = _normal_pair(pairs[2 * i], pairs[2 * i + 1])
+    shift = start - (first_block << 2)
+    part, drawn = delta[:n], values[shift : shift + n]
     for i in range(n):
-        value = c * values[shift + i]
-        delta[i] = value if first else delta[i] + value
+        part[i] += c * drawn[i]
 
 
 @numba.njit
-def _draw_rounding_bits(draws, start, n, seed, step, tensor):
+def _draw_rounding_bits(draws, words, start, n, seed, step, tensor):
     """Write the sixteen rounding bits of elements start .. start + n to draws[:n]."""
-    stop = start + n
+    first_block = start >> 3
+    num_blocks = ((start + n - 1) >> 3) + 1 - first_block
     zero = np.uint64(0)
-    for block in range(start >> 3, ((stop - 1) >> 3) + 1):
-        w0, w1, w2, w3 = _philox(np.uint64(block), seed, step, zero, tensor, np.uint64(_ROUNDING))
-        low = block << 3
-        for i in range(max(low, start) - low, min(low + 8, stop) - low):
-            word = w0 if i < 2 else (w1 if i < 4 else (w2 if i < 6 else w3))
-            draws[low + i - start] = np.uint32(
-                (word >> np.uint64(16 * (i & 1))) & np.uint64(0xFFFF)
-            )
+    _draw_words(words, first_block, num_blocks, seed, step, zero, tensor, _ROUNDING)
+    halves = words[: 4 * num_blocks].view(np.uint16)
+    shift = start - (first_block << 3)
+    part, drawn = draws[:n], halves[shift : shift + n]
+    for i in range(n):
+        part[i] = np.uint32(drawn[i])
 
 
 @numba.njit(inline="always")
@@ -205,55 +232,110 @@ def _float_to_fp16(x):
     return _pack_fp16(half, (raw >> np.uint32(31)) != np.uint32(0))
 
 
-def _apply(w, out, delta, draws, n, at, decay, stochastic):
-    """out[at : at + n] = round(decay · w[at : at + n] + delta[:n]); compiled by the type of w."""
+def _finish(result, w, delta, draws, decay, stochastic):
+    """Write round(decay · w + delta) to result, all of one length; compiled by the type of w."""
     raise NotImplementedError
 
 
-@overload(_apply)
-def _apply_overload(w, out, delta, draws, n, at, decay, stochastic):
+@overload(_finish)
+def _finish_overload(result, w, delta, draws, decay, stochastic):
     if isinstance(w.dtype, numba.types.Float):
 
-        def apply_float(w, out, delta, draws, n, at, decay, stochastic):
-            for i in range(n):
-                out[at + i] = w[at + i] * decay + delta[i]
+        def finish_float(result, w, delta, draws, decay, stochastic):
+            for i in range(w.size):
+                result[i] = w[i] * decay + delta[i]
 
-        return apply_float
+        return finish_float
     if w.dtype == numba.types.uint16:
 
-        def apply_bf16(w, out, delta, draws, n, at, decay, stochastic):
+        def finish_bf16(result, w, delta, draws, decay, stochastic):
             if stochastic:
-                for i in range(n):
-                    x = _bf16_to_float(w[at + i]) * decay + delta[i]
-                    up = np.uint16((_bits_of(x) + draws[i]) >> np.uint32(16))
-                    out[at + i] = up if abs(x) < np.float32(np.inf) else _float_to_bf16(x)
+                for i in range(w.size):
+                    x = _bf16_to_float(w[i]) * decay + delta[i]
+                    up = np.uint16(np.uint32(_bits_of(x) + draws[i]) >> np.uint32(16))
+                    result[i] = up if abs(x) < np.float32(np.inf) else _float_to_bf16(x)
             else:
-                for i in range(n):
-                    out[at + i] = _float_to_bf16(_bf16_to_float(w[at + i]) * decay + delta[i])
+                for i in range(w.size):
+                    result[i] = _float_to_bf16(_bf16_to_float(w[i]) * decay + delta[i])
 
-        return apply_bf16
+        return finish_bf16
 
-    def apply_fp16(w, out, delta, draws, n, at, decay, stochastic):
+    def finish_fp16(result, w, delta, draws, decay, stochastic):
         if stochastic:
-            for i in range(n):
-                x = _fp16_to_float(w[at + i]) * decay + delta[i]
+            for i in range(w.size):
+                x = _fp16_to_float(w[i]) * decay + delta[i]
                 raw = _bits_of(x)
                 magnitude = raw & np.uint32(0x7FFFFFFF)
                 if magnitude < np.uint32(0x38800000):
                     tiny = abs(x) * np.float32(2.0**24)
                     half = np.uint32(tiny + np.float32(draws[i]) * np.float32(2.0**-16))
-                    out[at + i] = _pack_fp16(half, (raw >> np.uint32(31)) != np.uint32(0))
+                    result[i] = _pack_fp16(half, (raw >> np.uint32(31)) != np.uint32(0))
                 elif magnitude >= np.uint32(0x7F800000):
-                    out[at + i] = _float_to_fp16(x)
+                    result[i] = _float_to_fp16(x)
                 else:
                     cut = np.uint32(magnitude + (draws[i] >> np.uint32(3))) & np.uint32(0xFFFFE000)
                     signed = np.uint32(cut | (raw & np.uint32(0x80000000)))
-                    out[at + i] = _float_to_fp16(_float_of(signed))
+                    result[i] = _float_to_fp16(_float_of(signed))
         else:
-            for i in range(n):
-                out[at + i] = _float_to_fp16(_fp16_to_float(w[at + i]) * decay + delta[i])
+            for i in range(w.size):
+                result[i] = _float_to_fp16(_fp16_to_float(w[i]) * decay + delta[i])
 
-    return apply_fp16
+    return finish_fp16
+
+
+def _is_float(w):
+    """Whether w holds float32 or float64: known when compiling."""
+    raise NotImplementedError
+
+
+@overload(_is_float)
+def _is_float_overload(w):
+    answer = isinstance(w.dtype, numba.types.Float)
+    return lambda w: answer
+
+
+@numba.njit
+def _add_signs(out, w, words, start, c, decay):
+    """Write decay · w ± c to out, both of one length: one direction of signs, no buffer between."""
+    n = out.size
+    origin = (start >> 7) << 7
+    for j in range((start - origin) >> 5, ((start + n - 1 - origin) >> 5) + 1):
+        word = words[j]
+        low = origin + (j << 5) - start
+        if low >= 0 and low + 32 <= n:
+            target, source = out[low : low + 32], w[low : low + 32]
+            for i in range(32):
+                sign = np.uint32(word << np.uint32(31 - i)) & _SIGN
+                target[i] = source[i] * decay + (-c if sign else c)
+        else:
+            for e in range(max(low, 0), min(low + 32, n)):
+                sign = np.uint32(word << np.uint32(31 - (e - low))) & _SIGN
+                out[e] = w[e] * decay + (-c if sign else c)
+
+
+@numba.njit
+def _add_signs_in_place(w, words, start, c, decay):
+    """The same with out = w. Given one array twice, LLVM would have to assume overlap."""
+    n = w.size
+    origin = (start >> 7) << 7
+    for j in range((start - origin) >> 5, ((start + n - 1 - origin) >> 5) + 1):
+        word = words[j]
+        low = origin + (j << 5) - start
+        if low >= 0 and low + 32 <= n:
+            part = w[low : low + 32]
+            for i in range(32):
+                sign = np.uint32(word << np.uint32(31 - i)) & _SIGN
+                part[i] = part[i] * decay + (-c if sign else c)
+        else:
+            for e in range(max(low, 0), min(low + 32, n)):
+                sign = np.uint32(word << np.uint32(31 - (e - low))) & _SIGN
+                w[e] = w[e] * decay + (-c if sign else c)
+
+
+@numba.njit
+def _copy(target, source):
+    for i in range(target.size):
+        target[i] = source[i]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -263,37 +345,99 @@ def combine(
     begin,
     end,
     coefficients,
-    decay,
+    decays,
+    steps,
     seed,
-    step,
     tensor,
     offset,
     purpose,
     direction_0,
     stochastic,
+    in_place,
 ):
-    """Elements begin .. end of out = round(decay · w + Σ c_k v_k), one-dimensional w and out."""
+    """Elements begin .. end of out, one-dimensional: w after one update for each of `steps`.
+
+    Update t is w ← round(decays[t] · w + Σ_k coefficients[t, k] v_k[steps[t]]). A chunk takes all
+    of them before it is written, so w is read once and out written once, and the result is that
+    of the updates one by one.
+    """
     delta = np.empty(CHUNK, coefficients.dtype)
     values = np.empty(CHUNK + 8, np.float32)
+    words = np.empty(CHUNK + 8, np.uint32)
     draws = np.empty(CHUNK, np.uint32)
+    # Written apart and copied: in place, LLVM would have to assume overlap.
+    here, there = np.empty(CHUNK, w.dtype), np.empty(CHUNK, w.dtype)
+    use_signs = _is_float(w) and purpose == _RADEMACHER and coefficients.shape[1] == 1
+    line = 64 // w.itemsize
     at = begin
     while at < end:
         start = offset + at
         # Chunks end on multiples of CHUNK in the tensor's own numbering, so whole blocks are used.
         n = min(CHUNK - (start & (CHUNK - 1)), end - at)
-        for k in range(coefficients.size):
-            direction = np.uint64(direction_0 + k)
-            if purpose == _RADEMACHER:
-                _add_rademacher(
-                    delta, start, n, coefficients[k], k == 0, seed, step, direction, tensor
+        source = w[at : at + n]
+        for ahead in range(at + n, min(at + n + CHUNK, end), line):
+            _prefetch(w, ahead)
+        if use_signs:
+            target = out[at : at + n]
+            first_block, num_blocks = start >> 7, ((start + n - 1) >> 7) + 1 - (start >> 7)
+            direction = np.uint64(direction_0)
+            for t in range(steps.size):
+                _draw_words(
+                    words, first_block, num_blocks, seed, steps[t], direction, tensor, purpose
                 )
-            else:
-                _add_gaussian(
-                    delta, values, start, n, coefficients[k], k == 0, seed, step, direction, tensor
-                )
-        if coefficients.size == 0:
+                if t == 0 and not in_place:
+                    _add_signs(target, source, words, start, coefficients[t, 0], decays[t])
+                else:
+                    _add_signs_in_place(target, words, start, coefficients[t, 0], decays[t])
+            at += n
+            continue
+        for t in range(steps.size):
             delta[:n] = 0
-        if stochastic:
-            _draw_rounding_bits(draws, start, n, seed, step, tensor)
-        _apply(w, out, delta, draws, n, at, decay, stochastic)
+            for k in range(coefficients.shape[1]):
+                direction, c = np.uint64(direction_0 + k), coefficients[t, k]
+                if purpose == _RADEMACHER:
+                    _add_rademacher(delta, words, start, n, c, seed, steps[t], direction, tensor)
+                else:
+                    _add_gaussian(
+                        delta, words, values, start, n, c, seed, steps[t], direction, tensor
+                    )
+            if stochastic:
+                _draw_rounding_bits(draws, words, start, n, seed, steps[t], tensor)
+            _finish(there[:n], source, delta[:n], draws[:n], decays[t], stochastic)
+            source = there[:n]
+            here, there = there, here
+        _copy(out[at : at + n], source)
         at += n
+
+
+@numba.njit(nogil=True, cache=True)
+def combine_rows(
+    table,
+    rows,
+    coefficients,
+    decays,
+    steps,
+    seed,
+    tensor,
+    purpose,
+    direction_0,
+):
+    """`combine` in place on table [n, width], whose row i is row rows[i] of the whole tensor."""
+    width = table.shape[1]
+    for i in range(rows.size):
+        combine(
+            table[i],
+            table[i],
+            0,
+            width,
+            coefficients,
+            decays,
+            steps,
+            seed,
+            tensor,
+            rows[i] * width,
+            purpose,
+            direction_0,
+            False,
+            True,
+        )

@@ -183,14 +183,11 @@ def combine(
     for start in range(0, weight.numel(), CHUNK):
         piece = source[start : start + CHUNK]
         elements = torch.arange(piece.numel(), device=piece.device) + (offset + start)
-        delta: Tensor | None = None
+        delta = torch.zeros(piece.numel(), dtype=wide, device=piece.device)
         for k, c in enumerate(coefficients):
             v = draw(elements, seed=seed, step=step, direction=first_direction + k, tensor=tensor)
-            term = v.to(wide) * torch.tensor(c, dtype=wide, device=piece.device)
-            delta = term if delta is None else delta + term
-        exact = piece.to(wide) * torch.tensor(decay, dtype=wide, device=piece.device)
-        if delta is not None:
-            exact = exact + delta
+            delta = delta + v.to(wide) * torch.tensor(c, dtype=wide, device=piece.device)
+        exact = piece.to(wide) * torch.tensor(decay, dtype=wide, device=piece.device) + delta
         if stochastic and weight.dtype in (torch.bfloat16, torch.float16):
             bits = rounding_bits(elements, seed=seed, step=step, tensor=tensor)
             target[start : start + CHUNK] = round_stochastically(exact, bits, weight.dtype)
