@@ -31,13 +31,14 @@ __all__ = [
 Distribution = Literal["rademacher", "gaussian"]
 DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
 _PURPOSE: Final = {"rademacher": philox.RADEMACHER, "gaussian": philox.GAUSSIAN}
+# Numba has no 16-bit floats.
+_SEEN_AS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Below this many elements a second thread costs more than it saves (about 30 µs a hand-over).
 _MIN_ELEMENTS_PER_THREAD: Final = 1 << 17
 
 
-@torch.no_grad()
 def combine(
     weight: Tensor,
     coefficients: Sequence[float],
@@ -92,7 +93,6 @@ def combine(
     )
 
 
-@torch.no_grad()
 def combine_rows(
     weight: Tensor,
     rows: Tensor,
@@ -141,10 +141,7 @@ def combine_rows(
             )
         return table
 
-    import numpy as np
-
-    from zofo.noise import kernels
-
+    np, kernels = _numpy_and_kernels()
     (view,), wide = _views(table)
     kernels.combine_rows(
         view.reshape(table.shape),
@@ -160,7 +157,6 @@ def combine_rows(
     return table
 
 
-@torch.no_grad()
 def combine_steps(
     weight: Tensor,
     coefficients: Sequence[Sequence[float]],
@@ -224,8 +220,9 @@ def _run(
     rounding: str,
 ) -> Tensor:
     num_directions = max(map(len, coefficients))
-    for step in (min(steps), max(steps)):
-        _check(weight, out, num_directions, seed, step, tensor, first_direction, offset)
+    _check(weight, out, num_directions, seed, max(steps), tensor, first_direction, offset)
+    if min(steps) < 0:
+        raise ValueError(f"step is {min(steps)}; it must be at least 0")
     if weight.numel() == 0:
         return out
     # Kernels walk row-major memory; another layout goes through a copy.
@@ -246,7 +243,7 @@ def _run(
         stochastic=rounding == "stochastic" and weight.element_size() == 2,
     )
     if target.data_ptr() != out.data_ptr():
-        out.copy_(target)
+        out.detach().copy_(target)
     elif not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -338,10 +335,7 @@ def _combine_cpu(
     first_direction: int,
     stochastic: bool,
 ) -> None:
-    import numpy as np
-
-    from zofo.noise import kernels
-
+    np, kernels = _numpy_and_kernels()
     arrays, wide = _views(weight, out)
     shared = (
         np.asarray(coefficients, dtype=wide).reshape(len(steps), -1),
@@ -374,12 +368,23 @@ def _combine_cpu(
 
 def _views(*tensors: Tensor) -> tuple[list[Any], Any]:
     """One-dimensional arrays over the tensors' memory, and the dtype of the arithmetic."""
+    np, _ = _numpy_and_kernels()
+    dtype = tensors[0].dtype
+    if dtype in _SEEN_AS:
+        return [t.view(-1).view(_SEEN_AS[dtype]).numpy() for t in tensors], np.float32
+    return [
+        t.numpy().reshape(-1) for t in tensors
+    ], np.float64 if dtype == torch.float64 else np.float32
+
+
+@lru_cache(maxsize=1)
+def _numpy_and_kernels() -> tuple[Any, Any]:
+    """Imported on first use: compiled kernels take a moment to load."""
     import numpy as np
 
-    dtype = tensors[0].dtype
-    view = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(dtype, dtype)
-    arrays = [t.view(-1).view(view).numpy() for t in tensors]
-    return arrays, np.float64 if dtype == torch.float64 else np.float32
+    from zofo.noise import kernels
+
+    return np, kernels
 
 
 @lru_cache(maxsize=1)
