@@ -94,7 +94,7 @@ def _show(result: Result) -> None:
     for name in _SHOWN:
         before, after = _cell(result.before, name), _cell(result.after, name)
         if after:
-            table.add_row("AUC" if name == "auc" else name, before, after)
+            table.add_row(_title(name, result.after), before, after)
     if result.after.majority is not None:
         rate = f"{result.after.majority:.3f}"
         table.add_row("majority class", rate, rate)
@@ -109,6 +109,12 @@ def _show(result: Result) -> None:
         f"artefact  {result.folder / 'artifact'} ({cost['artifact_bytes'] / 2**20:.1f} MiB)",
         soft_wrap=True,
     )
+
+
+def _title(name: str, metrics: Metrics) -> str:
+    if name == "auc":
+        return "AUC"
+    return "token accuracy" if name == "accuracy" and metrics.perplexity is not None else name
 
 
 def _cell(metrics: Metrics, name: str) -> str:
