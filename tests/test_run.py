@@ -125,7 +125,7 @@ def test_the_artefact_is_small_and_bound_to_its_base(tmp_path, reviews, decoder_
     with torch.no_grad():
         other.model.norm.weight[0] += 1
     other.save_pretrained(base)
-    with pytest.raises(UserError, match="load the base it was trained on"):
+    with pytest.raises(UserError, match="load the base that the run began with"):
         load(folder)
 
 

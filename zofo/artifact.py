@@ -19,13 +19,12 @@ from typing import Any, Final
 from torch import nn
 
 from zofo.errors import UserError
-from zofo.files import fingerprint, write_json
+from zofo.files import write_json
 from zofo.methods import METHODS, split_parameters
-from zofo.trajectory import Trajectory
+from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
 FORMAT_VERSION: Final = 1
 HEADER_FILE: Final = "zofo.json"
-TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
 ADAPTER_FOLDER: Final = "adapter"
 MODEL_FOLDER: Final = "model"
 
@@ -223,11 +222,8 @@ def _assemble(folder: Path, header: dict[str, Any], model: Any) -> nn.Module:
             ) from error
     blocks = split_parameters(model)
     expected = header.get("base_fingerprint")
-    if expected is not None and fingerprint(blocks.base) != expected:
-        raise UserError(
-            f"{folder} was trained on {header['base']['name']} with the fingerprint {expected}, "
-            f"this base has {fingerprint(blocks.base)}; load the base it was trained on"
-        )
+    if expected is not None:
+        check_base(blocks.base, expected, f"{folder}, of {header['base']['name']},")
     if METHODS[header["method"]].base == "zeroth":
         trajectory, _ = Trajectory.load(folder / TRAJECTORY_FILE)
         trajectory.replay(blocks.base)

@@ -26,9 +26,8 @@ from zofo.errors import UserError
 from zofo.files import fingerprint, read_tensors, write_json, write_tensors
 from zofo.methods import split_parameters
 from zofo.optim import HybridOptimizer
-from zofo.trajectory import Trajectory
+from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
-TRAJECTORY_FILE = "base_trajectory.safetensors"
 PROMPT_FILE = "prompt_encoder.safetensors"
 ORIGINAL_BASE_FILE = "base_original.safetensors"
 MARK = "zofo_load_with"
@@ -103,7 +102,7 @@ class BaseHistory:
             if target.updates[:start] != present.updates[:start]:
                 raise UserError(f"{folder} belongs to another run than this trainer's base")
             if not start:
-                _check_base(self.base, header, folder)
+                check_base(self.base, header.get("base_fingerprint"), str(folder))
             target.replay(self.base, start=start)
         self.fingerprint = header.get("base_fingerprint")
         self.optimizer.trajectory = target
@@ -144,18 +143,9 @@ def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
         warnings.filterwarnings("ignore", message=f".*{MARK}.*")
         model: Any = PeftModel.from_pretrained(base, str(folder))
     moved = split_parameters(model).base
-    _check_base(moved, header, Path(folder))
+    check_base(moved, header.get("base_fingerprint"), str(folder))
     trajectory.replay(moved)
     return model.eval()
-
-
-def _check_base(base: Mapping[str, Tensor], header: Mapping[str, Any], folder: Path) -> None:
-    expected, found = header.get("base_fingerprint"), fingerprint(base)
-    if expected != found:
-        raise UserError(
-            f"{folder} continues the base {expected}, this model's base is {found}; load the base "
-            "that the run began with"
-        )
 
 
 def is_peft(model: Any) -> bool:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from zofo.files import fingerprint, read_tensors, write_tensors
 from zofo.noise import NOISE_VERSION, Distribution, combine, combine_steps
 
 FORMAT_VERSION = 1
+TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
 _REPLAY_BLOCK = 4096
 """Updates in one pass: their scalars stay small beside the chunk of weights."""
 
@@ -236,6 +237,25 @@ class Trajectory:
                 f"{path} is not a trajectory of zofo, or is damaged ({error!r}); copy it again"
             ) from error
         return trajectory, header
+
+
+def check_base(base: Mapping[str, Tensor], expected: str | None, owner: str) -> None:
+    """Refuse a base that is not the one a trajectory or adapter belongs to.
+
+    Args:
+        base: name -> tensor.
+        expected: its fingerprint on record.
+        owner: what has it on record, for the message.
+
+    Raises:
+        UserError: if the fingerprints differ.
+    """
+    found = fingerprint(base)
+    if found != expected:
+        raise UserError(
+            f"{owner} was trained on a base with fingerprint {expected}, this base has {found}; "
+            "load the base that the run began with"
+        )
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
