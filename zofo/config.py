@@ -102,6 +102,9 @@ class RunConfig(_Section):
     )
     replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
     self_check: bool = Field(True, description="watch the first perturbed forward")
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss that is not finite: stop with a checkpoint, or skip the step"
+    )
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; default 200")
     epochs: float | None = Field(None, gt=0, description="instead of steps")

@@ -19,7 +19,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class StepReport:
         grad_norm: norm of the first-order gradient before clipping; None without `max_grad_norm`.
         non_finite: whether a loss or scalar was not finite, so that it was not applied.
         num_forwards: forwards spent on the zeroth-order estimate.
+        update_norms: block -> norm of its update. Of a zeroth-order block its expectation over the
+            directions, lr sqrt(d Σ s_k²) / K, exact for one direction of signs; of a first-order
+            adapter measured; weight decay apart.
     """
 
     step: int
@@ -58,6 +61,7 @@ class StepReport:
     grad_norm: float | None
     non_finite: bool
     num_forwards: int
+    update_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 class HybridOptimizer(Optimizer):
@@ -238,10 +242,19 @@ class HybridOptimizer(Optimizer):
         loss_is_finite = total is None or math.isfinite(total)
         scalars_are_finite = all(map(math.isfinite, scalars))
         grad_norm = self._clip()
+        norms: dict[str, float] = {}
         if loss_is_finite and self.inner is not None:
+            adapter = [
+                p for g in self._groups("first") if g.get("block") == "adapter" for p in g["params"]
+            ]
+            before = [p.clone() for p in adapter]
             self.inner.step()
+            if adapter:
+                moved = torch._foreach_sub(adapter, before)
+                norms["adapter"] = float(torch.stack(torch._foreach_norm(moved)).double().norm())
         if loss_is_finite and scalars_are_finite and self.perturbation is not None:
             self._move(scalars)
+            norms |= self._expected_norms(scalars)
         non_finite = not (loss_is_finite and scalars_are_finite)
         if non_finite:
             warnings.warn(
@@ -250,7 +263,7 @@ class HybridOptimizer(Optimizer):
                 stacklevel=2,
             )
         self.last_step = StepReport(
-            self.step_count, total, scalars, grad_norm, non_finite, self._num_forwards
+            self.step_count, total, scalars, grad_norm, non_finite, self._num_forwards, norms
         )
         self.num_forwards += self._num_forwards
         self.step_count += 1
@@ -301,6 +314,15 @@ class HybridOptimizer(Optimizer):
                 row.append(update)
         if row:
             self.trajectory.updates.append(tuple(row))
+
+    def _expected_norms(self, scalars: tuple[float, ...]) -> dict[str, float]:
+        squares: dict[str, float] = {}
+        for group in self._groups("zeroth"):
+            block = group.get("block", "base")
+            num_weights = sum(p.numel() for p in group["params"])
+            squares[block] = squares.get(block, 0.0) + float(group["lr"]) ** 2 * num_weights
+        length = math.sqrt(math.fsum(s * s for s in scalars)) / len(scalars)
+        return {block: math.sqrt(square) * length for block, square in squares.items()}
 
     def _clip(self) -> float | None:
         if self.max_grad_norm is None or self.inner is None:

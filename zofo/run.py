@@ -24,7 +24,7 @@ from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
 from zofo.config import RunConfig, load_config
 from zofo.environment import check_device, environment, peak_memory_bytes
-from zofo.errors import UserError
+from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
 from zofo.files import fingerprint, write_json, write_text
 from zofo.methods import METHODS, split_parameters
@@ -197,6 +197,13 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         close_displays(trainer)
+    if trainer.watch.stopped_at is not None:
+        raise TrainingStoppedError(
+            f"stopped at step {trainer.watch.stopped_at}: the loss or the projected gradient is "
+            "not finite, and the base was not moved by it. The last good step is in "
+            f"{newest_checkpoint(folder)}. Lower base_lr and adapter_lr, or set "
+            "on_non_finite=skip"
+        )
     trained_s = time.monotonic() - began
     after = _measured(prepared, prepared.model, config, console, "after")
 

@@ -131,6 +131,7 @@ def build_trainer(
         distribution=config.distribution,
         replay_dropout=config.replay_dropout,
         self_check=config.self_check,
+        on_non_finite=config.on_non_finite,
         sampling=config.sampling,
         max_steps=total_steps,
         per_device_train_batch_size=config.batch_size,

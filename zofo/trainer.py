@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
+from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
 from zofo.methods import param_groups
@@ -32,6 +33,7 @@ from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
 from zofo.trainer_checks import check_same, check_setup, is_sharded
 from zofo.trajectory import Trajectory
+from zofo.watch import StopOnNonFinite
 
 
 @dataclass
@@ -70,6 +72,10 @@ class HybridOptions:
         default=True,
         metadata={"help": "on the first step, look for unperturbed reads and unsteady losses"},
     )
+    on_non_finite: str = field(
+        default="stop",
+        metadata={"help": "at a loss or scalar that is not finite: stop (checkpointed), or skip"},
+    )
 
 
 @dataclass
@@ -107,6 +113,8 @@ class HybridMixin:
         self._base_lr: float | None = None
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options.method)
+        self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
+        self.add_callback(self.watch)  # type: ignore[attr-defined]
 
     @property
     def hybrid_options(self) -> Any:
@@ -119,6 +127,12 @@ class HybridMixin:
             f"{type(self.args).__name__} carries no hybrid options; "  # type: ignore[attr-defined]
             "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
         )
+
+    @property
+    def hybrid_optimizer(self) -> HybridOptimizer:
+        """The optimizer of both blocks, once training has begun."""
+        assert self._hybrid is not None
+        return self._hybrid
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -248,6 +262,13 @@ class HybridMixin:
                 logs["base_lr"] = self._base_lr
             logs["zo_forwards"] = optimizer.num_forwards
             logs["non_finite"] = float(report.non_finite)
+            for block, norm in report.update_norms.items():
+                logs[f"{block}_update_norm"] = norm
+            if self.watch.watch is not None and report.loss and not report.non_finite:
+                logs["signal_to_rounding"] = self.watch.watch.signal_to_rounding(
+                    report.loss, report.projected_grad
+                )
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from zofo.errors import UserError
+from zofo.errors import TrainingStoppedError, UserError
 
+EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,15 +43,25 @@ def reports_errors(command: F) -> F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return command(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(EXIT_USER_ERROR) from None
+        except TrainingStoppedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_STOPPED) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the place in the code that a user has no use for."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
