@@ -1,0 +1,56 @@
+"""Replaying a trajectory: every weight takes all its updates in one pass, against one by one.
+
+python benchmarks/replay.py                 SmolLM2-135M, 1,000 steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import torch
+
+from zofo import Trajectory, split_parameters
+from zofo.models import load_model
+from zofo.trajectory import GroupSpec, Update
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--distribution", default="rademacher")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model, _ = load_model(args.model, dtype=args.dtype)
+    other = copy.deepcopy(model)
+    blocks = split_parameters(model)
+    spec = GroupSpec(tuple(blocks.base), tuple(blocks.base_index[name] for name in blocks.base))
+    scalars = torch.randn(args.steps, generator=torch.Generator().manual_seed(0)).tolist()
+    updates = [(Update(step, (s,), 1e-6, 0.0),) for step, s in enumerate(scalars)]
+    trajectory = Trajectory(0, args.distribution, 1e-3, "forward", (spec,), updates)
+    warm_up = Trajectory(0, args.distribution, 1e-3, "forward", (spec,), updates[:1])
+    for parameters in (blocks.base, split_parameters(other).base):
+        warm_up.replay(parameters)
+
+    began = time.perf_counter()
+    trajectory.replay(blocks.base)
+    fused = time.perf_counter() - began
+    began = time.perf_counter()
+    apart = split_parameters(other).base
+    for (update,) in updates:
+        update.apply(apart.values(), spec.tensors, seed=0, distribution=args.distribution)
+    separate = time.perf_counter() - began
+    same = all(torch.equal(blocks.base[name], apart[name]) for name in apart)
+    print(f"{args.model}, {args.dtype}, {args.steps} steps, {args.threads} thread(s)")
+    print(f"  one pass       {fused:8.2f} s")
+    print(f"  one by one     {separate:8.2f} s")
+    print(f"  ratio          {separate / fused:8.2f}, bits {'the same' if same else 'DIFFER'}")
+
+
+if __name__ == "__main__":
+    main()
