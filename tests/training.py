@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -70,7 +72,7 @@ def history(trainer, key):
 
 
 def untimed_logs(trainer):
-    drop = ("runtime", "per_second", "flos", "train_loss")
+    drop = ("runtime", "per_second", "memory")
     rows = trainer.state.log_history
     return [{k: v for k, v in row.items() if not any(d in k for d in drop)} for row in rows]
 
@@ -87,3 +89,10 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.weights[state.global_step] = bits(model)
+
+
+def untimed_metrics(path):
+    """The entries of a metrics.jsonl, without what no two runs have in common."""
+    drop = ("runtime", "per_second", "memory")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(d in k for d in drop)} for row in rows]

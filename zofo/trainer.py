@@ -14,26 +14,31 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
+from zofo.checkpoint_files import newest_whole, remove_leftovers, rotate, writing_folder
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
+from zofo.files import write_json
 from zofo.methods import param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
 from zofo.trainer_checks import check_same, check_setup, is_sharded
 from zofo.trajectory import Trajectory
 from zofo.watch import StopOnNonFinite
+
+ACCOUNTS_FILE: Final = "zofo_accounts.json"
 
 
 @dataclass
@@ -111,6 +116,8 @@ class HybridMixin:
         self._history: BaseHistory | None = None  # where the base moves by the zeroth order
         self._measured_step: int | None = None
         self._base_lr: float | None = None
+        self._checkpoints_folder: Path | None = None  # while a checkpoint is written
+        self._resumed_accounts: dict[str, float] | None = None
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options.method)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
@@ -144,12 +151,23 @@ class HybridMixin:
         """Of the base before training; None where it is not of the zeroth order."""
         return None if self._history is None else self._history.fingerprint
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; removes the copy of the original base when training has ended well."""
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; `True` takes the newest checkpoint that is whole.
+
+        The copy of the original base is removed when training has ended well.
+        """
+        trainer: Any = self
+        folder = Path(trainer.args.output_dir)
+        if trainer.args.should_save:
+            remove_leftovers(folder)
+        if resume_from_checkpoint is True:
+            newest = newest_whole(folder, lambda text: warnings.warn(text, stacklevel=3))
+            resume_from_checkpoint = True if newest is None else str(newest)
+        self._resumed_accounts = None
+        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         if self._history is not None:
             self._history.drop_original()
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
@@ -269,6 +287,9 @@ class HybridMixin:
                     report.loss, report.projected_grad
                 )
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)  # type: ignore[attr-defined]
+        if "train_loss" in logs:  # of all steps, also where some were taken before a resume
+            trainer: Any = self
+            logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step, 1)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -282,6 +303,71 @@ class HybridMixin:
         if self._history is not None:
             self._history.save(folder)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoints_folder or super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's, in a hidden folder that takes its name when it is whole."""
+        trainer: Any = self
+        args, state = trainer.args, trainer.state
+        if args.world_size > 1 or is_sharded(trainer):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            return
+        run_folder = Path(self._get_output_dir(trial))
+        place = run_folder / f"checkpoint-{state.global_step}"
+        if trial is not None:
+            run_folder.mkdir(exist_ok=True)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(place)
+        pushes, args.push_to_hub = args.push_to_hub, False
+        try:
+            with writing_folder(place) as staged:
+                self._checkpoints_folder = staged.parent
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                self._name_best(run_folder, place)
+                state.save_to_json(str(staged / "trainer_state.json"))
+                write_json(staged / ACCOUNTS_FILE, self._accounts())
+        finally:
+            self._checkpoints_folder, args.push_to_hub = None, pushes
+        rotate(
+            run_folder,
+            args.save_total_limit,
+            newest=state.global_step,
+            best=state.best_global_step,
+        )
+        if pushes:
+            trainer._push_from_checkpoint(str(place))
+
+    def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
+        """The best checkpoint lies where this run does, which may have been moved."""
+        trainer: Any = self
+        step = trainer.state.best_global_step
+        best = run_folder / f"checkpoint-{step}"
+        if step and (best == coming or best.is_dir()):
+            trainer.state.best_model_checkpoint = str(best)
+
+    def _accounts(self) -> dict[str, float]:
+        """The sums behind the logged losses, which Trainer begins anew when it resumes."""
+        trainer: Any = self
+        return {
+            "loss_since_log": float(trainer._tr_loss),
+            "last_logged_step": trainer._globalstep_last_logged,
+            "loss_until_log": trainer._total_loss_scalar,
+        }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        accounts, self._resumed_accounts = self._resumed_accounts, None
+        if accounts is not None:
+            trainer._tr_loss.fill_(accounts["loss_since_log"])
+            trainer._globalstep_last_logged = accounts["last_logged_step"]
+            trainer._total_loss_scalar = accounts["loss_until_log"]
+        if trainer.state.global_step >= trainer.state.max_steps:
+            # Resumed after the last step: Trainer would take one more.
+            trainer.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         trainer: Any = self
         if is_peft(trainer.model) and not is_sharded(trainer):
@@ -290,6 +376,13 @@ class HybridMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            trainer: Any = self
+            trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
+            self._name_best(Path(trainer.args.output_dir))
+            accounts = Path(checkpoint) / ACCOUNTS_FILE
+            if accounts.exists():
+                self._resumed_accounts = json.loads(accounts.read_text(encoding="utf-8"))
         if checkpoint is not None and self._history is not None:
             self._history.go_to(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
