@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zofo.artifact import save_artifact as save_artifact
     from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
+    from zofo.interrupt import StopOnSignal as StopOnSignal
+    from zofo.interrupt import TrainingInterrupt as TrainingInterrupt
     from zofo.methods import METHODS as METHODS
     from zofo.methods import param_groups as param_groups
     from zofo.methods import split_parameters as split_parameters
@@ -42,6 +44,8 @@ _HOMES = {
     "Perturbation": "perturb",
     "ReshufflingSampler": "reshuffle",
     "SelfCheckError": "perturb",
+    "StopOnSignal": "interrupt",
+    "TrainingInterrupt": "interrupt",
     "Trajectory": "trajectory",
     "UserError": "errors",
     "create_adapter": "adapters",

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from zofo.errors import UserError
+
 _SHOWN = {
     "loss": "loss {:.4f}",
     "projected_grad": "s {:+.3g}",
@@ -119,14 +121,15 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the entries of the steps that are kept."""
+        """Keep the entries of the steps that are kept, without a run's closing one."""
         from zofo.files import write_text
 
         kept = []
         if self.path.exists() and state.global_step:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= state.global_step:
+                    entry = json.loads(line)
+                    if entry["step"] <= state.global_step and "train_runtime" not in entry:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError, TypeError):
                     continue
@@ -135,14 +138,24 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Append."""
+        """Append.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
         # JSON has no NaN: a value that is not finite is written as text.
         values = {
             k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in (logs or {}).items()
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}. The checkpoints are as they "
+                "were: free space or bring the folder back, and continue the run"
+            ) from error
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ artifact/          what one ships
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,20 +23,22 @@ from torch import nn
 
 from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
-from zofo.config import RunConfig, load_config
+from zofo.checkpoint_files import remove_leftovers
+from zofo.config import RunConfig
 from zofo.environment import check_device, environment, peak_memory_bytes
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
 from zofo.files import fingerprint, write_json, write_text
+from zofo.interrupt import StopOnSignal
 from zofo.methods import METHODS, split_parameters
 from zofo.models import head_of, load_tokenizer
 from zofo.progress import new_progress
+from zofo.resume import CONFIG_FILE, RESULT_FILE, newest_checkpoint
+from zofo.resume import resumed_config as resumed_config
 from zofo.task_trainer import build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, Encoder
 
-CONFIG_FILE: Final = "run.yaml"
-RESULT_FILE: Final = "result.json"
 _FORWARDS_PER_GRADIENT: Final = {"adapter": 2, "base": 3}
 """A backward costs about one forward for an adapter's gradient, two for every weight's."""
 
@@ -151,16 +154,19 @@ def train(
     resume: Path | None = None,
     console: Console | None = None,
     on_start: Callable[[Path], None] | None = None,
+    stop: StopOnSignal | None = None,
 ) -> Result:
     """Run a configuration.
 
     Args:
         config: resolved, as from `load_config`.
-        resume: a run folder to continue from its newest checkpoint.
+        resume: a run folder to continue from its newest checkpoint, else from its beginning.
         console: where progress goes; default: stderr.
         on_start: called with the run folder once everything is checked.
+        stop: what handles signals while training.
 
     Raises:
+        TrainingInterrupt: if `stop` was asked to, after a checkpoint.
         UserError: before any work, for anything wrong with the configuration, data or folders.
     """
     console = console or Console(stderr=True)
@@ -171,7 +177,7 @@ def train(
     folder = resume or new_folder(config)
     prepared = prepare(config)
     for note in prepared.splits.notes:
-        console.print(f"note: {note}", highlight=False)
+        _note(console, note)
     base = prepared.base
     trainer = build_trainer(
         config,
@@ -184,7 +190,11 @@ def train(
         folder=folder,
         console=console,
     )
-    checkpoint = newest_checkpoint(folder) if resume is not None else None
+    checkpoint = None
+    if resume is not None:
+        checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
+        if checkpoint is None:
+            _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
     _begin_folder(folder, config)
     if on_start is not None:
         on_start(folder)
@@ -193,8 +203,11 @@ def train(
     prepared.model.to(device)
     before = _measured(prepared, prepared.model, config, console, "before")
     began = time.monotonic()
+    if stop is not None:
+        trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop or contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         close_displays(trainer)
     if trainer.watch.stopped_at is not None:
@@ -296,30 +309,6 @@ def new_folder(config: RunConfig) -> Path:
     return folder
 
 
-def resumed_config(folder: Path) -> RunConfig:
-    """The configuration of a run folder.
-
-    Raises:
-        UserError: if it is none, or has no checkpoint to continue from.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder")
-    if newest_checkpoint(folder) is None:
-        raise UserError(f"{folder} holds no checkpoint to continue from; start it anew")
-    return load_config(path)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that is complete."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.partition("-")[2]
-        if number.isdigit() and (path / "trainer_state.json").is_file():
-            found.append((int(number), path))
-    return max(found)[1] if found else None
-
-
 def evaluate_artifact(
     artifact: Artifact,
     task: TaskSpec,
@@ -365,6 +354,11 @@ def _measured(
         )
 
 
+def _note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _begin_folder(folder: Path, config: RunConfig) -> None:
+    remove_leftovers(folder)
     write_text(folder / CONFIG_FILE, config.to_yaml())
     write_json(folder / "environment.json", environment())

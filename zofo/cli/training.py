@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from zofo.cli.app import EXIT_INTERRUPTED
 from zofo.config import RunConfig, idle_options, load_config
-from zofo.errors import UserError
 from zofo.evaluate import Metrics
-from zofo.run import Result, newest_checkpoint, resumed_config, train
+from zofo.interrupt import StopOnSignal, TrainingInterrupt
+from zofo.resume import RESULT_FILE, is_finished, newest_checkpoint, resumed_config
+from zofo.run import Result, train
 
 _SHOWN = ("accuracy", "auc", "loss", "perplexity")
 
@@ -26,13 +30,12 @@ def start(path: Path | None, overrides: Sequence[str]) -> None:
 
 
 def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
-    """Continue a run folder from its newest checkpoint."""
-    if path is not None or overrides:
-        raise UserError(
-            "--resume takes the run's own configuration; leave out "
-            + ", ".join(map(str, [*([path] if path else []), *overrides]))
-        )
-    _run(resumed_config(folder), folder)
+    """Continue a run folder from its newest whole checkpoint."""
+    config = resumed_config(folder, path, overrides)
+    if is_finished(folder):
+        print(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
+        return
+    _run(config, folder)
 
 
 def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
@@ -73,19 +76,22 @@ def _run(config: RunConfig, folder: Path | None) -> None:
     progress = Console(stderr=True)
     started: list[Path] = []
     try:
-        result = train(config, resume=folder, console=progress, on_start=started.append)
-    except KeyboardInterrupt:
-        if started:
-            print(_how_to_continue(started[0]), file=sys.stderr)
-        raise
+        result = train(
+            config, resume=folder, console=progress, on_start=started.append, stop=StopOnSignal()
+        )
+    except KeyboardInterrupt as error:
+        print(_how_to_continue(started[0] if started else folder), file=sys.stderr)
+        code = error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
+        raise typer.Exit(code) from None
     _show(result)
 
 
-def _how_to_continue(folder: Path) -> str:
+def _how_to_continue(folder: Path | None) -> str:
+    if folder is None:
+        return "interrupted before anything was written"
     checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        return f"stopped before the first checkpoint; {folder} holds the configuration and metrics"
-    return f"{checkpoint} is whole; continue with: zofo train --resume {folder}"
+    held = "no checkpoint yet" if checkpoint is None else f"{checkpoint} is whole"
+    return f"interrupted; {held}. Continue with: zofo train --resume {shlex.quote(str(folder))}"
 
 
 def _show(result: Result) -> None:
