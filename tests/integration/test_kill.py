@@ -1,0 +1,231 @@
+"""A run that is killed or interrupted, and continued, ends as one that was left alone, bit for bit.
+
+The runs are processes of their own, forked from a server that has imported everything once.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import assert_same_bits
+from tests.training import untimed_metrics
+from zofo.artifact import load
+from zofo.methods import split_parameters
+from zofo.resume import is_finished, newest_checkpoint
+from zofo.trajectory import TRAJECTORY_FILE, Trajectory
+
+STEPS = 24
+ADAPTER = "adapter_model.safetensors"
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["zofo.run", "zofo.cli.training", "peft", "tests.training"])
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    kinds = ("great warm story,good", "dull mess,bad")
+    rows = [f"the film number {i} is a {kinds[i % 2]}" for i in range(90)]
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    return path
+
+
+def options(folder, reviews, model, *more):
+    """50 rows in batches of 4 × 2: 7 steps an epoch, the last of one short micro-batch."""
+    return [
+        f"model={model}",
+        "task=classification",
+        f"task.train={reviews}",
+        "task.num_train=50",
+        "task.num_dev=20",
+        "task.num_test=20",
+        f"steps={STEPS}",
+        "eval_every=2",
+        "log_every=3",
+        "batch_size=4",
+        "accumulation=2",
+        "adapter.dropout=0.1",
+        "adapter_lr=0.01",
+        "base_lr=1e-4",
+        "device=cpu",
+        "num_threads=1",
+        f"output_dir={folder}",
+        *more,
+    ]
+
+
+def _begin(arguments, stderr):
+    """In the process: `zofo train`."""
+    sys.argv = ["zofo", "train", *arguments]
+    handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    from zofo.cli.app import main
+
+    main()
+
+
+def start(arguments, stderr):
+    process = _context.Process(target=_begin, args=(list(map(str, arguments)), str(stderr)))
+    process.start()
+    return process
+
+
+def num_lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition, process, *, limit_s=120):
+    """True once the condition holds, False if the process ended before."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        if not process.is_alive():
+            return False
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.002)
+    return True
+
+
+def complete(arguments, log):
+    process = start(arguments, log)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+
+
+def kill_and_resume(folder, arguments, log, *, kills, seed):
+    """Kill after a random wait from a random amount of progress; how many kills met a run alive."""
+    dice = random.Random(seed)
+    metrics, done = folder / "metrics.jsonl", 0
+    while done < kills and not is_finished(folder):
+        begun = (folder / "run.yaml").exists()
+        if folder.exists() and not begun:
+            assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+            for path in folder.iterdir():
+                path.unlink()
+        before = num_lines(metrics)
+        process = start(["--resume", folder] if begun else arguments, log)
+        wanted = before + dice.choice((-4, -2, 0, 1, 2, 3, 4))
+        wait_for(lambda wanted=wanted: 0 < num_lines(metrics) >= wanted, process)
+        process.join(dice.uniform(0, 0.08))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            done += 1
+        else:
+            assert process.exitcode == 0, log.read_text()
+    return done
+
+
+def last_checkpoint(folder):
+    path = newest_checkpoint(folder)
+    assert path is not None
+    assert path.name == f"checkpoint-{STEPS}"
+    return path
+
+
+def values(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_value(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_value(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_value(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_same_run(a, b):
+    """Base, adapter, optimizer, scheduler, generators, sample order (by the losses), scores."""
+    first, second = last_checkpoint(a), last_checkpoint(b)
+    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+    trajectories = [Trajectory.load(c / TRAJECTORY_FILE) for c in (first, second)]
+    assert trajectories[0][0] == trajectories[1][0]
+    assert trajectories[0][1]["base_fingerprint"] == trajectories[1][1]["base_fingerprint"]
+    for name in ("optimizer.pt", "scheduler.pt"):
+        assert_same_value(values(first / name), values(second / name))
+    states = [json.loads((c / "trainer_state.json").read_text()) for c in (first, second)]
+    for key in ("global_step", "best_global_step", "best_metric", "total_flos", "epoch"):
+        assert states[0][key] == states[1][key], key
+    assert Path(states[1]["best_model_checkpoint"]).parent == b
+    assert untimed_metrics(a / "metrics.jsonl") == untimed_metrics(b / "metrics.jsonl")
+    results = [json.loads((folder / "result.json").read_text()) for folder in (a, b)]
+    for key in ("test", "best_dev", "best_checkpoint"):
+        assert results[0][key] == results[1][key], key
+    models = [load(folder).model for folder in (a, b)]
+    for block in ("base", "adapter"):
+        assert_same_bits(*(dict(getattr(split_parameters(m), block)) for m in models))
+    assert not list(b.glob(".*"))
+
+
+KINDS = [("adamw", "float32"), ("sgd", "float32"), ("adamw", "bfloat16"), ("sgd", "bfloat16")]
+
+
+def compare(tmp_path, reviews, model, optimizer, dtype, *, kills, seed):
+    more = [f"optimizer={optimizer}", f"model.dtype={dtype}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    complete(options(whole, reviews, model, *more), tmp_path / "log")
+    arguments = options(killed, reviews, model, *more)
+    done = kill_and_resume(killed, arguments, tmp_path / "log", kills=kills, seed=seed)
+    complete(["--resume", killed], tmp_path / "log")
+    assert_same_run(whole, killed)
+    return done
+
+
+def test_killed_three_times(tmp_path, reviews, decoder_folder):
+    assert compare(tmp_path, reviews, decoder_folder, "adamw", "bfloat16", kills=3, seed=1) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "dtype"), KINDS)
+def test_killed_twenty_five_times(tmp_path, reviews, decoder_folder, optimizer, dtype):
+    # A run may end before its last kill: another is begun until 25 kills have met one alive.
+    done, seed = 0, 0
+    while done < 25:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        done += compare(
+            folder, reviews, decoder_folder, optimizer, dtype, kills=25 - done, seed=seed
+        )
+        seed += 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_signal_finishes_the_step_and_the_run_goes_on(
+    tmp_path, reviews, decoder_folder, signum, code
+):
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    complete(options(whole, reviews, decoder_folder), log)
+    log.unlink()
+    process = start(options(stopped, reviews, decoder_folder), log)
+    assert wait_for(lambda: num_lines(stopped / "metrics.jsonl") >= 4, process)
+    os.kill(process.pid, signum)
+    process.join(60)
+    assert process.exitcode == code, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert f"zofo train --resume {stopped}" in log.read_text()
+    checkpoint = newest_checkpoint(stopped)
+    assert f"{checkpoint} is whole" in log.read_text()
+    assert int(checkpoint.name.partition("-")[2]) < STEPS
+    complete(["--resume", stopped], log)
+    assert_same_run(whole, stopped)
