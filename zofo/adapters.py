@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from zofo.errors import UserError
+from zofo.files import refusing
 from zofo.models import Head, quiet
 
 AdapterType = Literal["lora", "prefix", "prompt", "none"]
@@ -235,3 +237,20 @@ def _config_from_file(path: Path, task: Any) -> Any:
         raise UserError(
             f"the adapter file {path} is no valid peft configuration: {error}"
         ) from error
+
+
+def attach_adapter(model: nn.Module, folder: Path) -> Any:
+    """The model with a saved adapter, as a `PeftModel`.
+
+    Raises:
+        UserError: if the files are damaged, lack tensors, or do not fit the model.
+    """
+    from peft import PeftModel
+
+    problem = f"the adapter in {folder} cannot be attached to this model"
+    with refusing(problem, "copy it again, and load the base that it was trained on"):
+        if not (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError("adapter_config.json is missing")
+        with quiet():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder))

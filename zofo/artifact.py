@@ -11,53 +11,37 @@ of silently joining the adapter to a base that it was not trained with.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
+from zofo.adapters import attach_adapter
 from zofo.errors import UserError
-from zofo.files import write_json
+from zofo.files import fingerprint, refusing
+from zofo.manifest import (
+    ADAPTER_FOLDER,
+    CARD_FILE,
+    HEADER_FILE,
+    MODEL_FOLDER,
+    BaseModel,
+    check_files,
+    read_header,
+    write_header,
+)
 from zofo.methods import METHODS, split_parameters
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
-FORMAT_VERSION: Final = 1
-HEADER_FILE: Final = "zofo.json"
-ADAPTER_FOLDER: Final = "adapter"
-MODEL_FOLDER: Final = "model"
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The base that an artefact belongs to.
-
-    Attributes:
-        name: hub id, folder or alias.
-        head: "causal-lm" or "classification".
-        dtype: of the weights.
-        num_labels: classes of a classification head.
-        seed: of a fresh head's initial weights.
-        revision: of a hub id.
-        trust_remote_code: whether it needs code of its own.
-        attn_implementation: as in transformers.
-    """
-
-    name: str
-    head: str = "causal-lm"
-    dtype: str = "float32"
-    num_labels: int = 2
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
-    attn_implementation: str | None = None
-
-    def load(self) -> tuple[nn.Module, Any]:
-        """The base as it was before training, and its tokenizer."""
-        from zofo.models import load_model
-
-        return load_model(**vars(self))
+__all__ = [
+    "HEADER_FILE",
+    "Artifact",
+    "BaseModel",
+    "find_artifact",
+    "load",
+    "read_header",
+    "save_artifact",
+]
 
 
 @dataclass(frozen=True)
@@ -101,23 +85,31 @@ def save_artifact(
         base: the base it was trained from.
         method: the method.
         trajectory: of the base, for methods that move it by zeroth order.
-        base_fingerprint: of the base before training.
+        base_fingerprint: of the base before training; needed where the base moved by zeroth order.
         tokenizer: saved with a whole model.
         task: the task's options.
         labels: names of the classes.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or what the method needs is not given.
     """
-    folder = Path(folder)
+    folder, orders = Path(folder), METHODS[method]
+    if orders.base == "zeroth" and trajectory is None:
+        raise UserError(f"method {method} moves the base; give its trajectory")
+    if base_fingerprint is None and orders.base == "zeroth":
+        raise UserError("give base_fingerprint, of the base before training; a trainer has it")
+    if base_fingerprint is None and orders.base == "frozen":
+        base_fingerprint = fingerprint(split_parameters(model).base)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if METHODS[method].needs_adapter:
+        if orders.needs_adapter:
             for config in model.peft_config.values():
                 config.base_model_name_or_path = base.name
             # No adapter of ours changes the vocabulary; looking it up would ask the hub.
             model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
-        elif METHODS[method].base == "first":
+            # peft's card shows how to join the adapter to a base it was not trained with.
+            (folder / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
+        elif orders.base == "first":
             model.save_pretrained(folder / MODEL_FOLDER)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / MODEL_FOLDER)
@@ -125,48 +117,49 @@ def save_artifact(
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
-    from zofo import __version__
-
-    write_json(
-        folder / HEADER_FILE,
-        {
-            "format": FORMAT_VERSION,
-            "zofo_version": __version__,
-            "method": method,
-            "base": vars(base),
-            "base_fingerprint": base_fingerprint,
-            "task": task,
-            "labels": list(labels),
-        },
-    )
+    values = {
+        "method": method,
+        "base": vars(base),
+        "base_fingerprint": base_fingerprint,
+        "task": task,
+        "labels": list(labels),
+    }
+    write_header(folder, values)
     return folder
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> Artifact:
+def load(folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Artifact:
     """Load what `save_artifact` or `zofo train` wrote.
 
     Args:
         folder: an artefact, or a run folder that holds one.
         device: where the model goes.
+        trust_remote_code: run code that the base's repository brings, if the base needs that. What
+            the artefact says of it is not enough.
 
     Raises:
         UserError: if it is no artefact, is damaged, or its base cannot be found or is another.
     """
     folder = find_artifact(folder)
     header = read_header(folder)
-    base = BaseModel(**header["base"])
-    method = header["method"]
+    check_files(folder, header)
+    base, method = BaseModel(**header["base"]), header["method"]
+    if base.runs_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{folder} needs code from the repository of {base.name}; pass trust_remote_code=True "
+            "(zofo eval and predict: model.trust_remote_code=true) if you trust its authors"
+        )
     if METHODS[method].base == "first":
         source = BaseModel(**{**vars(base), "name": str(folder / MODEL_FOLDER), "revision": None})
-        model, tokenizer = source.load()
+        with refusing(f"the model in {folder} cannot be loaded", "copy the artefact again"):
+            model, tokenizer = source.load()
     else:
-        model, tokenizer = base.load()
+        with refusing(f"the base {base.name!r} cannot be loaded", "look at its name in zofo.json"):
+            model, tokenizer = base.load()
         model = _assemble(folder, header, model)
     model.to(device)
     model.eval()
-    return Artifact(
-        model, tokenizer, base, method, header.get("task"), tuple(header.get("labels", ()))
-    )
+    return Artifact(model, tokenizer, base, method, header["task"], tuple(header["labels"]))
 
 
 def find_artifact(folder: str | Path) -> Path:
@@ -186,45 +179,18 @@ def find_artifact(folder: str | Path) -> Path:
     )
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """What `zofo.json` says.
-
-    Raises:
-        UserError: if it is damaged or of another version.
-    """
-    path = folder / HEADER_FILE
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-        version, method, _ = header["format"], header["method"], BaseModel(**header["base"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); copy the artefact again") from error
-    if version != FORMAT_VERSION or method not in METHODS:
-        raise UserError(
-            f"{path} has format {version} and method {method!r}; this zofo reads format "
-            f"{FORMAT_VERSION}: install the zofo that wrote it"
-        )
-    return dict(header)
-
-
 def _assemble(folder: Path, header: dict[str, Any], model: Any) -> nn.Module:
     """Adapter attached, base moved to where training left it."""
-    if METHODS[header["method"]].needs_adapter:
-        import peft
-
-        from zofo.models import quiet
-
-        try:
-            with quiet():
-                model = peft.PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+    name, method = header["base"]["name"], METHODS[header["method"]]
+    if method.needs_adapter:
+        model = attach_adapter(model, folder / ADAPTER_FOLDER)
+    base = split_parameters(model).base
+    check_base(base, header["base_fingerprint"], f"{folder}, of {name},")
+    if method.base == "zeroth":
+        trajectory, record = Trajectory.load(folder / TRAJECTORY_FILE)
+        if record.get("base_fingerprint") != header["base_fingerprint"]:
             raise UserError(
-                f"the adapter in {folder} cannot be attached to {header['base']['name']}: {error}"
-            ) from error
-    blocks = split_parameters(model)
-    expected = header.get("base_fingerprint")
-    if expected is not None:
-        check_base(blocks.base, expected, f"{folder}, of {header['base']['name']},")
-    if METHODS[header["method"]].base == "zeroth":
-        trajectory, _ = Trajectory.load(folder / TRAJECTORY_FILE)
-        trajectory.replay(blocks.base)
+                f"{folder / TRAJECTORY_FILE} is of another base; copy the artefact again"
+            )
+        trajectory.replay(base)
     return model

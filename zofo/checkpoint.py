@@ -15,15 +15,22 @@ adapter_config.json makes it warn; `load_checkpoint` does what is meant.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from zofo.adapters import attach_adapter
 from zofo.errors import UserError
-from zofo.files import fingerprint, read_tensors, write_json, write_tensors
+from zofo.files import (
+    file_digest,
+    fingerprint,
+    read_tensors,
+    refusing,
+    write_json,
+    write_tensors,
+)
 from zofo.methods import split_parameters
 from zofo.optim import HybridOptimizer
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
@@ -73,14 +80,18 @@ class BaseHistory:
             self._num_updates_in_copy = None
 
     def save(self, folder: Path) -> None:
-        """Write the trajectory beside the adapter, and mark the adapter as not enough."""
-        self.optimizer.trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint)
+        """Mark the adapter as not enough, and write the trajectory that belongs to it."""
+        digests: dict[str, str] = {}
         for name in getattr(self.model, "peft_config", {}):
             path = _adapter_folder(folder, name) / "adapter_config.json"
             if not path.exists():
                 continue
             config = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
+            digests |= _adapter_digests(folder, name)
+        self.optimizer.trajectory.save(
+            folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests
+        )
 
     def go_to(self, folder: Path) -> None:
         """Bring the base to where the trajectory in a checkpoint ends.
@@ -134,14 +145,13 @@ def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
         The `PeftModel`, in evaluation mode.
 
     Raises:
-        UserError: if the folder holds no trajectory, or that of another base.
+        UserError: if the folder holds no trajectory, or that of another base or adapter, or is
+            damaged.
     """
-    from peft import PeftModel
-
-    trajectory, header = Trajectory.load(Path(folder) / TRAJECTORY_FILE)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f".*{MARK}.*")
-        model: Any = PeftModel.from_pretrained(base, str(folder))
+    folder = Path(folder)
+    trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
+    _check_adapter(folder, header)
+    model = attach_adapter(base, folder)
     moved = split_parameters(model).base
     check_base(moved, header.get("base_fingerprint"), str(folder))
     trajectory.replay(moved)
@@ -163,19 +173,49 @@ def save_prompt_encoder(model: Any, folder: Path) -> None:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load the active adapter into its parameters in place, values and dtypes as saved."""
+    """Load the active adapter into its parameters in place, values and dtypes as saved.
+
+    Raises:
+        UserError: if its files are damaged, or do not belong to the trajectory beside them.
+    """
+    name = model.active_adapters[0]
+    if (folder / TRAJECTORY_FILE).exists():
+        _check_adapter(folder, Trajectory.load(folder / TRAJECTORY_FILE)[1], name)
     if (folder / PROMPT_FILE).exists():
         saved, _ = read_tensors(folder / PROMPT_FILE)
-        for name, parameter in split_parameters(model).adapter.items():
-            parameter.data.copy_(saved[name])
+        with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
+            for key, parameter in split_parameters(model).adapter.items():
+                parameter.data.copy_(saved[key])
         return
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    name = model.active_adapters[0]
-    weights = load_peft_weights(str(_adapter_folder(folder, name)), device="cpu")
-    set_peft_model_state_dict(model, weights, adapter_name=name)
+    with refusing(f"the adapter in {folder} cannot be loaded"):
+        weights = load_peft_weights(str(_adapter_folder(folder, name)), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def _adapter_folder(folder: Path, name: str) -> Path:
     """Where peft saves the adapter of that name."""
     return folder if name == "default" else folder / name
+
+
+def _adapter_digests(folder: Path, name: str) -> dict[str, str]:
+    """File -> digest of all that loading that adapter reads."""
+    adapter = _adapter_folder(folder, name)
+    paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in (*paths, folder / PROMPT_FILE)
+        if path.is_file()
+    }
+
+
+def _check_adapter(folder: Path, header: Mapping[str, Any], name: str = "default") -> None:
+    """Refuse an adapter that is damaged or was not saved with the trajectory beside it."""
+    recorded = header.get("files")
+    for file, digest in _adapter_digests(folder, name).items():
+        if not isinstance(recorded, dict) or recorded.get(file) != digest:
+            raise UserError(
+                f"{folder / file} is damaged or of another run than {TRAJECTORY_FILE} beside it; "
+                "copy the checkpoint again"
+            )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
@@ -31,6 +33,15 @@ _BASE_LR: Final = 1e-5
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _is_of_reasonable_size(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError("must fit in 64 bits")
+        if isinstance(value, float) and not math.isfinite(value) and info.field_name != "base_lr":
+            raise ValueError("must be finite")
+        return value
 
 
 class ModelConfig(_Section):
@@ -184,9 +195,31 @@ def _joined(where: str, problems: Sequence[str]) -> str:
     return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, a few of which can stand for more nodes than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "aliases are not read, write the value out",
+                self.peek_event().start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError, also for what PyYAML lets through: bad dates, too deep a nesting."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"the configuration {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -213,7 +246,7 @@ def _apply(given: dict[str, Any], override: str) -> list[str]:
     if not mark or not key.strip():
         return [f"{override!r} is not of the form key=value"]
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         value = text
     path = key.strip().split(".")
@@ -247,6 +280,13 @@ def _section(path: Sequence[Any]) -> type[BaseModel]:
     return sections.get(str(path[0]), RunConfig) if len(path) > 1 else RunConfig
 
 
+def _shown(value: Any) -> str:
+    """A value as it was given, unless it is endless."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)
+
+
 def _describe(error: Any) -> str:
     path = error["loc"]
     key = ".".join(str(part) for part in path if part not in ("float", "dict[str,float]"))
@@ -268,15 +308,16 @@ def _describe(error: Any) -> str:
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is {error['input']!r}; it takes keys and values of its own"
+        return f"{key} is {_shown(error['input'])}; it takes keys and values of its own"
     if path[0] == "base_lr":
         return (
-            f"base_lr is {error['input']!r}; it must be a number, or a map from patterns of weight "
-            "names to numbers"
+            f"base_lr is {_shown(error['input'])}; it must be a number, or a map from patterns of "
+            "weight names to numbers"
         )
     message = re.sub(r"^Input should be ", "must be ", error["msg"])
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
-    text = f"{key} is {error['input']!r}; it {message}"
+    message = re.sub(r"^Value error, ", "", message)
+    text = f"{key} is {_shown(error['input'])}; it {message}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(error["input"], choices, n=1)

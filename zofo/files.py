@@ -9,12 +9,36 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
 from zofo.errors import UserError
+
+_MAX_JSON_BYTES: Final = 1 << 24
+"""Far beyond what any file of ours takes."""
+
+
+@contextmanager
+def refusing(problem: str, remedy: str = "copy it again") -> Iterator[None]:
+    """Turn whatever another library raises on a damaged or hostile file into a `UserError`.
+
+    Args:
+        problem: how the message begins, such as "FILE is damaged".
+        remedy: how it ends.
+
+    Raises:
+        UserError: for any exception but Ctrl-C and the like.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        detail = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise UserError(f"{problem} ({detail}); {remedy}") from error
 
 
 @contextmanager
@@ -56,6 +80,43 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Read JSON as the standard has it: without NaN and infinities.
+
+    Raises:
+        UserError: if it is missing, damaged, or too large to be a file of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with refusing(f"{path} is damaged"):
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes: 32 hex digits.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with refusing(f"{path} cannot be read"), path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Digest of a JSON value, whatever the order of its keys: 32 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
     from safetensors.torch import save_file
@@ -70,15 +131,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: if it is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from error
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with refusing(f"{path} is damaged"), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def fingerprint(

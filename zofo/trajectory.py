@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
-from zofo.files import fingerprint, read_tensors, write_tensors
-from zofo.noise import NOISE_VERSION, Distribution, combine, combine_steps
+from zofo.files import fingerprint, read_tensors, refusing, write_tensors
+from zofo.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution, combine, combine_steps
+from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS
 
 FORMAT_VERSION = 1
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
@@ -199,43 +200,18 @@ class Trajectory:
             UserError: if the file is missing, damaged, or of another version.
         """
         tensors, metadata = read_tensors(path)
-        try:
+        with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
             header = json.loads(metadata["zofo"])
             versions = {"format": FORMAT_VERSION, "noise_version": NOISE_VERSION}
             for key, known in versions.items():
                 if header[key] != known:
                     raise UserError(
-                        f"{path} has {key} {header[key]}; this zofo reads {known}: install the "
-                        "zofo that wrote it"
+                        f"{path} has {key} {header[key]!r:.80}; this zofo reads {known}: install "
+                        "the zofo that wrote it"
                     )
             if header.pop("digest") != _digest(header, tensors):
                 raise UserError(f"{path} is damaged (its digest does not fit); copy it again")
-            groups = tuple(
-                GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in header["groups"]
-            )
-            steps, scalars = tensors["step"].tolist(), tensors["projected_grad"].tolist()
-            lrs, decays = (
-                tensors[key].expand(len(steps), len(groups)).tolist()
-                for key in ("lr", "weight_decay")
-            )
-            updates = [
-                tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
-                for step, s, row_lr, row_wd in zip(steps, scalars, lrs, decays, strict=True)
-            ]
-            trajectory = cls(
-                header["seed"],
-                header["distribution"],
-                header["eps"],
-                header["estimator"],
-                groups,
-                updates,
-            )
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{path} is not a trajectory of zofo, or is damaged ({error!r}); copy it again"
-            ) from error
+            trajectory = _from_file(header, tensors)
         return trajectory, header
 
 
@@ -256,6 +232,58 @@ def check_base(base: Mapping[str, Tensor], expected: str | None, owner: str) -> 
             f"{owner} was trained on a base with fingerprint {expected}, this base has {found}; "
             "load the base that the run began with"
         )
+
+
+def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trajectory:
+    """What a file says, checked: a digest tells damage, not whether the writer meant well.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it says what no run records.
+    """
+    groups = tuple(GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in header["groups"])
+    names = [name for group in groups for name in group.names]
+    indices = [index for group in groups for index in group.tensors]
+    steps, scalars = tensors["step"], tensors["projected_grad"]
+    num_steps = len(steps)
+    tables = [tensors[key] for key in ("lr", "weight_decay")]
+    seed, eps = header["seed"], header["eps"]
+    sound = {
+        "names": all(type(name) is str for name in names) and len(set(names)) == len(names),
+        "tensors": all(type(i) is int and 0 <= i < MAX_TENSORS for i in indices)
+        and all(len(group.names) == len(group.tensors) for group in groups),
+        "seed": type(seed) is int and 0 <= seed < 1 << 64,
+        "distribution": header["distribution"] in DISTRIBUTIONS,
+        "eps": type(eps) in (int, float) and 0 < eps < float("inf"),
+        "estimator": type(header["estimator"]) is str,
+        "step": steps.dtype == torch.int64
+        and steps.ndim == 1
+        and bool(((steps >= 0) & (steps < MAX_STEP)).all()),
+        "projected_grad": _is_table(scalars, (num_steps,))
+        and (0 < scalars.shape[1] < MAX_DIRECTIONS or not num_steps),
+        "lr and weight_decay": all(_is_table(t, (1, num_steps), len(groups)) for t in tables),
+    }
+    wrong = [key for key, is_sound in sound.items() if not is_sound]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot be")
+    lrs, decays = (table.expand(num_steps, len(groups)).tolist() for table in tables)
+    updates = [
+        tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
+        for step, s, row_lr, row_wd in zip(
+            steps.tolist(), scalars.tolist(), lrs, decays, strict=True
+        )
+    ]
+    return Trajectory(seed, header["distribution"], eps, header["estimator"], groups, updates)
+
+
+def _is_table(table: Tensor, num_rows: Collection[int], num_columns: int | None = None) -> bool:
+    """Finite float64 of that shape."""
+    return (
+        table.dtype == torch.float64
+        and table.ndim == 2
+        and len(table) in num_rows
+        and num_columns in (None, table.shape[1])
+        and bool(table.isfinite().all())
+    )
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -106,7 +106,8 @@ def _open(target: str, overrides: Sequence[str]) -> tuple[Artifact, RunConfig]:
     check_device(config.device)
     device = default_device() if config.device == "auto" else config.device
     if is_artifact:
-        return load(folder, device=device), config
+        trusted = config.model.trust_remote_code
+        return load(folder, device=device, trust_remote_code=trusted), config
     model = config.model
     head = model.head if model.head != "auto" else head_of(model.name, revision=model.revision)
     if head == "classification":
