@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
 from zofo.checkpoint_files import newest_whole, remove_leftovers, rotate, writing_folder
@@ -88,6 +88,16 @@ class HybridArguments(HybridOptions, TrainingArguments):
     """`transformers.TrainingArguments` and the hybrid options."""
 
 
+class _RestoreAccounts(TrainerCallback):
+    """Once Trainer has set its sums to nothing."""
+
+    def __init__(self, trainer: HybridMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._restore_accounts()
+
+
 class HybridMixin:
     """Put before any `transformers.Trainer` class: `class T(HybridMixin, SFTTrainer)`.
 
@@ -122,6 +132,7 @@ class HybridMixin:
         check_setup(self, self.hybrid_options.method)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
         self.add_callback(self.watch)  # type: ignore[attr-defined]
+        self.add_callback(_RestoreAccounts(self))  # type: ignore[attr-defined]
 
     @property
     def hybrid_options(self) -> Any:
@@ -355,13 +366,16 @@ class HybridMixin:
             "loss_until_log": trainer._total_loss_scalar,
         }
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+    def _restore_accounts(self) -> None:
         trainer: Any = self
         accounts, self._resumed_accounts = self._resumed_accounts, None
         if accounts is not None:
             trainer._tr_loss.fill_(accounts["loss_since_log"])
             trainer._globalstep_last_logged = accounts["last_logged_step"]
             trainer._total_loss_scalar = accounts["loss_until_log"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
         if trainer.state.global_step >= trainer.state.max_steps:
             # Resumed after the last step: Trainer would take one more.
             trainer.control.should_training_stop = True
