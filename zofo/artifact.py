@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from zofo import hub
 from zofo.adapters import attach_adapter
 from zofo.errors import UserError
 from zofo.files import fingerprint, refusing
@@ -128,18 +129,28 @@ def save_artifact(
     return folder
 
 
-def load(folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Artifact:
+def load(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Artifact:
     """Load what `save_artifact` or `zofo train` wrote.
 
     Args:
-        folder: an artefact, or a run folder that holds one.
+        folder: an artefact, a run folder that holds one, or an artefact's hub id.
         device: where the model goes.
         trust_remote_code: run code that the base's repository brings, if the base needs that. What
             the artefact says of it is not enough.
+        revision: of the hub id: branch, tag or commit.
 
     Raises:
         UserError: if it is no artefact, is damaged, or its base cannot be found or is another.
     """
+    name = str(folder)
+    if not Path(name).expanduser().exists() and hub.looks_like_hub_id(name):
+        folder = hub.download(name, revision=revision)
     folder = find_artifact(folder)
     header = read_header(folder)
     check_files(folder, header)

@@ -54,7 +54,7 @@ class BaseModel:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
 
-    name: str
+    name: Annotated[str, pydantic.Field(max_length=1024)]
     head: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(HEADS)})$")] = "causal-lm"
     dtype: str = "float32"
     num_labels: Annotated[int, pydantic.Field(ge=1, le=_MAX_LABELS)] = 2
