@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zofo.artifact import save_artifact as save_artifact
     from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
+    from zofo.export import Exported as Exported
+    from zofo.export import export_model as export_model
     from zofo.interrupt import StopOnSignal as StopOnSignal
     from zofo.interrupt import TrainingInterrupt as TrainingInterrupt
     from zofo.methods import METHODS as METHODS
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BaseModel": "artifact",
+    "Exported": "export",
     "METHODS": "methods",
     "HybridArguments": "trainer",
     "HybridMixin": "trainer",
@@ -49,6 +52,7 @@ _HOMES = {
     "Trajectory": "trajectory",
     "UserError": "errors",
     "create_adapter": "adapters",
+    "export_model": "export",
     "load": "artifact",
     "load_checkpoint": "checkpoint",
     "load_model": "models",

@@ -129,6 +129,20 @@ def test_chat_messages(tmp_path, decoder_folder):
     assert json.loads(done.stdout)["prediction"] == "great"
 
 
+def test_export_prints_where_and_how_to_use_it(trained, tmp_path):
+    folder, _ = trained
+    done = run("export", folder / "run", "--to", tmp_path / "plain", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    assert f"export    {tmp_path / 'plain'}" in done.stdout
+    assert "bfloat16" in done.stdout
+    line = next(x for x in done.stdout.splitlines() if x.startswith("in Python "))
+    exec(line.removeprefix("in Python "), found := {})
+    assert next(found["model"].parameters()).element_size() == 2
+    again = run("export", folder / "run", "--to", tmp_path / "plain")
+    assert again.exit_code == 2
+    assert "not empty" in again.stderr
+
+
 def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
     folder, _ = trained
     done = run(

@@ -193,6 +193,29 @@ def tasks(
     show_tasks(name)
 
 
+@app.command()
+@reports_errors
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
+) -> None:
+    """Write a trained model as a plain Hugging Face folder, checked against the trained model.
+
+    zofo export runs/rotten-tomatoes-hybrid-lora --to plain --dtype bfloat16
+    """
+    from zofo.cli.keeping import export as export_folder
+
+    export_folder(folder, to, dtype, max_shard_size, trust_remote_code)
+
+
 def main() -> None:
     """Entry point."""
     app()

@@ -1,0 +1,352 @@
+"""A trained model as a plain Hugging Face folder, for tools that know nothing of zofo.
+
+    DIR/            base at its trained values, adapter merged into it (LoRA and its kin)
+    DIR/adapter/    the adapter, where it cannot be merged (prefix, prompt): peft's files
+
+A LoRA is merged in float32, then rounded once to the dtype asked for. What was written is loaded
+again with plain transformers and peft, and compared with the trained model before the folder gets
+its name: a folder that exists is a folder that was checked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from zofo.checkpoint import is_peft
+from zofo.errors import UserError
+from zofo.export_check import (
+    Deviation,
+    Samples,
+    check_tokenizers,
+    check_weights,
+    deviation,
+    logits_of,
+    sample_inputs,
+    tolerance_of,
+)
+from zofo.files import write_json, write_text
+from zofo.models import ALIASES, DTYPES, quiet
+from zofo.opening import Source, open_source, plain_base
+
+EXPORT_FILE: Final = "zofo_export.json"
+"""What the folder was made from; no loader reads it."""
+ADAPTER_FOLDER: Final = "adapter"
+CARD_FILE: Final = "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        path: the folder.
+        is_merged: whether the base alone is the whole model.
+        dtype: of the weights.
+        max_logit_difference: between the folder and the trained model, on `inputs`.
+        tolerance: what it had to stay under.
+        inputs: what was compared, in words.
+        usage: a line of Python that loads the folder without zofo.
+    """
+
+    path: Path
+    is_merged: bool
+    dtype: str
+    max_logit_difference: float
+    tolerance: float
+    inputs: str
+    usage: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the folder."""
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a folder, and what it must do there.
+
+    Attributes:
+        model: the plain model; cast in place.
+        adapter: the `PeftModel` whose adapter goes beside it, None: merged, or there is none.
+        source: where it is from.
+        tokenizer: as it was in training.
+        samples: inputs to compare on.
+        expected: logits on them.
+        step: of the base, if that is written instead of the trained model.
+    """
+
+    model: Any
+    adapter: Any
+    source: Source
+    tokenizer: Any
+    samples: Samples
+    expected: list[Tensor]
+    step: int | None = None
+
+
+def export_model(
+    folder: str | Path,
+    to: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a trained model as a plain Hugging Face folder, checked against the trained model.
+
+    Args:
+        folder: a run, an artefact, or a checkpoint in a run folder.
+        to: where to; must not exist, or be empty.
+        dtype: "float32", "bfloat16" or "float16"; None: that of the base.
+        max_shard_size: largest safetensors file, such as "5GB" or "500MB".
+        trust_remote_code: run code that the base's repository brings, if the base needs that.
+
+    Raises:
+        UserError: if the folder holds no trained model, `to` is in use or cannot be written, or
+            what was written is not the trained model within the dtype's tolerance
+            (`zofo.export_check`). Nothing is left behind then.
+    """
+    to = check_target(to, dtype, max_shard_size)
+    source = open_source(folder, trust_remote_code=trust_remote_code)
+    trained, tokenizer = source.load()
+    samples = sample_inputs(source, tokenizer)
+    expected = logits_of(trained, samples)
+    model: Any = _merge(trained, samples, expected)
+    adapter: Any = None
+    if model is None:
+        adapter, tokenizer = source.load()  # merging may have changed the first
+        model = plain_base(source, adapter)
+    content = Content(model, adapter, source, tokenizer, samples, expected)
+    return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def check_target(to: str | Path, dtype: str | None, max_shard_size: str) -> Path:
+    """Refuse what cannot be written, before anything is loaded.
+
+    Raises:
+        UserError: for a folder in use, or an unknown dtype or size.
+    """
+    path = Path(to).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another folder or remove it")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"[1-9]\d*[KMG]i?B", max_shard_size):
+        raise UserError(f"max_shard_size is {max_shard_size!r}; give a size such as 5GB or 500MB")
+    return path
+
+
+def write_folder(
+    content: Content, to: Path, *, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> Exported:
+    """Write a folder, load it with plain libraries, compare, and give it its name.
+
+    Args:
+        content: what to write.
+        to: the folder.
+        dtype: of the weights; None: the base's.
+        max_shard_size: of a safetensors file.
+
+    Raises:
+        UserError: as `export_model`.
+    """
+    source, samples = content.source, content.samples
+    chosen = dtype or source.base.dtype
+    tolerance = tolerance_of(chosen, source.base.dtype)
+    with _writing_folder(to) as temporary, quiet():
+        _save(content, temporary, to, DTYPES[chosen], max_shard_size)
+        found = _compare(content, temporary)
+        if not found.within(tolerance):
+            raise UserError(
+                f"the folder would not be the trained model: its logits differ by "
+                f"{found.largest:.3g}, {found.share:.3%} of the largest logit, on "
+                f"{samples.origin}; {tolerance:.3%} is allowed in {chosen}. Nothing was exported; "
+                "try dtype float32"
+            )
+        usage = _usage(to, source.base.head, content.adapter is not None)
+        exported = Exported(
+            to,
+            content.adapter is None,
+            chosen,
+            found.largest,
+            tolerance * found.scale,
+            samples.origin,
+            usage,
+        )
+        _describe(exported, content, temporary)
+    return exported
+
+
+def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module | None:
+    """The model with its adapter in the base's weights, in float32; None where peft cannot."""
+    if not is_peft(trained):
+        return trained
+    if not hasattr(trained.base_model, "merge_and_unload"):
+        return None
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters()):
+        trained.float()
+        expected = logits_of(trained, samples)
+    try:
+        with quiet():
+            merged: nn.Module = trained.merge_and_unload()
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
+        return None
+    # An adapter on a tied embedding, for one, would leak into the output layer.
+    is_same = deviation(logits_of(merged, samples), expected).within(tolerance_of("float32"))
+    return merged if is_same else None
+
+
+def _save(
+    content: Content, folder: Path, to: Path, dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """Model, tokenizer and adapter."""
+    model, source, adapter = content.model, content.source, content.adapter
+    config = model.config
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # training and scoring have no use for it, generating does
+    if source.base.head == "classification" and source.labels:
+        config.id2label = dict(enumerate(source.labels))
+        config.label2id = {label: i for i, label in enumerate(source.labels)}
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer = source.plain_tokenizer()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = content.tokenizer.pad_token
+    tokenizer.save_pretrained(folder)
+    if adapter is not None:
+        for config in adapter.peft_config.values():
+            config.base_model_name_or_path = str(to.resolve())
+        adapter.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+        (folder / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
+
+
+def _compare(content: Content, folder: Path) -> Deviation:
+    """What plain transformers and peft make of the folder, against the trained model."""
+    import peft
+    import transformers as hf
+
+    base = content.source.base
+    kind: Any = (
+        hf.AutoModelForSequenceClassification
+        if base.head == "classification"
+        else hf.AutoModelForCausalLM
+    )
+    model = kind.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    check_weights(model, content.model)
+    if content.adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    check_tokenizers(tokenizer, content.tokenizer, content.samples)
+    return deviation(logits_of(model.eval(), content.samples), content.expected)
+
+
+def _usage(to: Path, head: str, has_adapter: bool) -> str:
+    kind = "AutoModelForCausalLM" if head == "causal-lm" else "AutoModelForSequenceClassification"
+    load = f"{kind}.from_pretrained({str(to)!r})"
+    if not has_adapter:
+        return f"from transformers import {kind}; model = {load}"
+    return (
+        f"from transformers import {kind}; from peft import PeftModel; "
+        f"model = PeftModel.from_pretrained({load}, {str(to / ADAPTER_FOLDER)!r})"
+    )
+
+
+def _describe(exported: Exported, content: Content, folder: Path) -> None:
+    """The record for `zofo info`, and the card."""
+    from zofo import __version__
+
+    source = content.source
+    origin = _public_name(source.base.name)
+    record = {
+        "format": 1,
+        "zofo_version": __version__,
+        "method": source.method,
+        "base": origin,
+        "head": source.base.head,
+        "task": (source.task or {}).get("name"),
+        "labels": list(source.labels),
+        "step": content.step,
+        "dtype": exported.dtype,
+        "is_merged": exported.is_merged,
+        "max_logit_difference": exported.max_logit_difference,
+        "tolerance": exported.tolerance,
+        "compared_on": exported.inputs,
+    }
+    write_json(folder / EXPORT_FILE, record)
+    write_text(folder / CARD_FILE, _card(exported, content, origin))
+
+
+def _card(exported: Exported, content: Content, origin: str) -> str:
+    source = content.source
+    tags = [f"base_model: {origin}"] if origin.count("/") == 1 else []
+    front = "\n".join(["---", "library_name: transformers", *tags, "tags: [zofo]", "---"])
+    task = (source.task or {}).get("name")
+    what = f"{origin}, fine-tuned" + (f" on {task}" if task else "")
+    if content.step is not None:
+        what = f"The base of a fine-tuned {origin} after {content.step} updates, without adapter"
+    # The folder will not stay where it was written.
+    usage = _usage(Path("THIS_FOLDER"), source.base.head, not exported.is_merged)
+    parts = (
+        "The adapter is merged into the weights, or there is none; nothing else is needed."
+        if exported.is_merged
+        else f"The adapter lies in `{ADAPTER_FOLDER}/` and belongs to this base alone."
+    )
+    code = usage.replace("; ", "\n")
+    return (
+        f"{front}\n\n# {what}\n\nBy zofo, method "
+        f"{source.method}, weights in {exported.dtype}. {parts}\n\n```python\n{code}\n```\n\n"
+        f"Compared with the trained model on {exported.inputs}: logits differ by at most "
+        f"{exported.max_logit_difference:.3g} ({exported.tolerance:.3g} was allowed).\n"
+    )
+
+
+def _public_name(name: str) -> str:
+    """A hub id; of a folder only its own name, since cards travel."""
+    if name in ALIASES:
+        return ALIASES[name].origin
+    path = Path(name).expanduser()
+    return path.name if path.is_dir() or path.is_absolute() else name
+
+
+@contextmanager
+def _writing_folder(to: Path) -> Iterator[Path]:
+    """A temporary folder beside `to` that takes its name when the block ends well."""
+    temporary: Path | None = None
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            _flush(path)
+        temporary.replace(to)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {to}: {getattr(error, 'strerror', None) or error}; nothing was written "
+            "there. Free space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and need not
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
