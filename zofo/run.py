@@ -23,6 +23,7 @@ from torch import nn
 
 from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
+from zofo.card import write_card
 from zofo.checkpoint_files import remove_leftovers
 from zofo.config import RunConfig
 from zofo.environment import check_device, environment, peak_memory_bytes
@@ -243,20 +244,25 @@ def train(
     }
     result = Result(folder, before, after, cost)
     best = trainer.state.best_model_checkpoint
-    write_json(
-        folder / RESULT_FILE,
-        {
-            "method": config.method,
-            "task": config.task.name,
-            "model": config.model.name,
-            "adapter": config.adapter.type,
-            "seed": config.seed,
-            "test": {"before": before.as_dict(), "after": after.as_dict()},
-            "best_dev": trainer.state.best_metric,
-            "best_checkpoint": Path(best).name if best else None,
-            "cost": cost,
-            "notes": list(prepared.splits.notes),
-        },
+    summary = {
+        "method": config.method,
+        "task": config.task.name,
+        "model": config.model.name,
+        "adapter": config.adapter.type,
+        "seed": config.seed,
+        "test": {"before": before.as_dict(), "after": after.as_dict()},
+        "best_dev": trainer.state.best_metric,
+        "best_checkpoint": Path(best).name if best else None,
+        "cost": cost,
+        "notes": list(prepared.splits.notes),
+    }
+    write_json(folder / RESULT_FILE, summary)
+    write_card(
+        artifact,
+        base=prepared.base,
+        task=config.task.model_dump(),
+        num_rows={part: len(rows) for part, rows in prepared.rows.items()},
+        summary=summary,
     )
     return result
 
