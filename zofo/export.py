@@ -38,7 +38,7 @@ from zofo.export_check import (
 )
 from zofo.files import write_json, write_text
 from zofo.models import ALIASES, DTYPES, quiet
-from zofo.opening import Source, open_source, plain_base
+from zofo.opening import Source, attach, open_source, plain_base
 
 EXPORT_FILE: Final = "zofo_export.json"
 """What the folder was made from; no loader reads it."""
@@ -232,22 +232,36 @@ def _save(
         (folder / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
 
 
-def _compare(content: Content, folder: Path) -> Deviation:
-    """What plain transformers and peft make of the folder, against the trained model."""
-    import peft
+def load_plain(
+    folder: Path, head: str, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Model (without adapter) and tokenizer of an export, as plain transformers loads them.
+
+    Args:
+        folder: the export.
+        head: "causal-lm" or "classification".
+        trust_remote_code: run code that lies in the folder.
+    """
     import transformers as hf
 
-    base = content.source.base
     kind: Any = (
         hf.AutoModelForSequenceClassification
-        if base.head == "classification"
+        if head == "classification"
         else hf.AutoModelForCausalLM
     )
-    model = kind.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    with quiet():
+        model = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer
+
+
+def _compare(content: Content, folder: Path) -> Deviation:
+    """What plain transformers and peft make of the folder, against the trained model."""
+    base = content.source.base
+    model, tokenizer = load_plain(folder, base.head, trust_remote_code=base.trust_remote_code)
     check_weights(model, content.model)
     if content.adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        model = attach(model, folder / ADAPTER_FOLDER)
     check_tokenizers(tokenizer, content.tokenizer, content.samples)
     return deviation(logits_of(model.eval(), content.samples), content.expected)
 
@@ -293,6 +307,7 @@ def _card(exported: Exported, content: Content, origin: str) -> str:
     tags = [f"base_model: {origin}"] if origin.count("/") == 1 else []
     front = "\n".join(["---", "library_name: transformers", *tags, "tags: [zofo]", "---"])
     task = (source.task or {}).get("name")
+    compared = "the trained model" if content.step is None else "the base in memory"
     what = f"{origin}, fine-tuned" + (f" on {task}" if task else "")
     if content.step is not None:
         what = f"The base of a fine-tuned {origin} after {content.step} updates, without adapter"
@@ -307,7 +322,7 @@ def _card(exported: Exported, content: Content, origin: str) -> str:
     return (
         f"{front}\n\n# {what}\n\nBy zofo, method "
         f"{source.method}, weights in {exported.dtype}. {parts}\n\n```python\n{code}\n```\n\n"
-        f"Compared with the trained model on {exported.inputs}: logits differ by at most "
+        f"Compared with {compared} on {exported.inputs}: logits differ by at most "
         f"{exported.max_logit_difference:.3g} ({exported.tolerance:.3g} was allowed).\n"
     )
 

@@ -143,6 +143,31 @@ def test_export_prints_where_and_how_to_use_it(trained, tmp_path):
     assert "not empty" in again.stderr
 
 
+def test_info_replay_and_verify(trained, tmp_path):
+    run_folder = trained[0] / "run"
+    done = run("info", run_folder)
+    assert done.exit_code == 0, done.output
+    for part in (": run, whole", "hybrid", "2 updates of the base", "test rows"):
+        assert part in done.stdout
+    found = json.loads(run("info", run_folder / "artifact", "--json").stdout)
+    assert (found["kind"], found["is_whole"], found["num_recorded_steps"]) == ("artefact", True, 2)
+    done = run("replay", run_folder, "--step", "1", "--to", tmp_path / "base")
+    assert done.exit_code == 0, done.output
+    assert "after 1 updates, without adapter" in done.stdout
+    assert (tmp_path / "base" / "config.json").exists()
+    assert run("replay", run_folder, "--step", "3", "--to", tmp_path / "more").exit_code == 2
+    for folder in (run_folder, tmp_path / "base"):
+        done = run("verify", folder)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.rstrip().endswith("is sound")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    done = run("verify", tmp_path / "base")
+    assert done.exit_code == 2
+    assert "FAILED" in done.stdout
+    assert "lacks model.safetensors" in done.stdout
+    assert "NOT whole" in run("info", tmp_path / "base").stdout
+
+
 def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
     folder, _ = trained
     done = run(
@@ -173,6 +198,10 @@ def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
         (["eval", "minilm"], "untrained"),
         (["predict", "smollm2-135m"], "one of the two"),
         (["tasks", "rotten-tomato"], "did you mean"),
+        (["export", "nowhere", "--to", "there"], "does not exist"),
+        (["info", "nowhere"], "does not exist"),
+        (["verify", "tests"], "no run, artefact, checkpoint or export"),
+        (["replay", "nowhere", "--step", "1", "--to", "there"], "does not exist"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(arguments, words):

@@ -216,6 +216,55 @@ def export(
     export_folder(folder, to, dtype, max_shard_size, trust_remote_code)
 
 
+@app.command()
+@reports_errors
+def info(
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder is, whether it is whole, and which base it belongs to."""
+    from zofo.cli.keeping import info as show_info
+
+    show_info(path, as_json)
+
+
+@app.command()
+@reports_errors
+def replay(
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
+    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0: the original.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
+) -> None:
+    """Write the base as it was after some updates, without adapter, as a Hugging Face folder."""
+    from zofo.cli.keeping import replay as replay_to
+
+    replay_to(path, step, to, dtype, max_shard_size, trust_remote_code)
+
+
+@app.command()
+@reports_errors
+def verify(
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
+) -> None:
+    """Load a folder step by step and print each check; exit code 2 if one fails."""
+    from zofo.cli.keeping import verify as is_sound
+
+    if not is_sound(path, trust_remote_code):
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
 def main() -> None:
     """Entry point."""
     app()
