@@ -26,6 +26,8 @@ from zofo.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution, combine, comb
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS
 
 FORMAT_VERSION = 1
+DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
+"""How an update is computed and stored; float64 weights are computed in float64."""
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
 _REPLAY_BLOCK = 4096
 """Updates in one pass: their scalars stay small beside the chunk of weights."""
@@ -182,6 +184,7 @@ class Trajectory:
         header = {
             "format": FORMAT_VERSION,
             "noise_version": NOISE_VERSION,
+            "dtype_policy": DTYPE_POLICY,
             "seed": self.seed,
             "distribution": self.distribution,
             "eps": self.eps,
@@ -202,7 +205,11 @@ class Trajectory:
         tensors, metadata = read_tensors(path)
         with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
             header = json.loads(metadata["zofo"])
-            versions = {"format": FORMAT_VERSION, "noise_version": NOISE_VERSION}
+            versions = {
+                "format": FORMAT_VERSION,
+                "noise_version": NOISE_VERSION,
+                "dtype_policy": DTYPE_POLICY,
+            }
             for key, known in versions.items():
                 if header[key] != known:
                     raise UserError(
