@@ -191,8 +191,14 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     for name in (".checkpoint-4.partial", ".checkpoint-2.old.partial", "checkpoint-2", ".mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
+    for name in (".run.yaml.a1b2c3d_", ".base_snapshot.safetensors.12345678", ".run.yaml.mine"):
+        (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".mine",
+        ".run.yaml.mine",
+        "checkpoint-2",
+    ]
 
 
 def test_training_begins_by_removing_leftovers(run):

@@ -33,6 +33,7 @@ from zofo.files import (
 )
 from zofo.methods import split_parameters
 from zofo.optim import HybridOptimizer
+from zofo.snapshot import BaseSnapshot
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
 PROMPT_FILE = "prompt_encoder.safetensors"
@@ -51,6 +52,7 @@ class BaseHistory:
         optimizer: what moves the base and records how.
         folder: where the copy of the original goes.
         original: returns the original base, name -> tensor; None: copy it when told to.
+        snapshot_every: updates between copies of the moved base; None: none.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class BaseHistory:
         optimizer: HybridOptimizer,
         folder: Path,
         original: Callable[[], Mapping[str, Tensor]] | None = None,
+        snapshot_every: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.original = model, optimizer, original
         self.base = split_parameters(model).base
         self.fingerprint: str | None = fingerprint(self.base)
         self._file = folder / ORIGINAL_BASE_FILE
         self._num_updates_in_copy: int | None = None
+        self._snapshot = BaseSnapshot(folder, snapshot_every)
 
     def keep_original(self) -> None:
         """Write the copy that going back needs, unless it is there or not needed."""
@@ -73,8 +77,14 @@ class BaseHistory:
             write_tensors(self._file, copied, {})
             self._num_updates_in_copy = len(self.optimizer.trajectory)
 
-    def drop_original(self) -> None:
-        """Remove the copy."""
+    def take_snapshot(self) -> None:
+        """Copy the base as it is now, if that is due."""
+        if is_peft(self.model):
+            self._snapshot.write_if_due(self.base, self.optimizer.trajectory, self.fingerprint)
+
+    def drop_copies(self) -> None:
+        """Remove the copies of the base."""
+        self._snapshot.drop()
         if self._num_updates_in_copy is not None:
             self._file.unlink(missing_ok=True)
             self._num_updates_in_copy = None
@@ -113,7 +123,9 @@ class BaseHistory:
             if target.updates[:start] != present.updates[:start]:
                 raise UserError(f"{folder} belongs to another run than this trainer's base")
             if not start:
-                check_base(self.base, header.get("base_fingerprint"), str(folder))
+                original = header.get("base_fingerprint")
+                check_base(self.base, original, str(folder))
+                start = self._snapshot.restore(self.base, target, original)
             target.replay(self.base, start=start)
         self.fingerprint = header.get("base_fingerprint")
         self.optimizer.trajectory = target

@@ -27,6 +27,15 @@ LIST_FILE: Final = "zofo_files.json"
 """Name, size and digest of every other file."""
 _PREFIX: Final = "checkpoint-"
 _HIDDEN: Final = ".partial"
+_FILES: Final = (
+    "run.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "result.json",
+    "base_original.safetensors",
+    "base_snapshot.safetensors",
+)
+"""Of a run folder, beside the checkpoints."""
 
 
 @contextmanager
@@ -72,6 +81,9 @@ def remove_leftovers(run_folder: Path) -> None:
     """Remove what a killed run was writing or removing."""
     for path in run_folder.glob(f".{_PREFIX}*{_HIDDEN}"):
         shutil.rmtree(path, ignore_errors=True)
+    for name in _FILES:  # as zofo.files.replacing names them
+        for path in run_folder.glob(f".{name}.????????"):
+            path.unlink(missing_ok=True)
 
 
 def step_of(folder: Path) -> int | None:

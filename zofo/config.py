@@ -133,6 +133,11 @@ class RunConfig(_Section):
         "loss", description="which dev score; loss has less noise"
     )
     log_every: int = Field(10, ge=1, description="steps between log lines")
+    snapshot_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between copies of the base (its size), so that resuming replays less",
+    )
     gradient_checkpointing: bool = Field(False, description="in the first-order pass")
 
     seed: int = Field(0, ge=0, lt=2**32, description="of everything")

@@ -18,7 +18,15 @@ from zofo.errors import UserError
 CONFIG_FILE: Final = "run.yaml"
 RESULT_FILE: Final = "result.json"
 FREE: Final = frozenset(
-    ("output_dir", "log_every", "report_to", "num_threads", "device", "eval_batch_size")
+    (
+        "output_dir",
+        "log_every",
+        "report_to",
+        "num_threads",
+        "device",
+        "eval_batch_size",
+        "snapshot_every",
+    )
 )
 """Keys that may differ from the saved run's."""
 

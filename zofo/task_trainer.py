@@ -132,6 +132,7 @@ def build_trainer(
         replay_dropout=config.replay_dropout,
         self_check=config.self_check,
         on_non_finite=config.on_non_finite,
+        snapshot_every=config.snapshot_every,
         sampling=config.sampling,
         max_steps=total_steps,
         per_device_train_batch_size=config.batch_size,

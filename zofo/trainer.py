@@ -81,6 +81,10 @@ class HybridOptions:
         default="stop",
         metadata={"help": "at a loss or scalar that is not finite: stop (checkpointed), or skip"},
     )
+    snapshot_every: int | None = field(
+        default=None,
+        metadata={"help": "steps between copies of the base, so that resuming replays less"},
+    )
 
 
 @dataclass
@@ -177,7 +181,7 @@ class HybridMixin:
         self._resumed_accounts = None
         output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         if self._history is not None:
-            self._history.drop_original()
+            self._history.drop_copies()
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -191,7 +195,13 @@ class HybridMixin:
             optimizer = self._hybrid = trainer.optimizer
             if optimizer.trajectory.groups:
                 folder = Path(trainer.args.output_dir)
-                self._history = BaseHistory(trainer.model, optimizer, folder, self._original_base)
+                self._history = BaseHistory(
+                    trainer.model,
+                    optimizer,
+                    folder,
+                    self._original_base,
+                    getattr(self.hybrid_options, "snapshot_every", None),
+                )
         if self._history is not None and trainer.args.load_best_model_at_end:
             self._history.keep_original()
         return trainer.optimizer
@@ -340,6 +350,8 @@ class HybridMixin:
                 write_json(staged / ACCOUNTS_FILE, self._accounts())
         finally:
             self._checkpoints_folder, args.push_to_hub = None, pushes
+        if self._history is not None:
+            self._history.take_snapshot()
         rotate(
             run_folder,
             args.save_total_limit,

@@ -181,8 +181,8 @@ def assert_same_run(a, b):
 
 
 KINDS = [
-    (f"optimizer={optimizer}", f"model.dtype={dtype}")
-    for dtype in ("float32", "bfloat16")
+    (f"optimizer={optimizer}", f"model.dtype={dtype}", f"snapshot_every={every}")
+    for dtype, every in (("float32", "null"), ("bfloat16", "5"))
     for optimizer in ("adamw", "sgd")
 ]
 
