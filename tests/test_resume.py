@@ -127,6 +127,14 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished):
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("text", [None, "", "{", '{"step": 99, "loss": 1}\n', "\0" * 50])
+def test_metrics_that_were_lost_come_back(run, finished, text):
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "metrics.jsonl").unlink() if text is None else (run / "metrics.jsonl").write_text(text)
+    assert invoke("train", "--resume", run).exit_code == 0
+    assert untimed_metrics(run / "metrics.jsonl") == untimed_metrics(finished / "metrics.jsonl")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{"])
 def test_a_damaged_result_is_none(run, text):
     (run / "result.json").write_text(text)

@@ -393,10 +393,30 @@ def idle_options(config: RunConfig) -> list[str]:
             "num_directions",
             "distribution",
             "base_weight_decay",
+            "snapshot_every",
         ),
-        "zo-peft": ("base_lr", "optimizer", "max_grad_norm", "base_weight_decay"),
-        "zo-ft": ("adapter_lr", "adapter_weight_decay", "optimizer", "max_grad_norm"),
-        "fo-ft": ("adapter_lr", "adapter_weight_decay", "eps", "estimator", "num_directions"),
+        "zo-peft": (
+            "base_lr",
+            "optimizer",
+            "max_grad_norm",
+            "base_weight_decay",
+            "snapshot_every",
+        ),
+        "zo-ft": (
+            "adapter_lr",
+            "adapter_weight_decay",
+            "optimizer",
+            "max_grad_norm",
+            "snapshot_every",
+        ),
+        "fo-ft": (
+            "adapter_lr",
+            "adapter_weight_decay",
+            "eps",
+            "estimator",
+            "num_directions",
+            "snapshot_every",
+        ),
         "hybrid": (),
     }
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ class TrainingDisplay(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a log entry in `metrics.jsonl`; resuming drops what lies ahead of the step.
+    """One JSON object a log entry in `metrics.jsonl`.
+
+    A run that is continued writes the entries anew that its checkpoint holds: whatever was lost or
+    logged after that checkpoint, the file ends as that of an uninterrupted run.
 
     Args:
         path: the file.
@@ -121,19 +125,11 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the entries of the steps that are kept, without a run's closing one."""
+        """Begin with the entries of the steps that are done."""
         from zofo.files import write_text
 
-        kept = []
-        if self.path.exists() and state.global_step:
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    if entry["step"] <= state.global_step and "train_runtime" not in entry:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        done = state.log_history if state.global_step else []
+        write_text(self.path, "".join(_metrics_line(entry["step"], entry) for entry in done))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -143,19 +139,23 @@ class MetricsFile(TrainerCallback):
         Raises:
             UserError: if the file cannot be written.
         """
-        # JSON has no NaN: a value that is not finite is written as text.
-        values = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in (logs or {}).items()
-        }
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+                file.write(_metrics_line(state.global_step, logs or {}))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror or error}. The checkpoints are as they "
                 "were: free space or bring the folder back, and continue the run"
             ) from error
+
+
+def _metrics_line(step: int, logs: Mapping[str, Any]) -> str:
+    # JSON has no NaN: a value that is not finite is written as text.
+    values = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in logs.items()
+    }
+    return json.dumps({"step": step, **values}) + "\n"
 
 
 def _duration(seconds: float) -> str:

@@ -241,3 +241,19 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on(
     assert int(checkpoint.name.partition("-")[2]) < STEPS
     complete(["--resume", stopped], log)
     assert_same_run(whole, stopped)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(tmp_path, reviews, decoder_folder):
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    complete(options(whole, reviews, decoder_folder), log)
+    log.unlink()
+    process = start(options(stopped, reviews, decoder_folder), log)
+    assert wait_for(lambda: num_lines(stopped / "metrics.jsonl") >= 4, process)
+    os.kill(process.pid, signal.SIGINT)
+    if wait_for(lambda: "once more" in log.read_text(), process):
+        os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, log.read_text()
+    assert "Traceback" not in log.read_text()
+    complete(["--resume", stopped], log)
+    assert_same_run(whole, stopped)
