@@ -17,7 +17,8 @@ from zofo.artifact import load
 from zofo.config import load_config
 from zofo.errors import UserError
 from zofo.evaluate import predict_scores
-from zofo.export import EXPORT_FILE, export_model
+from zofo.export import export_model
+from zofo.export_card import EXPORT_FILE
 from zofo.methods import METHODS
 from zofo.models import DTYPES, quiet
 from zofo.opening import open_source

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from zofo.artifact import save_artifact as save_artifact
     from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
-    from zofo.export import Exported as Exported
     from zofo.export import export_model as export_model
+    from zofo.export_card import Exported as Exported
+    from zofo.hub import push_to_hub as push_to_hub
     from zofo.interrupt import StopOnSignal as StopOnSignal
     from zofo.interrupt import TrainingInterrupt as TrainingInterrupt
     from zofo.methods import METHODS as METHODS
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BaseModel": "artifact",
-    "Exported": "export",
+    "Exported": "export_card",
     "METHODS": "methods",
     "HybridArguments": "trainer",
     "HybridMixin": "trainer",
@@ -57,6 +58,7 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "load_model": "models",
     "param_groups": "methods",
+    "push_to_hub": "hub",
     "save_artifact": "artifact",
     "split_parameters": "methods",
 }

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from zofo.checkpoint import is_peft
 from zofo.errors import UserError
+from zofo.export_card import Exported, describe, usage
 from zofo.export_check import (
     Deviation,
     Samples,
@@ -36,42 +37,9 @@ from zofo.export_check import (
     sample_inputs,
     tolerance_of,
 )
-from zofo.files import write_json, write_text
-from zofo.models import ALIASES, DTYPES, quiet
+from zofo.manifest import ADAPTER_FOLDER, CARD_FILE
+from zofo.models import DTYPES, quiet
 from zofo.opening import Source, attach, open_source, plain_base
-
-EXPORT_FILE: Final = "zofo_export.json"
-"""What the folder was made from; no loader reads it."""
-ADAPTER_FOLDER: Final = "adapter"
-CARD_FILE: Final = "README.md"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export came to.
-
-    Attributes:
-        path: the folder.
-        is_merged: whether the base alone is the whole model.
-        dtype: of the weights.
-        max_logit_difference: between the folder and the trained model, on `inputs`.
-        tolerance: what it had to stay under.
-        inputs: what was compared, in words.
-        usage: a line of Python that loads the folder without zofo.
-    """
-
-    path: Path
-    is_merged: bool
-    dtype: str
-    max_logit_difference: float
-    tolerance: float
-    inputs: str
-    usage: str
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the folder."""
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 
 @dataclass(frozen=True)
@@ -176,7 +144,6 @@ def write_folder(
                 f"{samples.origin}; {tolerance:.3%} is allowed in {chosen}. Nothing was exported; "
                 "try dtype float32"
             )
-        usage = _usage(to, source.base.head, content.adapter is not None)
         exported = Exported(
             to,
             content.adapter is None,
@@ -184,9 +151,9 @@ def write_folder(
             found.largest,
             tolerance * found.scale,
             samples.origin,
-            usage,
+            usage(to, source.base.head, is_merged=content.adapter is None),
         )
-        _describe(exported, content, temporary)
+        describe(exported, source, content.step, temporary)
     return exported
 
 
@@ -264,75 +231,6 @@ def _compare(content: Content, folder: Path) -> Deviation:
         model = attach(model, folder / ADAPTER_FOLDER)
     check_tokenizers(tokenizer, content.tokenizer, content.samples)
     return deviation(logits_of(model.eval(), content.samples), content.expected)
-
-
-def _usage(to: Path, head: str, has_adapter: bool) -> str:
-    kind = "AutoModelForCausalLM" if head == "causal-lm" else "AutoModelForSequenceClassification"
-    load = f"{kind}.from_pretrained({str(to)!r})"
-    if not has_adapter:
-        return f"from transformers import {kind}; model = {load}"
-    return (
-        f"from transformers import {kind}; from peft import PeftModel; "
-        f"model = PeftModel.from_pretrained({load}, {str(to / ADAPTER_FOLDER)!r})"
-    )
-
-
-def _describe(exported: Exported, content: Content, folder: Path) -> None:
-    """The record for `zofo info`, and the card."""
-    from zofo import __version__
-
-    source = content.source
-    origin = _public_name(source.base.name)
-    record = {
-        "format": 1,
-        "zofo_version": __version__,
-        "method": source.method,
-        "base": origin,
-        "head": source.base.head,
-        "task": (source.task or {}).get("name"),
-        "labels": list(source.labels),
-        "step": content.step,
-        "dtype": exported.dtype,
-        "is_merged": exported.is_merged,
-        "max_logit_difference": exported.max_logit_difference,
-        "tolerance": exported.tolerance,
-        "compared_on": exported.inputs,
-    }
-    write_json(folder / EXPORT_FILE, record)
-    write_text(folder / CARD_FILE, _card(exported, content, origin))
-
-
-def _card(exported: Exported, content: Content, origin: str) -> str:
-    source = content.source
-    tags = [f"base_model: {origin}"] if origin.count("/") == 1 else []
-    front = "\n".join(["---", "library_name: transformers", *tags, "tags: [zofo]", "---"])
-    task = (source.task or {}).get("name")
-    compared = "the trained model" if content.step is None else "the base in memory"
-    what = f"{origin}, fine-tuned" + (f" on {task}" if task else "")
-    if content.step is not None:
-        what = f"The base of a fine-tuned {origin} after {content.step} updates, without adapter"
-    # The folder will not stay where it was written.
-    usage = _usage(Path("THIS_FOLDER"), source.base.head, not exported.is_merged)
-    parts = (
-        "The adapter is merged into the weights, or there is none; nothing else is needed."
-        if exported.is_merged
-        else f"The adapter lies in `{ADAPTER_FOLDER}/` and belongs to this base alone."
-    )
-    code = usage.replace("; ", "\n")
-    return (
-        f"{front}\n\n# {what}\n\nBy zofo, method "
-        f"{source.method}, weights in {exported.dtype}. {parts}\n\n```python\n{code}\n```\n\n"
-        f"Compared with {compared} on {exported.inputs}: logits differ by at most "
-        f"{exported.max_logit_difference:.3g} ({exported.tolerance:.3g} was allowed).\n"
-    )
-
-
-def _public_name(name: str) -> str:
-    """A hub id; of a folder only its own name, since cards travel."""
-    if name in ALIASES:
-        return ALIASES[name].origin
-    path = Path(name).expanduser()
-    return path.name if path.is_dir() or path.is_absolute() else name
 
 
 @contextmanager

@@ -17,31 +17,15 @@ from zofo.artifact import HEADER_FILE, find_artifact, read_header
 from zofo.checkpoint_files import checkpoints, find_damage
 from zofo.config import load_config
 from zofo.errors import UserError
-from zofo.export import (
-    ADAPTER_FOLDER,
-    EXPORT_FILE,
-    Content,
-    Exported,
-    check_target,
-    load_plain,
-    write_folder,
-)
+from zofo.export import Content, check_target, load_plain, write_folder
+from zofo.export_card import EXPORT_FILE, Exported
 from zofo.export_check import Samples, logits_of, sample_inputs
 from zofo.files import read_json, refusing
-from zofo.manifest import check_files
+from zofo.manifest import ADAPTER_FOLDER, check_files
 from zofo.methods import split_parameters
-from zofo.opening import (
-    CONFIG_FILE,
-    STATE_FILE,
-    Source,
-    attach,
-    is_checkpoint,
-    open_source,
-    plain_base,
-)
+from zofo.opening import STATE_FILE, Source, attach, is_checkpoint, open_source, plain_base
+from zofo.resume import CONFIG_FILE, RESULT_FILE
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
-
-RESULT_FILE = "result.json"
 
 
 @dataclass
@@ -222,7 +206,7 @@ def _read_artifact(info: Info, folder: Path | None = None) -> None:
     info.base_fingerprint, info.seed = header["base_fingerprint"], header["base"]["seed"]
     info.task = (header["task"] or {}).get("name")
     check_files(folder, header)
-    _read_adapter(info, folder / "adapter")
+    _read_adapter(info, folder / ADAPTER_FOLDER)
     _read_history(info, folder)
 
 
@@ -246,7 +230,7 @@ def _read_export(info: Info) -> None:
         info.method, info.base, info.task = record["method"], record["base"], record["task"]
         info.step, is_merged = record["step"], record["is_merged"]
     if not is_merged:
-        _read_adapter(info, info.path / "adapter")
+        _read_adapter(info, info.path / ADAPTER_FOLDER)
     _check_export_files(info.path, is_merged)
 
 
@@ -269,8 +253,11 @@ def _check_export_files(folder: Path, is_merged: bool) -> None:
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}; export again")
         if name.endswith(".safetensors"):
-            with refusing(f"{folder / name} is damaged", "export again"):
-                safe_open(folder / name, framework="pt").__enter__()
+            with (
+                refusing(f"{folder / name} is damaged", "export again"),
+                safe_open(folder / name, framework="pt"),
+            ):
+                pass
 
 
 def _read_checkpoint(info: Info) -> None:

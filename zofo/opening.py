@@ -20,10 +20,11 @@ from zofo.checkpoint_files import find_damage
 from zofo.config import load_config
 from zofo.errors import UserError
 from zofo.files import refusing
+from zofo.manifest import ADAPTER_FOLDER, MODEL_FOLDER
 from zofo.methods import METHODS, split_parameters
+from zofo.resume import CONFIG_FILE
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
-CONFIG_FILE: Final = "run.yaml"
 STATE_FILE: Final = "trainer_state.json"
 
 
@@ -163,9 +164,9 @@ def _artifact(folder: Path) -> Source:
         header["method"],
         header.get("task"),
         tuple(header.get("labels") or ()),
-        folder / "adapter" if method.needs_adapter else None,
+        folder / ADAPTER_FOLDER if method.needs_adapter else None,
         folder / TRAJECTORY_FILE if method.base == "zeroth" else None,
-        folder / "model" if method.base == "first" else None,
+        folder / MODEL_FOLDER if method.base == "first" else None,
         header.get("base_fingerprint"),
     )
 

@@ -46,6 +46,8 @@ def test_train_ends_with_a_table_and_where_the_result_lies(trained):
     assert "before" in output
     assert "AUC" in output
     assert str(folder / "run") in output
+    assert f"zofo.load('{folder / 'run'}').model" in output
+    assert f"zofo export {folder / 'run'} --to DIR" in output
     for name in ("run.yaml", "environment.json", "metrics.jsonl", "result.json", "artifact"):
         assert (folder / "run" / name).exists()
 

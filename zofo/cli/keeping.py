@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from zofo.export import Exported, export_model
+from zofo.export import export_model
+from zofo.export_card import Exported
 from zofo.inspection import Info, inspect, replay_base
 from zofo.inspection import verify as checks_of
 

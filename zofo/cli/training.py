@@ -115,6 +115,8 @@ def _show(result: Result) -> None:
         f"artefact  {result.folder / 'artifact'} ({cost['artifact_bytes'] / 2**20:.1f} MiB)",
         soft_wrap=True,
     )
+    console.print(f"in Python zofo.load({str(result.folder)!r}).model", soft_wrap=True)
+    console.print(f"plain     zofo export {result.folder} --to DIR", soft_wrap=True)
 
 
 def _title(name: str, metrics: Metrics) -> str:
