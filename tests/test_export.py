@@ -12,19 +12,23 @@ import transformers as hf
 from rich.console import Console
 
 import zofo
+from tests.conftest import ADAPTERS, ARCHITECTURES, ENCODERS, LORA_TARGETS, build
+from tests.tiny import make_tokenizer
 from zofo import export_check
-from zofo.artifact import load
+from zofo.artifact import BaseModel, load, save_artifact
 from zofo.config import load_config
 from zofo.errors import UserError
 from zofo.evaluate import predict_scores
 from zofo.export import export_model
 from zofo.export_card import EXPORT_FILE
-from zofo.methods import METHODS
+from zofo.files import fingerprint
+from zofo.methods import METHODS, split_parameters
 from zofo.models import DTYPES, quiet
 from zofo.opening import open_source
 from zofo.run import train
 from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoder
+from zofo.trajectory import GroupSpec, Trajectory, Update
 
 QUIET = Console(quiet=True)
 CASES = [
@@ -105,9 +109,64 @@ def test_plain_libraries_predict_as_the_trained_model(tmp_path, trained, head, m
     assert found == pytest.approx(expected, abs=1e-4)
     # The trained model is not the one it began as, so the agreement says something.
     base, tokenizer = artifact.base.load()
-    samples = export_check.sample_inputs(open_source(run), tokenizer)
+    samples = export_check.sample_inputs(open_source(run), base, tokenizer)
     logits = [export_check.logits_of(m.eval(), samples) for m in (base, artifact.model)]
     assert not export_check.deviation(*logits).within(1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "tied", "dora", "ia3", "p-tuning"])
+def test_other_architectures_and_adapters(tmp_path, architecture, adapter):
+    head = "classification" if architecture in ENCODERS else "causal-lm"
+    task = "SEQ_CLS" if architecture in ENCODERS else "CAUSAL_LM"
+    build(architecture, None).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    base = BaseModel(str(tmp_path / "base"), head=head)
+    shared = {"task_type": task, "init_lora_weights": False}
+    shared["fan_in_fan_out"] = architecture == "gpt2"
+    targets = LORA_TARGETS[architecture]
+    embedding = {"opt": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}
+    configs = {
+        "lora": peft.LoraConfig(**shared, target_modules=targets),
+        "dora": peft.LoraConfig(**shared, target_modules=targets, use_dora=True),
+        # Merging would leak into the output layer where that is the same weight.
+        "tied": peft.LoraConfig(
+            **{**shared, "fan_in_fan_out": False},
+            target_modules=[embedding.get(architecture, "embed_tokens")],
+        ),
+        "ia3": peft.IA3Config(
+            task_type=task,
+            target_modules=targets,
+            feedforward_modules=[],
+            init_ia3_weights=False,
+            fan_in_fan_out=architecture == "gpt2",
+        ),
+        "prefix": peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
+        "prompt": peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3),
+        "p-tuning": peft.PromptEncoderConfig(
+            task_type=task, num_virtual_tokens=3, encoder_hidden_size=8
+        ),
+    }
+    with quiet():
+        model = peft.get_peft_model(base.load()[0], configs[adapter])
+    moved = split_parameters(model).base
+    before = fingerprint(moved)
+    groups = (GroupSpec(tuple(moved), tuple(range(len(moved)))),)
+    updates = [(Update(step, (2.0,), 1e-2, 0.0),) for step in range(3)]
+    trajectory = Trajectory(3, "rademacher", 1e-3, "forward", groups, updates)
+    trajectory.replay(moved)
+    save_artifact(
+        tmp_path / "artifact",
+        model,
+        base=base,
+        method="hybrid",
+        trajectory=trajectory,
+        base_fingerprint=before,
+    )
+    exported = export_model(tmp_path / "artifact", tmp_path / "plain")
+    is_tied = adapter == "tied" and architecture not in ENCODERS
+    assert exported.is_merged == (adapter in ("lora", "dora", "ia3", "tied") and not is_tied)
+    assert "random" in exported.inputs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -208,11 +267,12 @@ def test_large_models_are_sharded(tmp_path, trained):
 
 def test_without_the_data_random_tokens_are_compared(tmp_path, trained):
     source = open_source(trained())
-    _, tokenizer = source.load()
+    model, tokenizer = source.load()
     gone = dataclasses.replace(source, task={**source.task, "train": "nowhere.csv"})
-    samples = export_check.sample_inputs(gone, tokenizer)
+    samples = export_check.sample_inputs(gone, model, tokenizer)
     assert "random" in samples.origin
-    assert samples == export_check.sample_inputs(dataclasses.replace(source, task=None), tokenizer)
+    no_task = dataclasses.replace(source, task=None)
+    assert samples == export_check.sample_inputs(no_task, model, tokenizer)
 
 
 @pytest.mark.parametrize("where", ["merge", "disk", "logits", "tokenizer"])

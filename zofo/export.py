@@ -90,7 +90,7 @@ def export_model(
     to = check_target(to, dtype, max_shard_size)
     source = open_source(folder, trust_remote_code=trust_remote_code)
     trained, tokenizer = source.load()
-    samples = sample_inputs(source, tokenizer)
+    samples = sample_inputs(source, trained, tokenizer)
     expected = logits_of(trained, samples)
     model: Any = _merge(trained, samples, expected)
     adapter: Any = None

@@ -79,8 +79,8 @@ def tolerance_of(*dtypes: str) -> float:
     return max(TOLERANCES[dtype] for dtype in dtypes)
 
 
-def sample_inputs(source: Source, tokenizer: Any, *, seed: int = 0) -> Samples:
-    """Test rows of the task if its data can be read, else random tokens."""
+def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) -> Samples:
+    """Test rows of the task if its data can be read, else random tokens that the model knows."""
     from zofo.tasks import TaskSpec, load_splits
     from zofo.tasks.encode import Encoder
     from zofo.tasks.spec import Example
@@ -104,7 +104,8 @@ def sample_inputs(source: Source, tokenizer: Any, *, seed: int = 0) -> Samples:
             name = f"{len(examples)} test rows of {spec.name}"
             return Samples(tuple(row.rows[0] for row in encoded), texts, name)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(len(tokenizer), (NUM_INPUTS, _RANDOM_LENGTH), generator=generator)
+    num_tokens = min(len(tokenizer), len(model.get_input_embeddings().weight))
+    ids = torch.randint(num_tokens, (NUM_INPUTS, _RANDOM_LENGTH), generator=generator)
     texts = tuple(tokenizer.decode(row) for row in ids)
     return Samples(
         tuple(tuple(row) for row in ids.tolist()), texts, f"{NUM_INPUTS} rows of random tokens"

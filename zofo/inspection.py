@@ -148,7 +148,7 @@ def replay_base(
     start, tokenizer = source.load_start()
     history.replay(split_parameters(start).base, stop=step)
     model = plain_base(source, start)
-    samples = sample_inputs(source, tokenizer)
+    samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
 
