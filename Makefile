@@ -18,6 +18,13 @@ env: .venv/.stamp
 
 demo: env
 	HF_HUB_OFFLINE=1 $(BIN)/zofo train configs/demo.yaml
+	@# Every demo run has a folder of its own; this is the newest.
+	@run=$$(ls -td runs/rotten-tomatoes-hybrid-lora*/ | head -n 1)plain && \
+	HF_HUB_OFFLINE=1 $(BIN)/zofo export $${run%plain} --to $$run && \
+	echo "try it: $(BIN)/python -c 'from transformers import AutoModelForCausalLM, AutoTokenizer;" \
+	"t = AutoTokenizer.from_pretrained(\"$$run\"); m = AutoModelForCausalLM.from_pretrained(\"$$run\");" \
+	"x = m(**t(\"a fine film It was\", return_tensors=\"pt\")).logits[0, -1];" \
+	"print({word: x[t(word)[\"input_ids\"][0]].item() for word in (\" terrible\", \" great\")})'"
 
 test: env
 	$(BIN)/python -m pytest -m "not slow"
