@@ -93,6 +93,21 @@ def test_replay_of_other_architectures(architecture):
     assert_same_bits(base_of(original), path[-1])
 
 
+def test_a_replay_reports_how_far_it_is():
+    model = build("llama", None)
+    base = split_parameters(model).base
+    spec = GroupSpec(tuple(base), tuple(range(len(base))))
+    trajectory = Trajectory(
+        0, "rademacher", 1e-3, "forward", (spec,), [(Update(0, (1.0,), 0.1, 0),)]
+    )
+    reports = []
+    trajectory.replay(base, progress=lambda *numbers: reports.append(numbers))
+    total = sum(p.numel() for p in base.values())
+    assert [num for num, _ in reports] == sorted({num for num, _ in reports})
+    assert reports[-1] == (total, total)
+    assert len(reports) == len(base)
+
+
 def test_the_adapter_does_not_matter_to_a_replay():
     """The base is found on a model without adapter, which is what one merges or ships."""
     original, path, optimizer = trained()
@@ -245,7 +260,7 @@ def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
         refused(path, "damaged|zofo reads")
 
 
-@pytest.mark.parametrize("key", ["format", "noise_version"])
+@pytest.mark.parametrize("key", ["format", "noise_version", "dtype_policy"])
 def test_an_unknown_version(tmp_path, key):
     path = tmp_path / "t.safetensors"
     example().save(path, **{key: 99})

@@ -11,6 +11,7 @@ of silently joining the adapter to a base that it was not trained with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Load what `save_artifact` or `zofo train` wrote.
 
@@ -144,6 +146,7 @@ def load(
         trust_remote_code: run code that the base's repository brings, if the base needs that. What
             the artefact says of it is not enough.
         revision: of the hub id: branch, tag or commit.
+        progress: called during the replay with the numbers of weights done and to be done.
 
     Raises:
         UserError: if it is no artefact, is damaged, or its base cannot be found or is another.
@@ -167,7 +170,7 @@ def load(
     else:
         with refusing(f"the base {base.name!r} cannot be loaded", "look at its name in zofo.json"):
             model, tokenizer = base.load()
-        model = _assemble(folder, header, model)
+        model = _assemble(folder, header, model, progress)
     model.to(device)
     model.eval()
     return Artifact(model, tokenizer, base, method, header["task"], tuple(header["labels"]))
@@ -190,7 +193,12 @@ def find_artifact(folder: str | Path) -> Path:
     )
 
 
-def _assemble(folder: Path, header: dict[str, Any], model: Any) -> nn.Module:
+def _assemble(
+    folder: Path,
+    header: dict[str, Any],
+    model: Any,
+    progress: Callable[[int, int], None] | None,
+) -> nn.Module:
     """Adapter attached, base moved to where training left it."""
     name, method = header["base"]["name"], METHODS[header["method"]]
     if method.needs_adapter:
@@ -203,5 +211,5 @@ def _assemble(folder: Path, header: dict[str, Any], model: Any) -> nn.Module:
             raise UserError(
                 f"{folder / TRAJECTORY_FILE} is of another base; copy the artefact again"
             )
-        trajectory.replay(base)
+        trajectory.replay(base, progress=progress)
     return model

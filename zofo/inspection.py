@@ -121,6 +121,7 @@ def replay_base(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Write the base as it was after some updates, as a plain Hugging Face folder.
 
@@ -133,6 +134,7 @@ def replay_base(
         dtype: of the weights; None: the base's.
         max_shard_size: largest safetensors file.
         trust_remote_code: run code that the base's repository brings, if the base needs that.
+        progress: called with the numbers of weights done and to be done.
 
     Raises:
         UserError: for a step that is not recorded, and as `zofo.export_model`.
@@ -146,7 +148,7 @@ def replay_base(
             f"number from 0 to {len(history)}"
         )
     start, tokenizer = source.load_start()
-    history.replay(split_parameters(start).base, stop=step)
+    history.replay(split_parameters(start).base, stop=step, progress=progress)
     model = plain_base(source, start)
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)

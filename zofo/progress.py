@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -41,6 +43,26 @@ def new_progress(console: Console, unit: str) -> Progress:
         console=console,
         transient=True,
     )
+
+
+@contextmanager
+def replay_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar for replaying, from its first report on: `report(weights done, weights in all)`."""
+    progress = new_progress(console, "M weights")
+    task: TaskID | None = None
+
+    def report(num_done: int, num_weights: int) -> None:
+        nonlocal task
+        if task is None:
+            progress.start()
+            task = progress.add_task("replaying", total=num_weights // 10**6, text="")
+        progress.update(task, completed=num_done // 10**6)
+
+    try:
+        yield report
+    finally:
+        if task is not None:
+            progress.stop()
 
 
 class TrainingDisplay(TrainerCallback):

@@ -121,7 +121,7 @@ class Trajectory:
         *,
         start: int = 0,
         stop: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Apply updates start .. stop to the parameters, in place.
 
@@ -132,7 +132,7 @@ class Trajectory:
             parameters: name -> parameter at its value before update `start`.
             start: first update.
             stop: one past the last; None: all.
-            progress: called with the number of weight elements just done.
+            progress: called with the numbers of weights done and to be done.
 
         Raises:
             UserError: if a recorded name is missing.
@@ -143,6 +143,8 @@ class Trajectory:
                 f"the trajectory moves {missing[0]!r} ({len(missing)} missing in all), which this "
                 "model does not have; load it on the base it was recorded on"
             )
+        num_done = 0
+        num_weights = sum(parameters[n].numel() for g in self.groups for n in g.names)
         for g, group in enumerate(self.groups):
             # A rate of 0 leaves every bit as it is.
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
@@ -160,7 +162,8 @@ class Trajectory:
                         rounding="stochastic",
                     )
                 if progress is not None:
-                    progress(parameters[name].numel())
+                    num_done += parameters[name].numel()
+                    progress(num_done, num_weights)
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write safetensors, whole or not at all; `extra` goes to the metadata as JSON."""

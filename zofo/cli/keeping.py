@@ -11,6 +11,7 @@ from zofo.export import export_model
 from zofo.export_card import Exported
 from zofo.inspection import Info, inspect, replay_base
 from zofo.inspection import verify as checks_of
+from zofo.progress import replay_bar
 
 
 def export(
@@ -59,14 +60,16 @@ def replay(
     trust_remote_code: bool,
 ) -> None:
     """Write the base as it was after some updates."""
-    exported = replay_base(
-        path,
-        to,
-        step,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_remote_code=trust_remote_code,
-    )
+    with replay_bar(Console(stderr=True)) as progress:
+        exported = replay_base(
+            path,
+            to,
+            step,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     console = Console(highlight=False, soft_wrap=True, markup=False)
     size = f"{exported.size_bytes / 2**20:.1f} MiB, {exported.dtype}"
     console.print(f"base      {exported.path} ({size}): after {step} updates, without adapter")

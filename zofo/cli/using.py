@@ -16,7 +16,7 @@ from zofo.environment import check_device, default_device
 from zofo.errors import UserError
 from zofo.files import write_text
 from zofo.models import head_of
-from zofo.progress import new_progress
+from zofo.progress import new_progress, replay_bar
 from zofo.tasks.rows import read_table
 
 
@@ -107,7 +107,9 @@ def _open(target: str, overrides: Sequence[str]) -> tuple[Artifact, RunConfig]:
     device = default_device() if config.device == "auto" else config.device
     if is_artifact:
         trusted = config.model.trust_remote_code
-        return load(folder, device=device, trust_remote_code=trusted), config
+        with replay_bar(Console(stderr=True)) as bar:
+            loaded = load(folder, device=device, trust_remote_code=trusted, progress=bar)
+        return loaded, config
     model = config.model
     head = model.head if model.head != "auto" else head_of(model.name, revision=model.revision)
     if head == "classification":
