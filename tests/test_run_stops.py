@@ -79,4 +79,5 @@ def test_a_runs_metrics_say_what_moved(tmp_path, decoder_folder):
         assert line["base_update_norm"] == pytest.approx(expected, rel=1e-6)
         assert line["adapter_update_norm"] > 0
         assert line["signal_to_rounding"] > 0
+        assert line["forward_equivalents"] == 3 * line["step"]
         assert line["peak_memory_bytes"] > 0

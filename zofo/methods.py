@@ -41,6 +41,14 @@ class Method:
     description: str
 
     @property
+    def forwards_per_gradient(self) -> int:
+        """What a first-order pass costs in forwards; 0 where there is none.
+
+        A backward costs about one forward for an adapter's gradient, two for every weight's.
+        """
+        return 3 if self.base == "first" else 2 if self.adapter == "first" else 0
+
+    @property
     def needs_adapter(self) -> bool:
         """Whether the method moves an adapter."""
         return self.adapter != "frozen"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,9 +39,6 @@ from zofo.resume import resumed_config as resumed_config
 from zofo.task_trainer import build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, Encoder
-
-_FORWARDS_PER_GRADIENT: Final = {"adapter": 2, "base": 3}
-"""A backward costs about one forward for an adapter's gradient, two for every weight's."""
 
 
 @dataclass(frozen=True)
@@ -278,14 +275,7 @@ def num_steps(config: RunConfig, num_rows: int) -> int:
 def forward_equivalents(config: RunConfig, steps: int) -> int:
     """Cost of training in forwards of one micro-batch without gradients, evaluations apart."""
     orders = METHODS[config.method]
-    gradient = max(
-        (
-            _FORWARDS_PER_GRADIENT[block]
-            for block in ("adapter", "base")
-            if getattr(orders, block) == "first"
-        ),
-        default=0,
-    )
+    gradient = orders.forwards_per_gradient
     per_direction = 1 if config.estimator == "forward" else 2
     moves = "zeroth" in (orders.base, orders.adapter)
     differences = config.num_directions * per_direction if moves else 0

@@ -31,7 +31,7 @@ from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
 from zofo.files import write_json
-from zofo.methods import param_groups
+from zofo.methods import get_method, param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
 from zofo.trainer_checks import check_same, check_setup, is_sharded
@@ -300,6 +300,11 @@ class HybridMixin:
             if self._base_lr is not None:
                 logs["base_lr"] = self._base_lr
             logs["zo_forwards"] = optimizer.num_forwards
+            method = get_method(self.hybrid_options.method)
+            num_batches = optimizer.step_count * self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+            logs["forward_equivalents"] = (
+                num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
+            )
             logs["non_finite"] = float(report.non_finite)
             for block, norm in report.update_norms.items():
                 logs[f"{block}_update_norm"] = norm

@@ -177,7 +177,7 @@ class Trajectory:
 
         scalars = [row[0].projected_grad for row in rows]
         tensors = {
-            "step": torch.tensor([row[0].step for row in rows], dtype=torch.int64),
+            "step": _without_run([row[0].step for row in rows]),
             "projected_grad": torch.tensor(scalars, dtype=torch.float64).reshape(
                 len(rows), len(scalars[0]) if scalars else 0
             ),
@@ -188,6 +188,7 @@ class Trajectory:
             "format": FORMAT_VERSION,
             "noise_version": NOISE_VERSION,
             "dtype_policy": DTYPE_POLICY,
+            "num_steps": len(rows),
             "seed": self.seed,
             "distribution": self.distribution,
             "eps": self.eps,
@@ -254,10 +255,11 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     names = [name for group in groups for name in group.names]
     indices = [index for group in groups for index in group.tensors]
     steps, scalars = tensors["step"], tensors["projected_grad"]
-    num_steps = len(steps)
+    num_steps = len(scalars)
     tables = [tensors[key] for key in ("lr", "weight_decay")]
     seed, eps = header["seed"], header["eps"]
     sound = {
+        "num_steps": header["num_steps"] == num_steps,
         "names": all(type(name) is str for name in names) and len(set(names)) == len(names),
         "tensors": all(type(i) is int and 0 <= i < MAX_TENSORS for i in indices)
         and all(len(group.names) == len(group.tensors) for group in groups),
@@ -266,8 +268,8 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         "eps": type(eps) in (int, float) and 0 < eps < float("inf"),
         "estimator": type(header["estimator"]) is str,
         "step": steps.dtype == torch.int64
-        and steps.ndim == 1
-        and bool(((steps >= 0) & (steps < MAX_STEP)).all()),
+        and steps.shape in ((1,), (num_steps,))
+        and bool(((steps >= 0) & (steps < MAX_STEP - num_steps)).all()),
         "projected_grad": _is_table(scalars, (num_steps,))
         and (0 < scalars.shape[1] < MAX_DIRECTIONS or not num_steps),
         "lr and weight_decay": all(_is_table(t, (1, num_steps), len(groups)) for t in tables),
@@ -275,6 +277,8 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} cannot be")
+    if len(steps) < num_steps:
+        steps = steps + torch.arange(num_steps)
     lrs, decays = (table.expand(num_steps, len(groups)).tolist() for table in tables)
     updates = [
         tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
@@ -283,6 +287,13 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         )
     ]
     return Trajectory(seed, header["distribution"], eps, header["estimator"], groups, updates)
+
+
+def _without_run(steps: list[int]) -> Tensor:
+    """The steps, or only the first of them if they follow one another, as in most runs."""
+    if steps and steps == list(range(steps[0], steps[0] + len(steps))):
+        steps = steps[:1]
+    return torch.tensor(steps, dtype=torch.int64)
 
 
 def _is_table(table: Tensor, num_rows: Collection[int], num_columns: int | None = None) -> bool:
