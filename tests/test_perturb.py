@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.conftest import CASES, assert_same_bits, batch_for, bits, build, loss_of
+from zofo.estimator import projected_gradients
 from zofo.methods import split_parameters
 from zofo.noise import combine
 from zofo.perturb import Perturbation, SelfCheckError
@@ -203,13 +204,22 @@ def test_gradient_checkpointing_of_the_first_order_pass():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_scratch_is_no_larger_than_the_largest_layer():
+def test_scratch_is_that_of_the_largest_layer_and_of_the_small_weights():
     model = build("llama", "lora").eval()
     view = view_of(model)
     with torch.no_grad(), view.at(1e-2, step=0):
         loss_of(model, batch_for("llama"))
     largest = max(p.numel() * p.element_size() for p in split_parameters(model).base.values())
     assert 0 < view.scratch_bytes <= largest + 64 * 4
+
+    model, x = WithSmallWeights(), torch.randn(3, 256)
+    parameters = list(model.parameters())
+    view = Perturbation(model, parameters, range(len(parameters)), seed=9)
+    with torch.no_grad(), view.at(1e-2, step=0):
+        model(x)
+    largest = model.layers[0].weight.numel() * 4
+    assert largest < view.scratch_bytes <= largest * (1 + 1 / 32)
+    assert largest < view.largest_layer_bytes <= largest * (1 + 1 / 64)
 
 
 def test_the_direction_of_a_weight_does_not_depend_on_the_adapter():
@@ -246,3 +256,50 @@ def test_an_embedding_that_renormalises_is_perturbed_whole():
         seen = model(torch.arange(10))
     assert seen.norm(dim=1).max() <= 0.5 + 1e-6
     assert torch.equal(model.weight, before)
+
+
+class WithSmallWeights(nn.Module):
+    """A layer large enough that norm and biases beside it count as small; a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 2))
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.layers(x).square().mean() + self.shift
+
+
+def test_small_weights_are_seen_perturbed_without_hooks_of_their_own():
+    torch.manual_seed(0)
+    model, x = WithSmallWeights(), torch.randn(3, 256)
+    parameters = list(model.parameters())
+    before = bits(model)
+    view = Perturbation(model, parameters, range(len(parameters)), seed=9)
+    for step in range(3):
+        if step == 1:  # a weight that has moved elsewhere
+            model.layers[0].bias.data = model.layers[0].bias.data.clone()
+        if step == 2:
+            model.layers[1].weight.data = model.layers[1].weight.data.clone()
+        twin = copy.deepcopy(model)
+        for tensor, parameter in enumerate(twin.parameters()):
+            combine(parameter, (0.1,), seed=9, step=step, tensor=tensor)
+        with torch.no_grad():
+            with view.at(0.1, step=step, self_check=True):
+                assert torch.equal(model(x), twin(x))
+                with pytest.raises(RuntimeError, match="already"), view.at(0.1, step=step):
+                    pass
+        assert_same_bits(bits(model), before)
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1,), ()])
+def test_a_loss_that_is_a_small_weight_is_measured(size):
+    model = WithSmallWeights().double()
+    model.shift = nn.Parameter(torch.full(size, 0.5, dtype=torch.float64))
+    parameters = list(model.parameters())
+    view = Perturbation(model, parameters, range(len(parameters)), seed=9)
+    scalars = projected_gradients(
+        lambda: model.shift.squeeze(), view, None, eps=1e-3, step=0, estimator="central"
+    )
+    assert scalars.abs().item() == pytest.approx(1.0)

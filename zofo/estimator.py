@@ -111,7 +111,8 @@ def projected_gradients(
     def evaluate(scale: float, direction: int, check: bool) -> Tensor:
         replay = generators.replayed() if generators is not None else _untouched()
         with replay, perturbation.at(scale, step=step, direction=direction, self_check=check):
-            return closure().detach().double()
+            # Copied: a loss that is itself a weight lies in the scratch.
+            return closure().detach().double().clone()
 
     scalars = []
     for k in range(num_directions):

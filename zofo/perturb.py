@@ -4,7 +4,8 @@ A forward pre-hook on each module that owns moved weights computes w + scale · 
 buffer and puts that in the module's parameter table; the post-hook puts the parameter itself back.
 The parameter is never written, so nothing has to be undone: an exception, Ctrl-C or a kill leaves
 every bit where it was. Each layer's scratch is reused by the next: the extra memory is that of the
-largest layer.
+largest layer. Weights too small to be worth a hook (norms, biases) are computed all at once, before
+the forward, into a scratch of their own.
 
 Modules that read a child's weight directly (instead of calling the child) would see it unperturbed.
 The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, and the head of a model
@@ -15,7 +16,7 @@ of the original weights and names the module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from zofo.noise import Distribution, combine, combine_rows
+from zofo.noise import Distribution, combine_rows, prepare
 
 ATOMIC: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
@@ -35,6 +36,14 @@ ATOMIC: tuple[type[nn.Module], ...] = (
 """Module classes that read the weights of their children directly."""
 
 _ALIGNMENT = 64
+_SMALL_BYTES = 1 << 16
+"""Of a weight that is seen perturbed for the whole forward; a hook would take longer than it."""
+_SMALL_SHARE = 64
+"""The small weights take no more scratch than this part of what the largest layer takes."""
+
+
+_Place = tuple[int, torch.dtype, torch.device]
+"""Of a scratch buffer: depth of nesting, dtype, device."""
 
 
 class SelfCheckError(RuntimeError):
@@ -52,6 +61,15 @@ class _Slot:
     path: str
 
 
+@dataclass(frozen=True)
+class _Swap:
+    """Scratch for some slots, laid out once: it holds while the weights stay where they are."""
+
+    addresses: list[int]
+    parameters: list[nn.Parameter]
+    compute: Callable[[float, int, int], None]
+
+
 @dataclass(eq=False)
 class _Owner:
     """A module whose call swaps the weights in its slots."""
@@ -60,6 +78,8 @@ class _Owner:
     slots: list[_Slot] = field(default_factory=list)
     calls: int = 0
     """Calls under way: a module that calls itself is swapped once."""
+    swaps: dict[int, _Swap] = field(default_factory=dict)
+    """By depth of nesting."""
 
     @property
     def is_lookup(self) -> bool:
@@ -96,8 +116,11 @@ class Perturbation:
     ) -> None:
         self.seed, self.distribution = seed, distribution
         self._owners = _find_owners(model, dict(zip(parameters, tensors, strict=True)))
-        self._scratch: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._small = _Owner(model, _take_small(self._owners))
+        self._owners = [owner for owner in self._owners if owner.slots]
+        self._scratch: dict[_Place, Tensor] = {}
         self._stack: list[_Owner] = []
+        self._is_active = False
         self._watch: _ReadWatch | None = None
 
     @contextmanager
@@ -115,10 +138,10 @@ class Perturbation:
         Raises:
             SelfCheckError: if such a read happens; names the weight and its module.
         """
-        if self._stack:
+        if self._is_active:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
         handles = []
-        self._watch = _ReadWatch(self._owners) if self_check else None
+        self._watch = _ReadWatch([*self._owners, self._small]) if self_check else None
 
         def look_up(module: nn.Module, args: Any, kwargs: Any, output: Any, owner: _Owner) -> Any:
             if not isinstance(output, Tensor):  # the module failed
@@ -133,7 +156,7 @@ class Perturbation:
                 return
             self._stack.append(owner)
             with self._paused():
-                self._swap_in(owner, scale, step, direction)
+                self._swap_in(owner, scale, step, direction, depth=len(self._stack))
 
         def leave(module: nn.Module, owner: _Owner, output: Any) -> Any:
             if owner.calls == 0:  # another pre-hook failed before ours ran
@@ -147,7 +170,9 @@ class Perturbation:
             self._stack.remove(owner)
             return None if safe is output else safe
 
+        self._is_active = True
         try:
+            self._swap_in(self._small, scale, step, direction, depth=0)
             for owner in self._owners:
                 if owner.is_lookup:
                     # First among the hooks: another's noise on the output stays (NEFTune).
@@ -179,23 +204,17 @@ class Perturbation:
         finally:
             for handle in handles:
                 handle.remove()
-            for owner in self._owners:
+            for owner in (*self._owners, self._small):
                 owner.calls = 0
                 self._swap_out(owner)
             self._stack.clear()
-            self._watch = None
+            self._watch, self._is_active = None, False
 
     @property
     def largest_layer_bytes(self) -> int:
-        """Size of the scratch that the largest layer will need."""
-        return max(
-            (
-                sum(s.parameter.numel() * s.parameter.element_size() for s in owner.slots)
-                for owner in self._owners
-                if not owner.is_lookup
-            ),
-            default=0,
-        )
+        """Size of the scratch that the largest layer will need, with that of the small weights."""
+        layers = (_num_bytes(owner) for owner in self._owners if not owner.is_lookup)
+        return max(layers, default=0) + _num_bytes(self._small)
 
     @property
     def scratch_bytes(self) -> int:
@@ -222,42 +241,53 @@ class Perturbation:
         )
         return table[place]
 
-    def _swap_in(self, owner: _Owner, scale: float, step: int, direction: int) -> None:
-        for slot, view in zip(owner.slots, self._views(owner), strict=True):
-            combine(
-                slot.parameter,
-                (scale,),
-                out=view,
-                seed=self.seed,
-                step=step,
-                tensor=slot.tensor,
-                first_direction=direction,
-                distribution=self.distribution,
-            )
-            slot.module._parameters[slot.name] = nn.Parameter(view, requires_grad=False)
+    def _swap_in(self, owner: _Owner, scale: float, step: int, direction: int, depth: int) -> None:
+        swap = owner.swaps.get(depth)
+        if swap is None or swap.addresses != [s.parameter.data_ptr() for s in owner.slots]:
+            swap = owner.swaps[depth] = self._new_swap(owner, depth)
+        swap.compute(scale, step, direction)
+        for slot, parameter in zip(owner.slots, swap.parameters, strict=True):
+            slot.module._parameters[slot.name] = parameter
 
     @staticmethod
     def _swap_out(owner: _Owner) -> None:
         for slot in owner.slots:
             slot.module._parameters[slot.name] = slot.parameter
 
-    def _views(self, owner: _Owner) -> list[Tensor]:
-        """One scratch tensor for each slot, from the buffer of the present nesting depth."""
-        depth = len(self._stack)
-        needed: dict[tuple[int, torch.dtype, torch.device], int] = {}
+    def _new_swap(self, owner: _Owner, depth: int) -> _Swap:
+        weights = [slot.parameter for slot in owner.slots]
+        views = self._views(owner, depth)
+        return _Swap(
+            [weight.data_ptr() for weight in weights],
+            [nn.Parameter(view, requires_grad=False) for view in views],
+            prepare(
+                weights,
+                views,
+                tensors=[slot.tensor for slot in owner.slots],
+                seed=self.seed,
+                distribution=self.distribution,
+            ),
+        )
+
+    def _views(self, owner: _Owner, depth: int) -> list[Tensor]:
+        """One scratch tensor for each slot, from the buffer of this nesting depth."""
+        needed: dict[_Place, int] = {}
         places = []
         for slot in owner.slots:
-            key = (depth, slot.parameter.dtype, slot.parameter.device)
-            places.append((key, needed.get(key, 0)))
+            place = (depth, slot.parameter.dtype, slot.parameter.device)
+            places.append((place, needed.get(place, 0)))
             padded = -(-slot.parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-            needed[key] = needed.get(key, 0) + padded
-        for key, size in needed.items():
-            if key not in self._scratch or self._scratch[key].numel() < size:
-                self._scratch.pop(key, None)
-                self._scratch[key] = torch.empty(size, dtype=key[1], device=key[2])
+            needed[place] = needed.get(place, 0) + padded
+        for place, size in needed.items():
+            if place not in self._scratch or self._scratch[place].numel() < size:
+                # Nothing may hold on to the smaller buffer.
+                self._scratch.pop(place, None)
+                for other in self._owners:
+                    other.swaps.pop(depth, None)
+                self._scratch[place] = torch.empty(size, dtype=place[1], device=place[2])
         return [
-            self._scratch[key][start : start + slot.parameter.numel()].view(slot.parameter.shape)
-            for slot, (key, start) in zip(owner.slots, places, strict=True)
+            self._scratch[place][start : start + slot.parameter.numel()].view(slot.parameter.shape)
+            for slot, (place, start) in zip(owner.slots, places, strict=True)
         ]
 
     def _detach_from_scratch(self, output: Any) -> Any:
@@ -272,6 +302,25 @@ class Perturbation:
         if any(isinstance(t, Tensor) and is_scratch(t) for t in tree_iter(output)):
             return tree_map_only(Tensor, lambda t: t.clone() if is_scratch(t) else t, output)
         return output
+
+
+def _num_bytes(owner: _Owner) -> int:
+    return sum(s.parameter.numel() * s.parameter.element_size() for s in owner.slots)
+
+
+def _take_small(owners: Sequence[_Owner]) -> list[_Slot]:
+    """Take the slots of small weights from their owners, up to a part of the largest layer."""
+    hooked = [owner for owner in owners if not owner.is_lookup]
+    room = max(map(_num_bytes, hooked), default=0) // _SMALL_SHARE
+    taken = []
+    for owner in hooked:
+        for slot in list(owner.slots):
+            size = slot.parameter.numel() * slot.parameter.element_size()
+            if size <= min(_SMALL_BYTES, room):
+                room -= size
+                owner.slots.remove(slot)
+                taken.append(slot)
+    return taken
 
 
 def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Owner]:

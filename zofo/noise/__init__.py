@@ -7,9 +7,8 @@ it runs compiled kernels over the threads torch is set to use; elsewhere the tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -26,17 +25,13 @@ __all__ = [
     "combine_rows",
     "combine_steps",
     "direction",
+    "prepare",
 ]
 
 Distribution = Literal["rademacher", "gaussian"]
 DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
 _PURPOSE: Final = {"rademacher": philox.RADEMACHER, "gaussian": philox.GAUSSIAN}
-# Numba has no 16-bit floats.
-_SEEN_AS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-# Below this many elements a second thread costs more than it saves (about 30 µs a hand-over).
-_MIN_ELEMENTS_PER_THREAD: Final = 1 << 17
 
 
 def combine(
@@ -93,6 +88,78 @@ def combine(
     )
 
 
+def prepare(
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    *,
+    tensors: Sequence[int],
+    seed: int,
+    distribution: Distribution = "rademacher",
+) -> Callable[[float, int, int], None]:
+    """Sums weights + coefficient · v, to be computed again and again into the same places.
+
+    On the CPU what does not change is laid out once, and all tensors are one call.
+
+    Args:
+        weights: as for `combine`. Their memory must stay where it is, and so must that of outs.
+        outs: where to write, apart from the weights.
+        tensors: the tensors' indices.
+        seed: run seed.
+        distribution: "rademacher" or "gaussian".
+
+    Returns:
+        A function of coefficient, step and direction.
+
+    Raises:
+        ValueError: as `combine`.
+    """
+    per_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
+    rest = []
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        _check(weight, out, 1, seed, 0, tensor, 0, 0)
+        is_plain = weight.device.type == "cpu" and weight.is_contiguous() and out.is_contiguous()
+        if not is_plain:
+            rest.append((weight, out, tensor))
+        elif weight.numel():
+            per_dtype.setdefault(weight.dtype, []).append((weight, out, tensor))
+    calls = {dtype: _cpu().call_of(*zip(*jobs, strict=True)) for dtype, jobs in per_dtype.items()}
+    purpose = _PURPOSE[distribution]
+
+    def run(coefficient: float, step: int, index: int) -> None:
+        _check_address(seed=seed, step=step, num_directions=index + 1)
+        for dtype, call in calls.items():
+            call.run(_plan(dtype, coefficient, step, index, seed, purpose))
+        for weight, out, tensor in rest:
+            combine(
+                weight,
+                (coefficient,),
+                seed=seed,
+                step=step,
+                tensor=tensor,
+                out=out,
+                first_direction=index,
+                distribution=distribution,
+            )
+
+    return run
+
+
+@lru_cache(maxsize=16)
+def _plan(
+    dtype: torch.dtype, coefficient: float, step: int, index: int, seed: int, purpose: int
+) -> Any:
+    return _cpu().Plan(
+        dtype,
+        [[coefficient]],
+        decays=[1.0],
+        steps=[step],
+        seed=seed,
+        purpose=purpose,
+        first_direction=index,
+        stochastic=False,
+    )
+
+
 def combine_rows(
     weight: Tensor,
     rows: Tensor,
@@ -141,19 +208,18 @@ def combine_rows(
             )
         return table
 
-    np, kernels = _numpy_and_kernels()
-    (view,), wide = _views(table)
-    kernels.combine_rows(
-        view.reshape(table.shape),
-        rows.numpy(),
-        np.asarray([[coefficient]], dtype=wide),
-        np.ones(1, dtype=wide),
-        np.asarray([step], dtype=np.uint64),
-        np.uint64(seed),
-        np.uint64(tensor),
-        _PURPOSE[distribution],
-        first_direction,
+    cpu = _cpu()
+    plan = cpu.Plan(
+        weight.dtype,
+        [[coefficient]],
+        decays=[1.0],
+        steps=[step],
+        seed=seed,
+        purpose=_PURPOSE[distribution],
+        first_direction=first_direction,
+        stochastic=False,
     )
+    cpu.call_of_rows(table, rows, tensor).run(plan)
     return table
 
 
@@ -228,20 +294,19 @@ def _run(
     # Kernels walk row-major memory; another layout goes through a copy.
     source = weight.detach().contiguous()
     target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    on_cpu = weight.device.type == "cpu"
-    (_combine_cpu if on_cpu else _combine_anywhere)(
-        source,
-        target,
-        coefficients,
-        decays=decays,
-        steps=steps,
-        seed=seed,
-        tensor=tensor,
-        offset=offset,
-        purpose=_PURPOSE[distribution],
-        first_direction=first_direction,
-        stochastic=rounding == "stochastic" and weight.element_size() == 2,
-    )
+    options: dict[str, Any] = {
+        "decays": decays,
+        "steps": steps,
+        "seed": seed,
+        "purpose": _PURPOSE[distribution],
+        "first_direction": first_direction,
+        "stochastic": rounding == "stochastic" and weight.element_size() == 2,
+    }
+    if weight.device.type == "cpu":
+        plan = _cpu().Plan(weight.dtype, coefficients, **options)
+        _cpu().call_of([source], [target], [tensor], offset).run(plan)
+    else:
+        _combine_anywhere(source, target, coefficients, tensor=tensor, offset=offset, **options)
     if target.data_ptr() != out.data_ptr():
         out.detach().copy_(target)
     elif not out.is_inference():
@@ -294,13 +359,25 @@ def _check(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}, weight is "
             f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; they must agree"
         )
+    _check_address(seed=seed, step=step, num_directions=first_direction + num_directions)
     limits = {
-        "seed": (seed, 2**64),
-        "step": (step, philox.MAX_STEP),
         "tensor": (tensor, philox.MAX_TENSORS),
-        "first_direction + directions": (first_direction + num_directions, philox.MAX_DIRECTIONS),
         "offset + elements": (offset + weight.numel(), philox.MAX_BLOCKS * 4),
     }
+    _check_limits(limits)
+
+
+def _check_address(*, seed: int, step: int, num_directions: int) -> None:
+    _check_limits(
+        {
+            "seed": (seed, 2**64),
+            "step": (step, philox.MAX_STEP),
+            "first_direction + directions": (num_directions, philox.MAX_DIRECTIONS),
+        }
+    )
+
+
+def _check_limits(limits: Mapping[str, tuple[int, int]]) -> None:
     for name, (value, limit) in limits.items():
         if not 0 <= value < limit:
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
@@ -321,73 +398,9 @@ def _combine_anywhere(
         weight = out
 
 
-def _combine_cpu(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    decays: Sequence[float],
-    steps: Sequence[int],
-    seed: int,
-    tensor: int,
-    offset: int,
-    purpose: int,
-    first_direction: int,
-    stochastic: bool,
-) -> None:
-    np, kernels = _numpy_and_kernels()
-    arrays, wide = _views(weight, out)
-    shared = (
-        np.asarray(coefficients, dtype=wide).reshape(len(steps), -1),
-        np.asarray(decays, dtype=wide),
-        np.asarray(steps, dtype=np.uint64),
-        np.uint64(seed),
-        np.uint64(tensor),
-        offset,
-        purpose,
-        first_direction,
-        stochastic,
-        weight.data_ptr() == out.data_ptr(),
-    )
-    kernel: Any = kernels.combine
-    size = weight.numel()
-    threads = min(torch.get_num_threads(), max(1, size // _MIN_ELEMENTS_PER_THREAD))
-    if threads == 1:
-        kernel(*arrays, 0, size, *shared)
-        return
-    share = -(-size // threads)
-    bounds = [(i, min(i + share, size)) for i in range(0, size, share)]
-    jobs = [
-        _pool(threads).submit(partial(kernel, *arrays, begin, end, *shared))
-        for begin, end in bounds[1:]
-    ]
-    kernel(*arrays, *bounds[0], *shared)
-    for job in jobs:
-        job.result()
-
-
-def _views(*tensors: Tensor) -> tuple[list[Any], Any]:
-    """One-dimensional arrays over the tensors' memory, and the dtype of the arithmetic."""
-    np, _ = _numpy_and_kernels()
-    dtype = tensors[0].dtype
-    if dtype in _SEEN_AS:
-        return [t.view(-1).view(_SEEN_AS[dtype]).numpy() for t in tensors], np.float32
-    return [
-        t.numpy().reshape(-1) for t in tensors
-    ], np.float64 if dtype == torch.float64 else np.float32
-
-
 @lru_cache(maxsize=1)
-def _numpy_and_kernels() -> tuple[Any, Any]:
+def _cpu() -> Any:
     """Imported on first use: compiled kernels take a moment to load."""
-    import numpy as np
+    from zofo.noise import cpu
 
-    from zofo.noise import kernels
-
-    return np, kernels
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for the kernels, which release the interpreter lock."""
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="zofo-noise")
+    return cpu

@@ -1,0 +1,191 @@
+"""Launching the CPU kernels: many tensors in one call, over the threads that torch computes with.
+
+The threads are torch's own OpenMP team, asked for through the libgomp that torch has loaded: after
+a matrix product its workers spin for a while, and threads of another pool would share the cores
+with them (measured on two cores: a pool of our own is three times slower than one thread). Where
+torch has another runtime, a thread pool serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zofo.noise import kernels
+
+# Numba has no 16-bit floats.
+_SEEN_AS: Final = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+}
+_MIN_ELEMENTS_FOR_THREADS: Final = 1 << 16
+
+
+class Plan:
+    """What is done to every tensor of a call: `zofo.noise.combine_steps`.
+
+    Args:
+        dtype: of the weights.
+        coefficients: [steps][directions].
+        decays: [steps].
+        steps: addresses of the directions.
+        seed: run seed.
+        purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
+        first_direction: index of the first direction.
+        stochastic: round 16-bit weights stochastically.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        coefficients: Sequence[Sequence[float]],
+        *,
+        decays: Sequence[float],
+        steps: Sequence[int],
+        seed: int,
+        purpose: int,
+        first_direction: int,
+        stochastic: bool,
+    ) -> None:
+        wide = np.float64 if dtype == torch.float64 else np.float32
+        self.dtype, self.num_steps = dtype, len(steps)
+        self.function = kernels.entry(_SEEN_AS[dtype], wide)
+        scalars = np.asarray(coefficients, dtype=wide).reshape(len(steps), -1)
+        factors = np.asarray(decays, dtype=wide)
+        addresses = np.asarray(steps, dtype=np.uint64)
+        self._kept = (scalars, factors, addresses)
+        self._table = np.array(
+            (
+                scalars.ctypes.data,
+                factors.ctypes.data,
+                addresses.ctypes.data,
+                len(steps),
+                scalars.shape[1],
+                seed - (1 << 64) if seed >> 63 else seed,
+                purpose,
+                first_direction,
+                stochastic,
+            ),
+            dtype=np.int64,
+        )
+        self.address: int = self._table.ctypes.data
+
+
+class Call:
+    """Tensors of one dtype, laid out for the kernel; may be run by many plans, one at a time.
+
+    Args:
+        jobs: int64, [tensors, JOB_SIZE]: see `kernels`.
+    """
+
+    def __init__(self, jobs: Any) -> None:
+        self._jobs = jobs
+        self._num_elements = int(jobs[-1, kernels.FIRST] + jobs[-1, kernels.SIZE])
+        self._table = np.zeros(kernels.CALL_SIZE, dtype=np.int64)
+        self._table[kernels.JOBS] = jobs.ctypes.data
+        self._table[kernels.NUM_JOBS] = len(jobs)
+        self._table[kernels.NUM_TASKS] = -(-self._num_elements // kernels.GRAIN)
+        self._address = self._table.ctypes.data
+
+    def run(self, plan: Plan) -> None:
+        """Compute and write every tensor."""
+        self._table[kernels.PLAN], self._table[kernels.COUNTER] = plan.address, 0
+        # Every thread comes along or none does: libgomp ends the threads that a smaller team
+        # leaves out. Many steps are much work on few elements.
+        is_large = self._num_elements * plan.num_steps >= _MIN_ELEMENTS_FOR_THREADS
+        _launcher()(plan.function, self._address, torch.get_num_threads() if is_large else 1)
+
+
+def call_of(
+    weights: Sequence[Tensor], outs: Sequence[Tensor], tensors: Sequence[int], offset: int = 0
+) -> Call:
+    """A call on tensors that the caller keeps alive.
+
+    Args:
+        weights: contiguous, not empty, one dtype.
+        outs: contiguous, each either its weight or apart from it.
+        tensors: their indices.
+        offset: index of each weight's first element within its whole tensor.
+    """
+    sizes = [weight.numel() for weight in weights]
+    jobs = np.empty((len(sizes), kernels.JOB_SIZE), dtype=np.int64)
+    jobs[:, kernels.WEIGHT] = [weight.data_ptr() for weight in weights]
+    jobs[:, kernels.OUT] = [out.data_ptr() for out in outs]
+    jobs[:, kernels.SIZE] = sizes
+    jobs[:, kernels.FIRST] = np.cumsum(sizes) - sizes
+    jobs[:, kernels.TENSOR] = tensors
+    jobs[:, kernels.OFFSET] = offset
+    return Call(jobs)
+
+
+def call_of_rows(table: Tensor, rows: Tensor, tensor: int) -> Call:
+    """A call in place on `table` [n, width], whose row i is row rows[i] of the whole tensor."""
+    num_rows, width = table.shape
+    places = np.arange(num_rows, dtype=np.int64)
+    jobs = np.empty((num_rows, kernels.JOB_SIZE), dtype=np.int64)
+    jobs[:, kernels.WEIGHT] = table.data_ptr() + places * (width * table.element_size())
+    jobs[:, kernels.OUT] = jobs[:, kernels.WEIGHT]
+    jobs[:, kernels.FIRST] = places * width
+    jobs[:, kernels.SIZE] = width
+    jobs[:, kernels.TENSOR] = tensor
+    jobs[:, kernels.OFFSET] = rows.numpy() * width
+    return Call(jobs)
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> Callable[[int, int, int], None]:
+    """What runs a function of one address on several threads."""
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    path = _openmp_of_torch()
+    parallel: Any = None if path is None else ctypes.CDLL(path).GOMP_parallel
+    if parallel is not None:
+        parallel.restype = None
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+    @lru_cache(maxsize=8)
+    def callable_at(function: int) -> Callable[[int], None]:
+        return signature(function)
+
+    def launch(function: int, call: int, num_threads: int) -> None:
+        if num_threads == 1:
+            callable_at(function)(call)
+        elif parallel is not None:
+            parallel(function, call, num_threads, 0)
+        else:
+            run = callable_at(function)
+            others = [_pool(num_threads).submit(run, call) for _ in range(num_threads - 1)]
+            run(call)
+            for other in others:
+                other.result()
+
+    return launch
+
+
+def _openmp_of_torch() -> str | None:
+    """The path of the OpenMP runtime that torch has loaded; None where it cannot be told.
+
+    LLVM's and Intel's runtimes offer libgomp's entry as well.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
+    runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    beside = str(Path(torch.__file__).parent)
+    return min(runtimes, key=lambda path: (not path.startswith(beside), path), default=None)
+
+
+@lru_cache(maxsize=1)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="zofo-noise")
