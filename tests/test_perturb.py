@@ -284,11 +284,10 @@ def test_small_weights_are_seen_perturbed_without_hooks_of_their_own():
         twin = copy.deepcopy(model)
         for tensor, parameter in enumerate(twin.parameters()):
             combine(parameter, (0.1,), seed=9, step=step, tensor=tensor)
-        with torch.no_grad():
-            with view.at(0.1, step=step, self_check=True):
-                assert torch.equal(model(x), twin(x))
-                with pytest.raises(RuntimeError, match="already"), view.at(0.1, step=step):
-                    pass
+        with torch.no_grad(), view.at(0.1, step=step, self_check=True):
+            assert torch.equal(model(x), twin(x))
+            with pytest.raises(RuntimeError, match="already"), view.at(0.1, step=step):
+                pass
         assert_same_bits(bits(model), before)
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
