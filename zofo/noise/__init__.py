@@ -1,12 +1,15 @@
 """Directions and what is done with them: w + Σ_k c_k v_k, read, drawn and written in one pass.
 
 One function, `combine`, serves the perturbation (one coefficient, into a scratch buffer, rounded to
-nearest) and the update (one coefficient a direction, in place, rounded stochastically). On the CPU
-it runs compiled kernels over the threads torch is set to use; elsewhere the torch reference.
+nearest) and the update (one coefficient a direction, in place, rounded stochastically);
+`combine_many` is the same for the tensors of a whole model. On the CPU they run compiled kernels
+over the threads torch is set to use, on CUDA Triton kernels, elsewhere the torch reference.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -23,6 +26,7 @@ __all__ = [
     "NOISE_VERSION",
     "Distribution",
     "combine",
+    "combine_many",
     "combine_rows",
     "combine_steps",
     "direction",
@@ -93,6 +97,85 @@ def combine(
     )
 
 
+def combine_many(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    *,
+    seed: int,
+    step: int,
+    tensors: Sequence[int],
+    outs: Sequence[Tensor] | None = None,
+    decay: float = 1.0,
+    first_direction: int = 0,
+    distribution: Distribution = "rademacher",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+) -> list[Tensor]:
+    """`combine` for each of many tensors; on CUDA in one launch for each dtype.
+
+    Args:
+        weights: as for `combine`; devices, dtypes and layouts may differ.
+        coefficients: one for each direction. A tensor, [directions], is not waited for on CUDA;
+            where a value of it is not finite nothing is written at all.
+        seed: run seed in [0, 2^64).
+        step: in [0, 2^32).
+        tensors: the tensors' indices.
+        outs: where to write; None: in place.
+        decay: factor of the weights.
+        first_direction: index of the first direction.
+        distribution: "rademacher" or "gaussian".
+        rounding: "nearest" or "stochastic".
+
+    Returns:
+        `outs`.
+
+    Raises:
+        ValueError: as `combine`, before anything is written; or if the numbers of tensors differ.
+    """
+    outs = list(weights if outs is None else outs)
+    if not len(weights) == len(outs) == len(tensors):
+        raise ValueError(
+            f"{len(weights)} weights, {len(outs)} outs and {len(tensors)} tensor indices; "
+            "there must be as many of each"
+        )
+    if isinstance(coefficients, Tensor) and coefficients.ndim != 1:
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}; it must be [directions]"
+        )
+    address: dict[str, Any] = {"seed": seed, "step": step, "first_direction": first_direction}
+    per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        _check(weight, out, len(coefficients), tensor=tensor, offset=0, **address)
+        per_device.setdefault(weight.device, []).append((weight, out, tensor))
+    for device, triples in per_device.items():
+        if _backend(device.type) == "triton":
+            _many_by_triton(
+                [triple for triple in triples if triple[0].numel()],
+                coefficients,
+                decay=decay,
+                purpose=_PURPOSE[distribution],
+                stochastic=rounding == "stochastic",
+                **address,
+            )
+            continue
+        values = coefficients
+        if isinstance(values, Tensor):
+            values = values.tolist()
+            if not all(map(math.isfinite, values)):
+                continue
+        for weight, out, tensor in triples:
+            combine(
+                weight,
+                values,
+                tensor=tensor,
+                out=out,
+                decay=decay,
+                distribution=distribution,
+                rounding=rounding,
+                **address,
+            )
+    return outs
+
+
 def combine_rows(
     weight: Tensor,
     rows: Tensor,
@@ -126,7 +209,21 @@ def combine_rows(
     _check(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
-    if weight.device.type != "cpu":
+    backend = _backend(weight.device.type)
+    if backend == "triton":
+        _triton_launch().combine_rows(
+            table,
+            rows,
+            coefficient,
+            seed=seed,
+            step=step,
+            tensor=tensor,
+            purpose=_PURPOSE[distribution],
+            first_direction=first_direction,
+            stochastic=False,
+        )
+        return table
+    if backend == "torch":
         width = weight.shape[1]
         for i, row in enumerate(rows.tolist()):
             combine(
@@ -228,8 +325,7 @@ def _run(
     # Kernels walk row-major memory; another layout goes through a copy.
     source = weight.detach().contiguous()
     target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    on_cpu = weight.device.type == "cpu"
-    (_combine_cpu if on_cpu else _combine_anywhere)(
+    _COMBINE[_backend(weight.device.type)](
         source,
         target,
         coefficients,
@@ -242,11 +338,16 @@ def _run(
         first_direction=first_direction,
         stochastic=rounding == "stochastic" and weight.element_size() == 2,
     )
+    _hand_back(target, out)
+    return out
+
+
+def _hand_back(target: Tensor, out: Tensor) -> None:
+    """What was written to `target` is out's, if it does not lie there already."""
     if target.data_ptr() != out.data_ptr():
         out.detach().copy_(target)
     elif not out.is_inference():
         torch.autograd.graph.increment_version(out)
-    return out
 
 
 def direction(
@@ -304,6 +405,56 @@ def _check(
     for name, (value, limit) in limits.items():
         if not 0 <= value < limit:
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
+
+
+@lru_cache(maxsize=8)
+def _backend(device_type: str) -> Literal["cpu", "triton", "torch"]:
+    """What computes on such a device. Said once where it is the slow way."""
+    if device_type == "cpu":
+        return "cpu"
+    if device_type == "cuda":
+        try:
+            _triton_launch()
+        except ImportError:
+            reason = "triton cannot be imported; install it"
+        else:
+            return "triton"
+    else:
+        reason = "there are kernels for CPU and CUDA only"
+    warnings.warn(
+        f"directions on {device_type} are drawn by plain torch operations, the same but slower: "
+        f"{reason}",
+        stacklevel=4,
+    )
+    return "torch"
+
+
+def _triton_launch() -> Any:
+    """Imported on first use: triton is there only on Linux, and takes a moment to load."""
+    from zofo.noise import triton_launch
+
+    return triton_launch
+
+
+def _combine_triton(weight: Tensor, out: Tensor, *args: Any, **options: Any) -> None:
+    _triton_launch().combine(weight, out, *args, **options)
+
+
+def _many_by_triton(
+    triples: Sequence[tuple[Tensor, Tensor, int]],
+    coefficients: Sequence[float] | Tensor,
+    **options: Any,
+) -> None:
+    if not triples:
+        return
+    sources = [weight.detach().contiguous() for weight, _, _ in triples]
+    # A copy has the values that `out` has: the kernel may decide to write nothing.
+    targets = [out.detach().contiguous() for _, out, _ in triples]
+    _triton_launch().combine_many(
+        sources, targets, coefficients, tensors=[tensor for _, _, tensor in triples], **options
+    )
+    for target, (_, out, _) in zip(targets, triples, strict=True):
+        _hand_back(target, out)
 
 
 def _combine_anywhere(
@@ -364,6 +515,13 @@ def _combine_cpu(
     kernel(*arrays, *bounds[0], *shared)
     for job in jobs:
         job.result()
+
+
+_COMBINE: Final[dict[str, Any]] = {
+    "cpu": _combine_cpu,
+    "triton": _combine_triton,
+    "torch": _combine_anywhere,
+}
 
 
 def _views(*tensors: Tensor) -> tuple[list[Any], Any]:
