@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 from zofo.files import fingerprint, read_tensors, refusing, write_tensors
-from zofo.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution, combine, combine_steps
+from zofo.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS
 
 FORMAT_VERSION = 1
@@ -79,17 +79,16 @@ class Update:
         """Move the parameters in place. A rate of 0 leaves every bit as it is."""
         if self.lr == 0:
             return
-        for parameter, tensor in zip(parameters, tensors, strict=True):
-            combine(
-                parameter,
-                self.coefficients,
-                decay=self.decay,
-                seed=seed,
-                step=self.step,
-                tensor=tensor,
-                distribution=distribution,
-                rounding="stochastic",
-            )
+        combine_many(
+            list(parameters),
+            self.coefficients,
+            decay=self.decay,
+            seed=seed,
+            step=self.step,
+            tensors=list(tensors),
+            distribution=distribution,
+            rounding="stochastic",
+        )
 
 
 @dataclass

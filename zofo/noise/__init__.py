@@ -1,12 +1,15 @@
 """Directions and what is done with them: w + Σ_k c_k v_k, read, drawn and written in one pass.
 
 One function, `combine`, serves the perturbation (one coefficient, into a scratch buffer, rounded to
-nearest) and the update (one coefficient a direction, in place, rounded stochastically). On the CPU
-it runs compiled kernels over the threads torch is set to use; elsewhere the torch reference.
+nearest) and the update (one coefficient a direction, in place, rounded stochastically);
+`combine_many` is the same for the tensors of a whole model. On the CPU they run compiled kernels
+over the threads torch is set to use, on CUDA Triton kernels, elsewhere the torch reference.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
@@ -22,6 +25,7 @@ __all__ = [
     "NOISE_VERSION",
     "Distribution",
     "combine",
+    "combine_many",
     "combine_rows",
     "combine_steps",
     "direction",
@@ -98,7 +102,7 @@ def prepare(
 ) -> Callable[[float, int, int], None]:
     """Sums weights + coefficient · v, to be computed again and again into the same places.
 
-    On the CPU what does not change is laid out once, and all tensors are one call.
+    What does not change is laid out once, and all tensors of a dtype are one call.
 
     Args:
         weights: as for `combine`. Their memory must stay where it is, and so must that of outs.
@@ -129,14 +133,14 @@ def prepare(
         _check_address(seed=seed, step=step, num_directions=index + 1)
         for dtype, call in calls.items():
             call.run(_plan(dtype, coefficient, step, index, seed, purpose))
-        for weight, out, tensor in rest:
-            combine(
-                weight,
+        if rest:
+            combine_many(
+                [weight for weight, _, _ in rest],
                 (coefficient,),
                 seed=seed,
                 step=step,
-                tensor=tensor,
-                out=out,
+                tensors=[tensor for _, _, tensor in rest],
+                outs=[out for _, out, _ in rest],
                 first_direction=index,
                 distribution=distribution,
             )
@@ -158,6 +162,72 @@ def _plan(
         first_direction=index,
         stochastic=False,
     )
+
+
+def combine_many(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    *,
+    seed: int,
+    step: int,
+    tensors: Sequence[int],
+    outs: Sequence[Tensor] | None = None,
+    decay: float = 1.0,
+    first_direction: int = 0,
+    distribution: Distribution = "rademacher",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+) -> list[Tensor]:
+    """`combine` for each of many tensors; on CUDA in one launch for each dtype.
+
+    Args:
+        weights: as for `combine`; devices, dtypes and layouts may differ.
+        coefficients: one for each direction. A tensor, [directions], is not waited for on CUDA;
+            where a value of it is not finite nothing is written at all.
+        seed: run seed in [0, 2^64).
+        step: in [0, 2^32).
+        tensors: the tensors' indices.
+        outs: where to write; None: in place.
+        decay: factor of the weights.
+        first_direction: index of the first direction.
+        distribution: "rademacher" or "gaussian".
+        rounding: "nearest" or "stochastic".
+
+    Returns:
+        `outs`.
+
+    Raises:
+        ValueError: as `combine`, before anything is written; or if the numbers of tensors differ.
+    """
+    outs = list(weights if outs is None else outs)
+    if not len(weights) == len(outs) == len(tensors):
+        raise ValueError(
+            f"{len(weights)} weights, {len(outs)} outs and {len(tensors)} tensor indices; "
+            "there must be as many of each"
+        )
+    if isinstance(coefficients, Tensor) and coefficients.ndim != 1:
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}; it must be [directions]"
+        )
+    address: dict[str, Any] = {"seed": seed, "step": step, "first_direction": first_direction}
+    per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        _check(weight, out, len(coefficients), tensor=tensor, offset=0, **address)
+        per_device.setdefault(weight.device, []).append((weight, out, tensor))
+    options: dict[str, Any] = {
+        "decay": decay,
+        "purpose": _PURPOSE[distribution],
+        "stochastic": rounding == "stochastic",
+        **address,
+    }
+    for device, triples in per_device.items():
+        backend = _backend(device.type)
+        values = coefficients
+        if backend != "triton" and isinstance(values, Tensor):
+            values = values.tolist()
+            if not all(map(math.isfinite, values)):
+                continue
+        _MANY[backend]([t for t in triples if t[0].numel()], values, **options)
+    return outs
 
 
 def combine_rows(
@@ -193,7 +263,21 @@ def combine_rows(
     _check(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
-    if weight.device.type != "cpu":
+    backend = _backend(weight.device.type)
+    if backend == "triton":
+        _triton_launch().combine_rows(
+            table,
+            rows,
+            coefficient,
+            seed=seed,
+            step=step,
+            tensor=tensor,
+            purpose=_PURPOSE[distribution],
+            first_direction=first_direction,
+            stochastic=False,
+        )
+        return table
+    if backend == "torch":
         width = weight.shape[1]
         for i, row in enumerate(rows.tolist()):
             combine(
@@ -294,24 +378,29 @@ def _run(
     # Kernels walk row-major memory; another layout goes through a copy.
     source = weight.detach().contiguous()
     target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    options: dict[str, Any] = {
-        "decays": decays,
-        "steps": steps,
-        "seed": seed,
-        "purpose": _PURPOSE[distribution],
-        "first_direction": first_direction,
-        "stochastic": rounding == "stochastic" and weight.element_size() == 2,
-    }
-    if weight.device.type == "cpu":
-        plan = _cpu().Plan(weight.dtype, coefficients, **options)
-        _cpu().call_of([source], [target], [tensor], offset).run(plan)
-    else:
-        _combine_anywhere(source, target, coefficients, tensor=tensor, offset=offset, **options)
+    _COMBINE[_backend(weight.device.type)](
+        source,
+        target,
+        coefficients,
+        decays=decays,
+        steps=steps,
+        seed=seed,
+        tensor=tensor,
+        offset=offset,
+        purpose=_PURPOSE[distribution],
+        first_direction=first_direction,
+        stochastic=rounding == "stochastic" and weight.element_size() == 2,
+    )
+    _hand_back(target, out)
+    return out
+
+
+def _hand_back(target: Tensor, out: Tensor) -> None:
+    """What was written to `target` is out's, if it does not lie there already."""
     if target.data_ptr() != out.data_ptr():
         out.detach().copy_(target)
     elif not out.is_inference():
         torch.autograd.graph.increment_version(out)
-    return out
 
 
 def direction(
@@ -383,6 +472,39 @@ def _check_limits(limits: Mapping[str, tuple[int, int]]) -> None:
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
 
 
+@lru_cache(maxsize=8)
+def _backend(device_type: str) -> Literal["cpu", "triton", "torch"]:
+    """What computes on such a device. Said once where it is the slow way."""
+    if device_type == "cpu":
+        return "cpu"
+    if device_type == "cuda":
+        try:
+            _triton_launch()
+        except ImportError:
+            reason = "triton cannot be imported; install it"
+        else:
+            return "triton"
+    else:
+        reason = "there are kernels for CPU and CUDA only"
+    warnings.warn(
+        f"directions on {device_type} are drawn by plain torch operations, the same but slower: "
+        f"{reason}",
+        stacklevel=4,
+    )
+    return "torch"
+
+
+def _triton_launch() -> Any:
+    """Imported on first use: triton is there only on Linux, and takes a moment to load."""
+    from zofo.noise import triton_launch
+
+    return triton_launch
+
+
+def _combine_triton(weight: Tensor, out: Tensor, *args: Any, **options: Any) -> None:
+    _triton_launch().combine(weight, out, *args, **options)
+
+
 def _combine_anywhere(
     weight: Tensor,
     out: Tensor,
@@ -396,6 +518,108 @@ def _combine_anywhere(
     for step, decay, row in zip(steps, decays, coefficients, strict=True):
         philox.combine(weight, out, tuple(row), decay=decay, step=step, **address)
         weight = out
+
+
+def _combine_cpu(
+    weight: Tensor,
+    out: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    *,
+    tensor: int,
+    offset: int,
+    **options: Any,
+) -> None:
+    plan = _cpu().Plan(weight.dtype, coefficients, **options)
+    _cpu().call_of([weight], [out], [tensor], offset).run(plan)
+
+
+def _many_by_cpu(
+    triples: Sequence[tuple[Tensor, Tensor, int]],
+    coefficients: Sequence[float],
+    *,
+    decay: float,
+    step: int,
+    stochastic: bool,
+    **options: Any,
+) -> None:
+    """One call for each dtype."""
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
+    for triple in triples:
+        groups.setdefault(triple[0].dtype, []).append(triple)
+    for dtype, group in groups.items():
+        sources = [weight.detach().contiguous() for weight, _, _ in group]
+        targets = [
+            out.detach() if out.is_contiguous() else torch.empty_like(source)
+            for source, (_, out, _) in zip(sources, group, strict=True)
+        ]
+        plan = _cpu().Plan(
+            dtype,
+            [coefficients],
+            decays=[decay],
+            steps=[step],
+            stochastic=stochastic and dtype.itemsize == 2,
+            **options,
+        )
+        _cpu().call_of(sources, targets, [tensor for _, _, tensor in group]).run(plan)
+        for target, (_, out, _) in zip(targets, group, strict=True):
+            _hand_back(target, out)
+
+
+def _many_by_triton(
+    triples: Sequence[tuple[Tensor, Tensor, int]],
+    coefficients: Sequence[float] | Tensor,
+    **options: Any,
+) -> None:
+    if not triples:
+        return
+    sources = [weight.detach().contiguous() for weight, _, _ in triples]
+    # A copy has the values that `out` has: the kernel may decide to write nothing.
+    targets = [out.detach().contiguous() for _, out, _ in triples]
+    _triton_launch().combine_many(
+        sources, targets, coefficients, tensors=[tensor for _, _, tensor in triples], **options
+    )
+    for target, (_, out, _) in zip(targets, triples, strict=True):
+        _hand_back(target, out)
+
+
+def _many_anywhere(
+    triples: Sequence[tuple[Tensor, Tensor, int]],
+    coefficients: Sequence[float],
+    *,
+    decay: float,
+    step: int,
+    stochastic: bool,
+    **options: Any,
+) -> None:
+    for weight, out, tensor in triples:
+        source = weight.detach().contiguous()
+        target = out.detach() if out.is_contiguous() else torch.empty_like(source)
+        _combine_anywhere(
+            source,
+            target,
+            [coefficients],
+            decays=[decay],
+            steps=[step],
+            tensor=tensor,
+            offset=0,
+            stochastic=stochastic and weight.element_size() == 2,
+            **options,
+        )
+        _hand_back(target, out)
+
+
+_COMBINE: Final[dict[str, Any]] = {
+    "cpu": _combine_cpu,
+    "triton": _combine_triton,
+    "torch": _combine_anywhere,
+}
+
+
+_MANY: Final[dict[str, Any]] = {
+    "cpu": _many_by_cpu,
+    "triton": _many_by_triton,
+    "torch": _many_anywhere,
+}
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,281 @@
+"""Launches of the CUDA kernels: what they are told, and where.
+
+A launch for many tensors finds them in a table on the device, made once for each set of tensors and
+kept. One coefficient or none travels as an argument, several from the host through pinned memory,
+and those on the device stay there; so a step neither copies nor waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zofo.noise import triton_kernels
+
+_BLOCKS_PER_TILE: Final = 16  # 16 elements for each of a program's 128 threads: a choice
+_NAMES: Final = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def combine(
+    weight: Tensor,
+    out: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    tensor: int,
+    offset: int,
+    **drawing: Any,
+) -> None:
+    """One tensor after one update for each of `steps`; see `zofo.noise`.
+
+    Args:
+        weight: contiguous, at least one element.
+        out: likewise, of that shape and dtype.
+        coefficients: [steps][directions].
+        decays: [steps].
+        steps: addresses of the directions.
+        tensor: the tensor's index.
+        offset: index of weight's first element within the whole tensor.
+        drawing: as for `combine_many`.
+    """
+    size = weight.numel()
+    _launch_rows(
+        weight,
+        out,
+        None,
+        size,
+        num_programs=_num_tiles(offset % 128 + size, _BLOCKS_PER_TILE),
+        blocks=_BLOCKS_PER_TILE,
+        offset=offset,
+        tensor=tensor,
+        scalars=_host_scalars(coefficients, decays, steps, weight.device),
+        **drawing,
+    )
+
+
+def combine_rows(
+    table: Tensor, rows: Tensor, coefficient: float, *, step: int, tensor: int, **drawing: Any
+) -> None:
+    """Perturb a table of rows in place, in one launch.
+
+    Args:
+        table: [n, width], contiguous, not empty; row i is row rows[i] of the whole tensor.
+        rows: int64, [n].
+        coefficient: of the direction.
+        step: of the direction.
+        tensor: the tensor's index.
+        drawing: as for `combine_many`.
+    """
+    width = table.shape[1]
+    # A tile no larger than the row, which may begin in the middle of a block.
+    blocks = min(_BLOCKS_PER_TILE, triton.next_power_of_2(-(-(width + 127) // 128)))
+    tiles_per_row = _num_tiles(width + 127, blocks)
+    _launch_rows(
+        table,
+        table,
+        rows.to(table.device).contiguous(),
+        width,
+        num_programs=len(rows) * tiles_per_row,
+        tiles_per_row=tiles_per_row,
+        blocks=blocks,
+        offset=0,
+        tensor=tensor,
+        scalars=_host_scalars([(coefficient,)], (1.0,), (step,), table.device),
+        **drawing,
+    )
+
+
+def combine_many(
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    *,
+    decay: float,
+    step: int,
+    tensors: Sequence[int],
+    seed: int,
+    purpose: int,
+    first_direction: int,
+    stochastic: bool,
+) -> None:
+    """Whole tensors of one device in one launch for each dtype; see `zofo.noise.combine_many`.
+
+    Tensors that do not begin at a multiple of 16 bytes have a launch of their own.
+
+    Args:
+        weights: contiguous, each of at least one element.
+        outs: likewise, of their shapes and dtypes.
+        coefficients: one for each direction; a tensor stays on the device, and where a value of it
+            is not finite nothing is written.
+        decay: factor of the weights.
+        step: address of the directions.
+        tensors: the tensors' indices.
+        seed: run seed.
+        purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
+        first_direction: index of the first direction.
+        stochastic: whether 16-bit results are rounded stochastically.
+    """
+    device = weights[0].device
+    if isinstance(coefficients, Tensor):
+        on_device = coefficients.detach().to(device, torch.float64).contiguous()
+        scalars = _scalars(triton_kernels.DEVICE, on_device, len(on_device), decay=decay, step=step)
+    else:
+        scalars = _host_scalars([coefficients], (decay,), (step,), device)
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), tensor)
+        groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
+    for (dtype, is_aligned), rows in groups.items():
+        table, tensor_of_tile = _table(device, tuple(rows))
+        with _on(device):
+            triton_kernels.combine_tensors[(len(tensor_of_tile),)](
+                table,
+                tensor_of_tile,
+                seed=seed,
+                first_direction=first_direction,
+                **{name: value for name, value in scalars.items() if name != "num_steps"},
+                DTYPE=_NAMES[dtype],
+                STORED=_NAMES[dtype] if dtype.itemsize > 2 else tl.uint16,
+                PURPOSE=purpose,
+                STOCHASTIC=stochastic and dtype.itemsize == 2,
+                ALIGNED=is_aligned,
+                BLOCKS=_BLOCKS_PER_TILE,
+                enable_fp_fusion=False,
+            )
+
+
+def _launch_rows(
+    weight: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    size: int,
+    *,
+    num_programs: int,
+    blocks: int,
+    offset: int,
+    tensor: int,
+    seed: int,
+    purpose: int,
+    first_direction: int,
+    stochastic: bool,
+    scalars: dict[str, Any],
+    tiles_per_row: int = 1,
+) -> None:
+    dtype = weight.dtype
+    if dtype.itemsize == 2:
+        weight, out = weight.view(torch.uint16), out.view(torch.uint16)
+    step_bytes = (offset if rows is None else size) * dtype.itemsize
+    with _on(weight.device):
+        triton_kernels.combine_rows[(num_programs,)](
+            weight,
+            out,
+            rows,
+            offset,
+            size,
+            tiles_per_row,
+            tensor,
+            seed=seed,
+            first_direction=first_direction,
+            **scalars,
+            DTYPE=_NAMES[dtype],
+            PURPOSE=purpose,
+            STOCHASTIC=stochastic and dtype.itemsize == 2,
+            ALIGNED=_is_aligned(weight.data_ptr(), out.data_ptr(), step_bytes),
+            BLOCKS=blocks,
+            HAS_ROWS=rows is not None,
+            enable_fp_fusion=False,
+        )
+
+
+def _num_tiles(num_elements: int, blocks: int) -> int:
+    return -(-num_elements // (blocks * 128))
+
+
+def _is_aligned(*num_bytes: int) -> bool:
+    return all(n % 16 == 0 for n in num_bytes)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@lru_cache(maxsize=32)
+def _table(
+    device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
+) -> tuple[Tensor, Tensor]:
+    """The table of `triton_kernels.combine_tensors` and the row for each of its tiles.
+
+    They say no more than the key does, so a cached one is right whatever became of the memory.
+    """
+    tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
+    first = (tiles.cumsum(0) - tiles).tolist()
+    table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
+    tensor_of_tile = torch.repeat_interleave(torch.arange(len(rows)), tiles).int()
+    return table.to(device), tensor_of_tile.to(device)
+
+
+def _host_scalars(
+    coefficients: Sequence[Sequence[float]],
+    decays: Sequence[float],
+    steps: Sequence[int],
+    device: torch.device,
+) -> dict[str, Any]:
+    """As arguments where there is one coefficient at most; else copied, without waiting."""
+    num_directions = max(map(len, coefficients))
+    if len(steps) == 1 and num_directions <= 1:
+        (row,) = coefficients
+        return _scalars(
+            triton_kernels.ARGUMENT,
+            None,
+            num_directions,
+            coefficient=row[0] if row else 0.0,
+            decay=decays[0],
+            step=steps[0],
+        )
+    table = torch.tensor(
+        [(step, decay, *row) for step, decay, row in zip(steps, decays, coefficients, strict=True)],
+        dtype=torch.float64,
+    )
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    return _scalars(triton_kernels.SCHEDULE, table, num_directions, num_steps=len(steps))
+
+
+def _scalars(
+    kind: tl.constexpr,
+    scalars: Tensor | None,
+    num_directions: int,
+    *,
+    coefficient: float = 0.0,
+    decay: float = 1.0,
+    step: int = 0,
+    num_steps: int = 1,
+) -> dict[str, Any]:
+    return {
+        "SCALARS": kind.value,
+        "scalars": scalars,
+        "NUM_DIRECTIONS": num_directions,
+        "num_steps": num_steps,
+        "coefficient": _bits(coefficient),
+        "decay": _bits(decay),
+        "step": step,
+    }
+
+
+def _bits(x: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
