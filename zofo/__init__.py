@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zofo.methods import split_parameters as split_parameters
     from zofo.models import load_model as load_model
     from zofo.optim import HybridOptimizer as HybridOptimizer
+    from zofo.part import Part as Part
     from zofo.perturb import Perturbation as Perturbation
     from zofo.perturb import SelfCheckError as SelfCheckError
     from zofo.reshuffle import ReshufflingSampler as ReshufflingSampler
@@ -45,6 +46,7 @@ _HOMES = {
     "HybridOptimizer": "optim",
     "HybridOptions": "trainer",
     "HybridTrainer": "trainer",
+    "Part": "part",
     "Perturbation": "perturb",
     "ReshufflingSampler": "reshuffle",
     "SelfCheckError": "perturb",

@@ -111,6 +111,12 @@ class RunConfig(_Section):
     distribution: Literal["rademacher", "gaussian"] = Field(
         "rademacher", description="of the directions (paper: gaussian)"
     )
+    base_every: int = Field(
+        1, ge=1, description="steps from one move of the base to the next (paper: 1)"
+    )
+    base_batch_fraction: float = Field(
+        1.0, gt=0, le=1, description="part of each batch that the loss difference is taken on"
+    )
     replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
     self_check: bool = Field(True, description="watch the first perturbed forward")
     on_non_finite: Literal["stop", "skip"] = Field(
@@ -346,6 +352,21 @@ def _check(config: RunConfig) -> list[str]:
             f"method {config.method} moves an adapter and adapter.type is none; choose lora, "
             "prefix or prompt, or method fo-ft or zo-ft"
         )
+    if config.base_every > 1 and config.method in ("zo-peft", "zo-ft"):
+        problems.append(
+            f"base_every is {config.base_every} and method {config.method} moves nothing else in "
+            "the other steps; leave it at 1, or choose method hybrid"
+        )
+    if config.base_batch_fraction < 1 and config.method in ("zo-peft", "zo-ft"):
+        problems.append(
+            f"base_batch_fraction is {config.base_batch_fraction} and method {config.method} uses "
+            "the rest of the batch for nothing; lower batch_size, or choose method hybrid"
+        )
+    if config.base_batch_fraction < 1 and config.sampling == "shuffle-once":
+        problems.append(
+            f"base_batch_fraction is {config.base_batch_fraction} and sampling is shuffle-once, so "
+            "the base would never see the last rows of a batch; choose sampling reshuffle"
+        )
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given; keep one")
     rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
@@ -391,6 +412,8 @@ def idle_options(config: RunConfig) -> list[str]:
             "eps",
             "estimator",
             "num_directions",
+            "base_every",
+            "base_batch_fraction",
             "distribution",
             "base_weight_decay",
             "snapshot_every",
@@ -415,12 +438,24 @@ def idle_options(config: RunConfig) -> list[str]:
             "eps",
             "estimator",
             "num_directions",
+            "base_every",
+            "base_batch_fraction",
             "snapshot_every",
         ),
         "hybrid": (),
     }
-    return [
+    found = [
         f"{key} has no effect with method {config.method}"
         for key in idle[config.method]
         if getattr(config, key) != RunConfig.model_fields[key].default
     ]
+    if config.method == "hybrid" and config.base_batch_fraction < 1 and share_of(config) == 1:
+        found.append(f"base_batch_fraction has no effect with batch_size {config.batch_size}")
+    return found
+
+
+def share_of(config: RunConfig) -> float:
+    """Share of a full micro-batch that the loss difference is taken on."""
+    from zofo.part import num_rows_of
+
+    return num_rows_of(config.base_batch_fraction, config.batch_size) / config.batch_size

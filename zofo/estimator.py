@@ -64,6 +64,17 @@ class GeneratorState:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since: no dropout was active."""
+        present = GeneratorState.capture()
+        return (
+            torch.equal(self.torch_cpu, present.torch_cpu)
+            and self.accelerator.keys() == present.accelerator.keys()
+            and all(torch.equal(s, present.accelerator[d]) for d, s in self.accelerator.items())
+            and all(np.array_equal(a, b) for a, b in zip(self.numpy, present.numpy, strict=True))
+            and self.python == present.python
+        )
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Within the context the generators start from this state; afterwards as if unused."""
@@ -124,6 +135,13 @@ def projected_gradients(
         else:
             scalars.append((ahead - evaluate(-eps, k, False)) / (2 * eps))
     return torch.stack(scalars)
+
+
+@torch.no_grad()
+def unperturbed(closure: Callable[[], Tensor], generators: GeneratorState | None) -> Tensor:
+    """The loss as it is, under the masks that a perturbed evaluation has."""
+    with generators.replayed() if generators is not None else _untouched():
+        return closure().detach()
 
 
 @contextmanager

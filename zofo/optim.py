@@ -19,7 +19,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -33,8 +33,10 @@ from zofo.estimator import (
     GeneratorState,
     forwards_per_direction,
     projected_gradients,
+    unperturbed,
 )
 from zofo.noise import DISTRIBUTIONS, Distribution
+from zofo.part import Part
 from zofo.perturb import Perturbation
 from zofo.trajectory import GroupSpec, Trajectory, Update
 
@@ -46,10 +48,10 @@ class StepReport:
     Attributes:
         step: its number, from 0.
         loss: unperturbed loss, summed over micro-batches; None where none was measured.
-        projected_grad: s_k, one a direction; empty without zeroth-order groups.
+        projected_grad: s_k, one a direction; empty where the zeroth-order groups were not due.
         grad_norm: norm of the first-order gradient before clipping; None without `max_grad_norm`.
         non_finite: whether a loss or scalar was not finite, so that it was not applied.
-        num_forwards: forwards spent on the zeroth-order estimate.
+        num_forwards: forwards spent on the zeroth-order estimate; those of a part by its share.
         update_norms: block -> norm of its update. Of a zeroth-order block its expectation over the
             directions, lr sqrt(d Σ s_k²) / K, exact for one direction of signs; of a first-order
             adapter measured; weight decay apart.
@@ -60,7 +62,7 @@ class StepReport:
     projected_grad: tuple[float, ...]
     grad_norm: float | None
     non_finite: bool
-    num_forwards: int
+    num_forwards: float
     update_norms: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -78,6 +80,8 @@ class HybridOptimizer(Optimizer):
         estimator: "forward" (the paper's) or "central".
         num_directions: directions a step; the paper takes 1.
         distribution: "rademacher" (default by choice: unbiased, and fast) or "gaussian" (paper).
+        base_every: the zeroth-order groups move, and cost forwards, only in steps 0, k, 2k, ...;
+            the paper's is 1.
         seed: of the directions, in [0, 2^64).
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
         replay_dropout: give every evaluation of a step the same dropout masks.
@@ -98,16 +102,19 @@ class HybridOptimizer(Optimizer):
         estimator: Estimator = "forward",
         num_directions: int = 1,
         distribution: Distribution = "rademacher",
+        base_every: int = 1,
         seed: int = 0,
         max_grad_norm: float | None = None,
         replay_dropout: bool = True,
         self_check: bool = True,
     ) -> None:
-        _check_options(optimizer, eps, estimator, num_directions, distribution, seed, max_grad_norm)
+        _check_options(
+            optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
+        )
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
-        _check_groups(self.param_groups)
+        _check_groups(self.param_groups, base_every)
         self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
-        self.distribution, self.seed = distribution, seed
+        self.distribution, self.base_every, self.seed = distribution, base_every, seed
         self.max_grad_norm, self.replay_dropout = max_grad_norm, replay_dropout
         self._self_check = self_check
 
@@ -138,18 +145,25 @@ class HybridOptimizer(Optimizer):
         )
         self.trajectory = Trajectory(seed, distribution, eps, estimator, recorded)
         self.step_count = 0
-        self.num_forwards = 0
+        self.num_forwards: float = 0
         self.last_step: StepReport | None = None
+        self.last_measured: StepReport | None = None  # the last step that had projected gradients
         self._loss: Tensor | None = None
         self._scalars: Tensor | None = None
-        self._num_forwards = 0
+        self._num_forwards: float = 0
         self._forget_measurements()
+
+    @property
+    def zeroth_is_due(self) -> bool:
+        """Whether the step under way measures and moves zeroth-order groups."""
+        return self.perturbation is not None and self.step_count % self.base_every == 0
 
     def measure(
         self,
         closure: Callable[[], Tensor],
         loss: Tensor | None,
         generators: GeneratorState | None = None,
+        part: Part | None = None,
     ) -> None:
         """Add one micro-batch's loss differences to the step under way.
 
@@ -159,37 +173,50 @@ class HybridOptimizer(Optimizer):
             closure: returns the micro-batch's loss, scaled as `loss` is.
             loss: the unperturbed loss of the micro-batch.
             generators: their state before `loss` was computed; None: masks are not replayed.
+            part: what to evaluate instead of `closure`; None: the whole micro-batch.
         """
         # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
-        if self.perturbation is not None:
+        if self.perturbation is not None and self.zeroth_is_due:
+            generators = generators if self.replay_dropout else None
+            evaluations = self.num_directions * forwards_per_direction(self.estimator)
+            reference, share = loss, 1.0
+            if part is not None:
+                closure, reference, share = part.closure, part.loss, part.share
+                if reference is None and self.estimator == "forward":
+                    reference = unperturbed(closure, generators)
+                    evaluations += 1
             scalars = projected_gradients(
                 closure,
                 self.perturbation,
-                loss,
+                reference,
                 eps=self.eps,
                 step=self.step_count,
                 num_directions=self.num_directions,
                 estimator=self.estimator,
-                generators=generators if self.replay_dropout else None,
+                generators=generators,
                 self_check=self._self_check,
             )
             self._self_check = False
             self._scalars = scalars if self._scalars is None else self._scalars + scalars
-            self._num_forwards += self.num_directions * forwards_per_direction(self.estimator)
+            self._num_forwards += evaluations if share == 1 else evaluations * share
         if loss is not None:
             self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
 
-    def accumulate(self, closure: Callable[[], Tensor]) -> Tensor:
+    def accumulate(
+        self, closure: Callable[[], Tensor], part: Callable[[], Part] | None = None
+    ) -> Tensor:
         """Forward, backward and loss differences of one micro-batch; moves nothing.
 
         Args:
             closure: computes and returns the loss. It must not call backward. With n micro-batches
                 a step it divides its loss by n.
+            part: called after `closure`, says on which rows the differences are evaluated and, if
+                `closure` noted it, their unperturbed loss; None: on all.
 
         Returns:
             The unperturbed loss, detached.
         """
-        generators = GeneratorState.capture() if self.perturbation is not None else None
+        generators = GeneratorState.capture() if self.zeroth_is_due else None
         try:
             with torch.set_grad_enabled(self.inner is not None):
                 loss = closure()
@@ -204,7 +231,8 @@ class HybridOptimizer(Optimizer):
                         "loss tensor itself, not detached, and let the optimizer run backward"
                     )
                 loss.backward()
-            self.measure(closure, loss, generators)
+            chosen = part() if part is not None and self.zeroth_is_due else None
+            self.measure(closure, loss, generators, chosen)
         except RuntimeError as error:
             # A graph used twice, or a backward where the optimizer evaluates without gradients.
             if any(sign in str(error) for sign in ("second time", "does not require grad")):
@@ -216,12 +244,17 @@ class HybridOptimizer(Optimizer):
         return loss.detach()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        part: Callable[[], Part] | None = None,
+    ) -> Tensor | None:
         """Move both blocks.
 
         Args:
             closure: as for `accumulate`, called first when given (gradients are zeroed before it
                 unless micro-batches were accumulated).
+            part: as for `accumulate`.
 
         Returns:
             The unperturbed loss of the closure, or None without one.
@@ -231,8 +264,8 @@ class HybridOptimizer(Optimizer):
             if self._loss is None:
                 self.zero_grad()
             with torch.enable_grad():
-                loss = self.accumulate(closure)
-        elif self.perturbation is not None and self._scalars is None:
+                loss = self.accumulate(closure, part)
+        elif self.zeroth_is_due and self._scalars is None:
             raise ValueError(
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "
                 "call accumulate(closure) for each micro-batch before it"
@@ -252,7 +285,7 @@ class HybridOptimizer(Optimizer):
             if adapter:
                 moved = torch._foreach_sub(adapter, before)
                 norms["adapter"] = float(torch.stack(torch._foreach_norm(moved)).double().norm())
-        if loss_is_finite and scalars_are_finite and self.perturbation is not None:
+        if loss_is_finite and scalars_are_finite and self.zeroth_is_due:
             self._move(scalars)
             norms |= self._expected_norms(scalars)
         non_finite = not (loss_is_finite and scalars_are_finite)
@@ -265,6 +298,8 @@ class HybridOptimizer(Optimizer):
         self.last_step = StepReport(
             self.step_count, total, scalars, grad_norm, non_finite, self._num_forwards, norms
         )
+        if scalars:
+            self.last_measured = self.last_step
         self.num_forwards += self._num_forwards
         self.step_count += 1
         self._forget_measurements()
@@ -280,6 +315,7 @@ class HybridOptimizer(Optimizer):
                 "seed": self.seed,
                 "distribution": self.distribution,
                 "num_directions": self.num_directions,
+                "last_measured": None if self.last_measured is None else asdict(self.last_measured),
             },
         }
 
@@ -299,6 +335,8 @@ class HybridOptimizer(Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
+        measured = own.get("last_measured")
+        self.last_measured = None if measured is None else StepReport(**measured)
         self._forget_measurements()
 
     def _move(self, scalars: tuple[float, ...]) -> None:
@@ -361,6 +399,7 @@ def _check_options(
     estimator: str,
     num_directions: int,
     distribution: str,
+    base_every: int,
     seed: int,
     max_grad_norm: float | None,
 ) -> None:
@@ -383,6 +422,10 @@ def _check_options(
             distribution in DISTRIBUTIONS,
             f"distribution is {distribution!r}; choose one of {', '.join(DISTRIBUTIONS)}",
         ),
+        (
+            isinstance(base_every, int) and base_every >= 1,
+            f"base_every is {base_every}; it must be a whole number of steps, at least 1",
+        ),
         (0 <= seed < 2**64, f"seed is {seed}; it must lie in [0, 2^64)"),
         (
             max_grad_norm is None or max_grad_norm > 0,
@@ -394,7 +437,7 @@ def _check_options(
         raise UserError("; ".join(wrong))
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_groups(groups: Sequence[Mapping[str, Any]], base_every: int) -> None:
     for i, group in enumerate(groups):
         if group.get("order") not in ("first", "zeroth"):
             raise UserError(
@@ -410,3 +453,9 @@ def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
                     f"parameter group {i} is of zeroth order and needs one name and one tensor "
                     "index for each parameter (zofo.methods.param_groups builds the groups)"
                 )
+    orders = {group["order"] for group in groups}
+    if base_every > 1 and orders == {"zeroth"}:
+        raise UserError(
+            f"base_every is {base_every} and there is no first-order group to move in the other "
+            "steps; leave it at 1, or choose method hybrid"
+        )

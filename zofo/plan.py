@@ -41,7 +41,7 @@ class Plan:
     """
 
     steps: int
-    forward_equivalents: int
+    forward_equivalents: float
     num_parameters: dict[str, tuple[str, int, int]]
     memory_bytes: dict[str, int]
     num_rows: dict[str, int]
@@ -81,13 +81,16 @@ def make_plan(config: RunConfig) -> Plan:
             head=base.head,  # type: ignore[arg-type]
             r=adapter.r,
             alpha=adapter.alpha,
+            dropout=adapter.dropout,
             targets=adapter.targets,
             num_virtual_tokens=adapter.num_virtual_tokens,
             config_file=adapter.config_file,
         )
+    steps = num_steps(config, len(rows["train"]))
+    again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(
-        steps=num_steps(config, len(rows["train"])),
-        forward_equivalents=forward_equivalents(config, num_steps(config, len(rows["train"]))),
+        steps=steps,
+        forward_equivalents=forward_equivalents(config, steps, part_again=again),
         num_parameters=_parameters(model, config),
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
         num_rows=_num_rows(splits),
@@ -98,6 +101,12 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _num_rows(splits: Splits) -> dict[str, int]:
     return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
+
+
+def _has_dropout(model: nn.Module, model_config: Any) -> bool:
+    rates = [rate for key, rate in vars(model_config).items() if "drop" in key]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _parameters(model: nn.Module, config: RunConfig) -> dict[str, tuple[str, int, int]]:

@@ -25,7 +25,7 @@ from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
 from zofo.card import write_card
 from zofo.checkpoint_files import remove_leftovers
-from zofo.config import RunConfig
+from zofo.config import RunConfig, share_of
 from zofo.environment import check_device, environment, peak_memory_bytes
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
@@ -235,7 +235,7 @@ def train(
         "steps": trainer.state.global_step,
         "train_s": round(trained_s, 3),
         "total_s": round(time.monotonic() - started, 3),
-        "forward_equivalents": forward_equivalents(config, trainer.state.global_step),
+        "forward_equivalents": trainer.forward_equivalents,
         "peak_memory_bytes": peak_memory_bytes(device),
         "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
     }
@@ -272,14 +272,26 @@ def num_steps(config: RunConfig, num_rows: int) -> int:
     return max(1, round(float(config.epochs or 1) * per_epoch))
 
 
-def forward_equivalents(config: RunConfig, steps: int) -> int:
-    """Cost of training in forwards of one micro-batch without gradients, evaluations apart."""
+def forward_equivalents(config: RunConfig, steps: int, *, part_again: bool = False) -> float:
+    """Cost of training in forwards of one micro-batch without gradients, evaluations apart.
+
+    Args:
+        config: resolved.
+        steps: optimiser steps, of full batches.
+        part_again: whether the unperturbed loss of a part of the batch is evaluated a second time,
+            as with dropout or in half precision.
+    """
     orders = METHODS[config.method]
     gradient = orders.forwards_per_gradient
     per_direction = 1 if config.estimator == "forward" else 2
     moves = "zeroth" in (orders.base, orders.adapter)
     differences = config.num_directions * per_direction if moves else 0
-    return steps * config.accumulation * (max(gradient, 1) + differences)
+    share = share_of(config) if moves else 1
+    if share < 1 and part_again and config.estimator == "forward":
+        differences += 1
+    measured_steps = -(-steps // config.base_every)
+    cost = config.accumulation * (steps * max(gradient, 1) + measured_steps * differences * share)
+    return int(cost) if cost == int(cost) else round(cost, 3)
 
 
 def new_folder(config: RunConfig) -> Path:

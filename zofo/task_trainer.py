@@ -14,8 +14,9 @@ from transformers import PrinterCallback, TrainerCallback
 from zofo.config import RunConfig
 from zofo.evaluate import evaluate
 from zofo.models import quiet
+from zofo.part import Part
 from zofo.progress import MetricsFile, TrainingDisplay
-from zofo.tasks.encode import Collator, Encoded, objective_loss
+from zofo.tasks.encode import Collator, Encoded, first_examples, objective_losses
 from zofo.trainer import HybridArguments, HybridTrainer
 
 
@@ -45,8 +46,26 @@ class TaskTrainer(HybridTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The task's training loss."""
-        loss = objective_loss(model, inputs, self.objective)
+        loss, self._shares = objective_losses(model, inputs, self.objective)
         return (loss, {}) if return_outputs else loss
+
+    def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Examples; one of them may have several rows."""
+        return len(inputs["gold"])
+
+    def batch_part(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
+    ) -> tuple[Part, None]:
+        """The first examples, with what the pass just made says of them."""
+        batch: Any = self._prepare_inputs(dict(inputs))
+        examples, share = first_examples(batch, num_first)
+        divisor = self._loss_divisor(num_items_in_batch)
+
+        def closure() -> Tensor:
+            with self.compute_loss_context_manager():
+                return objective_losses(model, examples, self.objective)[1].mean() / divisor
+
+        return Part(closure, share, self._shares[:num_first].mean() / divisor), None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -129,6 +148,8 @@ def build_trainer(
         estimator=config.estimator,
         num_directions=config.num_directions,
         distribution=config.distribution,
+        base_every=config.base_every,
+        base_batch_fraction=config.base_batch_fraction,
         replay_dropout=config.replay_dropout,
         self_check=config.self_check,
         on_non_finite=config.on_non_finite,

@@ -17,7 +17,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +33,9 @@ from zofo.estimator import GeneratorState
 from zofo.files import write_json
 from zofo.methods import get_method, param_groups
 from zofo.optim import HybridOptimizer
+from zofo.part import Part, batch_rows, num_rows_of, split_rows
 from zofo.reshuffle import ReshufflingSampler
-from zofo.trainer_checks import check_same, check_setup, is_sharded
+from zofo.trainer_checks import check_part, check_same, check_setup, is_sharded
 from zofo.trajectory import Trajectory
 from zofo.watch import StopOnNonFinite
 
@@ -61,6 +62,12 @@ class HybridOptions:
     num_directions: int = field(default=1, metadata={"help": "directions a step (paper: 1)"})
     distribution: str = field(
         default="rademacher", metadata={"help": "rademacher (fast) or gaussian (paper)"}
+    )
+    base_every: int = field(
+        default=1, metadata={"help": "steps from one move of the base to the next (paper: 1)"}
+    )
+    base_batch_fraction: float = field(
+        default=1.0, metadata={"help": "part of each batch that the loss difference is taken on"}
     )
     base_weight_decay: float = field(default=0.0, metadata={"help": "decoupled, of the base"})
     zo_seed: int | None = field(
@@ -129,11 +136,12 @@ class HybridMixin:
         self._hybrid: HybridOptimizer | None = None
         self._history: BaseHistory | None = None  # where the base moves by the zeroth order
         self._measured_step: int | None = None
+        self._loss_is_checked = False
         self._base_lr: float | None = None
         self._checkpoints_folder: Path | None = None  # while a checkpoint is written
         self._resumed_accounts: dict[str, float] | None = None
         super().__init__(*args, **kwargs)
-        check_setup(self, self.hybrid_options.method)
+        check_setup(self, self.hybrid_options)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
         self.add_callback(self.watch)  # type: ignore[attr-defined]
         self.add_callback(_RestoreAccounts(self))  # type: ignore[attr-defined]
@@ -166,6 +174,15 @@ class HybridMixin:
         """Of the base before training; None where it is not of the zeroth order."""
         return None if self._history is None else self._history.fingerprint
 
+    @property
+    def forward_equivalents(self) -> float:
+        """Cost of training so far, in forwards of one micro-batch without gradients."""
+        optimizer, trainer = self.hybrid_optimizer, self
+        method = get_method(self.hybrid_options.method)
+        num_batches = optimizer.step_count * trainer.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        cost = num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
+        return int(cost) if cost == int(cost) else round(cost, 3)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; `True` takes the newest checkpoint that is whole.
 
@@ -187,7 +204,7 @@ class HybridMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
         trainer: Any = self
-        self._measured_step = None
+        self._measured_step, self._loss_is_checked = None, False
         if trainer.optimizer is None:
             self._hybrid = self._history = None
             trainer.optimizer = self._new_optimizer(trainer.model if model is None else model)
@@ -216,22 +233,16 @@ class HybridMixin:
         if self._measured_step != trainer.state.global_step:
             # A gradient scaler may have skipped the step before; what it measured is void.
             optimizer._forget_measurements()
-        is_first = self._measured_step is None
         self._measured_step = trainer.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
-        if optimizer.perturbation is None:
+        if not optimizer.zeroth_is_due:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
             optimizer.measure(lambda: loss, loss)
             return loss
 
         def closure() -> Tensor:
-            batch = trainer._prepare_inputs(dict(inputs))
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-            if not _is_scaled(trainer, num_items_in_batch):
-                loss = loss / trainer.current_gradient_accumulation_steps
-            return loss
+            return self._loss_of(model, inputs, num_items_in_batch)
 
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
@@ -240,12 +251,93 @@ class HybridMixin:
             model.train()
             with torch.no_grad():
                 loss = closure().detach()
+        part, rest = self._part_and_rest(model, inputs, num_items_in_batch)
+        if part is not None and not self._is_exact(generators):
+            part, rest = replace(part, loss=None), None
         with _metrics_set_aside(trainer):
-            if is_first and self.hybrid_options.self_check and optimizer.replay_dropout:
+            if self._is_to_be_checked(optimizer):
                 with torch.no_grad(), generators.replayed():
                     check_same(loss, closure(), type(self))
-            optimizer.measure(closure, loss, generators)
+                    if part is not None and rest is not None:
+                        check_part(loss, part.closure(), rest.closure(), type(self))
+            self._loss_is_checked = True
+            optimizer.measure(closure, loss, generators, part)
         return loss
+
+    def batch_part(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
+    ) -> tuple[Part, Part | None]:
+        """The first rows of a micro-batch and the others, after the pass over all of them.
+
+        Override it for batches that cannot be cut along the first dimension of their tensors, or
+        to hand over the part's unperturbed loss.
+
+        Args:
+            model: the model.
+            inputs: the micro-batch, as for `training_step`.
+            num_items_in_batch: likewise.
+            num_first: rows of the part; fewer than the micro-batch has.
+
+        Returns:
+            The part, and the rest of the micro-batch for a check at the first step; None: no check.
+
+        Raises:
+            UserError: if the batch cannot be cut.
+        """
+        num_rows = batch_rows(inputs)
+
+        def taken(rows: Mapping[str, Any], num: int) -> Part:
+            share = num / num_rows
+            # Divided by its share of the batch's tokens, a sum estimates the batch's.
+            items = None if num_items_in_batch is None else num_items_in_batch * share
+            return Part(lambda: self._loss_of(model, rows, items), share)
+
+        first, rest = split_rows(inputs, num_first)
+        return taken(first, num_first), taken(rest, num_rows - num_first)
+
+    def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Rows of a micro-batch that `batch_part` can choose from."""
+        return batch_rows(inputs)
+
+    def _part_and_rest(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
+    ) -> tuple[Part | None, Part | None]:
+        fraction = getattr(self.hybrid_options, "base_batch_fraction", 1.0)
+        if fraction == 1:
+            return None, None
+        num_rows = self.num_batch_rows(inputs)
+        num_first = num_rows_of(fraction, num_rows)
+        if num_first == num_rows:
+            return None, None
+        return self.batch_part(model, inputs, num_items_in_batch, num_first)
+
+    def _is_exact(self, generators: GeneratorState) -> bool:
+        """Whether a row's loss in the pass just made is what it would be in a smaller batch."""
+        trainer: Any = self
+        return (
+            trainer.args.device.type in ("cpu", "cuda")  # whose generators are known
+            and not (trainer.args.bf16 or trainer.args.fp16)
+            and all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
+            and generators.is_current()
+        )
+
+    def _loss_of(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """The loss of a micro-batch, scaled as Trainer scales it."""
+        trainer: Any = self
+        batch = trainer._prepare_inputs(dict(inputs))
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+        return loss / self._loss_divisor(num_items_in_batch)
+
+    def _loss_divisor(self, num_items_in_batch: Any) -> int:
+        scaled = _is_scaled(self, num_items_in_batch)
+        return 1 if scaled else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+
+    def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
+        wanted = self.hybrid_options.self_check and optimizer.replay_dropout
+        return wanted and not self._loss_is_checked
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
         trainer: Any = self
@@ -276,6 +368,7 @@ class HybridMixin:
             estimator=options.estimator,
             num_directions=options.num_directions,
             distribution=options.distribution,
+            base_every=getattr(options, "base_every", 1),
             seed=args.seed if options.zo_seed is None else options.zo_seed,
             replay_dropout=options.replay_dropout,
             self_check=options.self_check,
@@ -295,22 +388,24 @@ class HybridMixin:
         optimizer = self._hybrid
         if optimizer is not None and "loss" in logs and optimizer.last_step is not None:
             report = optimizer.last_step
-            if report.projected_grad:
-                logs["projected_grad"] = sum(report.projected_grad) / len(report.projected_grad)
+            # Between two moves of the base, the last one is what there is to say about it.
+            measured = optimizer.last_measured
+            if measured is not None:
+                scalars = measured.projected_grad
+                logs["projected_grad"] = sum(scalars) / len(scalars)
             if self._base_lr is not None:
                 logs["base_lr"] = self._base_lr
             logs["zo_forwards"] = optimizer.num_forwards
-            method = get_method(self.hybrid_options.method)
-            num_batches = optimizer.step_count * self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
-            logs["forward_equivalents"] = (
-                num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
-            )
+            logs["forward_equivalents"] = self.forward_equivalents
             logs["non_finite"] = float(report.non_finite)
-            for block, norm in report.update_norms.items():
+            norms = {} if measured is None else dict(measured.update_norms)
+            norms = {} if report.non_finite else norms
+            for block, norm in (norms | dict(report.update_norms)).items():
                 logs[f"{block}_update_norm"] = norm
-            if self.watch.watch is not None and report.loss and not report.non_finite:
-                logs["signal_to_rounding"] = self.watch.watch.signal_to_rounding(
-                    report.loss, report.projected_grad
+            watch = self.watch.watch
+            if watch and measured is not None and measured.loss and not measured.non_finite:
+                logs["signal_to_rounding"] = watch.signal_to_rounding(
+                    measured.loss, measured.projected_grad
                 )
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)  # type: ignore[attr-defined]
         if "train_loss" in logs:  # of all steps, also where some were taken before a resume

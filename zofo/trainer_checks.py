@@ -10,10 +10,12 @@ from torch import Tensor
 from zofo.errors import UserError
 from zofo.methods import apply_method, get_method, split_parameters
 from zofo.optim import HybridOptimizer
+from zofo.part import check_fraction
 
 
-def check_setup(trainer: Any, method: str) -> None:
+def check_setup(trainer: Any, options: Any) -> None:
     """Everything that is known to be wrong before the first step."""
+    method = options.method
     orders = get_method(method)
     apply_method(trainer.model, method)
     args = trainer.args
@@ -25,6 +27,17 @@ def check_setup(trainer: Any, method: str) -> None:
     if "zeroth" not in (orders.base, orders.adapter):
         return
     wrong = []
+    fraction = getattr(options, "base_batch_fraction", 1.0)
+    check_fraction(fraction)
+    if "first" not in (orders.base, orders.adapter):
+        base_every = getattr(options, "base_every", 1)
+        if base_every > 1:
+            wrong.append(f"base_every={base_every}, as nothing else moves between: leave it at 1")
+        if fraction < 1:
+            wrong.append(
+                f"base_batch_fraction={fraction}, as the rest of the batch serves nothing else: "
+                "lower the batch size"
+            )
     if args.world_size > 1 or args.n_gpu > 1 or is_sharded(trainer):
         wrong.append("several devices: run on one (CUDA_VISIBLE_DEVICES=0), or choose fo-peft")
     if hasattr(trainer, "_generate_and_score_completions"):
@@ -48,8 +61,50 @@ def check_setup(trainer: Any, method: str) -> None:
             "a reference model that is this base, which moves: pass precompute_ref_log_probs=True "
             "or a ref_model of its own"
         )
+    if fraction < 1:
+        wrong += _no_random_rows(trainer, options, fraction)
     if wrong:
         raise UserError(f"method {method!r} does not work with " + "; nor with ".join(wrong))
+
+
+def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
+    """Why the first rows of a batch would not stand for the batch."""
+    args, wrong = trainer.args, []
+    if getattr(args, "train_sampling_strategy", "random") != "random":
+        wrong.append(
+            f"base_batch_fraction={fraction} and train_sampling_strategy="
+            f"{args.train_sampling_strategy!r}, where the first rows of a batch are no random "
+            "ones: use 'random'"
+        )
+    elif getattr(options, "sampling", None) == "shuffle-once":
+        wrong.append(
+            f"base_batch_fraction={fraction} and sampling='shuffle-once', where the base would "
+            "never see the last rows of a batch: use 'reshuffle'"
+        )
+    own = [cls for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    if own and not any(cls.__name__ == "SFTTrainer" for cls in own):
+        wrong.append(
+            f"base_batch_fraction={fraction} and {own[0].__name__}, whose batches do not hold one "
+            "sample a row: leave it at 1"
+        )
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        wrong.append(
+            f"base_batch_fraction={fraction} and packing or padding_free, which run samples "
+            "together in one row: leave it at 1, or switch them off"
+        )
+    return wrong
+
+
+def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None:
+    """A mean over the batch lies between the means over its two parts."""
+    low, high = sorted((float(first), float(rest)))
+    slack = 1e-3 * max(abs(low), abs(high)) + 1e-6
+    if not low - slack <= float(loss) <= high + slack:
+        raise UserError(
+            f"the loss of {trainer.__name__} is {loss:.6g} on a batch, {first:.6g} on its first "
+            f"rows and {rest:.6g} on the others, so it is no mean over rows; leave "
+            "base_batch_fraction at 1"
+        )
 
 
 def _reference_is_the_base(trainer: Any) -> bool:

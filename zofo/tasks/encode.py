@@ -242,21 +242,68 @@ def candidate_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def objective_loss(
     model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
 ) -> Tensor:
-    """The training loss of a batch: float32 scalar.
+    """The training loss of a batch: float32 scalar; see `objective_losses`."""
+    return objective_losses(model, batch, objective)[0]
+
+
+def objective_losses(
+    model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
+) -> tuple[Tensor, Tensor]:
+    """The training loss of a batch, and each example's share in it.
 
     Args:
         model: the model.
-        batch: as from `Collator`.
+        batch: as from `Collator`, or a part of one as from `first_examples`.
         objective: "candidates" or "gold"; completions have one candidate, so there it is "gold".
+
+    Returns:
+        The loss, a float32 scalar; shares, detached, [examples]: their mean is the loss, up to
+        rounding, and the mean of some of them is unbiased for it. The loss of completions is a mean
+        over tokens: a share is an example's sum over the tokens an example has on average.
     """
+    gold = batch["gold"]
     if "place" not in batch:
-        return functional.cross_entropy(_encoder_logits(model, batch), batch["gold"])
-    if len(batch["candidate"]) == len(batch["gold"]):
-        return -token_scores(model, batch).log_likelihood.mean()
+        return _cross_entropies(_encoder_logits(model, batch), gold)
+    if len(batch["candidate"]) == len(gold):
+        losses = -token_scores(model, batch).log_likelihood
+        sums = losses.new_zeros(len(gold)).index_add(0, batch["token_candidate"], losses.detach())
+        tokens = batch.get("tokens_per_example", len(losses) / len(gold))
+        return losses.mean(), sums / tokens
     scores = candidate_scores(model, batch)
     if objective == "candidates":
-        return functional.cross_entropy(scores, batch["gold"])
-    return -scores.gather(1, batch["gold"][:, None]).mean()
+        return _cross_entropies(scores, gold)
+    losses = -scores.gather(1, gold[:, None])
+    return losses.mean(), losses.detach()[:, 0]
+
+
+def first_examples(batch: dict[str, Tensor], num: int) -> tuple[dict[str, Tensor], float]:
+    """The first examples of a batch, padded as they were, and their share of its rows."""
+    gold = batch["gold"]
+    if "place" not in batch:
+        return {name: tensor[:num] for name, tensor in batch.items()}, num / len(gold)
+    num_candidates = int((batch["candidate"][:, 0] < num).sum())
+    num_tokens = int((batch["token_candidate"] < num_candidates).sum())
+    # Places and rows are numbered as the examples come.
+    num_places = int(batch["token_place"][:num_tokens].max()) + 1
+    num_rows = int(batch["place"][:num_places, 0].max()) + 1
+    ends = {
+        "input_ids": num_rows,
+        "attention_mask": num_rows,
+        "gold": num,
+        "place": num_places,
+        "token_place": num_tokens,
+        "token_id": num_tokens,
+        "token_candidate": num_tokens,
+        "candidate": num_candidates,
+    }
+    part = {name: batch[name][:end] for name, end in ends.items()}
+    part["tokens_per_example"] = torch.tensor(len(batch["token_id"]) / len(gold))
+    return part, num_rows / len(batch["input_ids"])
+
+
+def _cross_entropies(scores: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    loss = functional.cross_entropy(scores, gold)
+    return loss, functional.cross_entropy(scores.detach(), gold, reduction="none")
 
 
 def _encoder_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
