@@ -38,8 +38,7 @@ lint: env
 	$(BIN)/mypy
 
 bench: env
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --memory all
+	OMP_NUM_THREADS=1 $(BIN)/zofo bench --threads 1,2 --json bench.json
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -265,6 +265,72 @@ def verify(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+@app.command()
+@reports_errors
+def bench(
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
+    ] = "smollm2-135m",
+    adapter: Annotated[str, typer.Option(help="lora, prefix or prompt.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    threads: Annotated[
+        str | None, typer.Option(help="Of the CPU; 1,2 runs each; default: torch's choice.")
+    ] = None,
+    distribution: Annotated[
+        str, typer.Option(help="Of the directions in our steps: rademacher or gaussian.")
+    ] = "rademacher",
+    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 7,
+    only: Annotated[
+        str | None, typer.Option(help="Contenders, separated by commas; default: all.")
+    ] = None,
+    elements: Annotated[int, typer.Option(help="Weights the noise kernels work on.")] = 1 << 25,
+    noise_only: Annotated[bool, typer.Option("--noise-only", help="Only the kernels.")] = False,
+    no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the kernels.")] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Without peak memory.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write samples, ratios, environment here.")
+    ] = None,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure what a step costs: every method, ours and as published, and the noise kernels.
+
+    zofo bench --threads 1,2 --json bench.json
+
+    zofo bench --device cuda --model random:llama-1b --dtype bfloat16 --json gpu.json
+    """
+    from zofo.bench.settings import settings_from
+
+    if noise_only and no_noise:
+        raise UserError("--noise-only and --no-noise leave nothing to measure; drop one of them")
+    settings = settings_from(
+        model=model,
+        adapter=adapter,
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        distribution=distribution,
+        rounds=rounds,
+        only=only,
+        elements=elements,
+        steps=not noise_only,
+        memory=not (no_memory or noise_only),
+        noise=not no_noise,
+        json_file=json_file,
+    )
+    from zofo.cli.benching import bench as run_bench
+    from zofo.cli.benching import memory_of as print_memory_of
+
+    if memory_of is not None:
+        print_memory_of(settings, memory_of)
+    else:
+        run_bench(settings, json_file)
+
+
 def main() -> None:
     """Entry point."""
     app()

@@ -1,0 +1,133 @@
+"""Peak memory, each contender in a process of its own.
+
+On the CPU memory is what is resident: libraries, code of the compiled kernels, the loaded model,
+and on top what the steps need. Each part is read in that order, so that the constant ones can be
+told from the method's. On CUDA it is what torch has allocated, which knows no libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+from zofo.bench.device import can_measure_peak, peak_bytes, reset_peak, used_bytes
+from zofo.bench.results import Memory
+from zofo.bench.settings import Settings
+
+KERNELS: Final = "kernels"
+"""What a process measures that only loads the noise kernels."""
+_NUM_STEPS: Final = 3
+
+
+def measure(
+    settings: Settings, memory: Memory, *, on_done: Callable[[str], None] = lambda name: None
+) -> None:
+    """Fill `memory`, one process after the other.
+
+    Args:
+        settings: what to measure; its first number of threads counts.
+        memory: gets a row as soon as it is measured.
+        on_done: told after each process.
+    """
+    device = torch.device(settings.device)
+    if not can_measure_peak(device):
+        memory.contenders = {
+            name: {"failed": f"{device.type} keeps no peak"} for name in settings.only
+        }
+        return
+    if _counts_kernels(settings):
+        _in_a_process(settings, KERNELS)  # compiles what is not yet in numba's cache
+        memory.kernels_bytes = _in_a_process(settings, KERNELS).get("kernels")
+        on_done(KERNELS)
+    for name in settings.only:
+        memory.contenders[name] = _in_a_process(settings, name)
+        on_done(name)
+
+
+def num_processes(settings: Settings) -> int:
+    """How often `measure` reports."""
+    return len(settings.only) + _counts_kernels(settings)
+
+
+def measure_here(settings: Settings, name: str) -> dict[str, int]:
+    """Memory of one contender in this process, bytes by part; `peak` is all of it."""
+    from zofo.bench.contenders import KINDS
+    from zofo.bench.models import Workbench
+
+    torch.set_num_threads(settings.threads[0])
+    device = torch.device(settings.device)
+    on_cpu = device.type == "cpu"
+    _import_all()
+    libraries = used_bytes(device)
+    if on_cpu and (name == KERNELS or KINDS[name].uses_kernels):
+        _load_kernels(settings)
+    kernels = used_bytes(device) - libraries
+    if name == KERNELS:
+        return {"libraries": libraries, "kernels": kernels}
+
+    contender = KINDS[name](Workbench(settings))
+    for parameter in contender.base:
+        parameter.detach().sum()  # a weight that is mapped from its file becomes resident
+    model = used_bytes(device) - libraries - kernels
+    reset_peak(device)
+    for _ in range(_NUM_STEPS):
+        contender.enter()
+        contender.step()
+        contender.leave()
+    peak = peak_bytes(device)
+    return {
+        "peak": peak,
+        "libraries": libraries,
+        "kernels": kernels,
+        "model": model,
+        "step": peak - libraries - kernels - model,
+        "optimizer_state": contender.state_bytes,
+    }
+
+
+def _counts_kernels(settings: Settings) -> bool:
+    from zofo.bench.contenders import KINDS
+
+    return settings.device == "cpu" and any(KINDS[name].uses_kernels for name in settings.only)
+
+
+def _import_all() -> None:
+    """What every contender loads, whether it needs it or not."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    from zofo.bench import contenders  # noqa: F401
+
+
+def _load_kernels(settings: Settings) -> None:
+    """Perturbation and update of a step, on a few weights."""
+    from zofo.models import DTYPES
+    from zofo.noise import combine, combine_rows
+
+    weight = torch.zeros(8, 8, dtype=DTYPES[settings.dtype])
+    address: dict[str, Any] = {
+        "seed": 1,
+        "step": 2,
+        "tensor": 3,
+        "distribution": settings.distribution,
+    }
+    combine(weight, (1e-3,), out=torch.empty_like(weight), **address)
+    combine(weight, (1e-3,), rounding="stochastic", **address)
+    combine_rows(weight, torch.arange(2), 1e-3, **address)
+
+
+def _in_a_process(settings: Settings, name: str) -> dict[str, Any]:
+    command: Sequence[str] = [sys.executable, "-m", "zofo", "bench", *settings.arguments()]
+    done = subprocess.run(
+        [*command, "--memory-of", name], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+    return {"failed": said[-1] if said else how}

@@ -1,0 +1,163 @@
+"""The model that is measured, and its batch.
+
+Time and memory do not depend on what the weights are, so `random:SIZE` builds an untrained Llama on
+the device itself, without any download.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from zofo.bench.settings import Settings
+from zofo.errors import UserError
+
+RANDOM: Final[dict[str, dict[str, int]]] = {
+    "llama-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    # SmolLM2-135M's shape.
+    "llama-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    # Llama 3.2 1B's shape.
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+"""Shapes of the random models, embeddings tied."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model without its weights.
+
+    Attributes:
+        num_parameters: of the base.
+        num_adapter_parameters: of the adapter.
+        base_bytes: size of the base.
+        largest_layer_bytes: size of the largest module's own weights.
+    """
+
+    num_parameters: int
+    num_adapter_parameters: int
+    base_bytes: int
+    largest_layer_bytes: int
+
+
+def model_facts(settings: Settings) -> ModelFacts:
+    """Look the model up, without loading it.
+
+    Raises:
+        UserError: if it cannot be found, is no decoder, or takes fewer tokens a row.
+    """
+    from zofo.adapters import create_adapter
+    from zofo.methods import split_parameters
+    from zofo.models import empty_model
+
+    if settings.model.startswith("random:"):
+        model = _random_model(settings.model, settings.dtype, "meta")
+    else:
+        model = empty_model(settings.model, dtype=settings.dtype)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and settings.length > longest:
+        raise UserError(
+            f"length is {settings.length}; {settings.model} takes at most {longest} tokens"
+        )
+    layers = [
+        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        for module in model.modules()
+    ]
+    with torch.device("meta"):
+        blocks = split_parameters(create_adapter(model, settings.adapter))
+    return ModelFacts(
+        sum(p.numel() for p in blocks.base.values()),
+        sum(p.numel() for p in blocks.adapter.values()),
+        sum(p.numel() * p.element_size() for p in blocks.base.values()),
+        max(layers),
+    )
+
+
+class Workbench:
+    """A model with and without adapter, over the same base weights, and one batch.
+
+    Args:
+        settings: which model, adapter, batch and device.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from zofo.models import load_model
+
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        if settings.model.startswith("random:"):
+            model = _random_model(settings.model, settings.dtype, settings.device)
+        else:
+            model, _ = load_model(settings.model, dtype=settings.dtype)
+        self.plain: Any = model.to(self.device).train()
+        generator = torch.Generator().manual_seed(0)
+        shape = (settings.batch, settings.length)
+        ids = torch.randint(self.plain.config.vocab_size, shape, generator=generator)
+        ids = ids.to(self.device)
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    @cached_property
+    def adapted(self) -> Any:
+        """A second tree of modules, with an adapter, over the parameters of `plain`."""
+        from zofo.adapters import create_adapter
+
+        shared = (*self.plain.parameters(), *self.plain.buffers())
+        tree = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
+        return create_adapter(tree, self.settings.adapter).to(self.device).train()
+
+    @property
+    def base(self) -> list[nn.Parameter]:
+        """The weights of the base, tied ones once."""
+        return list(self.plain.parameters())
+
+    @property
+    def adapter(self) -> list[nn.Parameter]:
+        """The weights of the adapter."""
+        from zofo.methods import split_parameters
+
+        return list(split_parameters(self.adapted).adapter.values())
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Of the batch."""
+        return model(**self.batch).loss
+
+
+def _random_model(name: str, dtype: str, device: str) -> Any:
+    import transformers as hf
+
+    from zofo.models import DTYPES
+
+    config = hf.LlamaConfig(
+        **RANDOM[name.removeprefix("random:")],  # type: ignore[arg-type]
+        tie_word_embeddings=True,
+        use_cache=False,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return hf.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

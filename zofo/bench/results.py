@@ -1,0 +1,223 @@
+"""Samples, and what is made of them: medians, ratios within rounds, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Final
+
+from zofo.bench.settings import Settings
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of some contenders over seconds of others.
+
+    Attributes:
+        label: what is printed.
+        above: names whose samples are summed.
+        below: likewise; a name may stand twice.
+    """
+
+    label: str
+    above: tuple[str, ...]
+    below: tuple[str, ...]
+
+    def samples(self, seconds: Mapping[str, Sequence[float]]) -> list[float]:
+        """One a round that measured them all; none if a contender is missing."""
+        names = {*self.above, *self.below}
+        if not names <= seconds.keys():
+            return []
+        rounds = min(len(seconds[name]) for name in names)
+        return [
+            sum(seconds[name][i] for name in self.above)
+            / sum(seconds[name][i] for name in self.below)
+            for i in range(rounds)
+        ]
+
+
+STEP_RATIOS: Final = (
+    Ratio("hybrid / (fo-peft + forward)", ("hybrid",), ("fo-peft", "forward")),
+    Ratio(
+        "hybrid-central / (fo-peft + 2 forwards)",
+        ("hybrid-central",),
+        ("fo-peft", "forward", "forward"),
+    ),
+    Ratio("hybrid / naive-hybrid", ("hybrid",), ("naive-hybrid",)),
+    Ratio("hybrid-central / naive-hybrid", ("hybrid-central",), ("naive-hybrid",)),
+    Ratio("zo-ft / mezo", ("zo-ft",), ("mezo",)),
+    Ratio("zo-ft-central / mezo", ("zo-ft-central",), ("mezo",)),
+    Ratio("zo-ft-central / 2 forwards", ("zo-ft-central",), ("forward", "forward")),
+    Ratio("hybrid / fo-ft", ("hybrid",), ("fo-ft",)),
+    Ratio("fo-ft-fused / fo-ft", ("fo-ft-fused",), ("fo-ft",)),
+)
+"""Time over time: less is better for what stands first."""
+
+NOISE_RATIOS: Final = (
+    Ratio("rademacher perturb / torch.add(out=)", ("torch.add(out=)",), ("rademacher perturb",)),
+    Ratio("rademacher update / add_", ("add_",), ("rademacher update",)),
+    Ratio("rademacher perturb / copy_", ("copy_",), ("rademacher perturb",)),
+    Ratio("rademacher update / copy_", ("copy_",), ("rademacher update",)),
+    Ratio("gaussian perturb / (randn + add)", ("randn + add",), ("gaussian perturb",)),
+    Ratio("gaussian update / (randn + add)", ("randn + add",), ("gaussian update",)),
+)
+"""Speed over speed: more is better for what stands first."""
+
+
+def spread(samples: Sequence[float], unit: str = "") -> dict[str, Any]:
+    """Median, least and greatest, and the samples themselves."""
+    return {
+        f"median{unit}": median(samples) if samples else None,
+        f"min{unit}": min(samples, default=None),
+        f"max{unit}": max(samples, default=None),
+        f"samples{unit}": list(samples),
+    }
+
+
+def ratios_of(
+    table: Sequence[Ratio], seconds: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """Label -> spread, of those that were measured."""
+    found = {ratio.label: ratio.samples(seconds) for ratio in table}
+    return {label: spread(samples) for label, samples in found.items() if samples}
+
+
+@dataclass
+class Row:
+    """What is known of a contender apart from its times."""
+
+    what: str
+    forward_equivalents: int
+    state_bytes: int | None = None
+
+
+@dataclass
+class StepTimes:
+    """Steps with one number of threads."""
+
+    threads: int
+    rows: dict[str, Row] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "threads": self.threads,
+            "contenders": {
+                name: {
+                    "what": row.what,
+                    "forward_equivalents": row.forward_equivalents,
+                    "optimizer_state_bytes": row.state_bytes,
+                    **spread(self.seconds.get(name, []), "_s"),
+                    **({"failed": self.failed[name]} if name in self.failed else {}),
+                }
+                for name, row in self.rows.items()
+            },
+            "ratios": ratios_of(STEP_RATIOS, self.seconds),
+        }
+
+
+@dataclass
+class NoiseTimes:
+    """Kernels with one number of threads.
+
+    Attributes:
+        threads: of the CPU.
+        num_bytes: name -> bytes read and written by one call.
+        seconds: name -> samples.
+    """
+
+    threads: int
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "threads": self.threads,
+            "kernels": {
+                name: {
+                    "bytes": size,
+                    "gigabytes_per_s": self.rate(name),
+                    **spread(self.seconds.get(name, []), "_s"),
+                }
+                for name, size in self.num_bytes.items()
+            },
+            "ratios": ratios_of(NOISE_RATIOS, self.seconds),
+        }
+
+    def rate(self, name: str) -> float | None:
+        """Median GB/s."""
+        samples = self.seconds.get(name)
+        return self.num_bytes[name] / median(samples) / 1e9 if samples else None
+
+
+@dataclass
+class Memory:
+    """Peaks, each contender in a process of its own.
+
+    Attributes:
+        kernels_bytes: resident code of the compiled noise kernels (numba, LLVM), once a process,
+            whatever the model; None where it does not count: memory is the accelerator's.
+        contenders: name -> bytes by part, or what went wrong under "failed".
+    """
+
+    kernels_bytes: int | None = None
+    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def ratios(self, layer_bytes: int) -> dict[str, float]:
+        """Hybrid over FO-PEFT, as it is and without what is not the method's."""
+        found = {}
+        peft = self.contenders.get("fo-peft", {})
+        for name in ("hybrid", "hybrid-central"):
+            ours = self.contenders.get(name, {})
+            if "peak" not in peft or "peak" not in ours:
+                continue
+            whole, code = ours["peak"], ours["kernels"]
+            found[f"{name} / fo-peft"] = whole / peft["peak"]
+            if code:
+                found[f"the same without the kernels' code ({name})"] = (whole - code) / peft[
+                    "peak"
+                ]
+            found[f"the same without one layer's scratch, too ({name})"] = (
+                whole - code - layer_bytes
+            ) / peft["peak"]
+        return found
+
+
+@dataclass
+class Results:
+    """What was measured so far; filled while the benchmark goes on."""
+
+    settings: Settings
+    environment: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, int] = field(default_factory=dict)
+    memory: Memory | None = None
+    steps: list[StepTimes] = field(default_factory=list)
+    noise: list[NoiseTimes] = field(default_factory=list)
+    is_complete: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        memory = None
+        if self.memory is not None:
+            memory = {
+                "kernels_bytes": self.memory.kernels_bytes,
+                "contenders": self.memory.contenders,
+                "ratios": self.memory.ratios(self.model.get("largest_layer_bytes", 0)),
+            }
+        return {
+            "schema": SCHEMA,
+            "is_complete": self.is_complete,
+            "command": ["zofo", "bench", *self.settings.arguments()],
+            "arguments": self.settings.as_dict(),
+            "environment": self.environment,
+            "model": self.model,
+            "memory": memory,
+            "steps": [times.as_dict() for times in self.steps],
+            "noise": [times.as_dict() for times in self.noise],
+        }
