@@ -1,4 +1,4 @@
-"""bfloat16 and float16: the base stays clean, updates are right on average, rounding happens once."""
+"""bfloat16 and float16: a clean base, updates right on average, one rounding."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zofo import noise
-from zofo.noise import combine, combine_many, combine_rows
+from zofo.noise import backends, combine, combine_many, combine_rows
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7}
@@ -65,9 +64,9 @@ def test_import_leaves_triton_alone():
 
 @pytest.fixture
 def _forgotten():
-    noise._backend.cache_clear()
+    backends.backend.cache_clear()
     yield
-    noise._backend.cache_clear()
+    backends.backend.cache_clear()
 
 
 def _no_triton():
@@ -77,16 +76,16 @@ def _no_triton():
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize(("device", "reason"), [("cuda", "install"), ("mps", "kernels for CPU")])
 def test_the_slow_way_is_said_once(monkeypatch, device, reason):
-    monkeypatch.setattr(noise, "_triton_launch", _no_triton)
+    monkeypatch.setattr(backends, "triton_launch", _no_triton)
     with pytest.warns(UserWarning, match=f"{device}.*slower.*{reason}") as caught:
-        backends = [noise._backend(device) for _ in range(3)]
-    assert backends == ["torch"] * 3
+        chosen = [backends.backend(device) for _ in range(3)]
+    assert chosen == ["torch"] * 3
     assert len(caught) == 1
 
 
 @pytest.mark.usefixtures("_forgotten")
 def test_the_cpu_needs_no_triton(monkeypatch):
-    monkeypatch.setattr(noise, "_triton_launch", _no_triton)
+    monkeypatch.setattr(backends, "triton_launch", _no_triton)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         combine(torch.zeros(3), (1.0,), tensor=0, **ADDRESS)
@@ -103,7 +102,7 @@ def test_the_slow_way_gives_the_same(monkeypatch, distribution):
         return [*combine_many(moved, [0.1, 0.2], tensors=[0, 1, 2], **options), rows]
 
     expected = results()
-    monkeypatch.setattr(noise, "_backend", lambda device_type: "torch")
+    monkeypatch.setattr(backends, "backend", lambda device_type: "torch")
     for ours, wanted in zip(results(), expected, strict=True):
         torch.testing.assert_close(ours, wanted, atol=2e-6, rtol=2e-6)
 
@@ -116,8 +115,8 @@ def test_a_device_with_kernels_goes_to_them(monkeypatch):
         def __getattr__(self, name):
             return lambda *args, **options: calls.append((name, args))
 
-    monkeypatch.setattr(noise, "_backend", lambda device_type: "triton")
-    monkeypatch.setattr(noise, "_triton_launch", Kernels)
+    monkeypatch.setattr(backends, "backend", lambda device_type: "triton")
+    monkeypatch.setattr(backends, "triton_launch", Kernels)
     weights = [torch.zeros(3, 2), torch.zeros(0), torch.zeros(2)]
     coefficients = torch.tensor([0.1])
     combine_many(weights, coefficients, tensors=[0, 1, 2], **ADDRESS)

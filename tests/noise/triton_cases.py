@@ -19,6 +19,7 @@ from scipy import stats
 from tests.noise.test_noise import PUBLISHED
 from zofo import noise
 from zofo.noise import (
+    backends,
     combine,
     combine_many,
     combine_rows,
@@ -54,8 +55,8 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def _triton_computes(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(noise, "_backend", lambda device_type: "triton")
-    assert noise._backend(DEVICE) == "triton"
+        monkeypatch.setattr(backends, "backend", lambda device_type: "triton")
+    assert backends.backend(DEVICE) == "triton"
 
 
 def tensor_of(size, dtype, seed=0):

@@ -9,7 +9,6 @@ over the threads torch is set to use, on CUDA Triton kernels, elsewhere the torc
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
@@ -17,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from zofo.noise import philox
+from zofo.noise import backends, philox
 from zofo.noise.philox import NOISE_VERSION
 
 __all__ = [
@@ -126,7 +125,9 @@ def prepare(
             rest.append((weight, out, tensor))
         elif weight.numel():
             per_dtype.setdefault(weight.dtype, []).append((weight, out, tensor))
-    calls = {dtype: _cpu().call_of(*zip(*jobs, strict=True)) for dtype, jobs in per_dtype.items()}
+    calls = {
+        dtype: backends.cpu().call_of(*zip(*jobs, strict=True)) for dtype, jobs in per_dtype.items()
+    }
     purpose = _PURPOSE[distribution]
 
     def run(coefficient: float, step: int, index: int) -> None:
@@ -152,7 +153,7 @@ def prepare(
 def _plan(
     dtype: torch.dtype, coefficient: float, step: int, index: int, seed: int, purpose: int
 ) -> Any:
-    return _cpu().Plan(
+    return backends.cpu().Plan(
         dtype,
         [[coefficient]],
         decays=[1.0],
@@ -220,13 +221,13 @@ def combine_many(
         **address,
     }
     for device, triples in per_device.items():
-        backend = _backend(device.type)
+        backend = backends.backend(device.type)
         values = coefficients
         if backend != "triton" and isinstance(values, Tensor):
             values = values.tolist()
             if not all(map(math.isfinite, values)):
                 continue
-        _MANY[backend]([t for t in triples if t[0].numel()], values, **options)
+        backends.MANY[backend]([t for t in triples if t[0].numel()], values, **options)
     return outs
 
 
@@ -263,9 +264,9 @@ def combine_rows(
     _check(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
-    backend = _backend(weight.device.type)
+    backend = backends.backend(weight.device.type)
     if backend == "triton":
-        _triton_launch().combine_rows(
+        backends.triton_launch().combine_rows(
             table,
             rows,
             coefficient,
@@ -292,7 +293,7 @@ def combine_rows(
             )
         return table
 
-    cpu = _cpu()
+    cpu = backends.cpu()
     plan = cpu.Plan(
         weight.dtype,
         [[coefficient]],
@@ -378,7 +379,7 @@ def _run(
     # Kernels walk row-major memory; another layout goes through a copy.
     source = weight.detach().contiguous()
     target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    _COMBINE[_backend(weight.device.type)](
+    backends.COMBINE[backends.backend(weight.device.type)](
         source,
         target,
         coefficients,
@@ -391,16 +392,8 @@ def _run(
         first_direction=first_direction,
         stochastic=rounding == "stochastic" and weight.element_size() == 2,
     )
-    _hand_back(target, out)
+    backends.hand_back(target, out)
     return out
-
-
-def _hand_back(target: Tensor, out: Tensor) -> None:
-    """What was written to `target` is out's, if it does not lie there already."""
-    if target.data_ptr() != out.data_ptr():
-        out.detach().copy_(target)
-    elif not out.is_inference():
-        torch.autograd.graph.increment_version(out)
 
 
 def direction(
@@ -470,161 +463,3 @@ def _check_limits(limits: Mapping[str, tuple[int, int]]) -> None:
     for name, (value, limit) in limits.items():
         if not 0 <= value < limit:
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
-
-
-@lru_cache(maxsize=8)
-def _backend(device_type: str) -> Literal["cpu", "triton", "torch"]:
-    """What computes on such a device. Said once where it is the slow way."""
-    if device_type == "cpu":
-        return "cpu"
-    if device_type == "cuda":
-        try:
-            _triton_launch()
-        except ImportError:
-            reason = "triton cannot be imported; install it"
-        else:
-            return "triton"
-    else:
-        reason = "there are kernels for CPU and CUDA only"
-    warnings.warn(
-        f"directions on {device_type} are drawn by plain torch operations, the same but slower: "
-        f"{reason}",
-        stacklevel=4,
-    )
-    return "torch"
-
-
-def _triton_launch() -> Any:
-    """Imported on first use: triton is there only on Linux, and takes a moment to load."""
-    from zofo.noise import triton_launch
-
-    return triton_launch
-
-
-def _combine_triton(weight: Tensor, out: Tensor, *args: Any, **options: Any) -> None:
-    _triton_launch().combine(weight, out, *args, **options)
-
-
-def _combine_anywhere(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    decays: Sequence[float],
-    steps: Sequence[int],
-    **address: Any,
-) -> None:
-    """By the reference, in torch's own operations: any device, slower."""
-    for step, decay, row in zip(steps, decays, coefficients, strict=True):
-        philox.combine(weight, out, tuple(row), decay=decay, step=step, **address)
-        weight = out
-
-
-def _combine_cpu(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    tensor: int,
-    offset: int,
-    **options: Any,
-) -> None:
-    plan = _cpu().Plan(weight.dtype, coefficients, **options)
-    _cpu().call_of([weight], [out], [tensor], offset).run(plan)
-
-
-def _many_by_cpu(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float],
-    *,
-    decay: float,
-    step: int,
-    stochastic: bool,
-    **options: Any,
-) -> None:
-    """One call for each dtype."""
-    groups: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
-    for triple in triples:
-        groups.setdefault(triple[0].dtype, []).append(triple)
-    for dtype, group in groups.items():
-        sources = [weight.detach().contiguous() for weight, _, _ in group]
-        targets = [
-            out.detach() if out.is_contiguous() else torch.empty_like(source)
-            for source, (_, out, _) in zip(sources, group, strict=True)
-        ]
-        plan = _cpu().Plan(
-            dtype,
-            [coefficients],
-            decays=[decay],
-            steps=[step],
-            stochastic=stochastic and dtype.itemsize == 2,
-            **options,
-        )
-        _cpu().call_of(sources, targets, [tensor for _, _, tensor in group]).run(plan)
-        for target, (_, out, _) in zip(targets, group, strict=True):
-            _hand_back(target, out)
-
-
-def _many_by_triton(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float] | Tensor,
-    **options: Any,
-) -> None:
-    if not triples:
-        return
-    sources = [weight.detach().contiguous() for weight, _, _ in triples]
-    # A copy has the values that `out` has: the kernel may decide to write nothing.
-    targets = [out.detach().contiguous() for _, out, _ in triples]
-    _triton_launch().combine_many(
-        sources, targets, coefficients, tensors=[tensor for _, _, tensor in triples], **options
-    )
-    for target, (_, out, _) in zip(targets, triples, strict=True):
-        _hand_back(target, out)
-
-
-def _many_anywhere(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float],
-    *,
-    decay: float,
-    step: int,
-    stochastic: bool,
-    **options: Any,
-) -> None:
-    for weight, out, tensor in triples:
-        source = weight.detach().contiguous()
-        target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-        _combine_anywhere(
-            source,
-            target,
-            [coefficients],
-            decays=[decay],
-            steps=[step],
-            tensor=tensor,
-            offset=0,
-            stochastic=stochastic and weight.element_size() == 2,
-            **options,
-        )
-        _hand_back(target, out)
-
-
-_COMBINE: Final[dict[str, Any]] = {
-    "cpu": _combine_cpu,
-    "triton": _combine_triton,
-    "torch": _combine_anywhere,
-}
-
-
-_MANY: Final[dict[str, Any]] = {
-    "cpu": _many_by_cpu,
-    "triton": _many_by_triton,
-    "torch": _many_anywhere,
-}
-
-
-@lru_cache(maxsize=1)
-def _cpu() -> Any:
-    """Imported on first use: compiled kernels take a moment to load."""
-    from zofo.noise import cpu
-
-    return cpu
