@@ -19,7 +19,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,32 +38,20 @@ from zofo.estimator import (
 from zofo.noise import DISTRIBUTIONS, Distribution
 from zofo.part import Part
 from zofo.perturb import Perturbation
-from zofo.trajectory import GroupSpec, Trajectory, Update
+from zofo.reading import Reading, StepReport, step_unless
+from zofo.trajectory import GroupSpec, Trajectory, Update, move_unread
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What the last step did.
-
-    Attributes:
-        step: its number, from 0.
-        loss: unperturbed loss, summed over micro-batches; None where none was measured.
-        projected_grad: s_k, one a direction; empty where the zeroth-order groups were not due.
-        grad_norm: norm of the first-order gradient before clipping; None without `max_grad_norm`.
-        non_finite: whether a loss or scalar was not finite, so that it was not applied.
-        num_forwards: forwards spent on the zeroth-order estimate; those of a part by its share.
-        update_norms: block -> norm of its update. Of a zeroth-order block its expectation over the
-            directions, lr sqrt(d Σ s_k²) / K, exact for one direction of signs; of a first-order
-            adapter measured; weight decay apart.
-    """
+class _Pending:
+    """A step that was taken and not yet read."""
 
     step: int
-    loss: float | None
-    projected_grad: tuple[float, ...]
-    grad_norm: float | None
-    non_finite: bool
     num_forwards: float
-    update_norms: Mapping[str, float] = field(default_factory=dict)
+    rates: tuple[tuple[str, int, float, float], ...]
+    """Block, number of weights, lr and weight decay of each zeroth-order group that was due."""
+    reading: Reading
+    counters: tuple[tuple[Tensor, Tensor], ...]
 
 
 class HybridOptimizer(Optimizer):
@@ -86,6 +74,9 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
         replay_dropout: give every evaluation of a step the same dropout masks.
         self_check: watch the first perturbed forward for weights read around the perturbation.
+        reads_late: leave a step's scalars on the device and read them a step later, so that the
+            host never waits; None: on CUDA. What is computed is the same. `last_step`,
+            `trajectory` and `state_dict` wait.
 
     Raises:
         UserError: for values outside their ranges, all of them at once.
@@ -107,6 +98,7 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         replay_dropout: bool = True,
         self_check: bool = True,
+        reads_late: bool | None = None,
     ) -> None:
         _check_options(
             optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
@@ -143,15 +135,40 @@ class HybridOptimizer(Optimizer):
             for group in zeroth
             if group.get("block", "base") == "base"
         )
-        self.trajectory = Trajectory(seed, distribution, eps, estimator, recorded)
+        self._trajectory = Trajectory(seed, distribution, eps, estimator, recorded)
+        self._reads_late = reads_late
+        self._pending: _Pending | None = None
+        self._has_stepped = False
         self.step_count = 0
         self.num_forwards: float = 0
-        self.last_step: StepReport | None = None
-        self.last_measured: StepReport | None = None  # the last step that had projected gradients
+        self.last_read: StepReport | None = None  # the newest that is there without waiting
+        self._last_measured: StepReport | None = None
         self._loss: Tensor | None = None
         self._scalars: Tensor | None = None
         self._num_forwards: float = 0
         self._forget_measurements()
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last step did; waits for it."""
+        self._read_pending()
+        return self.last_read
+
+    @property
+    def last_measured(self) -> StepReport | None:
+        """The last step that had projected gradients; waits for it."""
+        self._read_pending()
+        return self._last_measured
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """How the zeroth-order base has moved; waits for the last step."""
+        self._read_pending()
+        return self._trajectory
+
+    @trajectory.setter
+    def trajectory(self, trajectory: Trajectory) -> None:
+        self._pending, self._trajectory = None, trajectory
 
     @property
     def zeroth_is_due(self) -> bool:
@@ -270,6 +287,19 @@ class HybridOptimizer(Optimizer):
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "
                 "call accumulate(closure) for each micro-batch before it"
             )
+        if self._is_read_late():
+            self._step_unread()
+        else:
+            self._read_pending()
+            self._step_now()
+        self.num_forwards += self._num_forwards
+        self.step_count += 1
+        self._has_stepped = True
+        self._forget_measurements()
+        return loss
+
+    def _step_now(self) -> None:
+        """Read what was measured, then move."""
         total = None if self._loss is None else float(self._loss)
         scalars = () if self._scalars is None else tuple(self._scalars.tolist())
         loss_is_finite = total is None or math.isfinite(total)
@@ -277,33 +307,136 @@ class HybridOptimizer(Optimizer):
         grad_norm = self._clip()
         norms: dict[str, float] = {}
         if loss_is_finite and self.inner is not None:
-            adapter = [
-                p for g in self._groups("first") if g.get("block") == "adapter" for p in g["params"]
-            ]
-            before = [p.clone() for p in adapter]
+            before = [p.clone() for p in self._adapter()]
             self.inner.step()
-            if adapter:
-                moved = torch._foreach_sub(adapter, before)
-                norms["adapter"] = float(torch.stack(torch._foreach_norm(moved)).double().norm())
+            if before:
+                norms["adapter"] = float(self._distance_from(before))
         if loss_is_finite and scalars_are_finite and self.zeroth_is_due:
-            self._move(scalars)
-            norms |= self._expected_norms(scalars)
-        non_finite = not (loss_is_finite and scalars_are_finite)
-        if non_finite:
+            for group in self._groups("zeroth"):
+                Update(
+                    self.step_count, scalars, float(group["lr"]), float(group["weight_decay"])
+                ).apply(
+                    group["params"],
+                    group["tensors"],
+                    seed=self.seed,
+                    distribution=self.distribution,
+                )
+        self._report(
+            self.step_count,
+            total,
+            scalars,
+            None if grad_norm is None else float(grad_norm),
+            norms,
+            self._num_forwards,
+            self._rates(),
+        )
+
+    def _step_unread(self) -> None:
+        """Move as `_step_now` does; the device decides what is finite."""
+        # Waits for the step before, which this one's forwards stand behind in the device's queue.
+        self._read_pending()
+        device = self._measured_on()
+        values: dict[str, Tensor] = {}
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
+        if self._loss is not None:
+            values["loss"] = self._loss
+            is_finite = torch.isfinite(self._loss)
+        grad_norm = self._clip()
+        if grad_norm is not None:
+            values["grad_norm"] = grad_norm
+        counters: list[tuple[Tensor, Tensor]] = []
+        if self.inner is not None:
+            first = [p for group in self._groups("first") for p in group["params"]]
+            states = (v for p in first for v in self.state[p].values() if isinstance(v, Tensor))
+            before = [p.clone() for p in self._adapter()]
+            counters = step_unless(self.inner.step, [*first, *states], is_finite)
+            if before:
+                values["adapter_norm"] = self._distance_from(before)
+        if self._scalars is not None:
+            values["scalars"] = self._scalars
+            is_finite = is_finite & torch.isfinite(self._scalars).all()
+            for group in self._groups("zeroth"):
+                move_unread(
+                    group["params"],
+                    group["tensors"],
+                    torch.where(is_finite, self._scalars, torch.nan),
+                    step=self.step_count,
+                    lr=float(group["lr"]),
+                    weight_decay=float(group["weight_decay"]),
+                    seed=self.seed,
+                    distribution=self.distribution,
+                )
+        self._pending = _Pending(
+            self.step_count,
+            self._num_forwards,
+            self._rates(),
+            Reading(values),
+            tuple(counters),
+        )
+
+    def _read_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        values = pending.reading.get()
+        loss = values["loss"][0] if "loss" in values else None
+        if loss is not None and not math.isfinite(loss):
+            for counter, before in pending.counters:
+                counter.copy_(before)
+        self._report(
+            pending.step,
+            loss,
+            values.get("scalars", ()),
+            values["grad_norm"][0] if "grad_norm" in values else None,
+            {"adapter": values["adapter_norm"][0]} if "adapter_norm" in values else {},
+            pending.num_forwards,
+            pending.rates,
+        )
+
+    def _report(
+        self,
+        step: int,
+        loss: float | None,
+        scalars: tuple[float, ...],
+        grad_norm: float | None,
+        norms: dict[str, float],
+        num_forwards: float,
+        rates: Sequence[tuple[str, int, float, float]],
+    ) -> None:
+        """Note a step in the trajectory and as the newest report."""
+        loss_is_finite = loss is None or math.isfinite(loss)
+        is_finite = loss_is_finite and all(map(math.isfinite, scalars))
+        norms = norms if loss_is_finite else {}
+        if is_finite and scalars:
+            row = [
+                Update(step, scalars, lr, decay) for block, _, lr, decay in rates if block == "base"
+            ]
+            if row:
+                self._trajectory.updates.append(tuple(row))
+            norms |= _expected_norms(scalars, rates)
+        if not is_finite:
             warnings.warn(
-                f"step {self.step_count}: loss {total}, projected gradient {scalars}: not finite, "
+                f"step {step}: loss {loss}, projected gradient {scalars}: not finite, "
                 "not applied. Lower the learning rates; in float16 raise eps or use bfloat16",
-                stacklevel=2,
+                stacklevel=4,
             )
-        self.last_step = StepReport(
-            self.step_count, total, scalars, grad_norm, non_finite, self._num_forwards, norms
+        self.last_read = StepReport(
+            step, loss, scalars, grad_norm, not is_finite, num_forwards, norms
         )
         if scalars:
-            self.last_measured = self.last_step
-        self.num_forwards += self._num_forwards
-        self.step_count += 1
-        self._forget_measurements()
-        return loss
+            self._last_measured = self.last_read
+
+    def _is_read_late(self) -> bool:
+        """Not the first step, which may create the first-order optimizer's state."""
+        has_small_first = all(g.get("block") == "adapter" for g in self._groups("first"))
+        device = self._measured_on()
+        if device is None or not self._has_stepped or not has_small_first:
+            return False
+        return device.type == "cuda" if self._reads_late is None else self._reads_late
+
+    def _measured_on(self) -> torch.device | None:
+        measured = self._loss if self._loss is not None else self._scalars
+        return None if measured is None else measured.device
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's optimizer state, and the step count that addresses the directions."""
@@ -336,37 +469,34 @@ class HybridOptimizer(Optimizer):
         self._share_state()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
         measured = own.get("last_measured")
-        self.last_measured = None if measured is None else StepReport(**measured)
+        self._pending = None
+        self._last_measured = None if measured is None else StepReport(**measured)
         self._forget_measurements()
 
-    def _move(self, scalars: tuple[float, ...]) -> None:
-        row = []
-        for group in self._groups("zeroth"):
-            update = Update(
-                self.step_count, scalars, float(group["lr"]), float(group["weight_decay"])
+    def _rates(self) -> tuple[tuple[str, int, float, float], ...]:
+        return tuple(
+            (
+                group.get("block", "base"),
+                sum(p.numel() for p in group["params"]),
+                float(group["lr"]),
+                float(group["weight_decay"]),
             )
-            update.apply(
-                group["params"], group["tensors"], seed=self.seed, distribution=self.distribution
-            )
-            if group.get("block", "base") == "base":
-                row.append(update)
-        if row:
-            self.trajectory.updates.append(tuple(row))
+            for group in self._groups("zeroth")
+        )
 
-    def _expected_norms(self, scalars: tuple[float, ...]) -> dict[str, float]:
-        squares: dict[str, float] = {}
-        for group in self._groups("zeroth"):
-            block = group.get("block", "base")
-            num_weights = sum(p.numel() for p in group["params"])
-            squares[block] = squares.get(block, 0.0) + float(group["lr"]) ** 2 * num_weights
-        length = math.sqrt(math.fsum(s * s for s in scalars)) / len(scalars)
-        return {block: math.sqrt(square) * length for block, square in squares.items()}
+    def _adapter(self) -> list[Tensor]:
+        groups = [g for g in self._groups("first") if g.get("block") == "adapter"]
+        return [p for group in groups for p in group["params"]]
 
-    def _clip(self) -> float | None:
+    def _distance_from(self, before: list[Tensor]) -> Tensor:
+        moved = torch._foreach_sub(self._adapter(), before)
+        return torch.stack(torch._foreach_norm(moved)).double().norm()
+
+    def _clip(self) -> Tensor | None:
         if self.max_grad_norm is None or self.inner is None:
             return None
         parameters = [p for group in self._groups("first") for p in group["params"]]
-        return float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def _groups(self, order: str) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["order"] == order]
@@ -378,6 +508,16 @@ class HybridOptimizer(Optimizer):
 
     def _forget_measurements(self) -> None:
         self._loss, self._scalars, self._num_forwards = None, None, 0
+
+
+def _expected_norms(
+    scalars: tuple[float, ...], rates: Sequence[tuple[str, int, float, float]]
+) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for block, num_weights, lr, _ in rates:
+        squares[block] = squares.get(block, 0.0) + lr**2 * num_weights
+    length = math.sqrt(math.fsum(s * s for s in scalars)) / len(scalars)
+    return {block: math.sqrt(square) * length for block, square in squares.items()}
 
 
 def _known_optimizers() -> dict[str, type[Optimizer]]:

@@ -228,10 +228,11 @@ class Perturbation:
         self, slot: _Slot, ids: Tensor, scale: float, step: int, direction: int
     ) -> Tensor:
         """What the embedding returns at the perturbed point, from the rows that it reads."""
-        rows, place = ids.unique(return_inverse=True)
+        # A row is computed as often as it is read: to find the distinct ones would make the host
+        # wait for the device.
         table = combine_rows(
             slot.parameter,
-            rows.long(),
+            ids.reshape(-1).long(),
             scale,
             seed=self.seed,
             step=step,
@@ -239,7 +240,7 @@ class Perturbation:
             first_direction=direction,
             distribution=self.distribution,
         )
-        return table[place]
+        return table.view(*ids.shape, -1)
 
     def _swap_in(self, owner: _Owner, scale: float, step: int, direction: int, depth: int) -> None:
         swap = owner.swaps.get(depth)

@@ -91,6 +91,43 @@ class Update:
         )
 
 
+def move_unread(
+    parameters: Iterable[Tensor],
+    tensors: Iterable[int],
+    projected_grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    distribution: Distribution,
+) -> None:
+    """`Update.apply` with scalars that the host has not read: the same arithmetic, the same bits.
+
+    Args:
+        parameters: to be moved in place.
+        tensors: the indices of their directions.
+        projected_grad: float64, [directions], on the device; where one is not finite nothing moves.
+        step: address of the directions.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        seed: run seed.
+        distribution: of the directions.
+    """
+    if lr == 0:
+        return
+    combine_many(
+        list(parameters),
+        projected_grad * -lr / len(projected_grad),
+        decay=1.0 - lr * weight_decay,
+        seed=seed,
+        step=step,
+        tensors=list(tensors),
+        distribution=distribution,
+        rounding="stochastic",
+    )
+
+
 @dataclass
 class Trajectory:
     """Every zeroth-order update of the base in a run.

@@ -21,6 +21,8 @@ from typing import Any, Final, Literal
 import torch
 from transformers import TrainerCallback
 
+from zofo.reading import StepReport
+
 OnNonFinite = Literal["stop", "skip"]
 _WINDOW: Final = 20
 """Steps that a judgement rests on: a median of twenty does not follow one odd batch."""
@@ -121,6 +123,7 @@ class StopOnNonFinite(TrainerCallback):
         self.trainer, self.on_non_finite = trainer, on_non_finite
         self.watch: Watch | None = None
         self.stopped_at: int | None = None
+        self._judged: StepReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the weights once."""
@@ -139,14 +142,16 @@ class StopOnNonFinite(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Judge the step."""
+        """Judge the newest step that has been read: on CUDA the one before."""
         optimizer = self.trainer.hybrid_optimizer
-        report = optimizer.last_step
-        if report is None:
+        is_last = state.global_step >= state.max_steps
+        report = optimizer.last_step if is_last else optimizer.last_read
+        if report is None or report is self._judged:
             return control
+        self._judged = report
         if report.non_finite:
             if self.on_non_finite == "stop":
-                self.stopped_at = state.global_step
+                self.stopped_at = report.step + 1
                 control.should_training_stop = control.should_save = control.should_log = True
             return control
         if self.watch is not None:
