@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import io
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from zofo.bench.memory import measure, measure_here
 from zofo.bench.noise import kernels
-from zofo.bench.results import Memory, NoiseTimes, Ratio, ratios_of
+from zofo.bench.report import show
+from zofo.bench.results import Memory, NoiseTimes, Ratio, Results, Row, StepTimes, ratios_of
 from zofo.bench.settings import CONTENDERS, Settings, settings_from
 from zofo.bench.timing import time_rounds, warm_up
 from zofo.errors import UserError
@@ -187,6 +190,32 @@ def test_hybrids_memory_beside_pefts():
     found = Memory(100, {"fo-peft": peft, "hybrid": {"peak": 1300, "kernels": 100}}).ratios(150)
     assert list(found.values()) == [1.3, 1.2, 1.05]
     assert Memory(100, {"fo-peft": peft, "hybrid": {"failed": "killed"}}).ratios(150) == {}
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_of_80_columns_shows_every_name_and_number(width):
+    seconds = {name: [1234.5678, 2345.6789] for name in CONTENDERS}
+    rows = {name: Row("in words", 3, 1234 << 20) for name in CONTENDERS}
+    part = dict.fromkeys(("peak", "libraries", "kernels", "model", "step"), 2345 << 20)
+    results = Results(
+        TINY,
+        {"device": "cpu"},
+        {"num_parameters": 10**8, "num_adapter_parameters": 10**6, "largest_layer_bytes": 10**8},
+        Memory(10**8, {name: {**part, "optimizer_state": 0} for name in CONTENDERS}),
+        [StepTimes(1, rows, seconds, {"mezo": "out of memory"})],
+        [NoiseTimes(1, {"rademacher perturb": 10**9}, {"rademacher perturb": [0.5]})],
+    )
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    show(results, console)
+    lines = console.file.getvalue().splitlines()
+    assert not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= width
+    for name in CONTENDERS:
+        (line,) = [line for line in lines if f" {name} " in line and "1790" in line]
+        assert "2,345.0" in line
+        assert "1,234.0" in line
+        assert ("in words" in line) == (width == 160)
+    assert "  mezo was not timed: out of memory" in lines
 
 
 def test_the_names_of_the_contenders_are_unique():

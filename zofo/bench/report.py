@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,8 @@ from zofo.bench.results import (
 )
 
 _MIB = 2**20
+_WIDE = 150
+"""Columns from which on the steps are also put in words."""
 
 
 def show(results: Results, console: Console) -> None:
@@ -43,24 +45,23 @@ def show(results: Results, console: Console) -> None:
 
 def _show_steps(times: StepTimes, memory: Memory | None, console: Console) -> None:
     done = max(map(len, times.seconds.values()), default=0)
+    columns = ["contender", "s", "min", "max", "forward equivalents", "peak MiB", "state MiB"]
+    is_wide = console.width >= _WIDE
     table = _table(
         console,
         f"one step, {times.threads} thread(s), median of {done} rounds",
-        ("contender", "s", "min", "max", "forward-equivalents", "peak MiB", "state MiB", "what"),
+        [*columns, "what"] if is_wide else columns,
         left=(0, 7),
     )
     for name, row in times.rows.items():
         samples = times.seconds.get(name, [])
         peak = memory.contenders.get(name, {}).get("peak") if memory is not None else None
-        table.add_row(
-            name,
-            *_seconds(samples),
-            str(row.forward_equivalents),
-            _mebibytes(peak),
-            _mebibytes(row.state_bytes),
-            times.failed.get(name, row.what),
-        )
+        cells = [*_seconds(samples), str(row.forward_equivalents)]
+        cells += [_mebibytes(peak), _mebibytes(row.state_bytes)]
+        table.add_row(name, *cells, *([row.what] if is_wide else []))
     console.print(table)
+    for name, why in times.failed.items():
+        console.print(f"  {name} was not timed: {why}")
     _show_ratios(
         "time over time (less is better for the first)",
         ratios_of(STEP_RATIOS, times.seconds),
@@ -77,9 +78,11 @@ def _show_memory(memory: Memory, layer_bytes: int, console: Console) -> None:
         left=(0,),
     )
     for name, row in memory.contenders.items():
-        cells = [row["failed"]] if "failed" in row else [_mebibytes(row[part]) for part in parts]
-        table.add_row(name, *cells)
+        table.add_row(name, *(_mebibytes(row.get(part)) for part in parts))
     console.print(table)
+    for name, row in memory.contenders.items():
+        if "failed" in row:
+            console.print(f"  {name} was not measured: {row['failed']}", markup=False)
     if memory.kernels_bytes is not None:
         console.print(
             f"code of the noise kernels, resident once a process whatever the model: "
@@ -126,15 +129,15 @@ def _show_ratios(title: str, ratios: Mapping[str, dict[str, Any]], console: Cons
         )
 
 
-def _table(
-    console: Console, title: str, columns: tuple[str, ...], *, left: tuple[int, ...]
-) -> Table:
+def _table(console: Console, title: str, columns: Sequence[str], *, left: tuple[int, ...]) -> Table:
     """With rules on a terminal, bare elsewhere."""
     table = Table(title=title, title_justify="left")
     if not console.is_terminal:
         table.box = None
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
+        # Numbers are never cut; names and headings may take two lines.
+        width = max(map(len, column.split()))
+        table.add_column(column, justify="left" if i in left else "right", min_width=width)
     return table
 
 

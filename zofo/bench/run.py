@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from zofo.bench import memory as peaks
-from zofo.bench.device import device_name, free_cached
+from zofo.bench.device import device_name, free_cached, is_out_of_memory
 from zofo.bench.results import Memory, NoiseTimes, Results, Row, StepTimes
 from zofo.bench.settings import Settings
 from zofo.bench.timing import time_rounds, warm_up
 from zofo.environment import environment
+from zofo.errors import UserError
 from zofo.progress import new_progress
 
 _REPEATS_ON_ACCELERATOR = 20
@@ -77,8 +78,16 @@ def _steps(settings: Settings, results: Results, console: Console) -> None:
     from zofo.bench.models import Workbench
 
     device = torch.device(settings.device)
-    workbench = Workbench(settings)
-    contenders = {name: KINDS[name](workbench) for name in settings.only}
+    try:
+        workbench = Workbench(settings)
+        contenders = {name: KINDS[name](workbench) for name in settings.only}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{settings.model} in {settings.dtype} does not fit into the memory of "
+            f"{results.environment['device']}; choose a smaller model or a 16-bit dtype"
+        ) from error
     for threads in settings.threads:
         torch.set_num_threads(threads)
         times = StepTimes(

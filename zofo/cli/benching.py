@@ -30,7 +30,7 @@ def bench(settings: Settings, json_file: Path | None) -> None:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    show(results, Console(highlight=False, soft_wrap=True, width=width))
+    show(results, Console(highlight=False, width=width))
     if json_file is not None:
         write_json(json_file, results.as_dict())
         print(f"samples, ratios and environment in {json_file}", file=sys.stderr)
