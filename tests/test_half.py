@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from tests.conftest import batch_for, build, loss_of
+from tests.conftest import ADAPTERS, batch_for, build, loss_of
 from zofo.adapters import create_adapter
 from zofo.estimator import projected_gradients
 from zofo.methods import split_parameters
@@ -148,8 +148,9 @@ def test_perturbed_weights_are_float32_sums_rounded_once(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_adapters_stay_float32_on_a_16_bit_base(decoder_folder, dtype):
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_stay_float32_on_a_16_bit_base(decoder_folder, adapter, dtype):
     model, _ = load_model(decoder_folder, dtype=dtype)
-    blocks = split_parameters(create_adapter(model, "lora"))
+    blocks = split_parameters(create_adapter(model, adapter))
     assert {str(p.dtype) for p in blocks.base.values()} == {f"torch.{dtype}"}
     assert {p.dtype for p in blocks.adapter.values()} == {torch.float32}

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from zofo.noise import combine
 from zofo.watch import Watch
 
 
@@ -56,6 +57,27 @@ def test_a_16_bit_base_that_stands_still(lr, warned):
     assert len(found) == warned
     assert all("stands still" in text for text in found)
     assert observe(watch(torch.float32), 60, lr=lr) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_is_said_to_stand_still_where_rounding_loses_every_update(dtype):
+    weight = torch.full((1_000_000,), 0.75, dtype=dtype)
+    lost, kept = torch.finfo(torch.float32).eps / 4, torch.finfo(torch.float32).eps
+    for update, is_lost in ((lost, True), (kept, False)):
+        out = combine(
+            weight,
+            (update * 0.75,),
+            out=torch.empty_like(weight),
+            seed=1,
+            step=0,
+            tensor=0,
+            rounding="stochastic",
+        )
+        moved = int((out != weight).sum())
+        assert (moved == 0) == is_lost
+        watcher = Watch(loss_dtype=dtype, weight_dtype=dtype, weight_scale=0.75, eps=1.0)
+        found = observe(watcher, 60, s=1.0, lr=update * 0.75)
+        assert any("stands still" in text for text in found) == is_lost
 
 
 def test_a_loss_that_diverges():

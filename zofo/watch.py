@@ -2,8 +2,9 @@
 
     signal to rounding   |f(x + eps v) − f(x)| / (u |f|), u the unit roundoff of the loss's dtype:
                          near 1 the difference is noise; eps is too small
-    movement             |lr s| over the spacing of the weights: below 2^-16, what stochastic
-                         rounding resolves, a 16-bit base does not move any more
+    movement             |lr s| over the spacing of the weights: below 2^-16 (bfloat16) or 2^-13
+                         (float16) it is lost in the float32 sum that stochastic rounding rounds,
+                         so that a 16-bit base does not move any more
     divergence           a running mean of the loss far above the lowest it has had
 
 A loss or scalar that is not finite is never applied; the run stops there unless told to skip.
@@ -30,8 +31,6 @@ _MIN_SIGNAL: Final = 10.0
 """Below, rounding makes up a tenth of the difference or more."""
 _DIVERGED: Final = 2.0
 """The mean loss over its lowest: chance does not double a mean of twenty batches."""
-_RESOLUTION: Final = 2.0**-16
-"""Of a spacing: the bits that stochastic rounding draws."""
 
 
 @dataclass
@@ -89,7 +88,9 @@ class Watch:
                 )
         if len(self._moves) == _WINDOW:
             move = statistics.median(self._moves)
-            if move < _RESOLUTION:
+            # One float32 spacing in those of the weights: what stochastic rounding resolves.
+            float32, stored = torch.finfo(torch.float32), torch.finfo(self.weight_dtype)
+            if move < float32.eps / stored.eps:
                 found["movement"] = (
                     f"an update is {move:.1e} of the spacing of "
                     f"{str(self.weight_dtype).removeprefix('torch.')} weights, less than "

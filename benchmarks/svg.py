@@ -1,0 +1,123 @@
+"""A line chart as plain SVG: axes, grid, bands, curves, labels at the curves' ends.
+
+No dependency; the colours follow the reader's light or dark scheme.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+Points = Sequence[tuple[float, float]]
+WIDTH, HEIGHT = 760, 420
+LEFT, RIGHT, TOP, BOTTOM = 64, 190, 40, 52
+STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #24292f; }
+  .title { font-size: 15px; font-weight: 600; }
+  .grid { stroke: #8c959f; stroke-opacity: 0.3; }
+  .axis { stroke: #57606a; }
+  .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+  .c0 { stroke: #57606a; } .f0 { fill: #8c959f; fill-opacity: 0.3; } .t0 { fill: #57606a; }
+  .c1 { stroke: #0969da; } .f1 { fill: #0969da; fill-opacity: 0.2; } .t1 { fill: #0969da; }
+  .c2 { stroke: #cf222e; } .f2 { fill: #cf222e; fill-opacity: 0.2; } .t2 { fill: #cf222e; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3; } .axis { stroke: #9198a1; }
+    .c0 { stroke: #9198a1; } .t0 { fill: #9198a1; }
+    .c1 { stroke: #4493f8; } .t1 { fill: #4493f8; }
+    .c2 { stroke: #f85149; } .t2 { fill: #f85149; }
+  }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Curves of one kind.
+
+    Attributes:
+        label: written at the end of its curves.
+        curves: lists of (x, y), drawn one by one.
+        band: (x, low, high) of an area behind them.
+    """
+
+    label: str
+    curves: Sequence[Points] = ()
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+    """The chart; at most three series, one colour each."""
+    xs = [p[0] for s in series for c in (*s.curves, s.band) for p in c]
+    ys = [v for s in series for c in (*s.curves, s.band) for p in c for v in p[1:]]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def x_at(x: float) -> float:
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y_at(y: float) -> float:
+        return round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{x_at(x)},{y_at(y)}" for x, y in points)
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{y}" {more}>{escape(words)}</text>'
+
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        text(LEFT, 22, title, 'class="title"'),
+    ]
+    for y in y_ticks:
+        parts += [
+            f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y)}" y2="{y_at(y)}"/>',
+            text(LEFT - 8, y_at(y) + 4, f"{y:g}", 'text-anchor="end"'),
+        ]
+    for x in x_ticks:
+        parts.append(text(x_at(x), bottom + 20, f"{x:g}", 'text-anchor="middle"'))
+    parts += [
+        f'<path class="axis line" d="M{LEFT},{TOP} V{bottom} H{right}" stroke-width="1"/>',
+        text((LEFT + right) / 2, HEIGHT - 10, x_label, 'text-anchor="middle"'),
+        text(0, 0, y_label, f'text-anchor="middle" transform="translate(16 {HEIGHT / 2 - 8}) '
+             'rotate(-90)"'),
+    ]  # fmt: skip
+    for colour, one in enumerate(series):
+        if one.band:
+            edge = [(x, low) for x, low, _ in one.band]
+            edge += [(x, high) for x, _, high in reversed(one.band)]
+            parts.append(f'<polygon class="f{colour}" points="{path(edge)}"/>')
+        for curve in one.curves:
+            parts.append(f'<polyline class="line c{colour}" points="{path(curve)}"/>')
+    ends = [_end(one) for one in series]
+    for colour, y in zip(range(len(series)), _apart([y_at(y) for y in ends]), strict=True):
+        parts.append(text(right + 10, y + 4, series[colour].label, f'class="t{colour}"'))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers that span [low, high] but for less than a step at either end."""
+    raw = (high - low or 1.0) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
+    return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _end(series: Series) -> float:
+    """Height of the label: the mean end of its curves, else the middle of the band's end."""
+    if series.curves:
+        return sum(curve[-1][1] for curve in series.curves) / len(series.curves)
+    return (series.band[-1][1] + series.band[-1][2]) / 2
+
+
+def _apart(heights: Sequence[float], gap: float = 17) -> list[float]:
+    """The heights in their order, moved down where two labels would overlap."""
+    placed = list(heights)
+    order = sorted(range(len(placed)), key=lambda i: placed[i])
+    for before, after in pairwise(order):
+        placed[after] = max(placed[after], placed[before] + gap)
+    return placed
