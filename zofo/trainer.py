@@ -395,7 +395,7 @@ class HybridMixin:
                 logs["projected_grad"] = sum(scalars) / len(scalars)
             if self._base_lr is not None:
                 logs["base_lr"] = self._base_lr
-            logs["zo_forwards"] = optimizer.num_forwards
+            logs["zo_forwards"] = round(optimizer.num_forwards, 3)
             logs["forward_equivalents"] = self.forward_equivalents
             logs["non_finite"] = float(report.non_finite)
             norms = {} if measured is None else dict(measured.update_norms)
