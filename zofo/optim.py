@@ -145,6 +145,12 @@ class HybridOptimizer(Optimizer):
         self._num_forwards = 0
         self._forget_measurements()
 
+    @property
+    def evaluates_with_graph(self) -> bool:
+        """Whether perturbed losses are computed as the first-order loss is, for a backward."""
+        is_compiled = self.perturbation is not None and self.perturbation.is_compiled
+        return is_compiled and self.inner is not None
+
     def measure(
         self,
         closure: Callable[[], Tensor],
@@ -172,6 +178,7 @@ class HybridOptimizer(Optimizer):
                 estimator=self.estimator,
                 generators=generators if self.replay_dropout else None,
                 self_check=self._self_check,
+                with_graph=self.inner is not None,
             )
             self._self_check = False
             self._scalars = scalars if self._scalars is None else self._scalars + scalars

@@ -233,6 +233,8 @@ class HybridMixin:
                 loss = loss / trainer.current_gradient_accumulation_steps
             return loss
 
+        if model is not optimizer.perturbation.model:
+            optimizer.perturbation.follow(model)  # as accelerate has wrapped it
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
@@ -242,8 +244,9 @@ class HybridMixin:
                 loss = closure().detach()
         with _metrics_set_aside(trainer):
             if is_first and self.hybrid_options.self_check and optimizer.replay_dropout:
-                with torch.no_grad(), generators.replayed():
-                    check_same(loss, closure(), type(self))
+                graph = optimizer.evaluates_with_graph
+                with generators.replayed(), torch.set_grad_enabled(graph):
+                    check_same(loss, closure().detach(), type(self))
             optimizer.measure(closure, loss, generators)
         return loss
 
