@@ -270,6 +270,7 @@ def test_a_trainer_refuses_wrappers_that_would_change_names_in_checkpoints(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor(dtype):
     """Other kernels, so other roundings; but the two losses of a difference share them."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ def is_wrapper(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
 
 
-def compiled_modules(model: nn.Module) -> list[nn.Module]:
-    """All of them, in the order of `modules()`."""
-    return [module for module in model.modules() if is_compiled(module)]
+def compiled_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that are compiled."""
+    return [module for module in modules if is_compiled(module)]
 
 
 def has_graphs() -> bool:

@@ -111,7 +111,8 @@ class Perturbation:
 
     def follow(self, model: nn.Module) -> None:
         """Watch the calls of another module that holds the weights: accelerate wraps models."""
-        self._model, self._compiled = model, compiled_modules(model)
+        self._model, self._modules = model, list(model.modules())
+        self._compiled = compiled_modules(self._modules)
         self._owners = _find_owners(model, self._tensors)
         whole = sum(p.numel() for p in model.parameters())
         for owner in self._owners:
@@ -151,7 +152,7 @@ class Perturbation:
         """
         if self._stack:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
-        if compiled_modules(self._model) != self._compiled:
+        if compiled_modules(self._modules) != self._compiled:
             self.follow(self._model)
         self._entered.clear()
         handles: list[Any] = []
