@@ -253,7 +253,6 @@ def test_wrong_values_are_refused_before_the_first_step(tmp_path, changes, match
 @pytest.mark.parametrize(
     ("method", "changes", "match"),
     [
-        ("hybrid", {"torch_compile": True}, "torch_compile"),
         ("zo-peft", {"fp16": True}, "fp16"),
     ],
 )

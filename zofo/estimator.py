@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zofo.compiled import has_graphs
 from zofo.perturb import Perturbation
 
 Estimator = Literal["forward", "central"]
@@ -98,6 +99,7 @@ def projected_gradients(
     estimator: Estimator = "forward",
     generators: GeneratorState | None = None,
     self_check: bool = False,
+    with_graph: bool = False,
 ) -> Tensor:
     """The scalars s_k.
 
@@ -110,37 +112,51 @@ def projected_gradients(
         num_directions: how many directions.
         estimator: "forward" or "central".
         generators: state before f(w) was computed; None: leave the generators alone.
-        self_check: watch the first evaluation for reads around the perturbation.
+        self_check: watch the first evaluation for reads around the perturbation. Where something is
+            compiled, which runs eagerly under the watch, it is repeated and compared.
+        with_graph: whether `loss` was computed in gradient mode. In a compiled model so is then
+            what it is compared with: the graph without gradients rounds differently.
 
     Returns:
         float64, shape [num_directions], on the loss's device.
 
     Raises:
-        SelfCheckError: from the watched evaluation.
+        SelfCheckError: if a weight is read unperturbed.
     """
 
-    def evaluate(scale: float, direction: int, check: bool) -> Tensor:
+    def evaluate(scale: float, direction: int, *, check: bool = False, graph: bool) -> Tensor:
         replay = generators.replayed() if generators is not None else _untouched()
-        with replay, perturbation.at(scale, step=step, direction=direction, self_check=check):
+        seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
+        with replay, torch.set_grad_enabled(graph), seen:
             # Copied: a loss that is itself a weight lies in the scratch.
             return closure().detach().double().clone()
 
+    graph = with_graph and perturbation.is_compiled
+    if self_check:
+        ahead = evaluate(eps, 0, check=True, graph=False)
+        if has_graphs():
+            expected = perturbation.entered
+            ahead = evaluate(eps, 0, graph=with_graph)
+            perturbation.check_entered(expected)
     scalars = []
     for k in range(num_directions):
-        ahead = evaluate(eps, k, self_check and k == 0)
+        if k > 0 or not self_check:
+            ahead = evaluate(eps, k, graph=graph)
         if estimator == "forward":
             if loss is None:
                 raise ValueError("the forward difference needs the unperturbed loss")
             scalars.append((ahead - loss.detach().double()) / eps)
         else:
-            scalars.append((ahead - evaluate(-eps, k, False)) / (2 * eps))
+            scalars.append((ahead - evaluate(-eps, k, graph=graph)) / (2 * eps))
     return torch.stack(scalars)
 
 
-@torch.no_grad()
-def unperturbed(closure: Callable[[], Tensor], generators: GeneratorState | None) -> Tensor:
-    """The loss as it is, under the masks that a perturbed evaluation has."""
-    with generators.replayed() if generators is not None else _untouched():
+def unperturbed(
+    closure: Callable[[], Tensor], generators: GeneratorState | None, *, with_graph: bool = False
+) -> Tensor:
+    """The loss as it is, under the masks and in the gradient mode of a perturbed evaluation."""
+    replay = generators.replayed() if generators is not None else _untouched()
+    with replay, torch.set_grad_enabled(with_graph):
         return closure().detach()
 
 

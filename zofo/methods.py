@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from zofo.compiled import WRAPPED_NAME
 from zofo.errors import UserError
 
 Order = Literal["first", "zeroth", "frozen"]
@@ -109,12 +110,14 @@ def split_parameters(model: nn.Module) -> Blocks:
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = name.replace(WRAPPED_NAME, "")
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
 
     markers = _adapter_markers(model)
     if markers is None:
-        trainable = [p.requires_grad for p in parameters.values()]
+        # Quantized weights cannot require a gradient, whoever they belong to.
+        trainable = [p.requires_grad for p in parameters.values() if not _is_quantized(p)]
         by_grad = any(trainable) and not all(trainable)
         is_adapter = {i: by_grad and parameters[i].requires_grad for i in parameters}
     else:
@@ -178,6 +181,26 @@ def _check_adapter_kinds(model: nn.Module) -> None:
             )
 
 
+def _check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method: str) -> None:
+    quantized = [name for name, parameter in base.items() if _is_quantized(parameter)]
+    quantized += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]  # GPTQ
+    if quantized:
+        raise UserError(
+            f"method {method!r} moves the base, {len(quantized)} of whose weights are quantized, "
+            f"such as {quantized[0]!r}: a step is smaller than what lies between two of their "
+            "values. Load the base in bfloat16, or choose fo-peft or zo-peft"
+        )
+
+
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    """Bitsandbytes may store 4 bits in a floating type; torchao's tensors say they are floating."""
+    return (
+        not parameter.is_floating_point()
+        or hasattr(parameter, "quant_state")
+        or type(parameter.data).__module__.startswith("torchao.")
+    )
+
+
 def _adapter_markers(model: nn.Module) -> list[str] | None:
     """Parts of parameter names that tell an adapter's from the base's; None without peft."""
     if not hasattr(model, "peft_config"):
@@ -198,7 +221,8 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
 
     Raises:
         UserError: if the method moves an adapter and the model has none, or the other way round,
-            or if the adapter's weights cannot be told from the base's.
+            if the adapter's weights cannot be told from the base's, or if it would move quantized
+            weights.
     """
     chosen = get_method(method)
     blocks = split_parameters(model)
@@ -213,6 +237,8 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
             "adapter, or choose hybrid, fo-peft or zo-peft"
         )
     _check_adapter_kinds(model)
+    if chosen.base != "frozen":
+        _check_not_quantized(model, blocks.base, method)
     for parameter in blocks.base.values():
         parameter.requires_grad_(chosen.base == "first")
     for parameter in blocks.adapter.values():
@@ -250,6 +276,7 @@ def param_groups(
         UserError: for a pattern that matches no parameter, or a negative rate.
     """
     blocks, chosen = apply_method(model, method), get_method(method)
+    no_decay = [name.replace(WRAPPED_NAME, "") for name in no_decay]
     rates = dict(base_lr) if isinstance(base_lr, Mapping) else {"*": base_lr}
     _check_rates({**{f"base_lr[{k!r}]": v for k, v in rates.items()}, "adapter_lr": adapter_lr})
     groups: list[dict[str, Any]] = []

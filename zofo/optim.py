@@ -175,6 +175,12 @@ class HybridOptimizer(Optimizer):
         """Whether the step under way measures and moves zeroth-order groups."""
         return self.perturbation is not None and self.step_count % self.base_every == 0
 
+    @property
+    def evaluates_with_graph(self) -> bool:
+        """Whether perturbed losses are computed as the first-order loss is, for a backward."""
+        is_compiled = self.perturbation is not None and self.perturbation.is_compiled
+        return is_compiled and self.inner is not None
+
     def measure(
         self,
         closure: Callable[[], Tensor],
@@ -200,7 +206,9 @@ class HybridOptimizer(Optimizer):
             if part is not None:
                 closure, reference, share = part.closure, part.loss, part.share
                 if reference is None and self.estimator == "forward":
-                    reference = unperturbed(closure, generators)
+                    reference = unperturbed(
+                        closure, generators, with_graph=self.evaluates_with_graph
+                    )
                     evaluations += 1
             scalars = projected_gradients(
                 closure,
@@ -212,6 +220,7 @@ class HybridOptimizer(Optimizer):
                 estimator=self.estimator,
                 generators=generators,
                 self_check=self._self_check,
+                with_graph=self.inner is not None,
             )
             self._self_check = False
             self._scalars = scalars if self._scalars is None else self._scalars + scalars

@@ -8,15 +8,17 @@ largest layer. Weights too small to be worth a hook (norms, biases) are computed
 the forward, into a scratch of their own.
 
 Modules that read a child's weight directly (instead of calling the child) would see it unperturbed.
-The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, and the head of a model
-whose forward was replaced (trl's and Liger's fused losses read it) for the whole forward; any other
-is found by the self-check, which watches every tensor operation of one perturbed forward for reads
-of the original weights and names the module.
+The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, as are compiled modules,
+and the head of a model whose forward was replaced (trl's and Liger's fused losses read it) for the
+whole forward; any other is found by the self-check, which watches every tensor operation of one
+perturbed forward for reads of the original weights and names the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from zofo.compiled import AroundCompiledCall, compiled_modules, is_compiled, running_eagerly
 from zofo.noise import Distribution, combine_rows, prepare
 
 ATOMIC: tuple[type[nn.Module], ...] = (
@@ -76,6 +79,8 @@ class _Owner:
 
     module: nn.Module
     slots: list[_Slot] = field(default_factory=list)
+    ties: list[tuple[_Slot, _Slot]] = field(default_factory=list)
+    """Further places of a weight, each with the slot that swaps it: a tie stays a tie."""
     calls: int = 0
     """Calls under way: a module that calls itself is swapped once."""
     swaps: dict[int, _Swap] = field(default_factory=dict)
@@ -89,6 +94,7 @@ class _Owner:
             type(module) is nn.Embedding
             and module.max_norm is None
             and "forward" not in vars(module)
+            and not is_compiled(module)
             and [slot.module for slot in self.slots] == [module]
             and module.weight.is_contiguous()
         )
@@ -115,13 +121,43 @@ class Perturbation:
         distribution: Distribution = "rademacher",
     ) -> None:
         self.seed, self.distribution = seed, distribution
-        self._owners = _find_owners(model, dict(zip(parameters, tensors, strict=True)))
-        self._small = _Owner(model, _take_small(self._owners))
-        self._owners = [owner for owner in self._owners if owner.slots]
+        self._tensors = dict(zip(parameters, tensors, strict=True))
+        self._owners: list[_Owner] = []
+        self._small = _Owner(model)
+        self._entered: dict[_Owner, None] = {}
         self._scratch: dict[_Place, Tensor] = {}
         self._stack: list[_Owner] = []
         self._is_active = False
         self._watch: _ReadWatch | None = None
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Watch the calls of another module that holds the weights: accelerate wraps models."""
+        self._model, self._modules = model, list(model.modules())
+        self._compiled = compiled_modules(self._modules)
+        self._owners = _find_owners(model, self._tensors)
+        self._small = _Owner(model, _take_small(self._owners))
+        self._owners = [owner for owner in self._owners if owner.slots]
+        whole = sum(p.numel() for p in model.parameters())
+        for owner in self._owners:
+            size = sum(slot.parameter.numel() for slot in owner.slots)
+            if is_compiled(owner.module) and 2 * size > whole:
+                warnings.warn(
+                    f"{type(owner.module).__name__} is compiled as a whole, so every perturbed "
+                    f"evaluation needs a copy of its {size:,} moved weights. To need a copy of one "
+                    "layer, compile them: for layer in model.model.layers: layer.compile()",
+                    stacklevel=2,
+                )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model has parts under `torch.compile`."""
+        return bool(self._compiled)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module whose calls are watched."""
+        return self._model
 
     @contextmanager
     def at(
@@ -140,13 +176,17 @@ class Perturbation:
         """
         if self._is_active:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
-        handles = []
+        if compiled_modules(self._modules) != self._compiled:
+            self.follow(self._model)
+        self._entered.clear()
+        handles: list[Any] = []
         self._watch = _ReadWatch([*self._owners, self._small]) if self_check else None
 
         def look_up(module: nn.Module, args: Any, kwargs: Any, output: Any, owner: _Owner) -> Any:
             if not isinstance(output, Tensor):  # the module failed
                 return None
             ids = args[0] if args else kwargs["input"]
+            self._note(owner)
             with self._paused():
                 return self._looked_up(owner.slots[0], ids, scale, step, direction)
 
@@ -154,9 +194,12 @@ class Perturbation:
             owner.calls += 1
             if owner.calls > 1:
                 return
+            self._note(owner)
             self._stack.append(owner)
             with self._paused():
                 self._swap_in(owner, scale, step, direction, depth=len(self._stack))
+                for other, slot in owner.ties:
+                    other.module._parameters[other.name] = slot.module._parameters[slot.name]
 
         def leave(module: nn.Module, owner: _Owner, output: Any) -> Any:
             if owner.calls == 0:  # another pre-hook failed before ours ran
@@ -188,6 +231,15 @@ class Perturbation:
                     if self._watch is not None:
                         handles += self._watch.pause_during(owner.module)
                     continue
+                if owner.module._compiled_call_impl is not None:
+                    handles.append(
+                        AroundCompiledCall(
+                            owner.module,
+                            functools.partial(enter, owner.module, owner),
+                            functools.partial(leave, owner.module, owner),
+                        )
+                    )
+                    continue
                 handles.append(
                     owner.module.register_forward_pre_hook(
                         lambda module, _, owner=owner: enter(module, owner), prepend=True
@@ -199,8 +251,11 @@ class Perturbation:
                         always_call=True,
                     )
                 )
-            with self._watch or nullcontext():
+            if self._watch is None:
                 yield
+            else:
+                with running_eagerly(), self._watch:
+                    yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -220,6 +275,34 @@ class Perturbation:
     def scratch_bytes(self) -> int:
         """Size of the scratch buffers held between evaluations."""
         return sum(t.numel() * t.element_size() for t in self._scratch.values())
+
+    @property
+    def entered(self) -> Collection[Any]:
+        """Where the last evaluation saw the perturbation."""
+        return tuple(self._entered)
+
+    def check_entered(self, expected: Collection[Any]) -> None:
+        """Make sure that the last evaluation saw the perturbation wherever an eager one did.
+
+        Args:
+            expected: what `entered` was after the eager one.
+
+        Raises:
+            SelfCheckError: if not; names a weight that it saw unperturbed.
+        """
+        missing = next((owner for owner in expected if owner not in self._entered), None)
+        if missing is not None:
+            raise SelfCheckError(
+                f"a graph of torch.compile reads the weight {missing.slots[0].path} unperturbed, "
+                "so its zeroth-order estimate would be wrong. Compile modules in place, "
+                "model.compile(), not the loss function around them; or make the optimizer with "
+                "what torch.compile(model) returned"
+            )
+
+    def _note(self, owner: _Owner) -> None:
+        # What is called inside of a compiled module is called only while that runs eagerly.
+        if not any(is_compiled(other.module) for other in self._stack):
+            self._entered[owner] = None
 
     def _paused(self) -> Any:
         return self._watch.paused() if self._watch else nullcontext()
@@ -252,7 +335,7 @@ class Perturbation:
 
     @staticmethod
     def _swap_out(owner: _Owner) -> None:
-        for slot in owner.slots:
+        for slot in (*owner.slots, *(other for other, _ in owner.ties)):
             slot.module._parameters[slot.name] = slot.parameter
 
     def _new_swap(self, owner: _Owner, depth: int) -> _Swap:
@@ -315,7 +398,8 @@ def _take_small(owners: Sequence[_Owner]) -> list[_Slot]:
     room = max(map(_num_bytes, hooked), default=0) // _SMALL_SHARE
     taken = []
     for owner in hooked:
-        for slot in list(owner.slots):
+        tied = [slot for _, slot in owner.ties]
+        for slot in [slot for slot in owner.slots if slot not in tied]:
             size = slot.parameter.numel() * slot.parameter.element_size()
             if size <= min(_SMALL_BYTES, room):
                 room -= size
@@ -328,29 +412,36 @@ def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Ow
     """The modules to hook: for each slot the nearest module that is called and reads it."""
     owners: dict[nn.Module, _Owner] = {}
 
-    def visit(module: nn.Module, path: str, holder: nn.Module | None, fixed: bool) -> None:
-        if module in seen:
+    def visit(module: nn.Module, path: str, holder: nn.Module, fixed: bool) -> None:
+        # A module may stand in a subtree that is swapped whole, and be called outside of it too.
+        place = (module, holder if fixed else None)
+        if place in seen:
             return
-        seen.add(module)
+        seen.add(place)
         if module in heads:
             # peft calls the patched forward without its hooks: only the outermost call is certain.
             holder, fixed = model, True
         heads.update(_head_read_by(module))
         # A container without a forward of its own is read by whoever holds it.
-        if not fixed and _is_called(module):
+        compiled = is_compiled(module)
+        if not fixed and (compiled or _is_called(module)):
             holder = module
-        fixed = fixed or isinstance(module, ATOMIC) or _reads_children(module)
+        fixed = fixed or compiled or isinstance(module, ATOMIC) or _reads_children(module)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in tensors:
-                owner = owners.setdefault(holder or model, _Owner(holder or model))
+                owner = owners.setdefault(holder, _Owner(holder))
                 slot = _Slot(module, name, parameter, tensors[parameter], f"{path}{name}")
-                owner.slots.append(slot)
+                first = next((s for s in owner.slots if s.parameter is parameter), None)
+                if first is None:
+                    owner.slots.append(slot)
+                else:
+                    owner.ties.append((slot, first))
         for name, child in module.named_children():
             visit(child, f"{path}{name}.", holder, fixed)
 
-    seen: set[nn.Module] = set()
+    seen: set[tuple[nn.Module, nn.Module | None]] = set()
     heads: set[nn.Module] = set()
-    visit(model, "", None, False)
+    visit(model, "", model, False)
     return list(owners.values())
 
 

@@ -244,6 +244,9 @@ class HybridMixin:
         def closure() -> Tensor:
             return self._loss_of(model, inputs, num_items_in_batch)
 
+        view = optimizer.perturbation
+        if view is not None and model is not view.model:
+            view.follow(model)  # as accelerate has wrapped it
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
@@ -256,10 +259,12 @@ class HybridMixin:
             part, rest = replace(part, loss=None), None
         with _metrics_set_aside(trainer):
             if self._is_to_be_checked(optimizer):
-                with torch.no_grad(), generators.replayed():
-                    check_same(loss, closure(), type(self))
+                graph = optimizer.evaluates_with_graph
+                with generators.replayed(), torch.set_grad_enabled(graph):
+                    check_same(loss, closure().detach(), type(self))
                     if part is not None and rest is not None:
-                        check_part(loss, part.closure(), rest.closure(), type(self))
+                        losses = part.closure().detach(), rest.closure().detach()
+                        check_part(loss, *losses, type(self))
             self._loss_is_checked = True
             optimizer.measure(closure, loss, generators, part)
         return loss
@@ -319,6 +324,7 @@ class HybridMixin:
             and not (trainer.args.bf16 or trainer.args.fp16)
             and all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
             and generators.is_current()
+            and not self.hybrid_optimizer.evaluates_with_graph
         )
 
     def _loss_of(

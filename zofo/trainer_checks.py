@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zofo.compiled import is_wrapper
 from zofo.errors import UserError
 from zofo.methods import apply_method, get_method, split_parameters
 from zofo.optim import HybridOptimizer
@@ -17,6 +18,11 @@ def check_setup(trainer: Any, options: Any) -> None:
     """Everything that is known to be wrong before the first step."""
     method = options.method
     orders = get_method(method)
+    if any(map(is_wrapper, trainer.model.modules())):
+        raise UserError(
+            "the model is or holds what torch.compile(module) returned, so checkpoints would carry "
+            "other names; pass torch_compile=True, or compile in place: module.compile()"
+        )
     apply_method(trainer.model, method)
     args = trainer.args
     if trainer.optimizer is not None and not isinstance(trainer.optimizer, HybridOptimizer):
@@ -45,17 +51,9 @@ def check_setup(trainer: Any, options: Any) -> None:
             "trainers that generate their batches as they go, such as GRPO, since a loss cannot be "
             "computed again: choose fo-peft"
         )
-    if args.torch_compile:
-        wrong.append("torch_compile=True, whose graphs hold the weights: leave it off")
     if args.fp16 and "first" not in (orders.base, orders.adapter):
         wrong.append("fp16=True, which scales gradients where there are none: use bf16=True")
     base = split_parameters(trainer.model).base if orders.base == "zeroth" else {}
-    fixed = [name for name, p in base.items() if not p.is_floating_point()]
-    if fixed:
-        wrong.append(
-            f"{len(fixed)} quantized base weights such as {fixed[0]!r}: load the base in bfloat16, "
-            "or choose fo-peft"
-        )
     if base and _reference_is_the_base(trainer):
         wrong.append(
             "a reference model that is this base, which moves: pass precompute_ref_log_probs=True "
