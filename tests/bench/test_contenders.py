@@ -136,6 +136,17 @@ def test_mezo_changes_the_weights_by_its_update_and_nothing_else(bench):
         torch.testing.assert_close(new, old - BIG * scalar * z, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mezo", "naive-hybrid"])
+def test_mezo_leaves_the_weights_in_their_places(bench, name):
+    places = [weight.data_ptr() for weight in bench.base]
+    contender = KINDS[name](bench, BIG)
+    one_step(contender)
+    assert [weight.data_ptr() for weight in bench.base] == places
+    contender.is_alone = True  # unless nobody else needs them, to hold no second copy
+    one_step(contender)
+    assert [weight.data_ptr() for weight in bench.base] != places
+
+
 def test_mezo_without_a_rate_leaves_the_weights_up_to_rounding(bench):
     before = copies(bench.base)
     one_step(KINDS["mezo"](bench, 0.0))

@@ -7,7 +7,7 @@
     hybrid-central   ours, central difference; adapter by AdamW                    4
     zo-ft            ours, forward difference: the loss and one perturbed loss     2
     zo-ft-central    ours, central difference: MeZO's estimate                     2
-    mezo             MeZO as published: four passes of torch.normal, in place      2
+    mezo             MeZO as its authors' code does it: four passes of torch.normal 2
     naive-hybrid     fo-peft's step, then mezo's                                   4
     fo-ft            forward, backward into every weight, AdamW                    3
     fo-ft-fused      every weight moved by SGD inside the backward                 3
@@ -17,14 +17,15 @@ weight's. All write to the same weights, really, with a rate so small that they 
 
 References:
     Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, Algorithm 1.
-    Kinder to it: its z is scaled and added in one operation.
+    Its passes as in the authors' code (princeton-nlp/MeZO): w = w + scale · z · eps, a new tensor
+    each time.
     Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources", 2023:
     the update fused into the backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -55,6 +56,8 @@ class Contender:
     """The block whose parameters require a gradient during the step."""
     uses_kernels = False
     has_adapter = True
+    is_alone = False
+    """No other contender in this process uses the weights."""
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
         self.bench, self.rate = bench, rate
@@ -228,41 +231,61 @@ class OursFullCentral(OursFull):
 
 
 class Mezo(Contender):
-    """MeZO as published: θ itself goes to θ + εz, θ − εz, θ and on to its new place."""
+    """MeZO as its authors' code does it: θ goes to θ + εz, θ − εz, θ and on to its new place."""
 
-    what = "MeZO as published: four passes of torch.normal, in place"
+    what = "MeZO as published: four passes of torch.normal"
     forward_equivalents = 2
     has_adapter = False
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
         super().__init__(bench, rate)
+        self._homes: list[Tensor] = []
         self._generator = torch.Generator(bench.device)
         self._num_steps = 0
+
+    def enter(self) -> None:
+        """Every pass makes new tensors; the other contenders' weights stay where they lie."""
+        super().enter()
+        self._homes = [] if self.is_alone else [weight.data for weight in self.base]
+
+    def leave(self) -> None:
+        """Put the weights back into their places."""
+        super().leave()
+        for weight, home in zip(self.base, self._homes, strict=not self.is_alone):
+            weight.data = home.copy_(weight.data)
 
     @torch.no_grad()
     def step(self) -> None:
         """Two forwards, four passes over the weights."""
         self._num_steps += 1
-        self._add(EPS)
+        self._perturb(1)
         ahead = self.loss()
-        self._add(-2 * EPS)
+        self._perturb(-2)
         behind = self.loss()
-        self._add(EPS)
-        self._add(-self.rate * float(ahead - behind) / (2 * EPS))
+        self._perturb(1)
+        projected_grad = float(ahead - behind) / (2 * EPS)
+        for weight, z in self._directions():
+            weight.data = weight.data - self.rate * (projected_grad * z)
 
-    def _add(self, scale: float) -> None:
-        """θ ← θ + scale · z, with the step's z drawn anew."""
+    def _perturb(self, scale: float) -> None:
+        for weight, z in self._directions():
+            weight.data = weight.data + scale * z * EPS
+
+    def _directions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight with the step's z, drawn anew."""
         self._generator.manual_seed(self._num_steps)
         for weight in self.base:
-            z = torch.normal(
-                0.0,
-                1.0,
-                weight.shape,
-                generator=self._generator,
-                dtype=weight.dtype,
-                device=weight.device,
+            yield (
+                weight,
+                torch.normal(
+                    0.0,
+                    1.0,
+                    weight.shape,
+                    generator=self._generator,
+                    dtype=weight.dtype,
+                    device=weight.device,
+                ),
             )
-            weight.add_(z, alpha=scale)
 
 
 class _MezoBesideAdapter(Mezo):
@@ -278,6 +301,17 @@ class NaiveHybrid(FirstOrder):
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
         super().__init__(bench, rate)
         self._mezo = _MezoBesideAdapter(bench, rate)
+
+    def enter(self) -> None:
+        """As both do."""
+        self._mezo.is_alone = self.is_alone
+        self._mezo.enter()
+        super().enter()
+
+    def leave(self) -> None:
+        """As both do."""
+        super().leave()
+        self._mezo.leave()
 
     def step(self) -> None:
         """First order, then zeroth."""

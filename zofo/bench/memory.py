@@ -71,6 +71,7 @@ def measure_here(settings: Settings, name: str) -> dict[str, int]:
         return {"libraries": libraries, "kernels": kernels}
 
     contender = KINDS[name](Workbench(settings))
+    contender.is_alone = True
     for parameter in contender.base:
         parameter.detach().sum()  # a weight that is mapped from its file becomes resident
     model = used_bytes(device) - libraries - kernels
