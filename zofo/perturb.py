@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from zofo.compiled import AroundCompiledCall, compiled_modules, is_compiled, running_eagerly
 from zofo.noise import Distribution, combine_rows, prepare
+from zofo.tiles import ROWS, TiledLinear, is_tileable
 
 ATOMIC: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
@@ -85,6 +86,8 @@ class _Owner:
     """Calls under way: a module that calls itself is swapped once."""
     swaps: dict[int, _Swap] = field(default_factory=dict)
     """By depth of nesting."""
+    tiles: TiledLinear | None = None
+    """For a large linear layer: its product is computed in place of its swap."""
 
     @property
     def is_lookup(self) -> bool:
@@ -138,6 +141,7 @@ class Perturbation:
         self._owners = _find_owners(model, self._tensors)
         self._small = _Owner(model, _take_small(self._owners))
         self._owners = [owner for owner in self._owners if owner.slots]
+        self._tile = self._make_tiles()
         whole = sum(p.numel() for p in model.parameters())
         for owner in self._owners:
             size = sum(slot.parameter.numel() for slot in owner.slots)
@@ -201,6 +205,20 @@ class Perturbation:
                 for other, slot in owner.ties:
                     other.module._parameters[other.name] = slot.module._parameters[slot.name]
 
+        def multiply(x: Tensor, owner: _Owner, tiles: TiledLinear) -> Any:
+            module: Any = owner.module
+            with self._paused():
+                if owner.calls == 0 and tiles.serves(x, module.bias):
+                    self._note(owner)
+                    return tiles(x, module.bias, scale, step, direction)
+            output = None
+            enter(module, owner)
+            try:
+                output = nn.Linear.forward(module, x)
+            finally:
+                safe = leave(module, owner, output)
+            return output if safe is None else safe
+
         def leave(module: nn.Module, owner: _Owner, output: Any) -> Any:
             if owner.calls == 0:  # another pre-hook failed before ours ran
                 return None
@@ -230,6 +248,10 @@ class Perturbation:
                     )
                     if self._watch is not None:
                         handles += self._watch.pause_during(owner.module)
+                    continue
+                if owner.tiles is not None:
+                    function = functools.partial(multiply, owner=owner, tiles=owner.tiles)
+                    handles.append(_InsteadOfForward(owner.module, function))
                     continue
                 if owner.module._compiled_call_impl is not None:
                     handles.append(
@@ -268,13 +290,15 @@ class Perturbation:
     @property
     def largest_layer_bytes(self) -> int:
         """Size of the scratch that the largest layer will need, with that of the small weights."""
-        layers = (_num_bytes(owner) for owner in self._owners if not owner.is_lookup)
-        return max(layers, default=0) + _num_bytes(self._small)
+        layers = (o for o in self._owners if not o.is_lookup and o.tiles is None)
+        tiles = sum(t.numel() * t.element_size() for t in self._tile.values())
+        return max(map(_num_bytes, layers), default=0) + _num_bytes(self._small) + tiles
 
     @property
     def scratch_bytes(self) -> int:
         """Size of the scratch buffers held between evaluations."""
-        return sum(t.numel() * t.element_size() for t in self._scratch.values())
+        held = (*self._scratch.values(), *self._tile.values())
+        return sum(t.numel() * t.element_size() for t in held)
 
     @property
     def entered(self) -> Collection[Any]:
@@ -303,6 +327,29 @@ class Perturbation:
         # What is called inside of a compiled module is called only while that runs eagerly.
         if not any(is_compiled(other.module) for other in self._stack):
             self._entered[owner] = None
+
+    def _make_tiles(self) -> dict[torch.dtype, Tensor]:
+        """Find the layers that are computed in tiles; returns the scratch that they share."""
+        found: list[tuple[_Owner, _Slot]] = []
+        for owner in self._owners:
+            module, slots = owner.module, owner.slots
+            is_alone = len(slots) == 1 and not owner.ties and not self._compiled
+            if is_alone and slots[0].module is module and is_tileable(module):
+                found.append((owner, slots[0]))
+        sizes: dict[torch.dtype, int] = {}
+        for _, slot in found:
+            dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
+            sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
+        scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        for owner, slot in found:
+            owner.tiles = TiledLinear(
+                slot.parameter,
+                slot.tensor,
+                scratch[slot.parameter.dtype],
+                seed=self.seed,
+                distribution=self.distribution,
+            )
+        return scratch
 
     def _paused(self) -> Any:
         return self._watch.paused() if self._watch else nullcontext()
@@ -388,6 +435,18 @@ class Perturbation:
         return output
 
 
+class _InsteadOfForward:
+    """A function that a module runs as its forward, until removed; its hooks stay."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
+        self._module = module
+        vars(module)["forward"] = lambda input: function(input)
+
+    def remove(self) -> None:
+        """Give the module its class's forward back."""
+        vars(self._module).pop("forward", None)
+
+
 def _num_bytes(owner: _Owner) -> int:
     return sum(s.parameter.numel() * s.parameter.element_size() for s in owner.slots)
 
@@ -401,8 +460,9 @@ def _take_small(owners: Sequence[_Owner]) -> list[_Slot]:
         tied = [slot for _, slot in owner.ties]
         for slot in [slot for slot in owner.slots if slot not in tied]:
             size = slot.parameter.numel() * slot.parameter.element_size()
-            if size <= min(_SMALL_BYTES, room):
-                room -= size
+            is_bias_of_tiles = slot.name == "bias" and is_tileable(slot.module)
+            if is_bias_of_tiles or size <= min(_SMALL_BYTES, room):
+                room -= 0 if is_bias_of_tiles else size
                 owner.slots.remove(slot)
                 taken.append(slot)
     return taken

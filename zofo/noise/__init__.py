@@ -98,6 +98,7 @@ def prepare(
     tensors: Sequence[int],
     seed: int,
     distribution: Distribution = "rademacher",
+    offset: int = 0,
 ) -> Callable[[float, int, int], None]:
     """Sums weights + coefficient · v, to be computed again and again into the same places.
 
@@ -109,6 +110,7 @@ def prepare(
         tensors: the tensors' indices.
         seed: run seed.
         distribution: "rademacher" or "gaussian".
+        offset: index of the weights' first element within their whole tensor; on the CPU.
 
     Returns:
         A function of coefficient, step and direction.
@@ -119,15 +121,18 @@ def prepare(
     per_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
     rest = []
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        _check(weight, out, 1, seed, 0, tensor, 0, 0)
+        _check(weight, out, 1, seed, 0, tensor, 0, offset)
         is_plain = weight.device.type == "cpu" and weight.is_contiguous() and out.is_contiguous()
         if not is_plain:
             rest.append((weight, out, tensor))
         elif weight.numel():
             per_dtype.setdefault(weight.dtype, []).append((weight, out, tensor))
     calls = {
-        dtype: backends.cpu().call_of(*zip(*jobs, strict=True)) for dtype, jobs in per_dtype.items()
+        dtype: backends.cpu().call_of(*zip(*jobs, strict=True), offset)
+        for dtype, jobs in per_dtype.items()
     }
+    if rest and offset:
+        raise ValueError("only a contiguous weight on the CPU can be a part of a tensor")
     purpose = _PURPOSE[distribution]
 
     def run(coefficient: float, step: int, index: int) -> None:

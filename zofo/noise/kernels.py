@@ -28,8 +28,8 @@ from numba.extending import intrinsic, overload
 from zofo.noise import philox
 
 CHUNK = 2048
-GRAIN = 1 << 17
-"""Elements that a thread takes at a time: some 30 µs of work."""
+GRAIN = 1 << 15
+"""Elements that a thread takes at a time: some 10 µs of work."""
 _AHEAD = 1024
 """Elements between what is read and what is prefetched: measured, 1.1 × faster than without."""
 _M0, _M1 = np.uint64(philox.MULTIPLIER_0), np.uint64(philox.MULTIPLIER_1)
