@@ -1,6 +1,7 @@
 """Commands as a user runs them: in processes of their own where exit codes and imports count."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -332,3 +333,30 @@ def test_the_installed_command_reports_errors_without_a_traceback(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_peft_imports_do_not_speak_on_stderr(tmp_path, decoder_folder):
+    pytest.importorskip("bitsandbytes")
+    rows = [f"film {i},{('good', 'bad')[i % 2]}" for i in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    task = ["task=classification", "task.train=rows.csv"]
+    done = subprocess.run(
+        [sys.executable, "-m", "zofo", "train", f"model={decoder_folder}", *task, "--dry-run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_a_command_leaves_the_loggers_of_a_script_alone():
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.INFO)
+    try:
+        run("tasks")
+        run("eval", "./nowhere")
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(logging.NOTSET)
