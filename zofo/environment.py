@@ -34,6 +34,16 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def present_devices() -> list[str]:
+    """The kinds of devices that torch computes on here."""
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+    }
+    return ["cpu", *(device for device, is_there in present.items() if is_there)]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
     packages = ("zofo", "torch", "transformers", "peft", "accelerate", "numba", "numpy")

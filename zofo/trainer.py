@@ -6,110 +6,37 @@ like any other: logging, schedulers, callbacks, accumulation and `report_to` com
 
     class HybridSFTTrainer(HybridMixin, trl.SFTTrainer): ...
 
-Checkpoints hold the adapter and the base's trajectory, because an adapter without the base it was
-trained with is the wrong model.
+What is saved and restored stands in `trainer_checkpoints`, what is evaluated in `trainer_losses`.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
-from zofo.checkpoint import BaseHistory, is_peft, load_adapter, save_prompt_encoder
-from zofo.checkpoint_files import newest_whole, remove_leftovers, rotate, writing_folder
+from zofo.checkpoint import BaseHistory
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
-from zofo.files import write_json
 from zofo.methods import get_method, param_groups
 from zofo.optim import HybridOptimizer
-from zofo.part import Part, batch_rows, num_rows_of, split_rows
 from zofo.reshuffle import ReshufflingSampler
-from zofo.trainer_checks import check_part, check_same, check_setup, is_sharded
+from zofo.trainer_checkpoints import CheckpointMixin, RestoreAccounts
+from zofo.trainer_checks import check_part, check_same, check_setup
+from zofo.trainer_losses import BatchLossMixin, metrics_set_aside
+from zofo.trainer_options import HybridArguments as HybridArguments
+from zofo.trainer_options import HybridOptions, read_rates
 from zofo.trajectory import Trajectory
 from zofo.watch import StopOnNonFinite
 
-ACCOUNTS_FILE: Final = "zofo_accounts.json"
 
-
-@dataclass
-class HybridOptions:
-    """The hybrid options beside `TrainingArguments`; usable with any subclass of it.
-
-    The adapter's learning rate is `learning_rate`, its optimizer `optim`, its clipping
-    `max_grad_norm`, all Trainer's own.
-    """
-
-    method: str = field(
-        default="hybrid", metadata={"help": "hybrid, fo-peft, zo-peft, fo-ft or zo-ft"}
-    )
-    base_lr: dict[str, float] | float | str = field(
-        default=1e-5,
-        metadata={"help": "learning rate of the base, or a map from name patterns to rates"},
-    )
-    eps: float = field(default=1e-3, metadata={"help": "smoothing radius (as in MeZO)"})
-    estimator: str = field(default="forward", metadata={"help": "forward (paper) or central"})
-    num_directions: int = field(default=1, metadata={"help": "directions a step (paper: 1)"})
-    distribution: str = field(
-        default="rademacher", metadata={"help": "rademacher (fast) or gaussian (paper)"}
-    )
-    base_every: int = field(
-        default=1, metadata={"help": "steps from one move of the base to the next (paper: 1)"}
-    )
-    base_batch_fraction: float = field(
-        default=1.0, metadata={"help": "part of each batch that the loss difference is taken on"}
-    )
-    base_weight_decay: float = field(default=0.0, metadata={"help": "decoupled, of the base"})
-    zo_seed: int | None = field(
-        default=None, metadata={"help": "seed of the directions; default: seed"}
-    )
-    sampling: str = field(
-        default="reshuffle",
-        metadata={"help": "reshuffle (paper), shuffle-once or with-replacement"},
-    )
-    replay_dropout: bool = field(
-        default=True, metadata={"help": "same dropout masks for all evaluations of a step"}
-    )
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "on the first step, look for unperturbed reads and unsteady losses"},
-    )
-    on_non_finite: str = field(
-        default="stop",
-        metadata={"help": "at a loss or scalar that is not finite: stop (checkpointed), or skip"},
-    )
-    snapshot_every: int | None = field(
-        default=None,
-        metadata={"help": "steps between copies of the base, so that resuming replays less"},
-    )
-
-
-@dataclass
-class HybridArguments(HybridOptions, TrainingArguments):
-    """`transformers.TrainingArguments` and the hybrid options."""
-
-
-class _RestoreAccounts(TrainerCallback):
-    """Once Trainer has set its sums to nothing."""
-
-    def __init__(self, trainer: HybridMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._restore_accounts()
-
-
-class HybridMixin:
+class HybridMixin(CheckpointMixin, BatchLossMixin):
     """Put before any `transformers.Trainer` class: `class T(HybridMixin, SFTTrainer)`.
 
     The options are read from `args` where it carries them (`HybridArguments`), else from
@@ -133,18 +60,18 @@ class HybridMixin:
     ) -> None:
         self._given_options = hybrid
         self._original_base = original_base
-        self._hybrid: HybridOptimizer | None = None
-        self._history: BaseHistory | None = None  # where the base moves by the zeroth order
+        self._hybrid = None
+        self._history = None
         self._measured_step: int | None = None
         self._loss_is_checked = False
         self._base_lr: float | None = None
-        self._checkpoints_folder: Path | None = None  # while a checkpoint is written
-        self._resumed_accounts: dict[str, float] | None = None
+        self._checkpoints_folder = None
+        self._resumed_accounts = None
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
         self.add_callback(self.watch)  # type: ignore[attr-defined]
-        self.add_callback(_RestoreAccounts(self))  # type: ignore[attr-defined]
+        self.add_callback(RestoreAccounts(self))  # type: ignore[attr-defined]
 
     @property
     def hybrid_options(self) -> Any:
@@ -182,24 +109,6 @@ class HybridMixin:
         num_batches = optimizer.step_count * trainer.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         cost = num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
         return int(cost) if cost == int(cost) else round(cost, 3)
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; `True` takes the newest checkpoint that is whole.
-
-        The copy of the original base is removed when training has ended well.
-        """
-        trainer: Any = self
-        folder = Path(trainer.args.output_dir)
-        if trainer.args.should_save:
-            remove_leftovers(folder)
-        if resume_from_checkpoint is True:
-            newest = newest_whole(folder, lambda text: warnings.warn(text, stacklevel=3))
-            resume_from_checkpoint = True if newest is None else str(newest)
-        self._resumed_accounts = None
-        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        if self._history is not None:
-            self._history.drop_copies()
-        return output._replace(training_loss=output.metrics["train_loss"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
@@ -257,7 +166,7 @@ class HybridMixin:
         part, rest = self._part_and_rest(model, inputs, num_items_in_batch)
         if part is not None and not self._is_exact(generators):
             part, rest = replace(part, loss=None), None
-        with _metrics_set_aside(trainer):
+        with metrics_set_aside(trainer):
             if self._is_to_be_checked(optimizer):
                 graph = optimizer.evaluates_with_graph
                 with generators.replayed(), torch.set_grad_enabled(graph):
@@ -268,78 +177,6 @@ class HybridMixin:
             self._loss_is_checked = True
             optimizer.measure(closure, loss, generators, part)
         return loss
-
-    def batch_part(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
-    ) -> tuple[Part, Part | None]:
-        """The first rows of a micro-batch and the others, after the pass over all of them.
-
-        Override it for batches that cannot be cut along the first dimension of their tensors, or
-        to hand over the part's unperturbed loss.
-
-        Args:
-            model: the model.
-            inputs: the micro-batch, as for `training_step`.
-            num_items_in_batch: likewise.
-            num_first: rows of the part; fewer than the micro-batch has.
-
-        Returns:
-            The part, and the rest of the micro-batch for a check at the first step; None: no check.
-
-        Raises:
-            UserError: if the batch cannot be cut.
-        """
-        num_rows = batch_rows(inputs)
-
-        def taken(rows: Mapping[str, Any], num: int) -> Part:
-            share = num / num_rows
-            # Divided by its share of the batch's tokens, a sum estimates the batch's.
-            items = None if num_items_in_batch is None else num_items_in_batch * share
-            return Part(lambda: self._loss_of(model, rows, items), share)
-
-        first, rest = split_rows(inputs, num_first)
-        return taken(first, num_first), taken(rest, num_rows - num_first)
-
-    def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Rows of a micro-batch that `batch_part` can choose from."""
-        return batch_rows(inputs)
-
-    def _part_and_rest(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
-    ) -> tuple[Part | None, Part | None]:
-        fraction = getattr(self.hybrid_options, "base_batch_fraction", 1.0)
-        if fraction == 1:
-            return None, None
-        num_rows = self.num_batch_rows(inputs)
-        num_first = num_rows_of(fraction, num_rows)
-        if num_first == num_rows:
-            return None, None
-        return self.batch_part(model, inputs, num_items_in_batch, num_first)
-
-    def _is_exact(self, generators: GeneratorState) -> bool:
-        """Whether a row's loss in the pass just made is what it would be in a smaller batch."""
-        trainer: Any = self
-        return (
-            trainer.args.device.type in ("cpu", "cuda")  # whose generators are known
-            and not (trainer.args.bf16 or trainer.args.fp16)
-            and all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
-            and generators.is_current()
-            and not self.hybrid_optimizer.evaluates_with_graph
-        )
-
-    def _loss_of(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
-    ) -> Tensor:
-        """The loss of a micro-batch, scaled as Trainer scales it."""
-        trainer: Any = self
-        batch = trainer._prepare_inputs(dict(inputs))
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-        return loss / self._loss_divisor(num_items_in_batch)
-
-    def _loss_divisor(self, num_items_in_batch: Any) -> int:
-        scaled = _is_scaled(self, num_items_in_batch)
-        return 1 if scaled else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
     def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
         wanted = self.hybrid_options.self_check and optimizer.replay_dropout
@@ -361,7 +198,7 @@ class HybridMixin:
             param_groups(
                 model,
                 options.method,
-                base_lr=_rates(options.base_lr),
+                base_lr=read_rates(options.base_lr),
                 adapter_lr=inner_kwargs.get("lr", args.learning_rate),
                 base_weight_decay=options.base_weight_decay,
                 adapter_weight_decay=args.weight_decay,
@@ -419,154 +256,6 @@ class HybridMixin:
             logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step, 1)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter (or the model) and, where the base moved, its trajectory."""
-        trainer: Any = self
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if not trainer.args.should_save:
-            return
-        folder = Path(output_dir or trainer.args.output_dir)
-        save_prompt_encoder(trainer.model, folder)
-        if self._history is not None:
-            self._history.save(folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoints_folder or super()._get_output_dir(trial))  # type: ignore[misc]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's, in a hidden folder that takes its name when it is whole."""
-        trainer: Any = self
-        args, state = trainer.args, trainer.state
-        if args.world_size > 1 or is_sharded(trainer):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            return
-        run_folder = Path(self._get_output_dir(trial))
-        place = run_folder / f"checkpoint-{state.global_step}"
-        if trial is not None:
-            run_folder.mkdir(exist_ok=True)
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(place)
-        pushes, args.push_to_hub = args.push_to_hub, False
-        try:
-            with writing_folder(place) as staged:
-                self._checkpoints_folder = staged.parent
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                self._name_best(run_folder, place)
-                state.save_to_json(str(staged / "trainer_state.json"))
-                write_json(staged / ACCOUNTS_FILE, self._accounts())
-        finally:
-            self._checkpoints_folder, args.push_to_hub = None, pushes
-        if self._history is not None:
-            self._history.take_snapshot()
-        rotate(
-            run_folder,
-            args.save_total_limit,
-            newest=state.global_step,
-            best=state.best_global_step,
-        )
-        if pushes:
-            trainer._push_from_checkpoint(str(place))
-
-    def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
-        """The best checkpoint lies where this run does, which may have been moved."""
-        trainer: Any = self
-        step = trainer.state.best_global_step
-        best = run_folder / f"checkpoint-{step}"
-        if step and (best == coming or best.is_dir()):
-            trainer.state.best_model_checkpoint = str(best)
-
-    def _accounts(self) -> dict[str, float]:
-        """The sums behind the logged losses, which Trainer begins anew when it resumes."""
-        trainer: Any = self
-        return {
-            "loss_since_log": float(trainer._tr_loss),
-            "last_logged_step": trainer._globalstep_last_logged,
-            "loss_until_log": trainer._total_loss_scalar,
-        }
-
-    def _restore_accounts(self) -> None:
-        trainer: Any = self
-        accounts, self._resumed_accounts = self._resumed_accounts, None
-        if accounts is not None:
-            trainer._tr_loss.fill_(accounts["loss_since_log"])
-            trainer._globalstep_last_logged = accounts["last_logged_step"]
-            trainer._total_loss_scalar = accounts["loss_until_log"]
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = self
-        if trainer.state.global_step >= trainer.state.max_steps:
-            # Resumed after the last step: Trainer would take one more.
-            trainer.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trainer: Any = self
-        if is_peft(trainer.model) and not is_sharded(trainer):
-            load_adapter(trainer.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            trainer: Any = self
-            trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
-            self._name_best(Path(trainer.args.output_dir))
-            accounts = Path(checkpoint) / ACCOUNTS_FILE
-            if accounts.exists():
-                self._resumed_accounts = json.loads(accounts.read_text(encoding="utf-8"))
-        if checkpoint is not None and self._history is not None:
-            self._history.go_to(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        optimizer = self._hybrid
-        if optimizer is not None and len(optimizer.trajectory):
-            # A checkpoint saved with save_only_model carries no count of steps.
-            last = optimizer.trajectory.updates[-1][0].step
-            optimizer.step_count = max(optimizer.step_count, last + 1)
-
-    def _load_best_model(self) -> None:
-        trainer: Any = self
-        best = Path(trainer.state.best_model_checkpoint)
-        if is_peft(trainer.model) and not is_sharded(trainer):
-            load_adapter(trainer.model, best)
-        else:
-            super()._load_best_model()  # type: ignore[misc]
-        if self._history is not None:
-            self._history.go_to(best)
-
 
 class HybridTrainer(HybridMixin, Trainer):
     """`transformers.Trainer` with hybrid steps."""
-
-
-def _rates(base_lr: Any) -> Any:
-    """YAML reads 1e-5 as text, and a command line a map as JSON."""
-    if not isinstance(base_lr, str):
-        return base_lr
-    try:
-        return json.loads(base_lr)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"base_lr is {base_lr!r}; it must be a number, or a map from name patterns to numbers"
-        ) from error
-
-
-def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether compute_loss has divided by the accumulation steps, by Trainer's own rule."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if scaled is not None:
-        return scaled
-    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return counted or trainer.compute_loss_func is not None
-
-
-@contextmanager
-def _metrics_set_aside(trainer: Any) -> Iterator[None]:
-    """What trl's trainers collect inside compute_loss is collected once a batch, unperturbed."""
-    names = ("_metrics", "_stored_metrics", "_total_train_tokens")
-    kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
-    vars(trainer).update(copy.deepcopy(kept))
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)

@@ -1,7 +1,9 @@
 """Commands as a user runs them: in processes of their own where exit codes and imports count."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from zofo import environment
+from zofo.cli import looking
 from zofo.cli.app import app
+from zofo.noise import backends, cpu
 
 runner = CliRunner()
 
@@ -222,7 +227,71 @@ def test_tasks_and_doctor():
     done = run("doctor")
     assert done.exit_code == 0
     assert "torch" in done.stdout
-    assert "as the reference" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("directions on cpu")]
+    assert "compiled kernels" in line
+    assert re.search(r"\b\d+ threads? ", line)
+    assert line.endswith("as the reference")
+
+
+@pytest.fixture
+def two_more_devices(monkeypatch):
+    """Device -> what is drawn there; the right directions until a test says otherwise."""
+    right = looking.signs_on("cpu")
+    drawn = {"cpu": lambda: right, "cuda": lambda: right, "mps": lambda: right}
+    monkeypatch.setattr(environment, "present_devices", lambda: list(drawn))
+    monkeypatch.setattr(looking, "signs_on", lambda device: drawn[device]())
+    return drawn
+
+
+def directions(output):
+    lines = [line for line in output.splitlines() if line.startswith("directions on ")]
+    return {line.split()[2].rstrip(":"): line for line in lines}
+
+
+def test_doctor_says_what_computes_on_each_device(two_more_devices, monkeypatch):
+    monkeypatch.setattr(backends, "triton_launch", lambda: None)
+    done = run("doctor")
+    lines = directions(done.stdout)
+    assert done.exit_code == 0, done.output
+    assert list(lines) == list(two_more_devices)
+    assert "Triton" in lines["cuda"]
+    assert "slower" not in lines["cuda"]
+    assert "slower: there are kernels for CPU and CUDA only" in lines["mps"]
+    assert all(line.endswith("as the reference") for line in lines.values())
+    assert "everything runs on the CPU" not in done.stdout
+
+
+def test_doctor_says_why_directions_are_drawn_the_slow_way(two_more_devices, monkeypatch):
+    def no_triton():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(backends, "triton_launch", no_triton)
+    assert (
+        "slower: triton cannot be imported; install it" in directions(run("doctor").stdout)["cuda"]
+    )
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_doctor_finds_a_device_that_draws_other_directions(two_more_devices, fault):
+    one_wrong = two_more_devices["cpu"]().clone()
+    one_wrong[700] *= -1
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler [cc]\nmore")
+
+    two_more_devices["cuda"] = {"wrong": lambda: one_wrong, "fails": no_compiler}[fault]
+    done = run("doctor")
+    words = {"wrong": "WRONG", "fails": "RuntimeError: Failed to find C compiler [cc]"}
+    assert done.exit_code == 1
+    assert directions(done.stdout)["cuda"].endswith(words[fault])
+    assert directions(done.stdout)["mps"].endswith("as the reference")
+
+
+def test_doctor_names_the_pool_where_torchs_runtime_cannot_be_told(monkeypatch):
+    monkeypatch.setattr(cpu, "_openmp_of_torch", lambda: None)
+    assert "pool" in directions(run("doctor").stdout)["cpu"]
+    monkeypatch.setattr(cpu, "_openmp_of_torch", lambda: "/somewhere/libgomp-1.so.1")
+    assert "libgomp-1.so.1" in directions(run("doctor").stdout)["cpu"]
 
 
 def python(code):
@@ -264,3 +333,30 @@ def test_the_installed_command_reports_errors_without_a_traceback(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_peft_imports_do_not_speak_on_stderr(tmp_path, decoder_folder):
+    pytest.importorskip("bitsandbytes")
+    rows = [f"film {i},{('good', 'bad')[i % 2]}" for i in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    task = ["task=classification", "task.train=rows.csv"]
+    done = subprocess.run(
+        [sys.executable, "-m", "zofo", "train", f"model={decoder_folder}", *task, "--dry-run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_a_command_leaves_the_loggers_of_a_script_alone():
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.INFO)
+    try:
+        run("tasks")
+        run("eval", "./nowhere")
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(logging.NOTSET)

@@ -18,6 +18,7 @@ from scipy import stats
 
 from tests.noise.test_noise import PUBLISHED
 from zofo import noise
+from zofo.cli import looking
 from zofo.noise import (
     backends,
     combine,
@@ -397,3 +398,8 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_anew():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels] == before
+
+
+def test_doctor_compares_these_kernels_with_the_reference():
+    expected = philox.rademacher(torch.arange(1000), seed=1, step=2, direction=0, tensor=3)
+    assert torch.equal(looking.signs_on(DEVICE), expected.float())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -43,7 +45,7 @@ def reports_errors(command: F) -> F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _bitsandbytes_errors_only():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except UserError as error:
@@ -62,6 +64,18 @@ def reports_errors(command: F) -> F:
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One line, without the place in the code that a user has no use for."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _bitsandbytes_errors_only() -> Iterator[None]:
+    """Peft imports it where it is installed, and it reports on kernels that nobody asked for."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:

