@@ -65,7 +65,7 @@ def fit_head(model: Any, rows: list[Encoded], collator: Collator) -> None:
     model.classifier.requires_grad_(True)
     groups = param_groups(model, "fo-peft", adapter_lr=0.1)
     optimizer = HybridOptimizer(groups, model, optimizer="AdamW")
-    for start in range(0, 80 * 16, 16):
+    for start in range(0, 60 * 16, 16):
         batch = collator(rows[start : start + 16])
         loss = optimizer.step(lambda batch=batch: objective_loss(model, batch))
     print(f"head fitted: loss of the last batch {float(loss):.3f}", flush=True)

@@ -46,13 +46,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "half.json"
 FIGURE = ROOT / "docs" / "figures" / "half.svg"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "published": "bfloat16"}
 SETTING = {
-    "steps": 120,
+    "steps": 300,
     "batch": 4,
     "max_length": 24,
-    "lr": 5e-6,
+    "lr": 2e-6,
     "eps": 3e-3,
     "distribution": "rademacher",
-    "eval_every": 20,
+    "eval_every": 50,
     "num_dev": 64,
 }
 
