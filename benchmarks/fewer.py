@@ -22,7 +22,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -297,8 +297,7 @@ def estimate(args: argparse.Namespace) -> None:
         "squared_gradient_of_a_batch": of_batch,
         "squared_error_of_forward_difference": error,
         "trace": fmean(curvatures),
-        "best_rate": exact / (of_batch * fmean(curvatures)),
-        "best_fall_of_a_move": exact**2 / (2 * of_batch * fmean(curvatures)),
+        "trace_standard_error": stdev(curvatures) / len(curvatures) ** 0.5,
         "gain": {name: round(gain / gains["default"], 3) for name, gain in gains.items()},
     }
     write(args.json, kept)
