@@ -2,15 +2,16 @@
 
 Every variant trains until it has spent the same number of forward-equivalents (FO-PEFT's step costs
 2, the default hybrid's 3), with constant rates and without dropout, on the same rows in the same
-order. The base's rate is chosen by a variant's dev loss on seed 0, among the rates given; the other
-seeds take that rate. Losses are those after the last step, on rows that no step sees.
+order. The base's rates are those given, times `num_directions` (the mean of K estimates has a K-th
+of the variance); the one with the least dev loss, mean over the first `--choose` seeds, is taken.
+Losses are those after the last step, on rows that no step sees.
 
     python benchmarks/fewer.py --json benchmarks/results/fewer.json
-    python benchmarks/fewer.py --model smollm2-135m --adapter prompt --adapter-lr 1e-2 --budget 150
-        --seeds 1 --rates 1e-5 3e-5 --variants fo-peft default base_every=2 --json FILE
+    python benchmarks/fewer.py --estimate minilm --json benchmarks/results/fewer.json
     python benchmarks/fewer.py --rounding smollm2-135m
 
-Runs that the file holds are not made again. `--rounding` measures how far the loss of a part of the
+Runs that the file holds are not made again. `--estimate` measures, at one point of a run, what the
+variants' estimates are worth by themselves. `--rounding` measures how far the loss of a part of the
 batch, read from the pass over all of it, is from the same rows' loss evaluated alone.
 """
 
@@ -40,15 +41,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="minilm")
-    parser.add_argument("--adapter", default="lora")
+    parser.add_argument("--adapter", default="prompt", help="lora, prefix or prompt")
+    parser.add_argument("--tokens", type=int, default=1, help="length of prefix or prompt")
     parser.add_argument("--task", default="rotten-tomatoes")
     parser.add_argument("--adapter-lr", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=32, help="tokens a row")
     parser.add_argument("--budget", type=float, default=240, help="forward-equivalents a run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4])
+    parser.add_argument("--choose", type=int, default=1, help="seeds that choose the rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--rows", type=int, nargs=3, default=(1000, 200, 400))
     parser.add_argument("--json", type=Path, help="where runs are kept")
+    parser.add_argument("--estimate", metavar="MODEL", help="measure the estimates instead")
+    parser.add_argument("--warm-up", type=int, default=40, help="FO-PEFT steps before --estimate")
+    parser.add_argument("--seed", type=int, default=0, help="of --estimate")
+    parser.add_argument("--samples", type=int, default=48, help="batches of --estimate")
     parser.add_argument("--rounding", metavar="MODEL", help="measure the rounding instead")
     return parser.parse_args()
 
@@ -57,18 +66,22 @@ def config_of(args: argparse.Namespace, variant: str, rate: float, seed: int) ->
     from zofo.config import load_config
 
     train, dev, test = args.rows
+    adapter: dict[str, Any] = {"type": args.adapter}
+    if args.adapter != "lora":
+        adapter["num_virtual_tokens"] = args.tokens
     values = {
         "model": args.model,
-        "adapter": args.adapter,
+        "adapter": adapter,
         "task": {
             "name": args.task,
             "num_train": train,
             "num_dev": dev,
             "num_test": test,
-            "max_length": 48,
+            "max_length": args.max_length,
         },
         "base_lr": rate,
         "adapter_lr": args.adapter_lr,
+        "batch_size": args.batch_size,
         "seed": seed,
         **VARIANTS[variant],
     }
@@ -151,36 +164,161 @@ def train(config: Any, budget: float) -> dict[str, float]:
     return found
 
 
+def setting_of(args: argparse.Namespace) -> str:
+    adapter = args.adapter if args.adapter == "lora" else f"{args.adapter}-{args.tokens}"
+    return (
+        f"{args.model} {adapter} {args.adapter_lr:g} {args.task} "
+        f"batch {args.batch_size} x {args.max_length} budget {args.budget:g} "
+        f"rows {' '.join(map(str, args.rows))}"
+    )
+
+
 def run_all(args: argparse.Namespace) -> None:
-    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    setting = f"{args.model} {args.adapter} {args.task} budget {args.budget:g}"
-    runs: dict[str, Any] = kept.setdefault(setting, {})
+    kept = read(args.json)
+    runs: dict[str, Any] = kept.setdefault(setting_of(args), {})
 
     def done(variant: str, rate: float, seed: int) -> dict[str, float]:
         name = f"{variant} rate {rate:g} seed {seed}"
         if name not in runs:
             runs[name] = train(config_of(args, variant, rate, seed), args.budget)
             print(name, runs[name], flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(kept, indent=1) + "\n")
+            write(args.json, kept)
         return runs[name]
 
-    table = []
+    def on_dev(variant: str, rate: float) -> float:
+        return fmean(done(variant, rate, seed)["dev_loss"] for seed in range(args.choose))
+
+    table: dict[str, tuple[float, list[dict[str, float]]]] = {}
     for variant in args.variants:
-        rates = [0.0] if variant == "fo-peft" else args.rates
-        best = min(rates, key=lambda rate: done(variant, rate, 0)["dev_loss"])
-        found = [done(variant, best, seed) for seed in range(args.seeds)]
-        table.append((variant, best, found))
-    print(f"{setting}, {args.seeds} seed(s): mean ± sd of the test loss, mean accuracy, steps")
-    reference = [run["test_loss"] for run in table[0][2]]
-    for variant, rate, found in table:
+        per_direction = VARIANTS[variant].get("num_directions", 1)
+        rates = [0.0] if variant == "fo-peft" else [rate * per_direction for rate in args.rates]
+        best = min(rates, key=lambda rate: on_dev(variant, rate))
+        table[variant] = best, [done(variant, best, seed) for seed in range(args.seeds)]
+    reference = [run["test_loss"] for run in table.get("default", next(iter(table.values())))[1]]
+    print(f"{setting_of(args)}, {args.seeds} seed(s): test loss, mean [least, largest], and above")
+    print("the default's seed by seed; dev loss; accuracy")
+    for variant, (rate, found) in table.items():
         losses = [run["test_loss"] for run in found]
-        spread = stdev(losses) if len(losses) > 1 else 0.0
-        apart = fmean(a - b for a, b in zip(losses, reference, strict=True))
+        apart = [a - b for a, b in zip(losses, reference, strict=True)]
         print(
-            f"| {variant} | {rate:g} | {fmean(losses):.4f} ± {spread:.4f} | {apart:+.4f} | "
-            f"{fmean(run['test_accuracy'] for run in found):.3f} | {found[0]['steps']} |"
+            f"| {variant} | {found[0]['steps']} | {rate:g} | {spread(losses, '.3f')} | "
+            f"{spread(apart, '+.3f')} | {fmean(run['dev_loss'] for run in found):.3f} | "
+            f"{fmean(run['test_accuracy'] for run in found):.3f} |"
         )
+
+
+def spread(values: list[float], digits: str) -> str:
+    """Mean [least, largest]."""
+    mean, least, largest = (format(v, digits) for v in (fmean(values), min(values), max(values)))
+    return f"{mean} [{least}, {largest}]"
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path and path.exists() else {}
+
+
+def write(path: Path | None, kept: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """What a variant's estimates are worth per forward-equivalent, each at its best rate.
+
+    A step of rate a along g' = mean_k s_k v_k, E[g'] = g, lowers the loss by a |g|^2 - a^2 E[g'Hg']
+    / 2, at most by |g|^4 / (2 E[g'Hg']). With far more weights than directions, E[g'Hg'] is
+    E|g_rows|^2 tr(H) / K, with g_rows the gradient of the rows that the difference is taken on,
+    plus the forward difference's own error. Measured at one point: gradients of many batches,
+    central differences and v'Hv, whose mean is tr(H), from the same three losses.
+    """
+    import torch
+
+    from zofo import HybridOptimizer, param_groups
+    from zofo.methods import split_parameters
+    from zofo.tasks.encode import objective_losses
+
+    args.model = args.estimate
+    config = config_of(args, "default", 0.0, args.seed)
+    prepared, model = model_without_dropout(config)
+    optimizer = HybridOptimizer(
+        param_groups(model, "hybrid", base_lr=0.0, adapter_lr=config.adapter_lr),
+        model,
+        optimizer="AdamW",
+        optimizer_kwargs={"weight_decay": 0.0},
+        base_every=args.warm_up + 1,  # no difference but the first, which moves nothing
+        self_check=False,
+    )
+    stream, eps = batches(config, prepared), config.eps
+    for _ in range(args.warm_up):
+        batch = next(stream)
+        optimizer.step(lambda batch=batch: objective_losses(model, batch)[0])
+
+    def loss_of(batch: Any) -> Any:
+        return objective_losses(model, batch)[0]
+
+    stream = batches(config, prepared)
+    sampled = [next(stream) for _ in range(args.samples)]
+    view = optimizer.perturbation.at  # type: ignore[union-attr]
+    errors, differences, curvatures = [], [], []
+    for step, batch in enumerate(sampled[: args.samples // 3]):
+        with torch.no_grad():
+            loss = float(loss_of(batch).double())
+            with view(eps, step=step):
+                ahead = float(loss_of(batch).double())
+            with view(-eps, step=step):
+                behind = float(loss_of(batch).double())
+        differences.append(((ahead - behind) / (2 * eps)) ** 2)
+        curvatures.append((ahead - 2 * loss + behind) / eps**2)
+        errors.append((curvatures[-1] * eps / 2) ** 2)
+
+    base = list(split_parameters(model).base.values())
+    total, squares = [torch.zeros_like(p) for p in base], []
+    for p in base:
+        p.requires_grad_(True)
+    for batch in sampled:
+        gradients = torch.autograd.grad(loss_of(batch), base, allow_unused=True)
+        found = [g for g in gradients if g is not None]
+        squares.append(sum(float(g.double().square().sum()) for g in found))
+        for whole, g in zip(total, gradients, strict=True):
+            if g is not None:
+                whole += g
+    n, of_batch = len(sampled), fmean(squares)
+    of_sum = sum(float(t.double().square().sum()) for t in total)
+    exact = (of_sum - n * of_batch) / (n * (n - 1))  # pairs of different batches: unbiased
+    error = fmean(errors) / fmean(differences)
+    kept = read(args.json)
+    setting = setting_of(args).split(" budget")[0]
+    key = f"estimate {setting}, {args.warm_up} steps, {n} batches, seed {args.seed}"
+    gains = {
+        name: base_gain(name, exact, of_batch, error) for name in VARIANTS if name != "fo-peft"
+    }
+    kept[key] = {
+        "squared_gradient": exact,
+        "squared_gradient_of_a_batch": of_batch,
+        "squared_error_of_forward_difference": error,
+        "trace": fmean(curvatures),
+        "trace_standard_error": stdev(curvatures) / len(curvatures) ** 0.5,
+        "gain": {name: round(gain / gains["default"], 3) for name, gain in gains.items()},
+    }
+    write(args.json, kept)
+    print(key, json.dumps(kept[key], indent=1))
+
+
+def base_gain(variant: str, exact: float, of_batch: float, error: float) -> float:
+    """|g|^4 / E[g'Hg'] per forward-equivalent, up to a factor that all variants share.
+
+    Args:
+        variant: name.
+        exact: |g|^2.
+        of_batch: E|g_batch|^2.
+        error: of the forward difference, relative to E s^2.
+    """
+    options = VARIANTS[variant]
+    fraction, every = options.get("base_batch_fraction", 1.0), options.get("base_every", 1)
+    directions, central = options.get("num_directions", 1), "estimator" in options
+    second_moment = exact + (of_batch - exact) / fraction + (0.0 if central else error * of_batch)
+    cost = 2 + directions * (2 if central else fraction) / every
+    return directions / every * exact**2 / second_moment / cost
 
 
 def rounding(args: argparse.Namespace) -> None:
@@ -221,5 +359,7 @@ if __name__ == "__main__":
     arguments = parse()
     if arguments.rounding:
         rounding(arguments)
+    elif arguments.estimate:
+        estimate(arguments)
     else:
         run_all(arguments)
