@@ -187,6 +187,20 @@ def seed_noise(curves: list[list[tuple[float, float]]]) -> list[tuple[float, flo
     return noise
 
 
+def gaps_of(
+    curves: dict[str, list[list[tuple[float, float]]]], arm: str
+) -> list[tuple[float, float]]:
+    """After each part of the run: mean over seeds less float32's, two standard errors of it."""
+    gaps = []
+    for ours, theirs in zip(
+        zip(*curves[arm], strict=True), zip(*curves["fp32"], strict=True), strict=True
+    ):
+        samples = [[loss for _, loss in points] for points in (ours, theirs)]
+        squares = [stdev(s) ** 2 / len(s) if len(s) > 1 else math.nan for s in samples]
+        gaps.append((fmean(samples[0]) - fmean(samples[1]), 2 * math.sqrt(sum(squares))))
+    return gaps[1:]
+
+
 def draw(kept: dict[str, Any], figure: Path) -> None:
     """The figure, and what it shows in numbers."""
     curves = {arm: curves_of(kept, arm) for arm in DTYPES}
@@ -208,6 +222,8 @@ def draw(kept: dict[str, Any], figure: Path) -> None:
             f"weights moved {fmean(run['moved'] for run in runs):.2%}; "
             f"rms scalar {fmean(run['rms_scalar'] for run in runs):.1f}"
         )
+        gaps = ", ".join(f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps_of(curves, arm))
+        print(f"             mean beside float32's, ± two standard errors: {gaps}")
     setting = kept["setting"]
     chart = line_chart(
         f"{setting['model']}, full fine-tuning by loss differences: half precision",
