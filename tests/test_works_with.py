@@ -121,6 +121,37 @@ def test_a_quantized_base_stays_and_its_adapter_learns(tmp_path, kind, method, r
     assert_same_bits(split_parameters(model).base, before)
 
 
+def gradients_of(model):
+    loss_of(model.train(), batch_for("llama")).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def evaluated(model):
+    with torch.no_grad():
+        loss_of(model.eval(), batch_for("llama"))
+    return model
+
+
+def test_evaluating_a_4_bit_base_does_not_change_gradients(tmp_path):
+    model = with_lora(quantized("4bit", tmp_path / "base"))
+    param_groups(model, "fo-peft")
+    before = gradients_of(model)
+    after = gradients_of(evaluated(model))
+    assert len(before) == len(after) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_4_bit_base_packed_by_an_evaluation_is_refused(tmp_path):
+    model = evaluated(with_lora(quantized("4bit", tmp_path / "base")))
+    states = [getattr(p, "quant_state", None) for p in model.parameters()]
+    if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    with pytest.raises(UserError, match="packed .* load the base anew"):
+        param_groups(model, "fo-peft")
+
+
 @pytest.mark.parametrize("method", ["fo-peft", "zo-peft"])
 def test_trainer_on_a_quantized_base(tmp_path, method):
     model = with_lora(quantized("4bit", tmp_path / "base"))

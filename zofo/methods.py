@@ -192,6 +192,24 @@ def _check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method
         )
 
 
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU when it evaluates.
+
+    Measured with 0.50: it does not unpack them for training, and their gradients are then wrong.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"the 4-bit weights of {name!r} were packed when the model was evaluated on the "
+                "CPU, and bitsandbytes computes wrong gradients with them; load the base anew and "
+                "evaluate it after it was given to zofo"
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
 def _is_quantized(parameter: nn.Parameter) -> bool:
     """Bitsandbytes may store 4 bits in a floating type; torchao's tensors say they are floating."""
     return (
@@ -221,8 +239,8 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
 
     Raises:
         UserError: if the method moves an adapter and the model has none, or the other way round,
-            if the adapter's weights cannot be told from the base's, or if it would move quantized
-            weights.
+            if the adapter's weights cannot be told from the base's, if it would move quantized
+            weights, or if these are packed so that gradients through them are wrong.
     """
     chosen = get_method(method)
     blocks = split_parameters(model)
@@ -239,6 +257,7 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
     _check_adapter_kinds(model)
     if chosen.base != "frozen":
         _check_not_quantized(model, blocks.base, method)
+    _keep_unpacked(model)
     for parameter in blocks.base.values():
         parameter.requires_grad_(chosen.base == "first")
     for parameter in blocks.adapter.values():
