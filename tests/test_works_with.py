@@ -148,7 +148,7 @@ def test_a_4_bit_base_packed_by_an_evaluation_is_refused(tmp_path):
     states = [getattr(p, "quant_state", None) for p in model.parameters()]
     if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
         pytest.skip("bitsandbytes packs nothing on this CPU")
-    with pytest.raises(UserError, match="packed .* load the base anew"):
+    with pytest.raises(UserError, match=r"packed .* load the base anew"):
         param_groups(model, "fo-peft")
 
 
