@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from scipy import stats
 
-from zofo.noise import combine, combine_rows, combine_steps, direction, philox
+from zofo.noise import combine, combine_rows, combine_steps, cpu, direction, philox
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}
@@ -256,3 +256,18 @@ def test_some_rows_are_rows_of_the_whole(dtype, distribution):
     some = combine_rows(weight, rows, 0.1, first_direction=2, **address)
     assert torch.equal(some, whole[rows])
     assert torch.equal(weight, before)
+
+
+def test_where_torch_has_no_openmp_a_thread_pool_gives_the_same(monkeypatch):
+    weight = torch.randn(300_001)
+    expected = combine(weight.clone(), (0.1,), **ADDRESS)
+    monkeypatch.setattr(cpu, "_openmp_of_torch", lambda: None)
+    before = torch.get_num_threads()
+    cpu._launcher.cache_clear()
+    try:
+        torch.set_num_threads(3)
+        ours = combine(weight.clone(), (0.1,), **ADDRESS)
+    finally:
+        torch.set_num_threads(before)
+        cpu._launcher.cache_clear()
+    assert torch.equal(ours, expected)
