@@ -18,7 +18,7 @@ weight's. All write to the same weights, really, with a rate so small that they 
 References:
     Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, Algorithm 1.
     Its passes as in the authors' code (princeton-nlp/MeZO): w = w + scale · z · eps, a new tensor
-    each time.
+    each time; last w = w − lr · (s · z + weight_decay · w), with its default weight decay of 0.
     Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources", 2023:
     the update fused into the backward.
 """
@@ -40,6 +40,8 @@ from zofo.optim import HybridOptimizer
 RATE: Final = 1e-9
 """Learning rate of every block: all the work of an update, next to none of its effect."""
 EPS: Final = 1e-3
+WEIGHT_DECAY: Final = 0.0
+"""MeZO's default, which its code multiplies with all the same."""
 
 
 class Contender:
@@ -265,7 +267,10 @@ class Mezo(Contender):
         self._perturb(1)
         projected_grad = float(ahead - behind) / (2 * EPS)
         for weight, z in self._directions():
-            weight.data = weight.data - self.rate * (projected_grad * z)
+            estimate = projected_grad * z
+            if weight.dim() > 1:  # neither bias nor norm
+                estimate = estimate + WEIGHT_DECAY * weight.data
+            weight.data = weight.data - self.rate * estimate
 
     def _perturb(self, scale: float) -> None:
         for weight, z in self._directions():
