@@ -61,6 +61,8 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
         replay_dropout: give every evaluation of a step the same dropout masks.
         self_check: watch the first perturbed forward for weights read around the perturbation.
+        overlap: on CUDA, perturb the next layer while a layer runs; costs the scratch of one layer
+            more. What is computed is the same. Off by default: it has not been timed on a GPU.
         reads_late: leave a step's scalars on the device and read them a step later, so that the
             host never waits; None: on CUDA. What is computed is the same. `last_step`,
             `trajectory` and `state_dict` wait.
@@ -85,6 +87,7 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         replay_dropout: bool = True,
         self_check: bool = True,
+        overlap: bool = False,
         reads_late: bool | None = None,
     ) -> None:
         check_options(
@@ -113,6 +116,7 @@ class HybridOptimizer(Optimizer):
                 [t for group in zeroth for t in group["tensors"]],
                 seed=seed,
                 distribution=distribution,
+                overlap=overlap,
             )
             if zeroth
             else None
