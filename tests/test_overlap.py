@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import zofo.overlap
@@ -15,10 +16,13 @@ import zofo.scratch
 from tests.conftest import assert_same_bits, batch_for, bits, build, loss_of
 from tests.streams import FakeStreams
 from tests.test_perturb import Nested
+from tests.training import trainer_for
 from zofo import HybridOptimizer, param_groups
+from zofo.config import idle_options, load_config
 from zofo.methods import split_parameters
 from zofo.overlap import Overlap, SideStream
 from zofo.perturb import Perturbation
+from zofo.run import train
 
 CASES = [(a, b) for a in ("llama", "opt", "gpt2", "bert") for b in ("lora", "prefix")]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -221,6 +225,21 @@ def test_an_interrupt_of_the_guess_itself(streams, monkeypatch):
     assert_nothing_is_under_way(ahead)
 
 
+def test_a_device_that_has_failed_leaves_the_model_as_it_was(streams, monkeypatch):
+    model, x = layers_of(3), torch.randn(2, 8)
+    _, ahead = both_views(model)
+    identities = [id(p) for p in model.parameters()]
+
+    def fail(*_):
+        raise RuntimeError("CUDA error")
+
+    model[1].register_forward_hook(lambda *_: monkeypatch.setattr(SideStream, "join", fail))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        plainly(ahead, lambda: model(x))
+    assert [id(p) for p in model.parameters()] == identities
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in (model[0], model[2]))
+
+
 @pytest.mark.parametrize("how", ["elsewhere", "in place"])
 def test_a_weight_that_changes_after_the_guess(streams, how):
     model, x = layers_of(3), torch.randn(2, 8)
@@ -323,6 +342,48 @@ def test_cuda_is_a_device_with_streams():
     assert all(callable(getattr(found, name)) for name in ("Stream", "current_stream", "stream"))
     assert callable(found.Stream.wait_stream)
     assert zofo.overlap.streams_of("mps") is None
+
+
+def test_a_trainer_hands_it_on(streams, tmp_path):
+    trainers = [trainer_for(tmp_path, overlap=overlap, max_steps=3) for overlap in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    assert streams.num_forks > 0
+    assert_same_bits(*(bits(trainer.model) for trainer in trainers))
+    assert_nothing_is_under_way(trainers[1].hybrid_optimizer.perturbation)
+
+
+def test_a_run_hands_it_on(streams, tmp_path, decoder_folder):
+    rows = tmp_path / "rows.csv"
+    lines = [f"film {i} is {('good', 'bad')[i % 2]},{i % 2}" for i in range(40)]
+    rows.write_text("\n".join(["text,label", *lines]))
+    task = ["task=classification", f"task.train={rows}", "task.num_train=16", "task.num_dev=4"]
+    results = [
+        train(
+            load_config(
+                overrides=[
+                    *task,
+                    f"model={decoder_folder}",
+                    "task.num_test=8",
+                    "steps=3",
+                    f"overlap={overlap}",
+                    f"output_dir={tmp_path / overlap}",
+                ]
+            ),
+            console=Console(quiet=True),
+        )
+        for overlap in ("false", "true")
+    ]
+    assert streams.num_forks > 0
+    assert results[0].after == results[1].after
+    config = load_config(values={"method": "fo-peft", "overlap": True})
+    assert any("overlap has no effect" in text for text in idle_options(config))
+
+
+def test_the_estimate_without_weights_counts_the_second_buffer():
+    model = layers_of(2).to("meta")
+    plain, ahead = both_views(model)
+    assert ahead.largest_layer_bytes == 2 * plain.largest_layer_bytes == 2 * 8 * 8 * 4
 
 
 def test_off_by_default():

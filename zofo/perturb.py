@@ -140,8 +140,6 @@ class Perturbation:
                     yield
             is_whole = True
         finally:
-            if ahead is not None:
-                ahead.end(is_whole=is_whole)
             for handle in handles:
                 handle.remove()
             for owner in (*self._owners, self._small):
@@ -149,6 +147,8 @@ class Perturbation:
                 owner.swap_out()
             self._stack.clear()
             self._watch = self._point = None
+            if ahead is not None:  # last: a device that has failed raises here, too
+                ahead.end(is_whole=is_whole)
 
     @property
     def largest_layer_bytes(self) -> int:
@@ -158,7 +158,8 @@ class Perturbation:
         """
         layers = [o.num_bytes for o in self._owners if not o.is_lookup and o.tiles is None]
         tiles = sum(t.numel() * t.element_size() for t in self._tile.values())
-        buffers = 2 if self.overlap and self._owners and streams_of(self._device.type) else 1
+        kind = self._device.type if self._owners else "cpu"
+        buffers = 2 if self.overlap and (kind == "meta" or streams_of(kind)) else 1
         return buffers * max(layers, default=0) + self._small.num_bytes + tiles
 
     @property
