@@ -119,6 +119,9 @@ class RunConfig(_Section):
     )
     replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
     self_check: bool = Field(True, description="watch the first perturbed forward")
+    overlap: bool = Field(
+        False, description="on CUDA, perturb a layer while the one before it runs; same bits"
+    )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="at a loss that is not finite: stop with a checkpoint, or skip the step"
     )
@@ -414,6 +417,7 @@ def idle_options(config: RunConfig) -> list[str]:
             "num_directions",
             "base_every",
             "base_batch_fraction",
+            "overlap",
             "distribution",
             "base_weight_decay",
             "snapshot_every",
@@ -440,6 +444,7 @@ def idle_options(config: RunConfig) -> list[str]:
             "num_directions",
             "base_every",
             "base_batch_fraction",
+            "overlap",
             "snapshot_every",
         ),
         "hybrid": (),

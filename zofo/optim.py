@@ -15,11 +15,9 @@ References:
 
 from __future__ import annotations
 
-import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,30 +26,19 @@ from torch.optim import Optimizer
 
 from zofo.errors import UserError
 from zofo.estimator import (
-    ESTIMATORS,
     Estimator,
     GeneratorState,
     forwards_per_direction,
     projected_gradients,
     unperturbed,
 )
-from zofo.noise import DISTRIBUTIONS, Distribution
+from zofo.noise import Distribution
+from zofo.optim_checks import check_groups, check_options, optimizer_class
 from zofo.part import Part
 from zofo.perturb import Perturbation
 from zofo.reading import Reading, StepReport, step_unless
+from zofo.step_log import PendingStep, Rates, StepLog
 from zofo.trajectory import GroupSpec, Trajectory, Update, move_unread
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A step that was taken and not yet read."""
-
-    step: int
-    num_forwards: float
-    rates: tuple[tuple[str, int, float, float], ...]
-    """Block, number of weights, lr and weight decay of each zeroth-order group that was due."""
-    reading: Reading
-    counters: tuple[tuple[Tensor, Tensor], ...]
 
 
 class HybridOptimizer(Optimizer):
@@ -74,6 +61,8 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
         replay_dropout: give every evaluation of a step the same dropout masks.
         self_check: watch the first perturbed forward for weights read around the perturbation.
+        overlap: on CUDA, perturb the next layer while a layer runs; costs the scratch of one layer
+            more. What is computed is the same. Off by default: it has not been timed on a GPU.
         reads_late: leave a step's scalars on the device and read them a step later, so that the
             host never waits; None: on CUDA. What is computed is the same. `last_step`,
             `trajectory` and `state_dict` wait.
@@ -98,13 +87,14 @@ class HybridOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         replay_dropout: bool = True,
         self_check: bool = True,
+        overlap: bool = False,
         reads_late: bool | None = None,
     ) -> None:
-        _check_options(
+        check_options(
             optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
         )
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
-        _check_groups(self.param_groups, base_every)
+        check_groups(self.param_groups, base_every)
         self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
         self.distribution, self.base_every, self.seed = distribution, base_every, seed
         self.max_grad_norm, self.replay_dropout = max_grad_norm, replay_dropout
@@ -114,7 +104,7 @@ class HybridOptimizer(Optimizer):
         # checkpoints see one optimizer.
         first = self._groups("first")
         self.inner = (
-            _optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
+            optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
         )
         self._share_state()
 
@@ -126,6 +116,7 @@ class HybridOptimizer(Optimizer):
                 [t for group in zeroth for t in group["tensors"]],
                 seed=seed,
                 distribution=distribution,
+                overlap=overlap,
             )
             if zeroth
             else None
@@ -135,14 +126,11 @@ class HybridOptimizer(Optimizer):
             for group in zeroth
             if group.get("block", "base") == "base"
         )
-        self._trajectory = Trajectory(seed, distribution, eps, estimator, recorded)
+        self._log = StepLog(Trajectory(seed, distribution, eps, estimator, recorded))
         self._reads_late = reads_late
-        self._pending: _Pending | None = None
         self._has_stepped = False
         self.step_count = 0
         self.num_forwards: float = 0
-        self.last_read: StepReport | None = None  # the newest that is there without waiting
-        self._last_measured: StepReport | None = None
         self._loss: Tensor | None = None
         self._scalars: Tensor | None = None
         self._num_forwards: float = 0
@@ -151,24 +139,29 @@ class HybridOptimizer(Optimizer):
     @property
     def last_step(self) -> StepReport | None:
         """What the last step did; waits for it."""
-        self._read_pending()
-        return self.last_read
+        self._log.read_pending()
+        return self._log.last
+
+    @property
+    def last_read(self) -> StepReport | None:
+        """The newest report that is there without waiting."""
+        return self._log.last
 
     @property
     def last_measured(self) -> StepReport | None:
         """The last step that had projected gradients; waits for it."""
-        self._read_pending()
-        return self._last_measured
+        self._log.read_pending()
+        return self._log.last_measured
 
     @property
     def trajectory(self) -> Trajectory:
         """How the zeroth-order base has moved; waits for the last step."""
-        self._read_pending()
-        return self._trajectory
+        self._log.read_pending()
+        return self._log.trajectory
 
     @trajectory.setter
     def trajectory(self, trajectory: Trajectory) -> None:
-        self._pending, self._trajectory = None, trajectory
+        self._log.pending, self._log.trajectory = None, trajectory
 
     @property
     def zeroth_is_due(self) -> bool:
@@ -299,7 +292,7 @@ class HybridOptimizer(Optimizer):
         if self._is_read_late():
             self._step_unread()
         else:
-            self._read_pending()
+            self._log.read_pending()
             self._step_now()
         self.num_forwards += self._num_forwards
         self.step_count += 1
@@ -330,7 +323,7 @@ class HybridOptimizer(Optimizer):
                     seed=self.seed,
                     distribution=self.distribution,
                 )
-        self._report(
+        self._log.report(
             self.step_count,
             total,
             scalars,
@@ -343,7 +336,7 @@ class HybridOptimizer(Optimizer):
     def _step_unread(self) -> None:
         """Move as `_step_now` does; the device decides what is finite."""
         # Waits for the step before, which this one's forwards stand behind in the device's queue.
-        self._read_pending()
+        self._log.read_pending()
         device = self._measured_on()
         values: dict[str, Tensor] = {}
         is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -375,65 +368,13 @@ class HybridOptimizer(Optimizer):
                     seed=self.seed,
                     distribution=self.distribution,
                 )
-        self._pending = _Pending(
+        self._log.pending = PendingStep(
             self.step_count,
             self._num_forwards,
             self._rates(),
             Reading(values),
             tuple(counters),
         )
-
-    def _read_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        values = pending.reading.get()
-        loss = values["loss"][0] if "loss" in values else None
-        if loss is not None and not math.isfinite(loss):
-            for counter, before in pending.counters:
-                counter.copy_(before)
-        self._report(
-            pending.step,
-            loss,
-            values.get("scalars", ()),
-            values["grad_norm"][0] if "grad_norm" in values else None,
-            {"adapter": values["adapter_norm"][0]} if "adapter_norm" in values else {},
-            pending.num_forwards,
-            pending.rates,
-        )
-
-    def _report(
-        self,
-        step: int,
-        loss: float | None,
-        scalars: tuple[float, ...],
-        grad_norm: float | None,
-        norms: dict[str, float],
-        num_forwards: float,
-        rates: Sequence[tuple[str, int, float, float]],
-    ) -> None:
-        """Note a step in the trajectory and as the newest report."""
-        loss_is_finite = loss is None or math.isfinite(loss)
-        is_finite = loss_is_finite and all(map(math.isfinite, scalars))
-        norms = norms if loss_is_finite else {}
-        if is_finite and scalars:
-            row = [
-                Update(step, scalars, lr, decay) for block, _, lr, decay in rates if block == "base"
-            ]
-            if row:
-                self._trajectory.updates.append(tuple(row))
-            norms |= _expected_norms(scalars, rates)
-        if not is_finite:
-            warnings.warn(
-                f"step {step}: loss {loss}, projected gradient {scalars}: not finite, "
-                "not applied. Lower the learning rates; in float16 raise eps or use bfloat16",
-                stacklevel=4,
-            )
-        self.last_read = StepReport(
-            step, loss, scalars, grad_norm, not is_finite, num_forwards, norms
-        )
-        if scalars:
-            self._last_measured = self.last_read
 
     def _is_read_late(self) -> bool:
         """Not the first step, which may create the first-order optimizer's state."""
@@ -478,11 +419,11 @@ class HybridOptimizer(Optimizer):
         self._share_state()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
         measured = own.get("last_measured")
-        self._pending = None
-        self._last_measured = None if measured is None else StepReport(**measured)
+        self._log.pending = None
+        self._log.last_measured = None if measured is None else StepReport(**measured)
         self._forget_measurements()
 
-    def _rates(self) -> tuple[tuple[str, int, float, float], ...]:
+    def _rates(self) -> Rates:
         return tuple(
             (
                 group.get("block", "base"),
@@ -517,94 +458,3 @@ class HybridOptimizer(Optimizer):
 
     def _forget_measurements(self) -> None:
         self._loss, self._scalars, self._num_forwards = None, None, 0
-
-
-def _expected_norms(
-    scalars: tuple[float, ...], rates: Sequence[tuple[str, int, float, float]]
-) -> dict[str, float]:
-    squares: dict[str, float] = {}
-    for block, num_weights, lr, _ in rates:
-        squares[block] = squares.get(block, 0.0) + lr**2 * num_weights
-    length = math.sqrt(math.fsum(s * s for s in scalars)) / len(scalars)
-    return {block: math.sqrt(square) * length for block, square in squares.items()}
-
-
-def _known_optimizers() -> dict[str, type[Optimizer]]:
-    """The optimizers of `torch.optim` by their names in lower case."""
-    return {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-
-
-def _optimizer_class(optimizer: str | type[Optimizer]) -> type[Optimizer]:
-    return _known_optimizers()[optimizer.lower()] if isinstance(optimizer, str) else optimizer
-
-
-def _check_options(
-    optimizer: str | type[Optimizer],
-    eps: float,
-    estimator: str,
-    num_directions: int,
-    distribution: str,
-    base_every: int,
-    seed: int,
-    max_grad_norm: float | None,
-) -> None:
-    known = _known_optimizers()
-    asked = optimizer.lower() if isinstance(optimizer, str) else None
-    near = difflib.get_close_matches(asked, known, n=1) if asked else []
-    hint = f"; did you mean {known[near[0]].__name__!r}?" if near else ""
-    checks = (
-        (
-            asked is None or asked in known,
-            f"optimizer is {optimizer!r}, which torch.optim does not have{hint}",
-        ),
-        (0 < eps < math.inf, f"eps is {eps}; it must be a positive number, 1e-3 is usual"),
-        (
-            estimator in ESTIMATORS,
-            f"estimator is {estimator!r}; choose one of {', '.join(ESTIMATORS)}",
-        ),
-        (num_directions >= 1, f"num_directions is {num_directions}; it must be at least 1"),
-        (
-            distribution in DISTRIBUTIONS,
-            f"distribution is {distribution!r}; choose one of {', '.join(DISTRIBUTIONS)}",
-        ),
-        (
-            isinstance(base_every, int) and base_every >= 1,
-            f"base_every is {base_every}; it must be a whole number of steps, at least 1",
-        ),
-        (0 <= seed < 2**64, f"seed is {seed}; it must lie in [0, 2^64)"),
-        (
-            max_grad_norm is None or max_grad_norm > 0,
-            f"max_grad_norm is {max_grad_norm}; it must be positive, or None for no clipping",
-        ),
-    )
-    wrong = [message for holds, message in checks if not holds]
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
-def _check_groups(groups: Sequence[Mapping[str, Any]], base_every: int) -> None:
-    for i, group in enumerate(groups):
-        if group.get("order") not in ("first", "zeroth"):
-            raise UserError(
-                f"parameter group {i} has order {group.get('order')!r}; it must be 'first' or "
-                "'zeroth' (zofo.methods.param_groups builds the groups)"
-            )
-        if "lr" not in group:
-            raise UserError(f"parameter group {i} has no lr")
-        if group["order"] == "zeroth":
-            lengths = {len(group.get(key, ())) for key in ("params", "names", "tensors")}
-            if len(lengths) != 1:
-                raise UserError(
-                    f"parameter group {i} is of zeroth order and needs one name and one tensor "
-                    "index for each parameter (zofo.methods.param_groups builds the groups)"
-                )
-    orders = {group["order"] for group in groups}
-    if base_every > 1 and orders == {"zeroth"}:
-        raise UserError(
-            f"base_every is {base_every} and there is no first-order group to move in the other "
-            "steps; leave it at 1, or choose method hybrid"
-        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zofo.adapters import create_adapter
 from zofo.config import RunConfig
+from zofo.environment import default_device
 from zofo.methods import METHODS, apply_method, param_groups
 from zofo.models import empty_model, load_tokenizer
 from zofo.perturb import Perturbation
@@ -99,6 +100,10 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
+def _device(config: RunConfig) -> str:
+    return default_device() if config.device == "auto" else config.device
+
+
 def _num_rows(splits: Splits) -> dict[str, int]:
     return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
 
@@ -147,6 +152,7 @@ def _memory(
             [p for g in zeroth for p in g["params"]],
             [t for g in zeroth for t in g["tensors"]],
             seed=0,
+            overlap=config.overlap and _device(config) == "cuda",
         )
         scratch = view.largest_layer_bytes
     longest = sorted((row.length * len(row.rows) for row in train), reverse=True)

@@ -26,6 +26,7 @@ FREE: Final = frozenset(
         "device",
         "eval_batch_size",
         "snapshot_every",
+        "overlap",
     )
 )
 """Keys that may differ from the saved run's."""

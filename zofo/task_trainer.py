@@ -152,6 +152,7 @@ def build_trainer(
         base_batch_fraction=config.base_batch_fraction,
         replay_dropout=config.replay_dropout,
         self_check=config.self_check,
+        overlap=config.overlap,
         on_non_finite=config.on_non_finite,
         snapshot_every=config.snapshot_every,
         sampling=config.sampling,

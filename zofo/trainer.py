@@ -215,6 +215,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             seed=args.seed if options.zo_seed is None else options.zo_seed,
             replay_dropout=options.replay_dropout,
             self_check=options.self_check,
+            overlap=getattr(options, "overlap", False),
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -53,6 +53,10 @@ class HybridOptions:
         default=True,
         metadata={"help": "on the first step, look for unperturbed reads and unsteady losses"},
     )
+    overlap: bool = field(
+        default=False,
+        metadata={"help": "on CUDA, perturb a layer while the one before it runs; same bits"},
+    )
     on_non_finite: str = field(
         default="stop",
         metadata={"help": "at a loss or scalar that is not finite: stop (checkpointed), or skip"},

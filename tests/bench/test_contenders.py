@@ -7,15 +7,18 @@ import copy
 import pytest
 import torch
 
-from zofo.bench.contenders import EPS, KINDS, RATE
+import zofo.overlap
+from zofo.bench.contenders import EPS, RATE
+from zofo.bench.contenders import KINDS as ALL_KINDS
 from zofo.bench.models import Workbench, model_facts
-from zofo.bench.settings import CONTENDERS, Settings
+from zofo.bench.settings import CONTENDERS, Settings, contenders_on
 from zofo.config import RunConfig
 from zofo.errors import UserError
 from zofo.methods import split_parameters
 from zofo.run import forward_equivalents
 
 SETTINGS = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,))
+KINDS = {name: ALL_KINDS[name] for name in contenders_on("cpu")}
 BIG = 1e-2
 
 
@@ -39,7 +42,20 @@ def one_step(contender):
 
 
 def test_every_name_has_its_contender_in_order():
-    assert tuple(KINDS) == CONTENDERS
+    assert tuple(ALL_KINDS) == CONTENDERS == contenders_on("cuda")
+
+
+def test_overlap_is_the_hybrid_step_and_for_cuda(bench):
+    assert set(ALL_KINDS) - set(KINDS) == {"hybrid-overlap"}
+    other = Workbench(SETTINGS)
+    one_step(KINDS["hybrid"](bench, BIG))
+    contender = ALL_KINDS["hybrid-overlap"](other, BIG)
+    assert contender.optimizer.perturbation.overlap
+    assert contender.forward_equivalents == KINDS["hybrid"].forward_equivalents
+    zofo.overlap._say_without_streams.cache_clear()
+    with pytest.warns(UserWarning, match="no effect on cpu"):
+        one_step(contender)
+    assert not differ(copies(bench.base), other.base)
 
 
 @pytest.mark.parametrize(

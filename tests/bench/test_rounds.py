@@ -108,6 +108,15 @@ def test_settings_survive_their_own_command_line():
     assert "--noise-only" in Settings(steps=False).arguments()
 
 
+def test_what_needs_cuda_is_left_out_elsewhere_unless_it_is_named():
+    settings = settings_from(threads=None, only=None, device="cpu")
+    assert settings.only == tuple(name for name in CONTENDERS if name != "hybrid-overlap")
+    assert "--only" not in settings.arguments()
+    assert "--only" not in Settings(device="cuda").arguments()
+    with pytest.raises(UserError, match=r"hybrid-overlap needs CUDA.*the device is cpu"):
+        settings_from(threads=None, only="hybrid,hybrid-overlap", device="cpu")
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(UserError) as caught:
         settings_from(threads="0", only="mezzo", model="random:llama-2b", batch=0, dtype="float8")
@@ -219,4 +228,4 @@ def test_a_terminal_of_80_columns_shows_every_name_and_number(width):
 
 
 def test_the_names_of_the_contenders_are_unique():
-    assert len(set(CONTENDERS)) == len(CONTENDERS) == 10
+    assert len(set(CONTENDERS)) == len(CONTENDERS) == 11

@@ -27,6 +27,7 @@ from zofo.noise import (
     combine_steps,
     direction,
     philox,
+    prepare,
     triton_kernels,
     triton_launch,
 )
@@ -201,6 +202,23 @@ def test_mixed_dtypes_take_one_launch_each(monkeypatch):
     assert launches == ["combine_tensors"] * 4
     for weight, wanted in zip(weights, expected, strict=True):
         assert_same_bits(weight, wanted)
+
+
+def test_prepared_sums_keep_their_tables():
+    """Also where there are more sets than the cache holds, as a model has layers."""
+    weights = [tensor_of(300, DTYPES[i % 4], seed=i) for i in range(40)]
+    outs = [torch.empty_like(w) for w in weights]
+    launches = [
+        prepare([w], [out], tensors=[i], seed=ADDRESS["seed"])
+        for i, (w, out) in enumerate(zip(weights, outs, strict=True))
+    ]
+    triton_launch._table.cache_clear()
+    for step in (3, 4):
+        for launch in launches:
+            launch(0.1, step, 2)
+        for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+            assert_same_bits(out, reference(weight, [0.1], tensor=i, step=step, first=2))
+    assert triton_launch._table.cache_info().misses == 0
 
 
 def test_the_table_is_made_once_for_a_set_of_tensors():

@@ -5,6 +5,7 @@
     fo-peft          forward, backward into the adapter, AdamW                     2
     hybrid           ours, forward difference; adapter by AdamW                    3
     hybrid-central   ours, central difference; adapter by AdamW                    4
+    hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA)   3
     zo-ft            ours, forward difference: the loss and one perturbed loss     2
     zo-ft-central    ours, central difference: MeZO's estimate                     2
     mezo             MeZO as its authors' code does it: four passes of torch.normal 2
@@ -175,6 +176,7 @@ class Ours(Contender):
     forward_equivalents = get_method("hybrid").forwards_per_gradient + forwards_per_direction(
         "forward"
     )
+    overlap = False
     uses_kernels = True
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
@@ -187,6 +189,7 @@ class Ours(Contender):
             distribution=bench.settings.distribution,  # type: ignore[arg-type]
             eps=EPS,
             self_check=False,  # of the first step alone
+            overlap=self.overlap,
         )
 
     def step(self) -> None:
@@ -203,6 +206,13 @@ class OursCentral(Ours):
     forward_equivalents = get_method("hybrid").forwards_per_gradient + forwards_per_direction(
         "central"
     )
+
+
+class OursOverlap(Ours):
+    """The same as `Ours` with two scratch buffers and a stream beside."""
+
+    what = "hybrid, a layer perturbed while the one before it runs"
+    overlap = True
 
 
 class OursFull(Ours):
@@ -329,6 +339,7 @@ KINDS: Final[Mapping[str, type[Contender]]] = {
     "fo-peft": FirstOrder,
     "hybrid": Ours,
     "hybrid-central": OursCentral,
+    "hybrid-overlap": OursOverlap,
     "zo-ft": OursFull,
     "zo-ft-central": OursFullCentral,
     "mezo": Mezo,

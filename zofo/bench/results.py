@@ -46,6 +46,7 @@ STEP_RATIOS: Final = (
         ("hybrid-central",),
         ("fo-peft", "forward", "forward"),
     ),
+    Ratio("hybrid-overlap / hybrid", ("hybrid-overlap",), ("hybrid",)),
     Ratio("hybrid / naive-hybrid", ("hybrid",), ("naive-hybrid",)),
     Ratio("hybrid-central / naive-hybrid", ("hybrid-central",), ("naive-hybrid",)),
     Ratio("zo-ft / mezo", ("zo-ft",), ("mezo",)),

@@ -16,6 +16,7 @@ CONTENDERS: Final = (
     "fo-peft",
     "hybrid",
     "hybrid-central",
+    "hybrid-overlap",
     "zo-ft",
     "zo-ft-central",
     "mezo",
@@ -23,6 +24,7 @@ CONTENDERS: Final = (
     "fo-ft",
     "fo-ft-fused",
 )
+_ON_CUDA_ONLY: Final = ("hybrid-overlap",)
 _ADAPTERS: Final = ("lora", "prefix", "prompt")
 _LIMITS: Final = {
     "batch": (1, 1 << 20),
@@ -47,7 +49,7 @@ class Settings:
         threads: each number is a run of its own; empty: what torch is set to.
         distribution: of our directions in the steps; the kernels are measured with both.
         rounds: samples of each contender.
-        only: the contenders, in the order of `CONTENDERS`.
+        only: the contenders, in the order of `CONTENDERS`; the default is for CUDA.
         elements: size of the weight for the noise kernels; the default, 128 MiB in float32, is
             larger than the caches.
         steps: whether to time steps.
@@ -85,11 +87,16 @@ class Settings:
         words += ["--threads", ",".join(map(str, self.threads))] if self.threads else []
         for key in ("distribution", "rounds", "elements"):
             words += [f"--{key}", str(getattr(self, key))]
-        words += ["--only", ",".join(self.only)] if self.only != CONTENDERS else []
+        words += ["--only", ",".join(self.only)] if self.only != contenders_on(self.device) else []
         if not self.steps:
             return [*words, "--noise-only"]
         words += [] if self.memory else ["--no-memory"]
         return words + ([] if self.noise else ["--no-noise"])
+
+
+def contenders_on(device: str) -> tuple[str, ...]:
+    """All that can be measured on such a device."""
+    return tuple(n for n in CONTENDERS if device == "cuda" or n not in _ON_CUDA_ONLY)
 
 
 def settings_from(
@@ -99,7 +106,7 @@ def settings_from(
 
     Args:
         threads: numbers, separated by commas; None: what torch is set to.
-        only: contenders, separated by commas; None: all.
+        only: contenders, separated by commas; None: all that the device can.
         json_file: where the results will go.
         values: the other attributes of `Settings`.
 
@@ -122,9 +129,13 @@ def settings_from(
 
     check_device(settings.device)
     device = default_device() if settings.device == "auto" else settings.device
-    return dataclasses.replace(
-        settings, device=device, threads=settings.threads or (torch.get_num_threads(),)
-    )
+    can_be = contenders_on(device)
+    chosen = can_be if only is None else chosen
+    for name in chosen:
+        if name not in can_be:
+            raise UserError(f"{name} needs CUDA, and the device is {device}; leave it out")
+    num_threads = settings.threads or (torch.get_num_threads(),)
+    return dataclasses.replace(settings, device=device, only=chosen, threads=num_threads)
 
 
 def _numbers(threads: str | None, problems: list[str]) -> tuple[int, ...]:

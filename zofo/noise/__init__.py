@@ -102,7 +102,8 @@ def prepare(
 ) -> Callable[[float, int, int], None]:
     """Sums weights + coefficient · v, to be computed again and again into the same places.
 
-    What does not change is laid out once, and all tensors of a dtype are one call.
+    What does not change is laid out once, and all tensors of a dtype are one call. On CUDA it goes
+    to the current stream; where the tensors are contiguous it neither waits nor allocates.
 
     Args:
         weights: as for `combine`. Their memory must stay where it is, and so must that of outs.
@@ -119,19 +120,25 @@ def prepare(
         ValueError: as `combine`.
     """
     per_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
+    per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
     rest = []
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
         _check(weight, out, 1, seed, 0, tensor, 0, offset)
-        is_plain = weight.device.type == "cpu" and weight.is_contiguous() and out.is_contiguous()
-        if not is_plain:
+        backend = backends.backend(weight.device.type)
+        if backend == "torch" or not (weight.is_contiguous() and out.is_contiguous()):
             rest.append((weight, out, tensor))
-        elif weight.numel():
+        elif weight.numel() and backend == "cpu":
             per_dtype.setdefault(weight.dtype, []).append((weight, out, tensor))
+        elif weight.numel():
+            per_device.setdefault(weight.device, []).append((weight, out, tensor))
     calls = {
         dtype: backends.cpu().call_of(*zip(*jobs, strict=True), offset)
         for dtype, jobs in per_dtype.items()
     }
-    if rest and offset:
+    layouts = [
+        backends.triton_launch().layout_of(*zip(*jobs, strict=True)) for jobs in per_device.values()
+    ]
+    if (rest or layouts) and offset:
         raise ValueError("only a contiguous weight on the CPU can be a part of a tensor")
     purpose = _PURPOSE[distribution]
 
@@ -139,6 +146,17 @@ def prepare(
         _check_address(seed=seed, step=step, num_directions=index + 1)
         for dtype, call in calls.items():
             call.run(_plan(dtype, coefficient, step, index, seed, purpose))
+        for layout in layouts:
+            backends.triton_launch().run_layout(
+                layout,
+                (coefficient,),
+                decay=1.0,
+                step=step,
+                seed=seed,
+                purpose=purpose,
+                first_direction=index,
+                stochastic=False,
+            )
         if rest:
             combine_many(
                 [weight for weight, _, _ in rest],

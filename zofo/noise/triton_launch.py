@@ -1,15 +1,17 @@
 """Launches of the CUDA kernels: what they are told, and where.
 
 A launch for many tensors finds them in a table on the device, made once for each set of tensors and
-kept. One coefficient or none travels as an argument, several from the host through pinned memory,
-and those on the device stay there; so a step neither copies nor waits.
+kept, by whoever laid them out (`layout_of`) or in a small cache. One coefficient or none travels as
+an argument, several from the host through pinned memory, and those on the device stay there; so a
+step neither copies nor waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -129,18 +131,71 @@ def combine_many(
         first_direction: index of the first direction.
         stochastic: whether 16-bit results are rounded stochastically.
     """
+    run_layout(
+        layout_of(weights, outs, tensors, table_of=_table),
+        coefficients,
+        decay=decay,
+        step=step,
+        seed=seed,
+        purpose=purpose,
+        first_direction=first_direction,
+        stochastic=stochastic,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of one device, as the launches find them: a table for each dtype and alignment."""
+
+    device: torch.device
+    tables: tuple[tuple[torch.dtype, bool, Tensor, Tensor], ...]
+
+
+def layout_of(
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    tensors: Sequence[int],
+    *,
+    table_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> Layout:
+    """Lay out tensors as for `combine_many`, whose memory must stay where it is.
+
+    Args:
+        weights: contiguous, each of at least one element, on one device.
+        outs: likewise, of their shapes and dtypes.
+        tensors: the tensors' indices.
+        table_of: what makes the tables; None: they are made here, which waits for the device.
+    """
     device = weights[0].device
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), tensor)
+        groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
+    make = _new_table if table_of is None else table_of
+    return Layout(
+        device, tuple((*group, *make(device, tuple(rows))) for group, rows in groups.items())
+    )
+
+
+def run_layout(
+    layout: Layout,
+    coefficients: Sequence[float] | Tensor,
+    *,
+    decay: float,
+    step: int,
+    seed: int,
+    purpose: int,
+    first_direction: int,
+    stochastic: bool,
+) -> None:
+    """One launch for each table; arguments as for `combine_many`."""
+    device = layout.device
     if isinstance(coefficients, Tensor):
         on_device = coefficients.detach().to(device, torch.float64).contiguous()
         scalars = _scalars(triton_kernels.DEVICE, on_device, len(on_device), decay=decay, step=step)
     else:
         scalars = _host_scalars([coefficients], (decay,), (step,), device)
-    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
-    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), tensor)
-        groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
-    for (dtype, is_aligned), rows in groups.items():
-        table, tensor_of_tile = _table(device, tuple(rows))
+    for dtype, is_aligned, table, tensor_of_tile in layout.tables:
         with _on(device):
             triton_kernels.combine_tensors[(len(tensor_of_tile),)](
                 table,
@@ -214,19 +269,19 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-@lru_cache(maxsize=32)
-def _table(
+def _new_table(
     device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
 ) -> tuple[Tensor, Tensor]:
-    """The table of `triton_kernels.combine_tensors` and the row for each of its tiles.
-
-    They say no more than the key does, so a cached one is right whatever became of the memory.
-    """
+    """The table of `triton_kernels.combine_tensors` and the row for each of its tiles."""
     tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
     first = (tiles.cumsum(0) - tiles).tolist()
     table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
     tensor_of_tile = torch.repeat_interleave(torch.arange(len(rows)), tiles).int()
     return table.to(device), tensor_of_tile.to(device)
+
+
+# A table says no more than its key does: a kept one is right whatever became of the memory.
+_table = lru_cache(maxsize=32)(_new_table)
 
 
 def _host_scalars(
