@@ -5,7 +5,7 @@
     fo-peft          forward, backward into the adapter, AdamW                     2
     hybrid           ours, forward difference; adapter by AdamW                    3
     hybrid-central   ours, central difference; adapter by AdamW                    4
-    hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA)   3
+    hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA) 3
     zo-ft            ours, forward difference: the loss and one perturbed loss     2
     zo-ft-central    ours, central difference: MeZO's estimate                     2
     mezo             MeZO as its authors' code does it: four passes of torch.normal 2
