@@ -102,8 +102,9 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
 
         header = read_header(find_artifact(folder))
         values = {"seed": header["base"]["seed"], "task": header["task"] or {}}
-        name = values["task"].get("name")
-        if any(o.split("=")[0] in ("task", "task.name") and o.split("=")[1] != name for o in given):
+        own = values["task"].get("name")
+        pairs = [override.partition("=") for override in given]
+        if any(key in ("task", "task.name") and name != own for key, _, name in pairs):
             values["task"] = {}  # sizes and files of one task mean nothing in another
     config = load_config(values=values, overrides=given)
     check_device(config.device)
