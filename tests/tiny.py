@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -20,7 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> hf.PreTrainedTokenizerFast:
+def make_tokenizer(**options: Any) -> hf.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,7 +33,7 @@ def make_tokenizer() -> hf.PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **options)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -61,7 +62,7 @@ def save_decoder(folder: Path) -> Path:
 
 def save_encoder(folder: Path) -> Path:
     """A BERT of two layers without a head, seeded."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     tokenizer.pad_token = "<eos>"
     with torch.random.fork_rng():
         torch.manual_seed(0)

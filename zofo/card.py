@@ -6,7 +6,6 @@ leaves, what that cost, and how to load it. Names of local files stay out of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -172,6 +171,7 @@ def _public_name(name: str) -> str | None:
 def _datasets(task: Mapping[str, Any]) -> list[str] | None:
     """Hub ids of the data, where they are known."""
     if task["name"] in BUILTIN:
-        return re.findall(r"hub ([\w.-]+/[\w.-]+)", BUILTIN[task["name"]].origin) or None
+        known = BUILTIN[task["name"]]
+        return [known.hub.dataset] if known.embedded is None else None
     train = task.get("train") or ""
     return [train] if looks_like_hub_id(train) and not Path(train).exists() else None

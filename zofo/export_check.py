@@ -96,7 +96,7 @@ def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) 
             pass
         else:
             texts = tuple(
-                f"{e.prompt}{e.candidates[0]}"
+                f"{e.prompt}{e.candidates[0]}{e.ending}"
                 if isinstance(e, Example)
                 else "".join(text for text, _ in e.segments)
                 for e in examples

@@ -12,9 +12,10 @@ from zofo.artifact import Artifact
 from zofo.errors import UserError
 from zofo.evaluate import predict_scores
 from zofo.tasks import TaskSpec
-from zofo.tasks.builtin import BUILTIN, piqa_examples
+from zofo.tasks.builtin import BUILTIN
 from zofo.tasks.classify import DEFAULT_TEMPLATE, fill, template_columns
 from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.family import examples as builtin_examples
 from zofo.tasks.generate import checked_messages
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
 from zofo.tasks.spec import Example
@@ -33,10 +34,11 @@ def table_of_texts(spec: TaskSpec, texts: Sequence[str]) -> Table:
     elif spec.name == "completion":
         rows = [{spec.prompt: text} for text in texts]
     else:
-        columns = template_columns(_template(spec))
-        if len(columns) > 1 or spec.name == "piqa":
+        columns = _columns(spec)
+        if len(columns) > 1:
             raise UserError(
-                f"a row of task {spec.name} has several columns; give a file with {_names(spec)}"
+                f"a row of task {spec.name} has several columns; give a file with "
+                f"{', '.join(columns)}"
             )
         rows = [{columns[0]: text} for text in texts]
     return Table(list(enumerate(rows, start=1)), "the command line", {})
@@ -98,17 +100,14 @@ def predict(
 
 
 def _template(spec: TaskSpec) -> str:
-    if spec.template is not None:
-        return spec.template
+    """Of the user's own rows."""
+    return spec.template or DEFAULT_TEMPLATE.replace("text", spec.text)
+
+
+def _columns(spec: TaskSpec) -> tuple[str, ...]:
     if spec.name in BUILTIN:
-        return BUILTIN[spec.name].template
-    return DEFAULT_TEMPLATE.replace("text", spec.text)
-
-
-def _names(spec: TaskSpec) -> str:
-    if spec.name == "piqa":
-        return "question, options"
-    return ", ".join(template_columns(_template(spec)))
+        return BUILTIN[spec.name].columns
+    return template_columns(_template(spec))
 
 
 def _labels(artifact: Artifact, spec: TaskSpec) -> tuple[str, ...]:
@@ -117,23 +116,24 @@ def _labels(artifact: Artifact, spec: TaskSpec) -> tuple[str, ...]:
             f"{artifact.base.name} was not trained on labels, so there is nothing to choose from; "
             "predict with a run folder or an artefact"
         )
-    return artifact.labels or tuple(BUILTIN[spec.name].label_names.values())
+    if spec.name in BUILTIN:
+        task = BUILTIN[spec.name]
+        return artifact.labels or (task.classes if task.kind == "classification" else ())
+    return artifact.labels
 
 
 def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Example]:
-    template = _template(spec)
-    if spec.name == "piqa":
-        require_columns(table, ["question", "options"], "PIQA's rows have these")
-        rows = [(i, {**row, "answer": "A."}) for i, row in table.rows]
-        return piqa_examples(Table(rows, table.source, {}), template)
-    columns = template_columns(template)
-    require_columns(table, columns, "The task's template names them")
     if spec.name in BUILTIN:
-        task = BUILTIN[spec.name]
-        words = spec.verbalizers or task.verbalizers
-        candidates = tuple(words[key] for key in task.verbalizers)
-    else:
-        candidates = tuple((spec.verbalizers or {}).get(x, f" {x}") for x in labels)
+        return builtin_examples(
+            BUILTIN[spec.name],
+            table,
+            template=spec.template,
+            verbalizers=spec.verbalizers,
+            is_labelled=False,
+        )
+    template, columns = _template(spec), _columns(spec)
+    require_columns(table, columns, "The task's template names them")
+    candidates = tuple((spec.verbalizers or {}).get(x, f" {x}") for x in labels)
 
     def convert(number: int, row: dict[str, Any]) -> Example:
         texts = [text_in(row, column) for column in columns]

@@ -39,6 +39,7 @@ from zofo.resume import resumed_config as resumed_config
 from zofo.task_trainer import build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, Encoder
+from zofo.tasks.seen import check_rows, check_tasks
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,11 @@ def evaluate_artifact(
     """Scores of a loaded model on a task's rows.
 
     Raises:
-        UserError: for data that cannot be read or does not suit the model.
+        UserError: for data that cannot be read or does not suit the model, or test rows that it
+            was trained on.
     """
+    if artifact.task is not None:
+        check_tasks(artifact.task["name"], task.name)
     splits = load_splits(task, seed=seed, tokenizer=artifact.tokenizer)
     if artifact.base.head == "classification" and len(splits.labels) != artifact.base.num_labels:
         raise UserError(
@@ -338,6 +342,9 @@ def evaluate_artifact(
             f"{len(splits.labels)} ({', '.join(splits.labels) or 'none'}); choose the task it was "
             "trained on"
         )
+    if artifact.task is not None and part == "test":
+        seeds = (artifact.base.seed, seed)
+        check_rows(artifact.task, task, splits.test, seeds=seeds, tokenizer=artifact.tokenizer)
     encoder = Encoder(artifact.tokenizer, head=artifact.base.head, max_length=task.max_length)
     rows = [encoder(row) for row in splits.part(part)]
     collator = Collator(artifact.tokenizer.pad_token_id)

@@ -133,3 +133,96 @@ def test_encoders_see_the_text_alone(encoder_folder):
     ).logits.log_softmax(-1)
     assert torch.allclose(candidate_scores(model, batch), logits)
     assert torch.allclose(objective_loss(model, batch), -logits[0, 1])
+
+
+def pair(text, second, row=1):
+    return Example("ignored", (" a", " b"), 1, (text, second), row)
+
+
+@torch.no_grad()
+def test_encoders_see_pairs_as_two_sequences(encoder_folder):
+    model, tokenizer = load_model(encoder_folder, head="classification", num_labels=2)
+    model.eval()
+    # Segments have no meaning in an untrained model until their embeddings differ.
+    model.bert.embeddings.token_type_embeddings.weight[1] += 1
+    encoder, collator = Encoder(tokenizer, head="classification"), Collator(tokenizer.pad_token_id)
+    short, long = pair("the film", "a mess"), pair("a warm and clever story", "never loses")
+    batch = collator([encoder(short), encoder(long)])
+    scores = candidate_scores(model, batch)
+    for found, row in zip(scores, (short, long), strict=True):
+        inputs = tokenizer(*row.text, return_tensors="pt")
+        assert set(inputs["token_type_ids"][0].tolist()) == {0, 1}
+        assert torch.allclose(found, model(**inputs).logits.log_softmax(-1)[0], atol=1e-6)
+    flat = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
+    assert not torch.allclose(candidate_scores(model, flat), scores, atol=1e-6)
+
+
+def test_the_longer_text_of_a_pair_is_cut(encoder_folder):
+    _, tokenizer = load_model(encoder_folder, head="classification", num_labels=2)
+    row = pair("the film " * 40, "a mess")
+    encoded = Encoder(tokenizer, head="classification", max_length=16)(row)
+    assert len(encoded.rows[0]) == len(encoded.types) == 16
+    second = [i for i, kind in zip(encoded.rows[0], encoded.types, strict=True) if kind == 1]
+    assert tokenizer.decode(second) == "a mess"
+
+
+BLANK = Example("the ", ("film", "capital of France"), 0, "", 1, ending=" is a warm story")
+
+
+def ending_by_hand(model, tokenizer, example, candidate):
+    """Mean log-likelihood of the ending alone, after the prompt and one candidate."""
+    start = tokenizer(example.prompt + candidate)["input_ids"]
+    whole = tokenizer(example.prompt + candidate + example.ending)["input_ids"]
+    assert whole[: len(start)] == start
+    logs = model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
+    return torch.stack([logs[i - 1, whole[i]] for i in range(len(start), len(whole))]).mean()
+
+
+@pytest.mark.parametrize("adapter", [None, "prompt"])
+@torch.no_grad()
+def test_what_follows_a_blank_is_scored_after_each_candidate(decoder_folder, adapter):
+    model, tokenizer = load_model(decoder_folder)
+    expected = torch.stack([ending_by_hand(model, tokenizer, BLANK, c) for c in BLANK.candidates])
+    encoder, collator = Encoder(tokenizer), Collator(tokenizer.pad_token_id)
+    encoded = encoder(BLANK)
+    scored = [[token for _, _, token in tokens] for tokens in encoded.targets]
+    assert scored[0] == scored[1] == tokenizer(BLANK.ending)["input_ids"]
+    if adapter is None:
+        # Beside examples of other shapes, as in a batch.
+        found = candidate_scores(model, collator([encoder(MANY_TOKENS), encoded]))[1, :2]
+        assert torch.allclose(found, expected, atol=1e-6)
+        loss = objective_loss(model, collator([encoded]), "candidates")
+        assert torch.allclose(loss, -expected.log_softmax(-1)[0], atol=1e-6)
+        return
+    model = create_adapter(model, adapter, tokenizer=tokenizer).eval()
+    rows = [torch.tensor([(*row, scored[0][-1])]) for row in encoded.rows]
+    num, found = len(scored[0]), candidate_scores(model, collator([encoded]))[0]
+    for ids, score in zip(rows, found, strict=True):
+        logs = model(input_ids=ids).logits[0, -num - 1 : -1].float().log_softmax(-1)
+        assert torch.allclose(logs.gather(1, ids[0, -num:, None]).mean(), score, atol=1e-5)
+
+
+def test_endings_keep_what_is_scored_when_too_long():
+    row = Example("1" * 20, ("23", "4"), 1, "", 1, ending="567")
+    encoded = Encoder(FakeTokenizer(), max_length=8)(row)
+    assert encoded.rows == ((1, 1, 1, 1, 2, 3, 5, 6), (1, 1, 1, 1, 1, 4, 5, 6))
+    assert [[t for _, _, t in tokens] for tokens in encoded.targets] == [[5, 6, 7], [5, 6, 7]]
+    assert [[p for _, p, _ in tokens] for tokens in encoded.targets] == [[5, 6, 7], [5, 6, 7]]
+
+
+class PairingTokenizer(FakeTokenizer):
+    """2 and 5 side by side are one token, 25."""
+
+    def __call__(self, text, **kwargs):
+        ids = super().__call__(text)["input_ids"]
+        whole = "".join(map(str, ids)).replace("25", "x")
+        return {"input_ids": [25 if c == "x" else int(c) for c in whole]}
+
+
+def test_only_tokens_that_follow_every_candidate_are_scored():
+    row = Example("1", ("2", "3"), 0, "", 1, ending="56")
+    encoded = Encoder(PairingTokenizer())(row)
+    assert encoded.rows == ((1, 25), (1, 3, 5))
+    assert [[t for _, _, t in tokens] for tokens in encoded.targets] == [[6], [6]]
+    with pytest.raises(UserError, match="other tokens after each candidate"):
+        Encoder(PairingTokenizer())(Example("1", ("2", "3"), 0, "", 1, ending="5"))

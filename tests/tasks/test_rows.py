@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pandas as pd
 import pytest
 
@@ -138,6 +139,23 @@ def test_prompts_that_are_wrong(tmp_path, options, words):
     write(tmp_path / "a.jsonl", many(["a", "b"]))
     with pytest.raises(UserError, match=words):
         load_splits(spec(tmp_path / "a.jsonl", **options))
+
+
+def test_of_a_dataset_that_is_a_script_the_hubs_copy_is_read(monkeypatch):
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    asked = []
+
+    def load(source, *arguments, **options):
+        asked.append((source, *arguments, options))
+        if source != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found trec.py")
+        return data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = read_table("some/one", subset="small", split="test")
+    assert [row["text"] for _, row in table.rows] == ["a", "b"]
+    files = "hf://datasets/some/one@refs/convert/parquet/small/test/*.parquet"
+    assert asked[1] == ("parquet", {"data_files": files, "split": "train"})
 
 
 def test_options_that_a_task_does_not_use_are_errors():

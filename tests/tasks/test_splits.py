@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zofo.errors import UserError
@@ -49,6 +49,42 @@ def test_the_seed_decides():
     once, again, other = (separate(pool, None, None, sizes=(10, 5, 20), seed=s) for s in (1, 1, 2))
     assert once == again
     assert once[2] != other[2]
+
+
+grouped = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 400)), min_size=12, max_size=25)
+
+
+@settings(max_examples=50)
+@given(pairs=grouped, sizes=st.tuples(st.none(), st.integers(1, 4), st.integers(1, 4)))
+def test_no_group_stands_in_two_parts(pairs, sizes):
+    pool = [Example("", ("a",), 0, str(n), i, group=str(g)) for i, (g, n) in enumerate(pairs)]
+    try:
+        *parts, notes = separate(pool, None, None, sizes=sizes, seed=0)
+    except UserError as error:
+        assert "left" in str(error)  # noqa: PT017
+        return
+    train, dev, test = ({row.group for row in part} for part in parts)
+    assert not train & (dev | test)
+    assert not dev & test
+    assert [len(part) for part in parts[1:]] == list(sizes[1:])
+    num_dropped = sum(int(note.split()[0]) for note in notes)
+    assert sum(map(len, parts)) + num_dropped == len(pool)
+
+
+def test_limits_are_the_most_and_sizes_exact():
+    pool = rows(f"t{i}" for i in range(50))
+    limits = (1000, 500, 1000)
+    parts = separate(pool, None, rows(["x", "y"]), sizes=(None, None, None), limits=limits, seed=0)
+    assert [len(part) for part in parts[:3]] == [30, 20, 2]
+    parts = separate(pool, None, rows(["x", "y"]), sizes=(5, 40, 1), limits=limits, seed=0)
+    assert [len(part) for part in parts[:3]] == [5, 40, 1]
+
+
+def test_a_carved_dev_has_the_asked_size_though_test_shares_rows():
+    pool = rows(f"t{i}" for i in range(30))
+    parts = separate(pool, None, rows(["T3", "t4"]), sizes=(None, 20, None), seed=0)
+    assert [len(part) for part in parts[:3]] == [8, 20, 2]
+    assert parts[3] == ("2 training rows dropped: also in dev or test",)
 
 
 def test_what_is_dropped_is_said():

@@ -200,11 +200,15 @@ def doctor() -> None:
 @reports_errors
 def tasks(
     name: Annotated[str | None, typer.Argument(help="Show this task's prompt and rows.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="task.data_dir=rte task.num_dev=100 seed=1."),
+    ] = None,
 ) -> None:
     """List the tasks, or show one: prompt, candidates, rows of each class."""
     from zofo.cli.looking import tasks as show_tasks
 
-    show_tasks(name)
+    show_tasks(name, list(overrides or []))
 
 
 @app.command()

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,48 +71,66 @@ def doctor() -> bool:
     return is_sound
 
 
-def tasks(name: str | None) -> None:
+def tasks(name: str | None, overrides: Sequence[str] = ()) -> None:
     """List the tasks, or show one."""
     from zofo.tasks import OWN_TASKS
     from zofo.tasks.builtin import BUILTIN
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if name is not None:
-        _show_task(console, name)
+        _show_task(console, name, overrides)
         return
-    table = Table("task", "what", "rows from", "train/dev/test", box=None, pad_edge=False)
+    header = ("task", "what", "rows from", "train/dev/test")
+    table = Table(*header, box=None, pad_edge=False)
     for key, task in BUILTIN.items():
-        sizes = "/".join("all" if size is None else str(size) for size in task.sizes)
-        table.add_row(key, task.description, task.origin, sizes)
+        table.add_row(key, task.description, task.origin, "/".join(map(str, task.sizes)))
     for key, description in OWN_TASKS.items():
         table.add_row(key, description, "task.train: a file or hub id", "carved, or your files")
     console.print(table)
+    console.print("Sizes are the most that are taken. Rows of built-in tasks: task.data_dir too.")
 
 
-def _show_task(console: Console, name: str) -> None:
+def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:
+    from zofo.config import load_config
     from zofo.tasks import OWN_TASKS, TaskSpec, load_splits, task_names
+    from zofo.tasks.builtin import BUILTIN
 
+    if name not in task_names():
+        from zofo.tasks import check_spec
+
+        raise UserError(check_spec(TaskSpec(name=name))[0])
     if name in OWN_TASKS:
         console.print(f"{name}: {OWN_TASKS[name]}. Options:")
         for key, field in TaskSpec.model_fields.items():
             console.print(f"  task.{key:<12} {field.description}", markup=False)
         return
-    if name not in task_names():
-        from zofo.tasks import check_spec
-
-        raise UserError(check_spec(TaskSpec(name=name))[0])
-    splits = load_splits(TaskSpec(name=name))
-    for part in ("train", "dev", "test"):
-        rows = splits.part(part)
-        line = f"{part}: {len(rows)} rows"
-        for i, label in enumerate(splits.labels):
-            line += f", {sum(row.gold == i for row in rows)} {label}"
-        console.print(line)
+    task = BUILTIN[name]
+    console.print(f"{name}: {task.description}")
+    columns = ", ".join((*task.columns, " or ".join(task.labels)))
+    facts = {
+        "rows": f"{task.origin}, or task.data_dir; columns {columns}",
+        "prompt": repr(task.template),
+        "candidates": ", ".join(
+            f"{word!r} ({label})" for label, word in zip(task.classes, task.words, strict=False)
+        )
+        or ", ".join(map(repr, task.options)),
+        "scored": f"{task.ending!r}, which follows every candidate" if task.ending else "",
+        "encoders": " | ".join(map(repr, task.texts)) if task.words else "",
+    }
+    for what, text in facts.items():
+        if text:
+            console.print(f"  {what:<11} {text}", markup=False)
+    config = load_config(values={"task": {"name": name}}, overrides=overrides)
+    splits = load_splits(config.task, seed=config.seed)
+    numbers = ", ".join(f"{len(splits.part(p))} {p}" for p in ("train", "dev", "test"))
+    console.print(f"rows: {numbers}")
     for note in splits.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
     row = splits.train[0]
     console.print(f"first training row:\n  prompt      {row.prompt!r}", markup=False)
     console.print(f"  candidates  {list(row.candidates)}", markup=False)
+    if row.ending:
+        console.print(f"  then        {row.ending!r}", markup=False)
     console.print(f"  right       {row.candidates[row.gold]!r}", markup=False)
 
 

@@ -60,7 +60,7 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     rows = ", ".join(f"{num} {part}" for part, num in plan.num_rows.items())
     console.print(f"rows: {rows}; longest sequence {plan.max_tokens} tokens")
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
     console.print(
         f"{plan.steps} steps, about {plan.forward_equivalents:,} forward-equivalents of "
         f"{config.batch_size} rows, evaluations apart"

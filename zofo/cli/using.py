@@ -90,7 +90,7 @@ def predict(
         print(f"{len(lines)} predictions in {output}", file=sys.stderr)
 
 
-def _open(target: str, overrides: Sequence[str]) -> tuple[Artifact, RunConfig]:
+def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
     """The model, and the configuration that says task, seed, batch size and device."""
     folder = Path(target).expanduser()
     is_artifact = any((f / HEADER_FILE).is_file() for f in (folder, folder / "artifact"))
@@ -102,7 +102,11 @@ def _open(target: str, overrides: Sequence[str]) -> tuple[Artifact, RunConfig]:
 
         header = read_header(find_artifact(folder))
         values = {"seed": header["base"]["seed"], "task": header["task"] or {}}
-    config = load_config(values=values, overrides=overrides)
+        own = values["task"].get("name")
+        pairs = [override.partition("=") for override in given]
+        if any(key in ("task", "task.name") and name != own for key, _, name in pairs):
+            values["task"] = {}  # sizes and files of one task mean nothing in another
+    config = load_config(values=values, overrides=given)
     check_device(config.device)
     device = default_device() if config.device == "auto" else config.device
     if is_artifact:

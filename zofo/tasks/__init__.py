@@ -7,9 +7,11 @@ the user's own rows.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks.remarks import remarks
 from zofo.tasks.spec import Completion, Example, Splits, TaskSpec
 
 __all__ = [
@@ -30,13 +32,12 @@ OWN_TASKS: Final = {
 }
 _SHARED: Final = {"name", "num_train", "num_dev", "num_test", "max_length"}
 _FILES: Final = {"train", "dev", "test", "subset"}
-_PROMPTS: Final = {"template", "verbalizers", "objective"}
-_USED: Final = {
-    "rotten-tomatoes": _PROMPTS,
-    "boolq": _PROMPTS,
-    "sst2": _PROMPTS | {"data_dir"},
-    "piqa": {"template", "objective"},
-    "classification": _FILES | _PROMPTS | {"text", "label"},
+_USED_BY_KIND: Final = {
+    "classification": {"data_dir", "template", "verbalizers", "objective"},
+    "choice": {"data_dir", "template", "objective"},
+}
+_USED_BY_OWN: Final = {
+    "classification": _FILES | {"template", "verbalizers", "objective", "text", "label"},
     "completion": _FILES | {"prompt", "completion"},
     "chat": _FILES | {"messages"},
 }
@@ -49,15 +50,23 @@ def task_names() -> tuple[str, ...]:
     return (*BUILTIN, *OWN_TASKS)
 
 
+def used_options(name: str) -> set[str]:
+    """The options that a task uses, beyond those that all do."""
+    from zofo.tasks.builtin import BUILTIN
+
+    return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
+
+
 def check_spec(spec: TaskSpec) -> list[str]:
     """What is wrong with a task's options, before anything is read."""
-    if spec.name not in _USED:
-        near = difflib.get_close_matches(spec.name, _USED, n=1)
+    names = task_names()
+    if spec.name not in names:
+        near = difflib.get_close_matches(spec.name, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return [f"task {spec.name!r} does not exist; {hint}choose one of {', '.join(_USED)}"]
+        return [f"task {spec.name!r} does not exist; {hint}choose one of {', '.join(names)}"]
     unused = sorted(
         key
-        for key in spec.model_fields_set - _SHARED - _USED[spec.name]
+        for key in spec.model_fields_set - _SHARED - used_options(spec.name)
         if getattr(spec, key) != TaskSpec.model_fields[key].default
     )
     problems = []
@@ -87,43 +96,33 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
     problems = check_spec(spec)
     if problems:
         raise UserError("; ".join(problems))
-    if spec.name in OWN_TASKS:
-        return _load_own(spec, seed, tokenizer)
-    return _load_builtin(spec, seed)
+    is_own = spec.name in OWN_TASKS
+    loaded = _load_own(spec, seed, tokenizer) if is_own else _load_builtin(spec, seed)
+    more = remarks(loaded.kind, loaded.labels, loaded.train, loaded.dev, loaded.test)
+    return replace(loaded, notes=loaded.notes + more)
 
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
-    from zofo.tasks import builtin, classify, splits
+    from zofo.tasks import builtin, family, splits
 
-    task = builtin.get_builtin(spec.name)
-    train, test = builtin.builtin_tables(spec)
-    template = spec.template or task.template
-    classes = tuple(task.verbalizers)
-
-    def convert(table: Any) -> list[Example]:
-        if not classes:
-            return builtin.piqa_examples(table, template)
-        return classify.examples(
-            table,
-            text_column="text",
-            label_column="label",
-            labels=classes,
-            template=template,
-            verbalizers=spec.verbalizers or task.verbalizers,
-        )
-
-    given = (spec.num_train, spec.num_dev, spec.num_test)
-    sizes = tuple(own or default for own, default in zip(given, task.sizes, strict=True))
+    task = builtin.BUILTIN[spec.name]
+    train, test = (
+        None
+        if table is None
+        else family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
+        for table in builtin.builtin_tables(spec)
+    )
+    assert train is not None
     parts = splits.separate(
-        convert(train),
+        train,
         None,
-        None if test is None else convert(test),
-        sizes=sizes,  # type: ignore[arg-type]
+        test,
+        sizes=(spec.num_train, spec.num_dev, spec.num_test),
+        limits=task.sizes,
         seed=seed,
     )
-    labels = tuple(task.label_names[c] for c in classes)
-    kind = "classification" if classes else "choice"
-    return Splits(kind, *parts[:3], labels=labels, notes=parts[3])  # type: ignore[arg-type]
+    labels = task.classes if task.kind == "classification" else ()
+    return Splits(task.kind, *parts[:3], labels=labels, notes=parts[3])
 
 
 def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:

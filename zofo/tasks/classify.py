@@ -102,7 +102,7 @@ def examples(
         [*columns, label_column],
         "Name yours with task.text and task.label, or in task.template",
     )
-    candidates = _candidates(labels, verbalizers)
+    candidates = candidates_of(labels, verbalizers)
     names = table.label_names.get(label_column)
 
     def convert(number: int, row: dict[str, Any]) -> Example:
@@ -121,7 +121,12 @@ def examples(
     return convert_rows(table, convert)
 
 
-def _candidates(labels: Sequence[str], verbalizers: Mapping[str, str] | None) -> tuple[str, ...]:
+def candidates_of(labels: Sequence[str], verbalizers: Mapping[str, str] | None) -> tuple[str, ...]:
+    """What the model should write for each label; None: a blank and the label.
+
+    Raises:
+        UserError: for verbalizers that do not name each label once, or are alike.
+    """
     if verbalizers is None:
         return tuple(f" {label}" for label in labels)
     missing = [label for label in labels if label not in verbalizers]

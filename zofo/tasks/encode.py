@@ -31,11 +31,13 @@ class Encoded:
         rows: token ids of each sequence to run.
         targets: for each candidate the tokens that score it: (row, position of the logit, token).
         gold: index of the right candidate.
+        types: of a pair of texts whose tokenizer tells them apart: 0 or 1 for each token.
     """
 
     rows: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[tuple[int, int, int], ...], ...]
     gold: int
+    types: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -64,11 +66,18 @@ class Encoder:
         if self.head == "classification":
             if isinstance(example, Completion):
                 raise UserError("an encoder with a classification head writes no completions")
-            ids = self.tokenizer(example.text, truncation=True, max_length=self.max_length)
-            return Encoded((tuple(ids["input_ids"]),), (), example.gold)
+            return self._texts(example)
         if isinstance(example, Completion):
             return self._completion(example)
-        return self._candidates(example)
+        return self._endings(example) if example.ending else self._candidates(example)
+
+    def _texts(self, example: Example) -> Encoded:
+        """An encoder's text, or pair of texts, of which the longer one is cut."""
+        is_pair = not isinstance(example.text, str)
+        texts = example.text if is_pair else (example.text,)
+        ids = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        types = tuple(ids.get("token_type_ids", ())) if is_pair else ()
+        return Encoded((tuple(ids["input_ids"]),), (), example.gold, types)
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -101,6 +110,30 @@ class Encoder:
         targets = tuple(
             tuple((row, len(head) - 1 + i, token) for i, token in enumerate(tail))
             for row, tail in enumerate(tails)
+        )
+        return Encoded(rows, targets, example.gold)
+
+    def _endings(self, example: Example) -> Encoded:
+        """One sequence a candidate; scored are the tokens that all have after their candidates."""
+        before = [self._ids(example.prompt + candidate) for candidate in example.candidates]
+        full = [
+            self._ids(example.prompt + candidate + example.ending)
+            for candidate in example.candidates
+        ]
+        tails = [ids[_common(start, ids) :] for start, ids in zip(before, full, strict=True)]
+        num = min(_common(tails[0][::-1], tail[::-1]) for tail in tails)
+        if num == 0:
+            raise UserError(
+                f"row {example.row}: {example.ending!r} has other tokens after each candidate; "
+                "begin it with a blank"
+            )
+        # A tokenizer may put the end of a candidate and the beginning of the ending in one token.
+        heads = [self._shorten(ids[:-num] or self._start(), num, example.row) for ids in full]
+        ending = full[0][-num:]
+        rows = tuple(tuple(head + ending[:-1]) for head in heads)
+        targets = tuple(
+            tuple((row, len(head) - 1 + i, token) for i, token in enumerate(ending))
+            for row, head in enumerate(heads)
         )
         return Encoded(rows, targets, example.gold)
 
@@ -148,9 +181,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 class Collator:
     """Pads encoded examples into a batch.
 
-    The batch is a dict of tensors: `input_ids`, `attention_mask` [rows, length]; `gold` [examples];
-    and for decoders `place` [places, 2] (row, position of each scored logit), `token_place`,
-    `token_id`, `token_candidate` [tokens], `candidate` [candidates, 2] (example, index in it).
+    The batch is a dict of tensors: `input_ids`, `attention_mask` [rows, length], and
+    `token_type_ids` of that shape for pairs; `gold` [examples]; and for decoders `place` [places,
+    2] (row, position of each scored logit), `token_place`, `token_id`, `token_candidate` [tokens],
+    `candidate` [candidates, 2] (example, index in it).
 
     Args:
         pad_token_id: the tokenizer's.
@@ -174,6 +208,11 @@ class Collator:
             "attention_mask": mask,
             "gold": torch.tensor([example.gold for example in examples]),
         }
+        if examples[0].types:
+            types = torch.zeros_like(ids)
+            for i, example in enumerate(examples):
+                types[i, : len(example.types)] = torch.tensor(example.types)
+            batch["token_type_ids"] = types
         if not examples[0].targets:
             return batch
         places: dict[tuple[int, int], int] = {}
@@ -307,7 +346,8 @@ def _cross_entropies(scores: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encoder_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    output = model(**{name: batch[name] for name in names if name in batch})
     logits: Tensor = output.logits
     return logits.float()
 

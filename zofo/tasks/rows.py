@@ -121,12 +121,13 @@ def _hub_table(source: str, subset: str | None, split: str) -> Table:
     import datasets
 
     try:
-        data = datasets.load_dataset(source, subset, split=split)
+        data = _load_hub(source, subset, split)
     except Exception as error:  # datasets raises its own, and those of every transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"the dataset {source!r} (split {split}) cannot be loaded: {first}. Give a file that "
-            f"ends in one of {', '.join(SUFFIXES)}, or a hub dataset id that this machine reaches"
+            f"ends in one of {', '.join(SUFFIXES)} (for a built-in task task.data_dir, a folder of "
+            "such files), or a hub dataset id that this machine reaches"
         ) from error
     names = {
         column: list(feature.names)
@@ -134,6 +135,19 @@ def _hub_table(source: str, subset: str | None, split: str) -> Table:
         if isinstance(feature, datasets.ClassLabel)
     }
     return Table(list(enumerate(data, start=1)), f"{source} ({split})", names)
+
+
+def _load_hub(source: str, subset: str | None, split: str) -> Any:
+    """A split; of a dataset that is a script, which `datasets` runs no more, the hub's copy."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, subset, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    folder = f"hf://datasets/{source}@refs/convert/parquet/{subset or 'default'}/{split}"
+    return datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train")
 
 
 def require_columns(table: Table, columns: Sequence[str], remedy: str) -> None:

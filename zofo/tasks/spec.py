@@ -31,7 +31,7 @@ class TaskSpec(BaseModel):
     )
     subset: str | None = Field(None, description="configuration name of the hub dataset")
     data_dir: str | None = Field(
-        None, description="folder with a built-in task's files in the hub's columns (sst2)"
+        None, description="folder with a built-in task's files, in the hub's columns"
     )
     text: str = Field("text", description="column of the text (classification)")
     label: str = Field("label", description="column of the label (classification)")
@@ -73,15 +73,21 @@ class Example:
         prompt: what stands before the candidates.
         candidates: what may follow it.
         gold: index of the right candidate.
-        text: the row's own text, for encoders and for finding duplicates.
+        text: the row's own text, for encoders and for finding duplicates: one sequence, or a pair
+            that the tokenizer joins.
         row: number of the row in its file, from 1.
+        ending: what stands after every candidate; if there is one it is scored, not the candidate.
+        group: rows of one group are not spread over parts that are carved; empty: a group of its
+            own.
     """
 
     prompt: str
     candidates: tuple[str, ...]
     gold: int
-    text: str
+    text: str | tuple[str, str]
     row: int
+    ending: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
