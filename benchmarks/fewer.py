@@ -115,7 +115,7 @@ def model_without_dropout(config: Any) -> tuple[Any, Any]:
 def train(config: Any, budget: float) -> dict[str, float]:
     import torch
 
-    from zofo import HybridOptimizer, Part, param_groups
+    from zofo import HybridOptimizer, ZerothLoss, param_groups
     from zofo.evaluate import evaluate
     from zofo.methods import METHODS
     from zofo.part import num_rows_of
@@ -148,11 +148,11 @@ def train(config: Any, budget: float) -> dict[str, float]:
             loss, shares = objective_losses(model, batch)
             return loss
 
-        def part(batch: Any = batch) -> Part:
+        def part(batch: Any = batch) -> ZerothLoss:
             examples, share = first_examples(batch, num_first)
             assert shares is not None
             known = shares[:num_first].mean()
-            return Part(lambda: objective_losses(model, examples)[1].mean(), share, known)
+            return ZerothLoss(lambda: objective_losses(model, examples)[1].mean(), share, known)
 
         optimizer.step(closure, part if num_first < config.batch_size else None)
     seconds = time.perf_counter() - began

@@ -6,12 +6,15 @@ from hypothesis import strategies as st
 
 from zofo.evaluate import (
     auc_interval,
+    bootstrap_interval,
     classification_metrics,
     evaluate,
     predict_scores,
     wilson_interval,
 )
+from zofo.generation import Writer
 from zofo.models import load_model
+from zofo.tasks.answers import Answers, squad_words
 from zofo.tasks.encode import Collator, Encoder
 from zofo.tasks.spec import Completion, Example
 
@@ -130,3 +133,46 @@ def test_completions_count_tokens(decoder_folder):
     assert metrics.loss == pytest.approx(np.log(metrics.perplexity))
     assert 0 <= metrics.accuracy <= 1
     assert metrics.auc is None
+
+
+def test_bootstrap_interval():
+    # A share of 1000 rows: the normal interval, 0.3 ± 1.96 · sqrt(0.3 · 0.7 / 1000).
+    low, high = bootstrap_interval([1.0] * 300 + [0.0] * 700)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
+    assert low == pytest.approx(0.3 - half, abs=0.004)
+    assert high == pytest.approx(0.3 + half, abs=0.004)
+    assert bootstrap_interval([0.25] * 5) == (0.25, 0.25)
+    assert bootstrap_interval([0.0, 0.5, 1.0]) == bootstrap_interval([0.0, 0.5, 1.0])
+
+
+def test_written_answers_are_scored(decoder_folder):
+    model, tokenizer = load_model(decoder_folder)
+    prompts = [tokenizer(text)["input_ids"] for text in ("the film", "a dull mess", "great")]
+    texts = Writer(tokenizer, 3, one_line=True)(model, prompts).texts
+    assert any(squad_words(text) for text in texts)
+    right = [f"The {texts[0]}!", f"{texts[1]} Rome", "Rome"]
+    rows = [
+        Encoder(tokenizer, max_new_tokens=3)(
+            Completion(
+                ((tokenizer.decode(p), False), (" x", True)), "", 1, answers=Answers(((gold,),))
+            )
+        )
+        for p, gold in zip(prompts, right, strict=True)
+    ]
+    done = []
+    metrics = evaluate(
+        model,
+        rows,
+        Collator(tokenizer.pad_token_id),
+        kind="generation",
+        progress=done.append,
+        writer=Writer(tokenizer, 3, one_line=True),
+    )
+    assert sum(done) == 3
+    num_words = len(squad_words(texts[1]))
+    partly = 2 * num_words / (2 * num_words + 1)
+    assert metrics.f1 == pytest.approx((1 + partly + 0) / 3)
+    assert metrics.exact_match == pytest.approx(1 / 3)
+    assert metrics.f1_low <= metrics.f1 <= metrics.f1_high
+    assert metrics.exact_match_low < 1 / 3 < metrics.exact_match_high
+    assert metrics.perplexity == pytest.approx(np.exp(metrics.loss))

@@ -19,12 +19,13 @@ from zofo.config import idle_options, load_config
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
 from zofo.methods import split_parameters
-from zofo.part import Part, num_rows_of, split_rows
+from zofo.part import num_rows_of, split_rows
 from zofo.plan import make_plan
 from zofo.run import forward_equivalents, resumed_config, train
 from zofo.tasks.encode import Collator, Encoded, first_examples, objective_losses
 from zofo.trainer import HybridMixin, HybridOptions, HybridTrainer
 from zofo.trajectory import Trajectory
+from zofo.zeroth_loss import ZerothLoss
 
 QUIET = Console(quiet=True)
 
@@ -42,7 +43,7 @@ def scalar_of(x, chosen=None, *, knows=True, **options):
         known = net(taken).detach() if knows else None
 
         def part():
-            return Part(lambda: net(taken), len(taken) / len(x), known)
+            return ZerothLoss(lambda: net(taken), len(taken) / len(x), known)
 
     optimizer = optimizer_for(net, **options)
     optimizer.step(lambda: net(x), part)
@@ -111,11 +112,11 @@ def test_micro_batches_with_parts_add_up():
     many.zero_grad()
     for micro in x.split(4):
         taken = micro[:2]
-        part = Part(lambda t=taken: model(t) / 3, 0.5)
+        part = ZerothLoss(lambda t=taken: model(t) / 3, 0.5)
         many.accumulate(lambda m=micro: model(m) / 3, lambda part=part: part)
     many.step()
     taken = torch.cat([micro[:2] for micro in x.split(4)])
-    one.step(lambda: net(x), lambda: Part(lambda: net(taken), 0.5))
+    one.step(lambda: net(x), lambda: ZerothLoss(lambda: net(taken), 0.5))
     assert many.last_step.projected_grad == pytest.approx(one.last_step.projected_grad)
     assert many.last_step.num_forwards == 3 * one.last_step.num_forwards == 3
     torch.testing.assert_close(base_of(model), base_of(net), rtol=1e-9, atol=1e-12)
@@ -129,7 +130,9 @@ def test_with_dropout_both_sides_of_the_difference_have_the_same_masks():
     taken = {key: value[:2] for key, value in batch.items()}
     optimizer = optimizer_for(model, base_lr=0.0)
     torch.manual_seed(11)
-    optimizer.step(lambda: model(**batch).loss, lambda: Part(lambda: model(**taken).loss, 0.5))
+    optimizer.step(
+        lambda: model(**batch).loss, lambda: ZerothLoss(lambda: model(**taken).loss, 0.5)
+    )
     by_hand = optimizer_for(twin, base_lr=0.0).perturbation
     with torch.no_grad():
         torch.manual_seed(11)

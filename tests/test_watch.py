@@ -85,3 +85,15 @@ def test_a_loss_that_diverges():
     assert len(found) == 1
     assert "diverges" in found[0]
     assert math.isfinite(float(found[0].split("diverges: ")[1].split(" ")[0]))
+
+
+def test_a_score_that_mostly_does_not_notice_the_perturbation():
+    watcher = watch()
+    watcher.has_own_loss = True
+    found = [t for i in range(60) for t in watcher.observe(1.0, (0.0, 5.0 * (i % 3 == 0)), 1e-5)]
+    assert len(found) == 1  # once a run
+    assert "exactly 0" in found[0]
+    assert "raise eps, the batch, or num_directions" in found[0]
+    healthy = watch(eps=1e-9)  # where the loss itself would drown in rounding
+    healthy.has_own_loss = True
+    assert observe(healthy, 60) == []

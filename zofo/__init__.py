@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from zofo.methods import split_parameters as split_parameters
     from zofo.models import load_model as load_model
     from zofo.optim import HybridOptimizer as HybridOptimizer
-    from zofo.part import Part as Part
     from zofo.perturb import Perturbation as Perturbation
     from zofo.perturb import SelfCheckError as SelfCheckError
     from zofo.reshuffle import ReshufflingSampler as ReshufflingSampler
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from zofo.trainer import HybridOptions as HybridOptions
     from zofo.trainer import HybridTrainer as HybridTrainer
     from zofo.trajectory import Trajectory as Trajectory
+    from zofo.zeroth_loss import ZerothLoss as ZerothLoss
 
 _HOMES = {
     "BaseModel": "artifact",
@@ -46,7 +46,6 @@ _HOMES = {
     "HybridOptimizer": "optim",
     "HybridOptions": "trainer",
     "HybridTrainer": "trainer",
-    "Part": "part",
     "Perturbation": "perturb",
     "ReshufflingSampler": "reshuffle",
     "SelfCheckError": "perturb",
@@ -54,6 +53,7 @@ _HOMES = {
     "TrainingInterrupt": "interrupt",
     "Trajectory": "trajectory",
     "UserError": "errors",
+    "ZerothLoss": "zeroth_loss",
     "create_adapter": "adapters",
     "export_model": "export",
     "load": "artifact",

@@ -20,7 +20,7 @@ from zofo.methods import METHODS
 from zofo.models import ALIASES
 from zofo.tasks.builtin import BUILTIN
 
-_SCORES: Final = ("accuracy", "auc", "loss", "perplexity")
+_SCORES: Final = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 _PACKAGES: Final = ("zofo", "torch", "transformers", "peft")
 
 

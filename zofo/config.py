@@ -117,6 +117,10 @@ class RunConfig(_Section):
     base_batch_fraction: float = Field(
         1.0, gt=0, le=1, description="part of each batch that the loss difference is taken on"
     )
+    zo_objective: Literal["loss", "accuracy", "f1"] = Field(
+        "loss",
+        description="what the zeroth-order block lowers: the training loss, 1 - accuracy or 1 - F1",
+    )
     replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
     self_check: bool = Field(True, description="watch the first perturbed forward")
     overlap: bool = Field(
@@ -138,7 +142,7 @@ class RunConfig(_Section):
         None, ge=1, description="steps between evaluations on dev; default: a quarter of the run"
     )
     select_best: bool = Field(True, description="keep the checkpoint with the best dev score")
-    select_by: Literal["loss", "accuracy"] = Field(
+    select_by: Literal["loss", "accuracy", "f1"] = Field(
         "loss", description="which dev score; loss has less noise"
     )
     log_every: int = Field(10, ge=1, description="steps between log lines")
@@ -370,6 +374,7 @@ def _check(config: RunConfig) -> list[str]:
             f"base_batch_fraction is {config.base_batch_fraction} and sampling is shuffle-once, so "
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
+    problems += _check_scores(config)
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given; keep one")
     rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
@@ -388,6 +393,25 @@ def _check(config: RunConfig) -> list[str]:
         hint = f"did you mean {near[0]}? " if near else ""
         problems.append(
             f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
+        )
+    return problems
+
+
+def _check_scores(config: RunConfig) -> list[str]:
+    """Scores that the task does not have."""
+    from zofo.tasks import writes_answers, writes_text
+
+    problems = []
+    name = config.task.name
+    asked = [key for key in ("zo_objective", "select_by") if getattr(config, key) == "f1"]
+    if asked and not writes_answers(config.task):
+        remedy = "set task.metric=f1" if name == "completion" else "choose accuracy"
+        problems.append(f"{' and '.join(asked)} is f1 and task {name} scores no answers; {remedy}")
+    if config.zo_objective == "accuracy" and writes_text(config.task):
+        remedy = "f1" if writes_answers(config.task) else "loss"
+        problems.append(
+            f"zo_objective is accuracy and task {name} has no candidates to choose from; choose "
+            f"{remedy}"
         )
     return problems
 
@@ -419,6 +443,7 @@ def idle_options(config: RunConfig) -> list[str]:
             "base_batch_fraction",
             "overlap",
             "distribution",
+            "zo_objective",
             "base_weight_decay",
             "snapshot_every",
         ),
@@ -445,6 +470,7 @@ def idle_options(config: RunConfig) -> list[str]:
             "base_every",
             "base_batch_fraction",
             "overlap",
+            "zo_objective",
             "snapshot_every",
         ),
         "hybrid": (),

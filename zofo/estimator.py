@@ -89,7 +89,7 @@ class GeneratorState:
 
 @torch.no_grad()
 def projected_gradients(
-    closure: Callable[[], Tensor],
+    closure: Callable[[], Tensor | float],
     perturbation: Perturbation,
     loss: Tensor | None,
     *,
@@ -129,7 +129,7 @@ def projected_gradients(
         seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
         with replay, torch.set_grad_enabled(graph), seen:
             # Copied: a loss that is itself a weight lies in the scratch.
-            return closure().detach().double().clone()
+            return _value(closure()).double().clone()
 
     graph = with_graph and perturbation.is_compiled
     if self_check:
@@ -152,12 +152,19 @@ def projected_gradients(
 
 
 def unperturbed(
-    closure: Callable[[], Tensor], generators: GeneratorState | None, *, with_graph: bool = False
+    closure: Callable[[], Tensor | float],
+    generators: GeneratorState | None,
+    *,
+    with_graph: bool = False,
 ) -> Tensor:
     """The loss as it is, under the masks and in the gradient mode of a perturbed evaluation."""
     replay = generators.replayed() if generators is not None else _untouched()
     with replay, torch.set_grad_enabled(with_graph):
-        return closure().detach()
+        return _value(closure())
+
+
+def _value(loss: Tensor | float) -> Tensor:
+    return (loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)).detach()
 
 
 @contextmanager

@@ -3,22 +3,25 @@
 Prediction is the candidate of the highest mean log-likelihood. Accuracy comes with Wilson's 95%
 interval, AUC (two classes) with DeLong's. AUC does not move with a prior for one of the label
 words, which alone can hold a model's accuracy at chance; the majority rate stands beside both.
+Written answers are scored by F1 with a percentile bootstrap over rows, and by exact match.
 
 References:
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988.
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
 
+from zofo.generation import Writer
 from zofo.tasks.encode import (
     Collator,
     Encoded,
@@ -28,6 +31,8 @@ from zofo.tasks.encode import (
 from zofo.tasks.spec import Kind
 
 _CONFIDENCE: Final = 0.95
+_NUM_RESAMPLES: Final = 2000
+"""Of the bootstrap: its bounds then move by about a fiftieth of the interval from seed to seed."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,12 @@ class Metrics:
     Attributes:
         num_rows: rows measured.
         loss: mean negative log-likelihood: of the right candidate among the candidates
-            (classification, choice), or a target token (completion), in nats.
+            (classification, choice), or a target token (completion, generation), in nats.
         accuracy, accuracy_low, accuracy_high: share of right predictions and its 95% interval; for
             completions the share of target tokens that are the model's first choice, no interval.
+        f1, f1_low, f1_high: mean F1 of written answers and its 95% interval (generation).
+        exact_match, exact_match_low, exact_match_high: share of written answers that are right as
+            they stand, and its 95% interval (generation).
         majority: share of the commonest class: what guessing reaches.
         auc, auc_low, auc_high: area under the ROC curve and its 95% interval (two classes).
         perplexity: exp of the loss of completions.
@@ -55,6 +63,12 @@ class Metrics:
     auc_low: float | None = None
     auc_high: float | None = None
     perplexity: float | None = None
+    f1: float | None = None
+    f1_low: float | None = None
+    f1_high: float | None = None
+    exact_match: float | None = None
+    exact_match_low: float | None = None
+    exact_match_high: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Without what does not apply."""
@@ -90,6 +104,7 @@ def evaluate(
     kind: Kind = "classification",
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Metrics:
     """Measure a model on rows; the result does not depend on the batch size.
 
@@ -100,7 +115,15 @@ def evaluate(
         kind: the task's.
         batch_size: rows a forward.
         progress: called with the number of rows just done.
+        writer: writes the answers where kind is "generation".
     """
+    if kind == "generation":
+        if writer is None:
+            raise ValueError("kind is 'generation', which needs a writer")
+        learnt = _evaluate_completions(model, rows, collator, batch_size, None)
+        prompts = [row.prompt for row in rows]
+        written = writer(model, prompts, batch_size=batch_size, progress=progress)
+        return _with_answers(learnt, rows, written.texts)
     if kind == "completion":
         return _evaluate_completions(model, rows, collator, batch_size, progress)
     scores = predict_scores(model, rows, collator, batch_size=batch_size, progress=progress)
@@ -169,6 +192,35 @@ def auc_interval(scores: Sequence[float], labels: Sequence[int]) -> tuple[float,
 
     half = float(norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(variance(above) + variance(below))
     return auc, max(0.0, auc - half), min(1.0, auc + half)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of a mean: percentiles over resampled rows, always the same resamples."""
+    sample = np.asarray(values, dtype=np.float64)
+    generator = np.random.Generator(np.random.Philox(0))
+    means = [
+        generator.choice(sample, len(sample), replace=True).mean() for _ in range(_NUM_RESAMPLES)
+    ]
+    low, high = np.quantile(means, [0.5 - _CONFIDENCE / 2, 0.5 + _CONFIDENCE / 2])
+    return float(low), float(high)
+
+
+def _with_answers(learnt: Metrics, rows: Sequence[Encoded], texts: Sequence[str]) -> Metrics:
+    answers = [row.answers for row in rows]
+    pairs = [(a, text) for a, text in zip(answers, texts, strict=True) if a is not None]
+    shares = [a.f1(text) for a, text in pairs]
+    right = sum(int(a.exact_match(text)) for a, text in pairs)
+    f1_low, f1_high = bootstrap_interval(shares)
+    low, high = wilson_interval(right, len(pairs))
+    return replace(
+        learnt,
+        f1=math.fsum(shares) / len(shares),
+        f1_low=f1_low,
+        f1_high=f1_high,
+        exact_match=right / len(pairs),
+        exact_match_low=low,
+        exact_match_high=high,
+    )
 
 
 @torch.no_grad()

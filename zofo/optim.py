@@ -34,11 +34,11 @@ from zofo.estimator import (
 )
 from zofo.noise import Distribution
 from zofo.optim_checks import check_groups, check_options, optimizer_class
-from zofo.part import Part
 from zofo.perturb import Perturbation
 from zofo.reading import Reading, StepReport, step_unless
 from zofo.step_log import PendingStep, Rates, StepLog
 from zofo.trajectory import GroupSpec, Trajectory, Update, move_unread
+from zofo.zeroth_loss import ZerothLoss
 
 
 class HybridOptimizer(Optimizer):
@@ -179,7 +179,7 @@ class HybridOptimizer(Optimizer):
         closure: Callable[[], Tensor],
         loss: Tensor | None,
         generators: GeneratorState | None = None,
-        part: Part | None = None,
+        zeroth_loss: ZerothLoss | None = None,
     ) -> None:
         """Add one micro-batch's loss differences to the step under way.
 
@@ -189,22 +189,21 @@ class HybridOptimizer(Optimizer):
             closure: returns the micro-batch's loss, scaled as `loss` is.
             loss: the unperturbed loss of the micro-batch.
             generators: their state before `loss` was computed; None: masks are not replayed.
-            part: what to evaluate instead of `closure`; None: the whole micro-batch.
+            zeroth_loss: what to evaluate instead of `closure`; None: `closure`.
         """
         # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
         if self.perturbation is not None and self.zeroth_is_due:
             generators = generators if self.replay_dropout else None
             evaluations = self.num_directions * forwards_per_direction(self.estimator)
-            reference, share = loss, 1.0
-            if part is not None:
-                closure, reference, share = part.closure, part.loss, part.share
-                if reference is None and self.estimator == "forward":
-                    reference = unperturbed(
-                        closure, generators, with_graph=self.evaluates_with_graph
-                    )
-                    evaluations += 1
+            instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
+            reference, before = instead.loss, instead.cost_so_far()
+            if zeroth_loss is not None and reference is None and self.estimator == "forward":
+                reference = unperturbed(
+                    instead.closure, generators, with_graph=self.evaluates_with_graph
+                )
+                evaluations += 1
             scalars = projected_gradients(
-                closure,
+                instead.closure,
                 self.perturbation,
                 reference,
                 eps=self.eps,
@@ -216,21 +215,25 @@ class HybridOptimizer(Optimizer):
                 with_graph=self.inner is not None,
             )
             self._self_check = False
+            if loss is not None:  # one that is not may live elsewhere
+                scalars = scalars.to(loss.device)
             self._scalars = scalars if self._scalars is None else self._scalars + scalars
-            self._num_forwards += evaluations if share == 1 else evaluations * share
+            self._num_forwards += instead.cost_since(before, evaluations)
         if loss is not None:
             self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
 
     def accumulate(
-        self, closure: Callable[[], Tensor], part: Callable[[], Part] | None = None
+        self,
+        closure: Callable[[], Tensor],
+        zeroth_loss: Callable[[], ZerothLoss] | None = None,
     ) -> Tensor:
         """Forward, backward and loss differences of one micro-batch; moves nothing.
 
         Args:
             closure: computes and returns the loss. It must not call backward. With n micro-batches
                 a step it divides its loss by n.
-            part: called after `closure`, says on which rows the differences are evaluated and, if
-                `closure` noted it, their unperturbed loss; None: on all.
+            zeroth_loss: called after `closure`, says what the differences are taken of and, if
+                `closure` noted it, its unperturbed value; None: of `closure`'s loss.
 
         Returns:
             The unperturbed loss, detached.
@@ -250,8 +253,8 @@ class HybridOptimizer(Optimizer):
                         "loss tensor itself, not detached, and let the optimizer run backward"
                     )
                 loss.backward()
-            chosen = part() if part is not None and self.zeroth_is_due else None
-            self.measure(closure, loss, generators, chosen)
+            is_asked = zeroth_loss is not None and self.zeroth_is_due
+            self.measure(closure, loss, generators, zeroth_loss() if is_asked else None)  # type: ignore[misc]
         except RuntimeError as error:
             # A graph used twice, or a backward where the optimizer evaluates without gradients.
             if any(sign in str(error) for sign in ("second time", "does not require grad")):
@@ -266,14 +269,14 @@ class HybridOptimizer(Optimizer):
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
-        part: Callable[[], Part] | None = None,
+        zeroth_loss: Callable[[], ZerothLoss] | None = None,
     ) -> Tensor | None:
         """Move both blocks.
 
         Args:
             closure: as for `accumulate`, called first when given (gradients are zeroed before it
                 unless micro-batches were accumulated).
-            part: as for `accumulate`.
+            zeroth_loss: as for `accumulate`.
 
         Returns:
             The unperturbed loss of the closure, or None without one.
@@ -283,7 +286,7 @@ class HybridOptimizer(Optimizer):
             if self._loss is None:
                 self.zero_grad()
             with torch.enable_grad():
-                loss = self.accumulate(closure, part)
+                loss = self.accumulate(closure, zeroth_loss)
         elif self.zeroth_is_due and self._scalars is None:
             raise ValueError(
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "

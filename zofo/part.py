@@ -15,29 +15,12 @@ batch's own tokens becomes the mean over the part's, which is unbiased only up t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from zofo.errors import UserError
-
-
-@dataclass(frozen=True)
-class Part:
-    """What `HybridOptimizer` evaluates instead of the whole micro-batch.
-
-    Attributes:
-        closure: returns the part's loss, normalised as the micro-batch's.
-        share: its rows over the micro-batch's; what one evaluation costs in forward-equivalents.
-        loss: its unperturbed loss, if the first-order pass has it and nothing random was drawn in
-            that pass; None: evaluate it.
-    """
-
-    closure: Callable[[], Tensor]
-    share: float
-    loss: Tensor | None = None
 
 
 def check_fraction(fraction: float) -> None:

@@ -21,7 +21,7 @@ from zofo.models import empty_model, load_tokenizer
 from zofo.perturb import Perturbation
 from zofo.run import base_of, forward_equivalents, num_steps
 from zofo.tasks import Splits, load_splits
-from zofo.tasks.encode import Encoded, Encoder
+from zofo.tasks.encode import Encoded, encoder_for
 
 _ACTIVATION_BYTES = 34 / 2
 """Bytes a layer keeps for each hidden value, over the bytes of a value."""
@@ -33,7 +33,8 @@ class Plan:
 
     Attributes:
         steps: optimiser steps.
-        forward_equivalents: cost of training, evaluations apart.
+        forward_equivalents: cost of training, evaluations apart; where answers are written for it,
+            as if all were of the longest.
         num_parameters: block -> (order, parameters that move, all parameters).
         memory_bytes: what -> bytes.
         num_rows: part -> rows.
@@ -63,7 +64,7 @@ def make_plan(config: RunConfig) -> Plan:
     )
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
-    encoder = Encoder(tokenizer, head=base.head, max_length=config.task.max_length)
+    encoder = encoder_for(tokenizer, base.head, config.task)
     rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
     model: Any = empty_model(
         base.name,
@@ -91,7 +92,9 @@ def make_plan(config: RunConfig) -> Plan:
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(
         steps=steps,
-        forward_equivalents=forward_equivalents(config, steps, part_again=again),
+        forward_equivalents=forward_equivalents(
+            config, steps, part_again=again, cost_of_answers=_cost_of_answers(config, rows["train"])
+        ),
         num_parameters=_parameters(model, config),
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
         num_rows=_num_rows(splits),
@@ -106,6 +109,14 @@ def _device(config: RunConfig) -> str:
 
 def _num_rows(splits: Splits) -> dict[str, int]:
     return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
+
+
+def _cost_of_answers(config: RunConfig, train: Sequence[Encoded]) -> float:
+    """Tokens of the prompts and of the longest answers, over those of the rows."""
+    if config.zo_objective != "f1":
+        return 1.0
+    written = sum(len(row.prompt) + config.task.max_new_tokens - 1 for row in train)
+    return written / sum(row.length for row in train)
 
 
 def _has_dropout(model: nn.Module, model_config: Any) -> bool:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from zofo.artifact import Artifact
 from zofo.errors import UserError
 from zofo.evaluate import predict_scores
-from zofo.tasks import TaskSpec
+from zofo.generation import Writer
+from zofo.tasks import TaskSpec, writes_answers, writes_text
+from zofo.tasks.answers import Answers
 from zofo.tasks.builtin import BUILTIN
 from zofo.tasks.classify import DEFAULT_TEMPLATE, fill, template_columns
-from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.encode import Collator, encoder_for
 from zofo.tasks.family import examples as builtin_examples
-from zofo.tasks.generate import checked_messages
+from zofo.tasks.generate import answer_in, checked_messages
+from zofo.tasks.passages import answers_in, require_passage_columns
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
 from zofo.tasks.spec import Example
 
@@ -50,7 +52,7 @@ def predict(
     table: Table,
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One prediction a row, in the rows' order.
@@ -60,21 +62,25 @@ def predict(
         spec: the task it was trained on.
         table: rows; labels are not looked at.
         batch_size: rows a forward.
-        max_new_tokens: longest completion.
+        max_new_tokens: longest text; None: 64, or the task's for answers.
         progress: called with the number of rows just done.
 
     Yields:
-        `row`, `prediction`, and for classes `probabilities` by label; for choices `scores`.
+        `row`, `prediction`, and for classes `probabilities` by label; for choices `scores`; for
+        answers, where the row has gold ones, `f1` and `exact_match`.
 
     Raises:
         UserError: for missing columns, bad rows, or labels that are not known.
     """
-    if spec.name in ("completion", "chat"):
-        yield from _write(artifact, spec, table, max_new_tokens, progress)
+    if writes_text(spec):
+        if artifact.base.head == "classification":
+            raise UserError(f"{artifact.base.name} has a classification head and writes no text")
+        longest = spec.max_new_tokens if writes_answers(spec) else 64
+        yield from _write(artifact, spec, table, batch_size, max_new_tokens or longest, progress)
         return
     labels = _labels(artifact, spec)
     examples = _examples(spec, table, labels)
-    encoder = Encoder(artifact.tokenizer, head=artifact.base.head, max_length=spec.max_length)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
     scores = predict_scores(
         artifact.model,
         [encoder(example) for example in examples],
@@ -142,50 +148,69 @@ def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Examp
     return convert_rows(table, convert)
 
 
-@torch.no_grad()
 def _write(
     artifact: Artifact,
     spec: TaskSpec,
     table: Table,
+    batch_size: int,
     max_new_tokens: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Any]]:
-    tokenizer, model = artifact.tokenizer, artifact.model
-    column = spec.messages if spec.name == "chat" else spec.prompt
-    key = "messages" if spec.name == "chat" else "prompt"
-    require_columns(table, [column], f"Name yours with task.{key}")
-    if spec.name == "chat" and not getattr(tokenizer, "chat_template", None):
+    if spec.name == "chat":
+        prompts = _chat_prompts(artifact, spec, table)
+    elif spec.name == "completion":
+        require_columns(table, [spec.prompt], "Name yours with task.prompt")
+        prompts = convert_rows(table, lambda _, row: text_in(row, spec.prompt))
+    else:
+        template = spec.template or BUILTIN[spec.name].template
+        require_passage_columns(table, template)
+        prompts = convert_rows(table, lambda _, row: fill(template, row))
+    is_answer = writes_answers(spec)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
+
+    def ids_of(prompt: str) -> Sequence[int]:
+        if is_answer:  # cut as in training
+            return encoder.prompt(prompt)
+        special = spec.name != "chat"  # a chat template has written them
+        ids: Sequence[int] = artifact.tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        return ids
+
+    writer = Writer(artifact.tokenizer, max_new_tokens, one_line=is_answer)
+    written = writer(
+        artifact.model, [ids_of(p) for p in prompts], batch_size=batch_size, progress=progress
+    )
+    for (number, row), text in zip(table.rows, written.texts, strict=True):
+        answers = _answers(spec, row) if is_answer else None
+        scores = (
+            {"f1": answers.f1(text), "exact_match": answers.exact_match(text)} if answers else {}
+        )
+        yield {"row": number, "prediction": text, **scores}
+
+
+def _answers(spec: TaskSpec, row: dict[str, Any]) -> Answers | None:
+    """What counts as right, where the row says."""
+    try:
+        if spec.name == "completion":
+            return answer_in(row, spec.completion)
+        return answers_in(row, spec.name)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _chat_prompts(artifact: Artifact, spec: TaskSpec, table: Table) -> list[str]:
+    tokenizer, column = artifact.tokenizer, spec.messages
+    require_columns(table, [column], "Name yours with task.messages")
+    if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {artifact.base.name} has no chat template")
 
-    def convert(number: int, row: dict[str, Any]) -> tuple[int, str]:
-        if spec.name == "completion":
-            return number, text_in(row, column)
+    def convert(number: int, row: dict[str, Any]) -> str:
         messages = checked_messages(row[column], column, must_end_with_answer=False)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise ValueError(f"{column!r} holds no message to answer")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return number, str(text)
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
 
-    device = next(model.parameters()).device
-    for number, prompt in convert_rows(table, convert):
-        ids = tokenizer(
-            prompt, add_special_tokens=spec.name == "completion", return_tensors="pt"
-        ).to(device)
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids["input_ids"],
-            attention_mask=ids["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )[0]
-        # Some adapters' generate returns the new tokens alone.
-        prompt_ids = ids["input_ids"][0]
-        if torch.equal(written[: len(prompt_ids)], prompt_ids):
-            written = written[len(prompt_ids) :]
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        if progress is not None:
-            progress(1)
-        yield {"row": number, "prediction": text}
+    return convert_rows(table, convert)

@@ -100,7 +100,9 @@ class TrainingDisplay(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             line = f"step {state.global_step}: dev loss {logs['eval_loss']:.4f}"
-            line += f", accuracy {logs['eval_accuracy']:.3f}" if "eval_accuracy" in logs else ""
+            for name, title in (("accuracy", "accuracy"), ("f1", "F1")):
+                value = logs.get(f"eval_{name}")
+                line += "" if value is None else f", {title} {value:.3f}"
             self.console.print(line, highlight=False, soft_wrap=True)
         if "loss" not in logs or self._last is None:
             return

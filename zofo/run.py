@@ -30,6 +30,7 @@ from zofo.environment import check_device, environment, peak_memory_bytes
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
 from zofo.files import fingerprint, write_json, write_text
+from zofo.generation import writer_for
 from zofo.interrupt import StopOnSignal
 from zofo.methods import METHODS, split_parameters
 from zofo.models import head_of, load_tokenizer
@@ -38,7 +39,7 @@ from zofo.resume import CONFIG_FILE, RESULT_FILE, newest_checkpoint
 from zofo.resume import resumed_config as resumed_config
 from zofo.task_trainer import build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
-from zofo.tasks.encode import Collator, Encoded, Encoder
+from zofo.tasks.encode import Collator, Encoded, encoder_for
 from zofo.tasks.seen import check_rows, check_tasks
 
 
@@ -134,7 +135,7 @@ def prepare(config: RunConfig) -> Prepared:
             config_file=adapter.config_file,
             seed=config.seed,
         )
-    encoder = Encoder(tokenizer, head=base.head, max_length=config.task.max_length)
+    encoder = encoder_for(tokenizer, base.head, config.task)
     rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
     return Prepared(
         base,
@@ -184,6 +185,7 @@ def train(
         prepared.rows,
         kind=prepared.splits.kind,
         collator=prepared.collator,
+        writer=writer_for(prepared.tokenizer, config.task),
         original_base=lambda: dict(split_parameters(base.load()[0]).base),
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
@@ -273,7 +275,9 @@ def num_steps(config: RunConfig, num_rows: int) -> int:
     return max(1, round(float(config.epochs or 1) * per_epoch))
 
 
-def forward_equivalents(config: RunConfig, steps: int, *, part_again: bool = False) -> float:
+def forward_equivalents(
+    config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
+) -> float:
     """Cost of training in forwards of one micro-batch without gradients, evaluations apart.
 
     Args:
@@ -281,6 +285,7 @@ def forward_equivalents(config: RunConfig, steps: int, *, part_again: bool = Fal
         steps: optimiser steps, of full batches.
         part_again: whether the unperturbed loss of a part of the batch is evaluated a second time,
             as with dropout or in half precision.
+        cost_of_answers: of writing an answer to every row of a micro-batch, in forwards of it.
     """
     orders = METHODS[config.method]
     gradient = orders.forwards_per_gradient
@@ -288,8 +293,11 @@ def forward_equivalents(config: RunConfig, steps: int, *, part_again: bool = Fal
     moves = "zeroth" in (orders.base, orders.adapter)
     differences = config.num_directions * per_direction if moves else 0
     share = share_of(config) if moves else 1
-    if share < 1 and part_again and config.estimator == "forward":
+    again = config.zo_objective == "f1" or (share < 1 and part_again)
+    if moves and again and config.estimator == "forward":
         differences += 1
+    if config.zo_objective == "f1":
+        share *= cost_of_answers
     measured_steps = -(-steps // config.base_every)
     cost = config.accumulation * (steps * max(gradient, 1) + measured_steps * differences * share)
     return int(cost) if cost == int(cost) else round(cost, 3)
@@ -345,11 +353,17 @@ def evaluate_artifact(
     if artifact.task is not None and part == "test":
         seeds = (artifact.base.seed, seed)
         check_rows(artifact.task, task, splits.test, seeds=seeds, tokenizer=artifact.tokenizer)
-    encoder = Encoder(artifact.tokenizer, head=artifact.base.head, max_length=task.max_length)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, task)
     rows = [encoder(row) for row in splits.part(part)]
     collator = Collator(artifact.tokenizer.pad_token_id)
     return evaluate(
-        artifact.model, rows, collator, kind=splits.kind, batch_size=batch_size, progress=progress
+        artifact.model,
+        rows,
+        collator,
+        kind=splits.kind,
+        batch_size=batch_size,
+        progress=progress,
+        writer=writer_for(artifact.tokenizer, task),
     )
 
 
@@ -366,6 +380,7 @@ def _measured(
             kind=prepared.splits.kind,
             batch_size=config.eval_batch_size,
             progress=lambda num: progress.advance(task, num),
+            writer=writer_for(prepared.tokenizer, config.task),
         )
 
 

@@ -1,7 +1,12 @@
-"""`HybridTrainer` on a task: the loss is its objective, the dev scores are zofo's."""
+"""`HybridTrainer` on a task: the loss is its objective, the dev scores are zofo's.
+
+Of accuracy, the first-order pass knows the value at x: a difference costs one forward a direction.
+F1 asks for answers to be written at x too, without dropout.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +18,17 @@ from transformers import PrinterCallback, TrainerCallback
 
 from zofo.config import RunConfig
 from zofo.evaluate import evaluate
+from zofo.generation import Writer
 from zofo.models import quiet
-from zofo.part import Part
 from zofo.progress import MetricsFile, TrainingDisplay
-from zofo.tasks.encode import Collator, Encoded, first_examples, objective_losses
+from zofo.tasks.encode import (
+    Collator,
+    Encoded,
+    first_examples,
+    losses_and_errors,
+)
 from zofo.trainer import HybridArguments, HybridTrainer
+from zofo.zeroth_loss import ZerothLoss
 
 
 class TaskTrainer(HybridTrainer):
@@ -30,12 +41,16 @@ class TaskTrainer(HybridTrainer):
         kind: str,
         dev: Sequence[Encoded],
         collator: Collator,
+        writer: Writer,
+        zo_objective: str = "loss",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, data_collator=collator, eval_dataset=dev, **kwargs)
+        collate = _keeping_examples(collator) if zo_objective == "f1" else collator
+        super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
         self.objective: Any = objective
+        self.zo_objective = zo_objective
         self.kind: Any = kind
-        self.dev, self.collator = dev, collator
+        self.dev, self.collator, self.writer = dev, collator, writer
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -46,26 +61,52 @@ class TaskTrainer(HybridTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The task's training loss."""
-        loss, self._shares = objective_losses(model, inputs, self.objective)
+        loss, self._shares, self._errors = losses_and_errors(model, inputs, self.objective)
         return (loss, {}) if return_outputs else loss
 
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
         """Examples; one of them may have several rows."""
         return len(inputs["gold"])
 
+    @property
+    def has_zeroth_loss(self) -> bool:
+        """Whether the zeroth-order block follows accuracy or F1."""
+        return self.zo_objective != "loss"
+
+    def whole_batch(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
+    ) -> ZerothLoss:
+        """1 − accuracy or 1 − F1 of all examples."""
+        return self._first(model, inputs, num_items_in_batch, len(inputs["gold"]))
+
     def batch_part(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
-    ) -> tuple[Part, None]:
+    ) -> tuple[ZerothLoss, None]:
         """The first examples, with what the pass just made says of them."""
+        return self._first(model, inputs, num_items_in_batch, num_first), None
+
+    def _first(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num: int
+    ) -> ZerothLoss:
         batch: Any = self._prepare_inputs(dict(inputs))
-        examples, share = first_examples(batch, num_first)
         divisor = self._loss_divisor(num_items_in_batch)
+        if self.zo_objective == "f1":
+            num_tokens = batch["input_ids"].numel()
+            answered = _Answered(self, model, batch["examples"][:num], num_tokens, divisor)
+            return ZerothLoss(answered, answered.cost)
+        is_whole = num == len(batch["gold"])
+        examples, share = (batch, 1.0) if is_whole else first_examples(batch, num)
+        known = self._shares if self.zo_objective == "loss" else self._errors
+        assert known is not None  # the configuration refuses accuracy where nothing is chosen
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
-                return objective_losses(model, examples, self.objective)[1].mean() / divisor
+                _, shares, errors = losses_and_errors(model, examples, self.objective)
+            wanted = shares if self.zo_objective == "loss" else errors
+            assert wanted is not None
+            return wanted.mean() / divisor
 
-        return Part(closure, share, self._shares[:num_first].mean() / divisor), None
+        return ZerothLoss(closure, share, known[:num].mean() / divisor)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -77,11 +118,45 @@ class TaskTrainer(HybridTrainer):
             self.collator,
             kind=self.kind,
             batch_size=self.args.per_device_eval_batch_size,
+            writer=self.writer,
         )
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+
+class _Answered:
+    """1 − F1 of the answers that a model writes to some examples, divided; and what that cost."""
+
+    def __init__(
+        self,
+        trainer: TaskTrainer,
+        model: nn.Module,
+        examples: Sequence[Encoded],
+        num_tokens: int,
+        divisor: int,
+    ) -> None:
+        self.trainer, self.model, self.examples = trainer, model, examples
+        self.tokens_per_forward, self.divisor = num_tokens, divisor
+        self.num_tokens = 0
+
+    def __call__(self) -> float:
+        with self.trainer.compute_loss_context_manager():
+            written = self.trainer.writer(self.model, [row.prompt for row in self.examples])
+        self.num_tokens += written.num_tokens
+        answers = [row.answers for row in self.examples]
+        scores = [a.f1(text) for a, text in zip(answers, written.texts, strict=True) if a]
+        return (1 - math.fsum(scores) / len(scores)) / self.divisor
+
+    def cost(self) -> float:
+        """Tokens that went through the model so far, over those of a forward."""
+        return self.num_tokens / self.tokens_per_forward
+
+
+def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
+    """The batches hold their examples beside their tensors."""
+    return lambda examples: {**collator(examples), "examples": list(examples)}
 
 
 class _MeasureAtTheEnd(TrainerCallback):
@@ -114,6 +189,7 @@ def build_trainer(
     *,
     kind: str,
     collator: Collator,
+    writer: Writer,
     original_base: Callable[[], Mapping[str, Tensor]],
     total_steps: int,
     folder: Path,
@@ -127,6 +203,7 @@ def build_trainer(
         rows: encoded rows of "train" and "dev".
         kind: the task's.
         collator: of the rows.
+        writer: of the answers that F1 is measured on.
         original_base: as for `HybridMixin`.
         total_steps: optimiser steps.
         folder: the run folder.
@@ -170,7 +247,7 @@ def build_trainer(
         save_total_limit=2,
         load_best_model_at_end=config.select_best,
         metric_for_best_model=f"eval_{config.select_by}",
-        greater_is_better=config.select_by == "accuracy",
+        greater_is_better=config.select_by != "loss",
         seed=config.seed,
         use_cpu=config.device == "cpu",
         report_to=list(config.report_to) or "none",
@@ -188,6 +265,8 @@ def build_trainer(
             kind=kind,
             dev=rows["dev"],
             collator=collator,
+            writer=writer,
+            zo_objective=config.zo_objective,
             callbacks=[
                 MetricsFile(folder / "metrics.jsonl"),
                 TrainingDisplay(console, config.batch_size * config.accumulation),

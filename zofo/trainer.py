@@ -12,7 +12,6 @@ What is saved and restored stands in `trainer_checkpoints`, what is evaluated in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from zofo.methods import get_method, param_groups
 from zofo.optim import HybridOptimizer
 from zofo.reshuffle import ReshufflingSampler
 from zofo.trainer_checkpoints import CheckpointMixin, RestoreAccounts
-from zofo.trainer_checks import check_part, check_same, check_setup
+from zofo.trainer_checks import check_setup
 from zofo.trainer_losses import BatchLossMixin, metrics_set_aside
 from zofo.trainer_options import HybridArguments as HybridArguments
 from zofo.trainer_options import HybridOptions, read_rates
@@ -163,19 +162,13 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             model.train()
             with torch.no_grad():
                 loss = closure().detach()
-        part, rest = self._part_and_rest(model, inputs, num_items_in_batch)
-        if part is not None and not self._is_exact(generators):
-            part, rest = replace(part, loss=None), None
+        instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
         with metrics_set_aside(trainer):
             if self._is_to_be_checked(optimizer):
-                graph = optimizer.evaluates_with_graph
-                with generators.replayed(), torch.set_grad_enabled(graph):
-                    check_same(loss, closure().detach(), type(self))
-                    if part is not None and rest is not None:
-                        losses = part.closure().detach(), rest.closure().detach()
-                        check_part(loss, *losses, type(self))
+                parts = None if instead is None or rest is None else (instead, rest)
+                self._check_losses(loss, model, inputs, num_items_in_batch, generators, parts)
             self._loss_is_checked = True
-            optimizer.measure(closure, loss, generators, part)
+            optimizer.measure(closure, loss, generators, instead)
         return loss
 
     def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
@@ -247,6 +240,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             for block, norm in (norms | dict(report.update_norms)).items():
                 logs[f"{block}_update_norm"] = norm
             watch = self.watch.watch
+            if watch is not None and watch.has_own_loss:
+                watch = None
             if watch and measured is not None and measured.loss and not measured.non_finite:
                 logs["signal_to_rounding"] = watch.signal_to_rounding(
                     measured.loss, measured.projected_grad

@@ -116,8 +116,8 @@ def check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
     if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
         raise UserError(
             f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "
-            "the same batch; a loss difference needs a compute_loss without side effects or "
-            "randomness of its own"
+            "the same batch; a loss difference needs a compute_loss or compute_zeroth_loss without "
+            "side effects or randomness of its own"
         )
 
 

@@ -5,6 +5,8 @@
     movement             |lr s| over the spacing of the weights: below 2^-16 (bfloat16) or 2^-13
                          (float16) it is lost in the float32 sum that stochastic rounding rounds,
                          so that a 16-bit base does not move any more
+    zeros                where the differences are of a loss of their own, such as accuracy: most
+                         of them exactly 0, so that most steps do not move the block
     divergence           a running mean of the loss far above the lowest it has had
 
 A loss or scalar that is not finite is never applied; the run stops there unless told to skip.
@@ -29,6 +31,8 @@ _WINDOW: Final = 20
 """Steps that a judgement rests on: a median of twenty does not follow one odd batch."""
 _MIN_SIGNAL: Final = 10.0
 """Below, rounding makes up a tenth of the difference or more."""
+_MANY_ZEROS: Final = 0.5
+"""Above, most differences are paid for and teach nothing."""
 _DIVERGED: Final = 2.0
 """The mean loss over its lowest: chance does not double a mean of twenty batches."""
 
@@ -42,12 +46,16 @@ class Watch:
         weight_dtype: of the base.
         weight_scale: typical size of a weight.
         eps: smoothing radius.
+        has_own_loss: the differences are of another loss than the one observed: their size beside
+            the rounding of that one says nothing.
     """
 
     loss_dtype: torch.dtype
     weight_dtype: torch.dtype
     weight_scale: float
     eps: float
+    has_own_loss: bool = False
+    _zeros: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _signals: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _moves: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -72,7 +80,9 @@ class Watch:
         found: dict[str, str] = {}
         if loss is not None:
             self._losses.append(loss)
-        if loss is not None and projected_grad:
+        if self.has_own_loss and projected_grad:
+            self._zeros.append(sum(s == 0 for s in projected_grad) / len(projected_grad))
+        elif loss is not None and projected_grad:
             self._signals.append(self.signal_to_rounding(loss, projected_grad))
         if base_lr and projected_grad and self.weight_dtype in (torch.bfloat16, torch.float16):
             spacing = torch.finfo(self.weight_dtype).eps * max(self.weight_scale, 1e-30)
@@ -86,6 +96,12 @@ class Watch:
                     f"{str(self.loss_dtype).removeprefix('torch.')} loss: mostly noise; raise eps "
                     f"({self.eps:g}) tenfold"
                 )
+        if len(self._zeros) == _WINDOW and (share := statistics.fmean(self._zeros)) > _MANY_ZEROS:
+            found["zeros"] = (
+                f"{share:.0%} of the last {_WINDOW} steps' differences are exactly 0: a score that "
+                f"moves in jumps does not notice eps {self.eps:g}, and the block stands still "
+                "then; raise eps, the batch, or num_directions"
+            )
         if len(self._moves) == _WINDOW:
             move = statistics.median(self._moves)
             # One float32 spacing in those of the weights: what stochastic rounding resolves.
@@ -140,6 +156,7 @@ class StopOnNonFinite(TrainerCallback):
                 weight_dtype=largest.dtype,
                 weight_scale=float(largest.detach().flatten()[:65536].float().abs().median()),
                 eps=optimizer.eps,
+                has_own_loss=self.trainer.has_zeroth_loss,
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

@@ -177,8 +177,11 @@ def predict(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer of a completion or chat task.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1, help="Longest text of a completion or chat task (64), or answer (the task's)."
+        ),
+    ] = None,
 ) -> None:
     """Predict labels with their probabilities, or write completions, one JSON object a row."""
     from zofo.cli.using import predict as predict_rows

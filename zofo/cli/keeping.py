@@ -115,7 +115,7 @@ def _show_info(found: Info) -> None:
     for when, values in (found.scores or {}).items():
         shown = ", ".join(
             f"{name} {values[name]:.4f}"
-            for name in ("accuracy", "auc", "loss", "perplexity")
+            for name in ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
             if name in values
         )
         console.print(f"  {when:<12}{shown} on {values['num_rows']} test rows")

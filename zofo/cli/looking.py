@@ -127,6 +127,12 @@ def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:
     for note in splits.notes:
         console.print(f"note: {note}", markup=False)
     row = splits.train[0]
+    if splits.kind == "generation":
+        (prompt, _), (answer, _) = row.segments
+        console.print(f"first training row:\n  prompt      {prompt!r}", markup=False)
+        console.print(f"  learnt      {answer!r}", markup=False)
+        console.print(f"  right       {list(row.answers.gold)}", markup=False)
+        return
     console.print(f"first training row:\n  prompt      {row.prompt!r}", markup=False)
     console.print(f"  candidates  {list(row.candidates)}", markup=False)
     if row.ending:

@@ -19,7 +19,7 @@ from zofo.interrupt import StopOnSignal, TrainingInterrupt
 from zofo.resume import RESULT_FILE, is_finished, newest_checkpoint, resumed_config
 from zofo.run import Result, train
 
-_SHOWN = ("accuracy", "auc", "loss", "perplexity")
+_SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 
 
 def start(path: Path | None, overrides: Sequence[str]) -> None:
@@ -120,8 +120,9 @@ def _show(result: Result) -> None:
 
 
 def _title(name: str, metrics: Metrics) -> str:
-    if name == "auc":
-        return "AUC"
+    titles = {"auc": "AUC", "f1": "F1", "exact_match": "exact match"}
+    if name in titles:
+        return titles[name]
     return "token accuracy" if name == "accuracy" and metrics.perplexity is not None else name
 
 

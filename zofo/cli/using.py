@@ -42,7 +42,7 @@ def evaluate(target: str, overrides: Sequence[str], split: str, as_json: bool) -
         print(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
         return
     print(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
-    for name in ("accuracy", "auc", "majority", "loss", "perplexity"):
+    for name in ("f1", "exact_match", "accuracy", "auc", "majority", "loss", "perplexity"):
         if name in values:
             interval = (
                 f"  [{values[f'{name}_low']:.4f}, {values[f'{name}_high']:.4f}]"
@@ -58,7 +58,7 @@ def predict(
     file: Path | None,
     output: Path | None,
     options: Sequence[str],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
 ) -> None:
     """Write one JSON object a row."""
     from zofo.predict import predict as predictions

@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks.answers import Answers
 from zofo.tasks.remarks import remarks
 from zofo.tasks.spec import Completion, Example, Splits, TaskSpec
 
 __all__ = [
     "OWN_TASKS",
+    "Answers",
     "Completion",
     "Example",
     "Splits",
@@ -23,6 +25,8 @@ __all__ = [
     "check_spec",
     "load_splits",
     "task_names",
+    "writes_answers",
+    "writes_text",
 ]
 
 OWN_TASKS: Final = {
@@ -35,10 +39,11 @@ _FILES: Final = {"train", "dev", "test", "subset"}
 _USED_BY_KIND: Final = {
     "classification": {"data_dir", "template", "verbalizers", "objective"},
     "choice": {"data_dir", "template", "objective"},
+    "generation": {"data_dir", "template", "max_new_tokens"},
 }
 _USED_BY_OWN: Final = {
     "classification": _FILES | {"template", "verbalizers", "objective", "text", "label"},
-    "completion": _FILES | {"prompt", "completion"},
+    "completion": _FILES | {"prompt", "completion", "metric", "max_new_tokens"},
     "chat": _FILES | {"messages"},
 }
 
@@ -55,6 +60,19 @@ def used_options(name: str) -> set[str]:
     from zofo.tasks.builtin import BUILTIN
 
     return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
+
+
+def writes_answers(spec: TaskSpec) -> bool:
+    """Whether answers are written and scored by F1."""
+    from zofo.tasks.builtin import BUILTIN
+
+    is_built_in = spec.name in BUILTIN and BUILTIN[spec.name].kind == "generation"
+    return is_built_in or spec.metric == "f1"
+
+
+def writes_text(spec: TaskSpec) -> bool:
+    """Whether a prediction is a text, not one of several candidates."""
+    return spec.name in ("completion", "chat") or writes_answers(spec)
 
 
 def check_spec(spec: TaskSpec) -> list[str]:
@@ -78,6 +96,12 @@ def check_spec(spec: TaskSpec) -> list[str]:
         problems.append(
             f"task {spec.name} needs train: a file (jsonl, json, csv, tsv, parquet) or a hub "
             "dataset id"
+        )
+    if writes_answers(spec) and spec.max_new_tokens >= spec.max_length:
+        problems.append(
+            f"task.max_new_tokens is {spec.max_new_tokens} and task.max_length "
+            f"{spec.max_length}, which leaves no room for a prompt; lower the one or raise the "
+            "other"
         )
     return problems
 
@@ -103,20 +127,20 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
 
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
-    from zofo.tasks import builtin, family, splits
+    from zofo.tasks import builtin, family, passages, splits
 
     task = builtin.BUILTIN[spec.name]
-    train, test = (
-        None
-        if table is None
-        else family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
-        for table in builtin.builtin_tables(spec)
-    )
-    assert train is not None
+
+    def convert(table: Any) -> list[Any]:
+        if task.measure is not None:
+            return passages.passages(task, table, spec.template or task.template)
+        return family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
+
+    train, test = builtin.builtin_tables(spec)
     parts = splits.separate(
-        train,
+        convert(train),
         None,
-        test,
+        None if test is None else convert(test),
         sizes=(spec.num_train, spec.num_dev, spec.num_test),
         limits=task.sizes,
         seed=seed,
@@ -167,7 +191,10 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
             )
         if spec.name == "completion":
             return generate.completions(
-                table, prompt_column=spec.prompt, completion_column=spec.completion
+                table,
+                prompt_column=spec.prompt,
+                completion_column=spec.completion,
+                is_answer=writes_answers(spec),
             )
         return generate.chats(table, messages_column=spec.messages, tokenizer=tokenizer)
 
@@ -178,5 +205,6 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
         sizes=(spec.num_train, spec.num_dev, spec.num_test),
         seed=seed,
     )
-    kind = "classification" if spec.name == "classification" else "completion"
+    text_kind = "generation" if writes_answers(spec) else "completion"
+    kind = "classification" if spec.name == "classification" else text_kind
     return Splits(kind, train, dev, test, labels=labels, notes=notes)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from zofo.errors import UserError
-from zofo.tasks import choices, entailment, questions, sentiment, topics, words
+from zofo.tasks import choices, entailment, passages, questions, sentiment, topics, words
 from zofo.tasks.family import BuiltinTask
 from zofo.tasks.rows import SUFFIXES, Table, read_table
 from zofo.tasks.spec import TaskSpec
@@ -28,6 +28,7 @@ BUILTIN: Final[Mapping[str, BuiltinTask]] = {
     **questions.TASKS,
     **words.TASKS,
     **choices.TASKS,
+    **passages.TASKS,
 }
 
 

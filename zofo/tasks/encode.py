@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zofo.errors import UserError
-from zofo.tasks.spec import Completion, Example, Objective
+from zofo.tasks.answers import Answers
+from zofo.tasks.spec import Completion, Example, Objective, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class Encoded:
         targets: for each candidate the tokens that score it: (row, position of the logit, token).
         gold: index of the right candidate.
         types: of a pair of texts whose tokenizer tells them apart: 0 or 1 for each token.
+        prompt: token ids that an answer is to be written after; empty where none is.
+        answers: what counts as right there.
     """
 
     rows: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[tuple[int, int, int], ...], ...]
     gold: int
     types: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    answers: Answers | None = None
 
     @property
     def length(self) -> int:
@@ -52,10 +57,19 @@ class Encoder:
         tokenizer: the model's.
         head: "causal-lm" or "classification".
         max_length: tokens a sequence; a prompt loses its beginning, an encoder's text its end.
+        max_new_tokens: of them, those that stay free for an answer to be written.
     """
 
-    def __init__(self, tokenizer: Any, *, head: str = "causal-lm", max_length: int = 256) -> None:
-        self.tokenizer, self.head, self.max_length = tokenizer, head, max_length
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        head: str = "causal-lm",
+        max_length: int = 256,
+        max_new_tokens: int = 0,
+    ) -> None:
+        self.tokenizer, self.head = tokenizer, head
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
 
     def __call__(self, example: Example | Completion) -> Encoded:
         """Encode one row.
@@ -78,6 +92,11 @@ class Encoder:
         ids = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         types = tuple(ids.get("token_type_ids", ())) if is_pair else ()
         return Encoded((tuple(ids["input_ids"]),), (), example.gold, types)
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt that an answer is to be written after."""
+        ids = self._ids(text) or self._start()
+        return tuple(ids[-max(1, self.max_length - self.max_new_tokens) :])
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -159,7 +178,9 @@ class Encoder:
                 "raise task.max_length or shorten the row"
             )
         last = targets[-1][1]
-        return Encoded((tuple(ids[: last + 1]),), (targets,), 0)
+        prompt = () if example.answers is None else self.prompt(example.segments[0][0])
+        rows = (tuple(ids[: last + 1]),)
+        return Encoded(rows, (targets,), 0, prompt=prompt, answers=example.answers)
 
     def _shorten(self, prompt: list[int], longest_tail: int, row: int) -> list[int]:
         room = self.max_length - longest_tail + 1
@@ -169,6 +190,13 @@ class Encoder:
                 f"{self.max_length}; raise task.max_length"
             )
         return prompt[-room:]
+
+
+def encoder_for(tokenizer: Any, head: str, spec: TaskSpec) -> Encoder:
+    """The encoder of a task's rows."""
+    return Encoder(
+        tokenizer, head=head, max_length=spec.max_length, max_new_tokens=spec.max_new_tokens
+    )
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -255,10 +283,10 @@ def token_scores(
     place = batch["place"]
     if _keeps_logits(model):
         wanted, slot = place[:, 1].unique(return_inverse=True)
-        logits = model(**inputs, logits_to_keep=wanted + _virtual_tokens(model)).logits
+        logits = model(**inputs, logits_to_keep=wanted + virtual_tokens(model)).logits
     else:
         logits = model(**inputs).logits
-        slot = place[:, 1] + _virtual_tokens(model)
+        slot = place[:, 1] + virtual_tokens(model)
     scored = logits[place[:, 0], slot].float()
     chosen = scored[batch["token_place"], batch["token_id"]]
     first = scored.argmax(dim=-1)[batch["token_place"]] if with_first_choice else None
@@ -288,7 +316,14 @@ def objective_loss(
 def objective_losses(
     model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
 ) -> tuple[Tensor, Tensor]:
-    """The training loss of a batch, and each example's share in it.
+    """The training loss of a batch, and each example's share in it; see `losses_and_errors`."""
+    return losses_and_errors(model, batch, objective)[:2]
+
+
+def losses_and_errors(
+    model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The training loss of a batch, each example's share in it, and which were predicted wrongly.
 
     Args:
         model: the model.
@@ -299,20 +334,24 @@ def objective_losses(
         The loss, a float32 scalar; shares, detached, [examples]: their mean is the loss, up to
         rounding, and the mean of some of them is unbiased for it. The loss of completions is a mean
         over tokens: a share is an example's sum over the tokens an example has on average.
+        Errors, float64, [examples]: 1 where another candidate has the highest score, else 0; None
+        for completions.
     """
     gold = batch["gold"]
     if "place" not in batch:
-        return _cross_entropies(_encoder_logits(model, batch), gold)
+        logits = _encoder_logits(model, batch)
+        return *_cross_entropies(logits, gold), _errors(logits, gold)
     if len(batch["candidate"]) == len(gold):
         losses = -token_scores(model, batch).log_likelihood
         sums = losses.new_zeros(len(gold)).index_add(0, batch["token_candidate"], losses.detach())
         tokens = batch.get("tokens_per_example", len(losses) / len(gold))
-        return losses.mean(), sums / tokens
+        return losses.mean(), sums / tokens, None
     scores = candidate_scores(model, batch)
+    errors = _errors(scores, gold)
     if objective == "candidates":
-        return _cross_entropies(scores, gold)
+        return *_cross_entropies(scores, gold), errors
     losses = -scores.gather(1, gold[:, None])
-    return losses.mean(), losses.detach()[:, 0]
+    return losses.mean(), losses.detach()[:, 0], errors
 
 
 def first_examples(batch: dict[str, Tensor], num: int) -> tuple[dict[str, Tensor], float]:
@@ -345,6 +384,10 @@ def _cross_entropies(scores: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     return loss, functional.cross_entropy(scores.detach(), gold, reduction="none")
 
 
+def _errors(scores: Tensor, gold: Tensor) -> Tensor:
+    return (scores.detach().argmax(dim=1) != gold).double()
+
+
 def _encoder_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     names = ("input_ids", "attention_mask", "token_type_ids")
     output = model(**{name: batch[name] for name in names if name in batch})
@@ -358,7 +401,7 @@ def _mean_by(values: Tensor, group: Tensor) -> Tensor:
     return values.new_zeros(num_groups).index_add(0, group, values) / counts
 
 
-def _virtual_tokens(model: Any) -> int:
+def virtual_tokens(model: Any) -> int:
     """Tokens that prompt tuning puts before the input; a prefix lives in the cache instead."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not getattr(config, "is_prompt_learning", False):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zofo.errors import UserError
+from zofo.tasks.answers import Measure
 from zofo.tasks.classify import candidates_of, fill, template_columns
 from zofo.tasks.rows import Table, convert_rows, label_in, require_columns, text_in
 from zofo.tasks.spec import Example, Kind
@@ -74,6 +75,7 @@ class BuiltinTask:
         derive: further values of a row.
         group: template; rows that agree in it stay in one part.
         embedded: rows to be had without the hub.
+        measure: how answers are scored that the model writes; None: it chooses among candidates.
     """
 
     description: str
@@ -90,10 +92,13 @@ class BuiltinTask:
     derive: Callable[[Row], dict[str, str]] | None = None
     group: str = ""
     embedded: Embedded | None = None
+    measure: Measure | None = None
 
     @property
     def kind(self) -> Kind:
-        """Whether every row has the same classes, or candidates of its own."""
+        """Whether every row has the same classes, or candidates of its own, or wants an answer."""
+        if self.measure is not None:
+            return "generation"
         return "classification" if self.words else "choice"
 
     @property

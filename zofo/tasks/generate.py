@@ -6,14 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks.answers import Answers
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
 from zofo.tasks.spec import Completion
 
 _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 
 
-def completions(table: Table, *, prompt_column: str, completion_column: str) -> list[Completion]:
+def completions(
+    table: Table, *, prompt_column: str, completion_column: str, is_answer: bool = False
+) -> list[Completion]:
     """One completion a row; prompt and completion are joined as they are, without a blank.
+
+    Args:
+        table: the rows.
+        prompt_column: column of what stands before.
+        completion_column: column of what is learnt.
+        is_answer: the completion is a short answer, against which a written one is scored.
 
     Raises:
         UserError: for missing columns or bad rows.
@@ -26,9 +35,22 @@ def completions(table: Table, *, prompt_column: str, completion_column: str) -> 
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
         prompt, completion = text_in(row, prompt_column), text_in(row, completion_column)
-        return Completion(((prompt, False), (completion, True)), prompt + completion, number)
+        answers = answer_in(row, completion_column) if is_answer else None
+        segments = ((prompt, False), (completion, True))
+        return Completion(segments, prompt + completion, number, answers=answers)
 
     return convert_rows(table, convert)
+
+
+def answer_in(row: dict[str, Any], column: str) -> Answers:
+    """A completion as the one gold answer; raises ValueError if it is not of one line."""
+    text = text_in(row, column)
+    if "\n" in text.rstrip():
+        raise ValueError(
+            f"{column!r} breaks the line, and F1 scores what is written up to there; put line "
+            "breaks before it into the prompt, or leave task.metric out"
+        )
+    return Answers(((text,),))
 
 
 def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Completion]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Kind = Literal["classification", "choice", "completion"]
+from zofo.tasks.answers import Answers
+
+Kind = Literal["classification", "choice", "completion", "generation"]
 Objective = Literal["candidates", "gold"]
 
 
@@ -48,13 +50,30 @@ class TaskSpec(BaseModel):
     num_dev: int | None = Field(None, ge=1, description="rows to select on; default: the task's")
     num_test: int | None = Field(None, ge=1, description="rows to report on; default: the task's")
     max_length: int = Field(
-        256, ge=8, description="tokens of prompt and candidate; longer prompts lose their beginning"
+        256,
+        ge=8,
+        description="tokens of prompt and candidate; longer prompts lose their beginning (squad, "
+        "drop: 1024)",
     )
     objective: Objective = Field(
         "candidates",
         description="training loss: cross-entropy over the candidates, or likelihood of the right "
         "one (gold)",
     )
+    metric: Literal["f1"] | None = Field(
+        None,
+        description="f1: also write an answer to each held-out prompt, and score it (completion)",
+    )
+    max_new_tokens: int = Field(
+        50, ge=1, description="tokens of a written answer (squad, drop, metric f1; MeZO: 50)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _passages_are_long(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") in ("squad", "drop"):
+            return {"max_length": 1024, **values}
+        return values
 
     @field_validator("verbalizers", mode="before")
     @classmethod
@@ -92,7 +111,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """One row whose text is to be generated.
+    """One row whose text is to be written.
 
     Attributes:
         segments: pieces of text in order, and whether the model learns to write them.
@@ -100,12 +119,16 @@ class Completion:
         row: number of the row in its file, from 1.
         is_rendered: the text holds its special tokens (a chat template wrote them); otherwise the
             tokenizer's are added, and an end token.
+        answers: what counts as right after the first segment; None: nothing is written there.
+        group: rows that agree in it stay in one part; empty: none do.
     """
 
     segments: tuple[tuple[str, bool], ...]
     text: str
     row: int
     is_rendered: bool = False
+    answers: Answers | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,8 @@ class Splits:
 
     Attributes:
         kind: "classification" (the same labels for every row), "choice" (candidates of its own for
-            every row) or "completion".
+            every row), "completion" (text to learn) or "generation" (text to learn, and to be
+            written and scored).
         train, dev, test: `Example`s, or `Completion`s.
         labels: names of the classes; empty unless kind is "classification".
         notes: what was done to the rows (duplicates removed, ...), for the record.

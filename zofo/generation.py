@@ -1,0 +1,162 @@
+"""Greedy text after prompts, by the model's own `generate`.
+
+Prompts of one batch are padded on the left, where `generate` counts positions from the first token
+that is there. Behind the virtual tokens of prompt tuning peft counts through the padding, so there
+only prompts of one length share a batch. Either way a text does not depend on its neighbours, up to
+rounding.
+
+Deviation from MeZO's protocol (greedy, up to a line break or the end token): a line break counts
+wherever it stands in a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from zofo.tasks.encode import virtual_tokens
+from zofo.tasks.spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        texts: one a prompt, in their order.
+        num_tokens: that went through the model for it, padding included.
+    """
+
+    texts: tuple[str, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Lets a model write.
+
+    Attributes:
+        tokenizer: the model's.
+        max_new_tokens: longest text.
+        one_line: a text ends at a line break, and loses the blanks around it.
+    """
+
+    tokenizer: Any
+    max_new_tokens: int
+    one_line: bool = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], None] | None = None,
+    ) -> Written:
+        """Write after each prompt; the model is put into evaluation mode and back.
+
+        Args:
+            model: the model, on its device.
+            prompts: token ids, at least one each.
+            batch_size: prompts a batch.
+            progress: called with the number of prompts just done.
+        """
+        texts = [""] * len(prompts)
+        num_tokens = 0
+        was_training = model.training
+        model.eval()
+        try:
+            for indices in _batches(prompts, batch_size, one_length=virtual_tokens(model) > 0):
+                written, cost = self._write(model, [prompts[i] for i in indices])
+                for i, text in zip(indices, written, strict=True):
+                    texts[i] = text
+                num_tokens += cost
+                if progress is not None:
+                    progress(len(indices))
+        finally:
+            model.train(was_training)
+        return Written(tuple(texts), num_tokens)
+
+    def _write(self, model: Any, prompts: Sequence[Sequence[int]]) -> tuple[list[str], int]:
+        device = next(model.parameters()).device
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, length - len(prompt) :] = torch.tensor(prompt)
+            mask[i, length - len(prompt) :] = 1
+        ends = self._end_tokens(model)
+        stop = StoppingCriteriaList([_LineBreak(self.tokenizer)] if self.one_line else [])
+        with warnings.catch_warnings():
+            # Without padding the positions that peft ignores are those that it counts.
+            warnings.filterwarnings("ignore", "Position ids are not supported")
+            written = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=ends or None,
+                stopping_criteria=stop,
+            ).cpu()
+        # Some adapters' generate returns the new tokens alone.
+        if torch.equal(written[:, :length], ids):
+            written = written[:, length:]
+        num_forwards = max(1, written.shape[1])
+        cost = len(prompts) * (length + num_forwards - 1)  # earlier tokens are kept in the cache
+        return [self._text(row.tolist(), ends) for row in written], cost
+
+    def _end_tokens(self, model: Any) -> list[int]:
+        known = getattr(model.generation_config, "eos_token_id", None)
+        known = known if isinstance(known, list) else [known]
+        found = [self.tokenizer.eos_token_id, *known]
+        return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+    def _text(self, ids: list[int], ends: Sequence[int]) -> str:
+        kept = list(itertools.takewhile(lambda token: token not in ends, ids))
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        return text.split("\n")[0].strip() if self.one_line else text
+
+
+def writer_for(tokenizer: Any, spec: TaskSpec) -> Writer:
+    """What writes a task's answers."""
+    return Writer(tokenizer, spec.max_new_tokens, one_line=True)
+
+
+class _LineBreak(StoppingCriteria):
+    """A row is done when its newest token breaks the line."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        newest = input_ids[:, -1].tolist()
+        done = ["\n" in self.tokenizer.decode([token]) for token in newest]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, *, one_length: bool
+) -> list[list[int]]:
+    """Indices of the prompts by batch, the longest first: memory runs out early or never."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    groups = (
+        [list(group) for _, group in itertools.groupby(order, key=lambda i: len(prompts[i]))]
+        if one_length
+        else [order]
+    )
+    return [
+        group[start : start + batch_size]
+        for group in groups
+        for start in range(0, len(group), batch_size)
+    ]
