@@ -150,12 +150,12 @@ def test_micro_batches_are_averaged(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, decoder_folder):
-    """Texts with labels; prompts with what the untrained model writes, so that its F1 is not 0."""
+    """Labelled texts; prompts with what the untrained model writes, so that its F1 is not 0."""
     folder = tmp_path_factory.mktemp("zeroth")
     lines = [f"film {i} is {('great', 'dull')[i % 2]},{i % 2}" for i in range(60)]
     (folder / "a.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     model, tokenizer = load_model(decoder_folder)
-    prompts = [f"the film {i}:" for i in range(60)]
+    prompts = [f"film {i} is a story" for i in range(60)]
     write = Writer(tokenizer, 4, one_line=True)
     written = write(model, [tokenizer(prompt)["input_ids"] for prompt in prompts])
     pairs = [
