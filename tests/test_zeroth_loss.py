@@ -24,8 +24,9 @@ from tests.smooth import (
 from tests.training import history, trainer_for
 from zofo.config import idle_options, load_config
 from zofo.errors import UserError
-from zofo.generation import writer_for
+from zofo.generation import Writer, writer_for
 from zofo.methods import split_parameters
+from zofo.models import load_model
 from zofo.noise import direction
 from zofo.plan import make_plan
 from zofo.run import prepare, resumed_config, train
@@ -130,32 +131,37 @@ def test_a_loss_that_draws_numbers_of_its_own_is_refused(tmp_path):
 
 
 def test_micro_batches_are_averaged(tmp_path):
-    class Constant(HybridTrainer):
-        values = ()
-
+    class SameEveryTime(HybridTrainer):
         def compute_zeroth_loss(self, model, inputs, num_items_in_batch=None):
-            return float(next(p for p in model.parameters() if p.ndim == 1).sum())
+            return model(input_ids=torch.arange(1, 8)[None]).logits.square().mean()
 
-    model = build("llama", "lora")
-    trainer = trainer_for(
-        tmp_path, model, cls=Constant, gradient_accumulation_steps=3, max_steps=1, base_lr=0.0
-    )
-    trainer.train()
-    three = history(trainer, "projected_grad")[0]
-    trainer = trainer_for(tmp_path, build("llama", "lora"), cls=Constant, max_steps=1, base_lr=0.0)
-    trainer.train()
-    assert three == pytest.approx(history(trainer, "projected_grad")[0], abs=1e-6)
+    found = []
+    for accumulation in (3, 1):
+        changes = {"gradient_accumulation_steps": accumulation, "max_steps": 1, "base_lr": 0.0}
+        trainer = trainer_for(tmp_path, build("llama", "lora"), cls=SameEveryTime, **changes)
+        trainer.train()
+        found += history(trainer, "projected_grad")
+    assert abs(found[1]) > 1e-4
+    assert found[0] == pytest.approx(found[1])
 
 
 # In a run.
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, decoder_folder):
+    """Labelled texts; prompts with what the untrained model writes, so that its F1 is not 0."""
     folder = tmp_path_factory.mktemp("zeroth")
     lines = [f"film {i} is {('great', 'dull')[i % 2]},{i % 2}" for i in range(60)]
     (folder / "a.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    pairs = [{"prompt": f"the film {i}:", "completion": f" a story {i}"} for i in range(60)]
+    model, tokenizer = load_model(decoder_folder)
+    prompts = [f"film {i} is a story" for i in range(60)]
+    write = Writer(tokenizer, 4, one_line=True)
+    written = write(model, [tokenizer(prompt)["input_ids"] for prompt in prompts])
+    pairs = [
+        {"prompt": prompt, "completion": f" {text or 'nothing'}"}
+        for prompt, text in zip(prompts, written.texts, strict=True)
+    ]
     (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder
 
@@ -248,6 +254,7 @@ def test_the_difference_is_that_of_accuracy(tmp_path, data, decoder_folder, monk
     values = {scale: errors(scale) for scale in (0.05, 0.0, -0.05)}
     low, width = (-0.05, 0.1) if "estimator=central" in more else (0.0, 0.05)
     by_hand = (values[0.05] - values[low]) / width
+    assert by_hand != 0
     assert history(trainer, "projected_grad") == [pytest.approx(by_hand)]
     assert history(trainer, "zo_forwards") == [2 if "estimator=central" in more else num / 4]
 
@@ -266,6 +273,7 @@ def test_the_difference_is_that_of_f1(tmp_path, data, decoder_folder, monkeypatc
         values.append(1 - sum(scores) / len(scores))
         tokens += written.num_tokens
     by_hand = (values[0] - values[1]) / 0.05
+    assert by_hand != 0
     assert history(trainer, "projected_grad") == [pytest.approx(by_hand)]
     cost = tokens / inputs["input_ids"].numel()
     assert cost > 1.5
