@@ -8,10 +8,11 @@ largest layer. Weights too small to be worth a hook (norms, biases) are computed
 the forward, into a scratch of their own.
 
 Modules that read a child's weight directly (instead of calling the child) would see it unperturbed.
-The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, as are compiled modules,
-and the head of a model whose forward was replaced (trl's and Liger's fused losses read it) for the
-whole forward; any other is found by the self-check, which watches every tensor operation of one
-perturbed forward for reads of the original weights and names the module.
+The known ones (`ATOMIC`, and peft's DoRA) are swapped as a whole subtree, as are compiled modules;
+single children (`CHILDREN_READ`) for as long as their parent runs; and the head of a model whose
+forward was replaced (trl's and Liger's fused losses read it) for the whole forward. Any other is
+found by the self-check, which watches every tensor operation of one perturbed forward for reads of
+the original weights and names the module.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ ATOMIC: tuple[type[nn.Module], ...] = (
     nn.RNNBase,
 )
 """Module classes that read the weights of their children directly."""
+
+CHILDREN_READ: dict[str, tuple[str, ...]] = {
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+}
+"""Names of classes, and of the children whose own weights their forward reads directly."""
 
 _ALIGNMENT = 64
 _SMALL_BYTES = 1 << 16
@@ -496,8 +503,9 @@ def _find_owners(model: nn.Module, tensors: dict[nn.Parameter, int]) -> list[_Ow
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
+        read = CHILDREN_READ.get(type(module).__name__, ())
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", holder, fixed)
+            visit(child, f"{path}{name}.", holder, fixed or name in read)
 
     seen: set[tuple[nn.Module, nn.Module | None]] = set()
     heads: set[nn.Module] = set()
