@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import zoo
+from tests.test_matrix import PAGE, TABLE
 from zofo.adapter_types import ADAPTER_TYPES, KINDS
 from zofo.adapters import create_adapter
 from zofo.config import AdapterConfig, idle_options, load_config
@@ -188,6 +189,29 @@ def test_an_encoder_decoders_prompt_has_no_dead_half(architecture):
     assert prompt.grad.abs().sum(dim=1).min() > 0
 
 
+@pytest.mark.parametrize(
+    ("architecture", "cell"),
+    [(a, cell) for (a, k), cell in TABLE.items() if k == "prefix" and cell != "no"],
+)
+def test_a_prefix_begins_with_its_text_where_the_page_says_so(architecture, cell):
+    options = {"num_virtual_tokens": 3, "init_text": "a text"}
+    one, other = (
+        attach(architecture, "prefix", tokenizer=words(ids), **options)
+        for ids in ([5, 9, 11], [4, 8, 15])
+    )
+    same = torch.equal(*(m.prompt_encoder["default"].embedding.weight for m in (one, other)))
+    assert same == (cell == "random")
+
+
+@torch.no_grad()
+def test_why_the_prefix_of_an_encoder_decoder_begins_at_random():
+    """Two layers have one prefix in common; when peft changes that, so should we."""
+    layers = list(attach("t5", "prefix").get_prompt(1).self_attention_cache)
+    assert torch.equal(layers[0][0], layers[1][0])
+    layers = list(attach("llama", "prefix").get_prompt(1))
+    assert not torch.equal(layers[0][0], layers[1][0])
+
+
 # What it refuses.
 
 
@@ -291,3 +315,23 @@ def test_options_are_what_peft_is_given(adapter):
         changed = made(**{key: value})
         same = changed[0] == plain[0] and all(map(torch.equal, changed[1], plain[1]))
         assert same == (key not in KINDS[adapter].options), key
+
+
+@pytest.mark.parametrize("adapter", KINDS)
+def test_the_page_has_every_kind_with_its_defaults(adapter):
+    kind = KINDS[adapter]
+    cells = [
+        f"`{adapter}`",
+        kind.description,
+        ", ".join(f"`{option}`" for option in kind.options),
+        f"{kind.lr:g}, {kind.lr_source}",
+        f"{kind.zo_lr:g}, {kind.zo_lr_source}",
+        f"{kind.zo_eps:g}, {kind.zo_eps_source}",
+    ]
+    assert f"| {' | '.join(cells)} |" in PAGE.read_text()
+
+
+def test_a_prefix_and_gradient_checkpointing():
+    with pytest.raises(UserError, match="drops the cache that holds a prefix"):
+        load_config(overrides=["adapter=prefix", "gradient_checkpointing=true"])
+    load_config(overrides=["adapter=prompt", "gradient_checkpointing=true"])

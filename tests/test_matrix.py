@@ -162,7 +162,7 @@ def test_the_invariants_hold(architecture, adapter):
     assert_same_bits(bits(model), alone)
     put_back(model, original)
 
-    train(model, architecture, "zo-peft", steps=1)
+    train(model, architecture, "zo-peft", steps=1, eps=1e-1)
     assert_same_bits(base_bits(model), base)
     assert all(not torch.equal(p, unmoved[name]) for name, p in adapter_bits(model).items())
 

@@ -274,7 +274,7 @@ def test_training_makes_the_labels_likelier(trained):
         overrides=[
             *trained.values()[:-1],
             "adapter_lr=0.02",
-            "steps=30",
+            "steps=20",
             f"output_dir={trained() / 'longer'}",
         ]
     )
@@ -312,8 +312,11 @@ def test_a_plain_model_is_scored(trained, encoder_decoder_folder):
 
 
 def test_chats_are_refused(tmp_path, encoder_decoder_folder):
-    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows * 20)) + "\n")
+    rows = [
+        {"messages": [{"role": "user", "content": f"a {i}"}, {"role": "assistant", "content": "b"}]}
+        for i in range(20)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     values = [f"model={encoder_decoder_folder}", "task=chat", f"task.train={tmp_path}/chats.jsonl"]
     with pytest.raises(UserError, match="takes no turns of a chat; choose task completion"):
         make_plan(load_config(overrides=values))

@@ -125,6 +125,23 @@ SEQ2SEQ: Final[dict[str, Callable[[], Any]]] = {
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     ),
+    "bart": lambda: hf.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=64,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    ),
 }
 ARCHITECTURES: Final = {**DECODERS, **ENCODERS, **SEQ2SEQ}
 

@@ -46,7 +46,8 @@ class ModelConfig(_Section):
 
     name: str = Field("smollm2-135m", description="hub id, folder, or smollm2-135m, minilm")
     head: Literal["auto", "causal-lm", "classification", "seq2seq"] = Field(
-        "auto", description="classification puts a fresh head on an encoder"
+        "auto",
+        description="seq2seq: encoder-decoders; classification: a fresh head on an encoder",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base; peft keeps adapters in float32"
@@ -349,6 +350,12 @@ def _check(config: RunConfig) -> list[str]:
         problems.append(
             f"method {config.method} moves an adapter and adapter.type is none; choose one, "
             "such as lora or prompt, or method fo-ft or zo-ft"
+        )
+    is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
+    if config.gradient_checkpointing and is_prefix and not full:
+        problems.append(
+            "gradient_checkpointing is true and drops the cache that holds a prefix; set it to "
+            "false, or choose another adapter"
         )
     if config.base_every > 1 and config.method in ("zo-peft", "zo-ft"):
         problems.append(
