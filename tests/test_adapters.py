@@ -12,7 +12,7 @@ from zofo.adapters import create_adapter
 from zofo.config import AdapterConfig, idle_options, load_config
 from zofo.errors import UserError
 from zofo.methods import split_parameters
-from zofo.models import load_model
+from zofo.models import empty_model, load_model
 
 KIND_OF = {
     "lora": "LORA",
@@ -230,9 +230,14 @@ def test_what_peft_cannot_run_is_one_message():
         attach("llama", "ia3", targets=["embed_tokens"])
 
 
-def test_a_model_without_weights_gets_every_adapter(decoder_folder):
-    from zofo.models import empty_model
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    zoo.ARCHITECTURES["deberta-v3"]().save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path), head="classification")
+    with pytest.raises(UserError, match="no prefix; choose"):
+        create_adapter(model, "prefix", head="classification")
 
+
+def test_a_model_without_weights_gets_every_adapter(decoder_folder):
     for adapter in KINDS:
         made = split_parameters(create_adapter(empty_model(decoder_folder), adapter)).adapter
         assert {p.device.type for p in made.values()} <= {"meta", "cpu"}
@@ -291,6 +296,13 @@ def test_a_file_makes_every_other_option_idle():
         "adapter.type has no effect with adapter.config_file",
         "adapter.r has no effect with adapter.config_file",
     ]
+    assert config.adapter_lr == KINDS["lora"].lr
+
+
+def test_what_a_run_is_called():
+    assert load_config(overrides=["adapter=dora"]).adapter.label == "dora"
+    assert load_config(overrides=["adapter.config_file=my/loha.json"]).adapter.label == "loha"
+    assert load_config(overrides=["method=zo-ft"]).adapter.label == "none"
 
 
 @pytest.mark.parametrize("adapter", KINDS)

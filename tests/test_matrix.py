@@ -196,3 +196,10 @@ def bits_of_plain_sgd(architecture):
     loss_of(model, zoo.batch_for(architecture, seed=0)).backward()
     plain.step()
     return base_bits(model)
+
+
+@pytest.mark.parametrize("architecture", ["deberta-v3", *zoo.OTHERS])
+def test_weights_that_their_parent_reads_are_swapped_for_its_call(monkeypatch, architecture):
+    """As if none were small enough to be swapped for the whole forward."""
+    monkeypatch.setattr("zofo.perturb._SMALL_BYTES", 0)
+    check_view(zoo.bare(architecture), architecture)

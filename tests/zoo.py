@@ -143,6 +143,24 @@ SEQ2SEQ: Final[dict[str, Callable[[], Any]]] = {
         forced_eos_token_id=None,
     ),
 }
+STATE_SPACE: Final[dict[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "state_size": 4,
+    "expand": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OTHERS: Final[dict[str, Callable[[], Any]]] = {
+    "mamba": lambda: hf.MambaConfig(**STATE_SPACE),
+    "mamba2": lambda: hf.Mamba2Config(
+        **STATE_SPACE, num_heads=4, head_dim=8, n_groups=2, chunk_size=4
+    ),
+    "falcon-mamba": lambda: hf.FalconMambaConfig(**STATE_SPACE),
+}
+"""Decoders that peft knows no adapters for."""
 ARCHITECTURES: Final = {**DECODERS, **ENCODERS, **SEQ2SEQ}
 
 
@@ -162,7 +180,9 @@ def bare(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kinds[head_of(architecture)].from_config(ARCHITECTURES[architecture]())
+        model = kinds[head_of(architecture)].from_config(
+            {**ARCHITECTURES, **OTHERS}[architecture]()
+        )
         with torch.no_grad():
             for p in model.parameters():
                 if p.ndim > 1:

@@ -179,8 +179,10 @@ def _require_cache(model: Any, config: Any) -> None:
 @torch.no_grad()
 def _try_out(model: Any) -> None:
     """One forward of one token: some of peft's limits show only there."""
-    embeddings = model.get_base_model().get_input_embeddings().weight
-    if embeddings.device.type == "meta":
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings().weight
+    # bitsandbytes packs 4-bit weights for good when they are evaluated without gradients.
+    if embeddings.device.type == "meta" or getattr(base, "is_quantized", False):
         return
     ids = torch.ones((1, 1), dtype=torch.long, device=embeddings.device)
     inputs = {"input_ids": ids, "attention_mask": ids}

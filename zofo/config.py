@@ -74,6 +74,11 @@ class AdapterConfig(_Section):
     init_text: str | None = Field(None, description="initial text of prompt or prefix")
     config_file: str | None = Field(None, description="any peft configuration, JSON or YAML")
 
+    @property
+    def label(self) -> str:
+        """What results and folders call it: its type, or the name of its file."""
+        return self.type if self.config_file is None else Path(self.config_file).stem
+
 
 class RunConfig(_Section):
     """One run."""
@@ -400,7 +405,8 @@ def _complete(config: RunConfig) -> RunConfig:
         update["adapter"] = AdapterConfig(type="none")
     if config.base_lr is None and config.method in ("hybrid", "fo-ft", "zo-ft"):
         update["base_lr"] = _BASE_LR
-    kind = KINDS.get(config.adapter.type, KINDS["lora"])
+    is_known = config.adapter.type in KINDS and config.adapter.config_file is None
+    kind = KINDS[config.adapter.type if is_known else "lora"]
     if config.adapter_lr is None and config.method in ("hybrid", "fo-peft"):
         update["adapter_lr"] = kind.lr
     if config.adapter_lr is None and config.method == "zo-peft":

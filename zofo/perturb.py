@@ -40,9 +40,13 @@ ATOMIC: tuple[type[nn.Module], ...] = (
 )
 """Module classes that read the weights of their children directly."""
 
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 CHILDREN_READ: dict[str, tuple[str, ...]] = {
     "DebertaEncoder": ("rel_embeddings",),
     "DebertaV2Encoder": ("rel_embeddings",),
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "Mamba2Mixer": _MAMBA,
 }
 """Names of classes, and of the children whose own weights their forward reads directly."""
 
