@@ -230,11 +230,11 @@ def trained(tmp_path_factory, encoder_decoder_folder):
 
 RUNS = [
     ("hybrid", "lora", "classification"),
-    ("hybrid", "prompt", "classification"),
+    pytest.param("hybrid", "prompt", "classification", marks=pytest.mark.slow),
     ("hybrid", "prefix", "completion"),
     ("fo-peft", "ia3", "completion"),
     ("zo-peft", "p-tuning", "classification"),
-    ("zo-ft", "none", "completion"),
+    pytest.param("zo-ft", "none", "completion", marks=pytest.mark.slow),
     ("fo-ft", "none", "classification"),
 ]
 
