@@ -157,3 +157,10 @@ def encoder_folder(tmp_path_factory):
     from tests.tiny import save_encoder
 
     return str(save_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder_folder(tmp_path_factory):
+    from tests.tiny import save_encoder_decoder
+
+    return str(save_encoder_decoder(tmp_path_factory.mktemp("encoder-decoder")))

@@ -1,4 +1,4 @@
-"""A tiny untrained Llama and a tokenizer, saved as a Hugging Face folder."""
+"""Tiny untrained models and a tokenizer, saved as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "the film is a warm and clever story that never loses its way",
@@ -74,6 +74,34 @@ def save_encoder(folder: Path) -> Path:
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 max_position_embeddings=128,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_encoder_decoder(folder: Path) -> Path:
+    """A T5 of two layers a side, seeded; its tokenizer ends every text, as T5's does."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                vocab_size=len(tokenizer),
+                d_model=32,
+                d_kv=16,
+                d_ff=48,
+                num_layers=2,
+                num_heads=2,
+                dropout_rate=0.0,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                decoder_start_token_id=tokenizer.pad_token_id,
             )
         )
     model.save_pretrained(folder)

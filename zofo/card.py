@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from zofo.environment import environment
+from zofo.export_card import HEAD_NAMES
 from zofo.files import write_text
 from zofo.hub import looks_like_hub_id
 from zofo.manifest import CARD_FILE, BaseModel
@@ -54,9 +55,7 @@ def _front_matter(base: BaseModel, task: Mapping[str, Any], summary: Mapping[str
     values: dict[str, Any] = {
         "base_model": _public_name(base.name),
         "library_name": "zofo",
-        "pipeline_tag": (
-            "text-classification" if base.head == "classification" else "text-generation"
-        ),
+        "pipeline_tag": HEAD_NAMES[base.head][1],
         "tags": tags,
         "datasets": _datasets(task),
     }

@@ -19,14 +19,11 @@ from typing import Any, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from zofo.adapter_types import KINDS, AdapterType
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
 
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
-_ADAPTER_LR: Final = {"lora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
-"""For AdamW; measured on SmolLM2-135M, SST-2 (LoRA, prompt); prefix by choice, as the prompt's."""
-_ZO_ADAPTER_LR: Final = 1e-4
-"""Middle of the paper's grid for zeroth-order LoRA."""
 _BASE_LR: Final = 1e-5
 """Measured on SmolLM2-135M, SST-2; the paper's models are larger and want about 1e-6."""
 
@@ -48,8 +45,9 @@ class ModelConfig(_Section):
     """The base."""
 
     name: str = Field("smollm2-135m", description="hub id, folder, or smollm2-135m, minilm")
-    head: Literal["auto", "causal-lm", "classification"] = Field(
-        "auto", description="classification puts a fresh head on an encoder"
+    head: Literal["auto", "causal-lm", "classification", "seq2seq"] = Field(
+        "auto",
+        description="seq2seq: encoder-decoders; classification: a fresh head on an encoder",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base; peft keeps adapters in float32"
@@ -62,20 +60,24 @@ class ModelConfig(_Section):
 class AdapterConfig(_Section):
     """The PEFT module."""
 
-    type: Literal["lora", "prefix", "prompt", "none"] = Field(
-        "lora", description="none for fo-ft and zo-ft"
-    )
-    r: int = Field(8, ge=1, description="rank of LoRA (paper)")
-    alpha: float = Field(16, gt=0, description="LoRA's scale is alpha / r (paper)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on LoRA's input")
+    type: AdapterType = Field("lora", description="see adapters.md; none for fo-ft and zo-ft")
+    r: int = Field(8, ge=1, description="rank of LoRA and its kin (paper)")
+    alpha: float = Field(16, gt=0, description="scale alpha / r (paper); rslora: alpha / √r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of LoRA and its kin")
     targets: str | list[str] | None = Field(
-        None, description="modules that get LoRA: names, all-linear, or peft's choice"
+        None,
+        description="modules of LoRA, its kin, IA3: names, all-linear, or peft's choice",
     )
     num_virtual_tokens: int | None = Field(
-        None, ge=1, description="length of prefix (default 5) or prompt (default 10)"
+        None, ge=1, description="length of prefix (default 5), prompt and p-tuning (default 10)"
     )
     init_text: str | None = Field(None, description="initial text of prompt or prefix")
     config_file: str | None = Field(None, description="any peft configuration, JSON or YAML")
+
+    @property
+    def label(self) -> str:
+        """What results and folders call it: its type, or the name of its file."""
+        return self.type if self.config_file is None else Path(self.config_file).stem
 
 
 class RunConfig(_Section):
@@ -103,7 +105,9 @@ class RunConfig(_Section):
         1.0, gt=0, description="clip the first-order gradient to this norm; null: do not"
     )
 
-    eps: float = Field(1e-3, gt=0, description="smoothing radius (as in MeZO)")
+    eps: float = Field(
+        1e-3, gt=0, description="smoothing radius (as in MeZO); zo-peft of a prefix: 0.1 (paper)"
+    )
     estimator: Literal["forward", "central"] = Field(
         "forward", description="forward (paper): 1 extra forward; central: 2"
     )
@@ -356,8 +360,14 @@ def _check(config: RunConfig) -> list[str]:
         )
     if not full and config.adapter.type == "none" and config.adapter.config_file is None:
         problems.append(
-            f"method {config.method} moves an adapter and adapter.type is none; choose lora, "
-            "prefix or prompt, or method fo-ft or zo-ft"
+            f"method {config.method} moves an adapter and adapter.type is none; choose one, "
+            "such as lora or prompt, or method fo-ft or zo-ft"
+        )
+    is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
+    if config.gradient_checkpointing and is_prefix and not full:
+        problems.append(
+            "gradient_checkpointing is true and drops the cache that holds a prefix; set it to "
+            "false, or choose another adapter"
         )
     if config.base_every > 1 and config.method in ("zo-peft", "zo-ft"):
         problems.append(
@@ -422,17 +432,21 @@ def _complete(config: RunConfig) -> RunConfig:
         update["adapter"] = AdapterConfig(type="none")
     if config.base_lr is None and config.method in ("hybrid", "fo-ft", "zo-ft"):
         update["base_lr"] = _BASE_LR
+    is_known = config.adapter.type in KINDS and config.adapter.config_file is None
+    kind = KINDS[config.adapter.type if is_known else "lora"]
     if config.adapter_lr is None and config.method in ("hybrid", "fo-peft"):
-        update["adapter_lr"] = _ADAPTER_LR.get(config.adapter.type, 1e-3)
+        update["adapter_lr"] = kind.lr
     if config.adapter_lr is None and config.method == "zo-peft":
-        update["adapter_lr"] = _ZO_ADAPTER_LR
+        update["adapter_lr"] = kind.zo_lr
+    if config.method == "zo-peft" and "eps" not in config.model_fields_set:
+        update["eps"] = kind.zo_eps
     if config.steps is None and config.epochs is None:
         update["steps"] = 200
     return config.model_copy(update=update)
 
 
 def idle_options(config: RunConfig) -> list[str]:
-    """Options given by the user that have no effect with the chosen method."""
+    """Options given by the user that have no effect with the chosen method and adapter."""
     idle = {
         "fo-peft": (
             "base_lr",
@@ -482,7 +496,19 @@ def idle_options(config: RunConfig) -> list[str]:
     ]
     if config.method == "hybrid" and config.base_batch_fraction < 1 and share_of(config) == 1:
         found.append(f"base_batch_fraction has no effect with batch_size {config.batch_size}")
-    return found
+    return found + _idle_adapter_options(config.adapter)
+
+
+def _idle_adapter_options(adapter: AdapterConfig) -> list[str]:
+    used, choice = {"config_file"}, "adapter.config_file"
+    if adapter.config_file is None:
+        taken = KINDS[adapter.type].options if adapter.type in KINDS else ()
+        used, choice = {"type", "config_file", *taken}, f"adapter {adapter.type}"
+    return [
+        f"adapter.{key} has no effect with {choice}"
+        for key, field in AdapterConfig.model_fields.items()
+        if key not in used and getattr(adapter, key) != field.default
+    ]
 
 
 def share_of(config: RunConfig) -> float:

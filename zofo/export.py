@@ -38,7 +38,7 @@ from zofo.export_check import (
     tolerance_of,
 )
 from zofo.manifest import ADAPTER_FOLDER, CARD_FILE
-from zofo.models import DTYPES, quiet
+from zofo.models import DTYPES, model_class, quiet
 from zofo.opening import Source, attach, open_source, plain_base
 
 
@@ -206,18 +206,13 @@ def load_plain(
 
     Args:
         folder: the export.
-        head: "causal-lm" or "classification".
+        head: the model's.
         trust_remote_code: run code that lies in the folder.
     """
     import transformers as hf
 
-    kind: Any = (
-        hf.AutoModelForSequenceClassification
-        if head == "classification"
-        else hf.AutoModelForCausalLM
-    )
     with quiet():
-        model = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
 

@@ -20,9 +20,10 @@ from zofo.opening import Source
 EXPORT_FILE: Final = "zofo_export.json"
 """What the folder was made from; no loader reads it."""
 _LOCAL: Final = "a local model"
-_HEADS: Final = {
+HEAD_NAMES: Final = {
     "causal-lm": ("AutoModelForCausalLM", "text-generation"),
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
 }
 """Head -> transformers' class, the hub's name of the task."""
 
@@ -57,7 +58,7 @@ class Exported:
 
 def usage(folder: Path, head: str, *, is_merged: bool) -> str:
     """A line of Python that loads an export without zofo."""
-    kind = _HEADS[head][0]
+    kind = HEAD_NAMES[head][0]
     load = f"{kind}.from_pretrained({str(folder)!r})"
     if is_merged:
         return f"from transformers import {kind}; model = {load}"
@@ -104,7 +105,7 @@ def _card(exported: Exported, source: Source, step: int | None, origin: str | No
     front: dict[str, Any] = {
         "base_model": origin,
         "library_name": "transformers",
-        "pipeline_tag": _HEADS[source.base.head][1],
+        "pipeline_tag": HEAD_NAMES[source.base.head][1],
         "tags": ["zofo", source.method],
     }
     known = {key: value for key, value in front.items() if value}

@@ -119,7 +119,10 @@ def logits_of(model: nn.Module, samples: Samples) -> list[Tensor]:
     found = []
     for row in samples.inputs:
         ids = torch.tensor([row], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids  # any tokens do
+        logits = model(**inputs).logits[0]
         last = logits[-_NUM_POSITIONS:] if logits.ndim == 2 else logits
         found.append(last.float().cpu().clone())
     return found

@@ -1,7 +1,7 @@
 """Greedy text after prompts, by the model's own `generate`.
 
 Prompts of one batch are padded on the left, where `generate` counts positions from the first token
-that is there. Behind the virtual tokens of prompt tuning peft counts through the padding, so there
+that is there; those that an encoder reads on the right. Behind the virtual tokens of prompt tuning peft counts through the padding, so there
 only prompts of one length share a batch. Either way a text does not depend on its neighbours, up to
 rounding.
 
@@ -90,9 +90,11 @@ class Writer:
         length = max(map(len, prompts))
         ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
+        is_read_by_encoder = bool(model.config.is_encoder_decoder)
         for i, prompt in enumerate(prompts):
-            ids[i, length - len(prompt) :] = torch.tensor(prompt)
-            mask[i, length - len(prompt) :] = 1
+            start = 0 if is_read_by_encoder else length - len(prompt)
+            ids[i, start : start + len(prompt)] = torch.tensor(prompt)
+            mask[i, start : start + len(prompt)] = 1
         ends = self._end_tokens(model)
         stop = StoppingCriteriaList([_LineBreak(self.tokenizer)] if self.one_line else [])
         with warnings.catch_warnings():
@@ -110,7 +112,9 @@ class Writer:
                 stopping_criteria=stop,
             ).cpu()
         # Some adapters' generate returns the new tokens alone.
-        if torch.equal(written[:, :length], ids):
+        if is_read_by_encoder:
+            written = written[:, 1:]  # the token that every decoder begins with
+        elif torch.equal(written[:, :length], ids):
             written = written[:, length:]
         num_forwards = max(1, written.shape[1])
         cost = len(prompts) * (length + num_forwards - 1)  # earlier tokens are kept in the cache

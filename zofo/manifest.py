@@ -43,7 +43,7 @@ class BaseModel:
 
     Attributes:
         name: hub id, folder or alias.
-        head: "causal-lm" or "classification".
+        head: "causal-lm", "classification" or "seq2seq".
         dtype: of the weights.
         num_labels: classes of a classification head.
         seed: of a fresh head's initial weights.

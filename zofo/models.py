@@ -25,7 +25,7 @@ from torch import nn
 
 from zofo.errors import UserError
 
-Head = Literal["causal-lm", "classification"]
+Head = Literal["causal-lm", "classification", "seq2seq"]
 HEADS: Final[tuple[str, ...]] = get_args(Head)
 DTYPES: Final = {
     "float32": torch.float32,
@@ -129,7 +129,8 @@ def load_model(
 
     Args:
         name: alias, folder or hub id.
-        head: "causal-lm", or "classification" for a fresh head over encoders' outputs.
+        head: "causal-lm", "seq2seq" for encoder-decoders, or "classification" for a fresh head
+            over encoders' outputs.
         dtype: "float32", "bfloat16", "float16" or "float64".
         num_labels: classes of the classification head.
         revision: of the hub id: branch, tag or commit.
@@ -153,12 +154,10 @@ def load_model(
         torch.manual_seed(seed)
         tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
         if head == "classification":
-            model = hf.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, **kwargs
-            )
+            kwargs["num_labels"] = num_labels
         else:
-            _require_decoder(hf.AutoConfig.from_pretrained(source, **shared), name)
-            model = hf.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+            _require_head(head, hf.AutoConfig.from_pretrained(source, **shared), name)
+        model = model_class(head).from_pretrained(source, **kwargs)
     prepare(model, tokenizer)
     return model, tokenizer
 
@@ -206,15 +205,23 @@ def empty_model(
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels
-            model = hf.AutoModelForSequenceClassification.from_config(config, **kwargs)
         else:
-            _require_decoder(config, name)
-            model = hf.AutoModelForCausalLM.from_config(config, **kwargs)
+            _require_head(head, config, name)
+        model: nn.Module = model_class(head).from_config(config, **kwargs)
     return model
 
 
+def model_class(head: str) -> Any:
+    """The class of transformers for a head."""
+    import transformers as hf
+
+    if head == "classification":
+        return hf.AutoModelForSequenceClassification
+    return hf.AutoModelForSeq2SeqLM if head == "seq2seq" else hf.AutoModelForCausalLM
+
+
 def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Head:
-    """The head that suits a model: encoders classify, decoders score candidates.
+    """The head that suits a model: encoders classify, decoders and encoder-decoders score.
 
     Raises:
         UserError: as `load_model`.
@@ -226,6 +233,8 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
         config = hf.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+    if _is_encoder_decoder(config):
+        return "seq2seq"
     return "classification" if _is_encoder(config) else "causal-lm"
 
 
@@ -279,8 +288,29 @@ def _is_encoder(config: Any) -> bool:
     return config.model_type in MASKED and not getattr(config, "is_decoder", False)
 
 
-def _require_decoder(config: Any, name: str) -> None:
-    if _is_encoder(config):
+def _is_encoder_decoder(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN,
+    )
+
+    return bool(getattr(config, "is_encoder_decoder", False)) and config.model_type in KNOWN
+
+
+def _require_head(head: Head, config: Any, name: str) -> None:
+    """Refuse a head that writes where the model has none of that kind."""
+    is_pair = _is_encoder_decoder(config)
+    if head == "seq2seq" and not is_pair:
+        suited = "classification" if _is_encoder(config) else "causal-lm"
+        raise UserError(
+            f"the model {name} is of type {config.model_type}, which is no encoder-decoder; use it "
+            f"with head {suited}"
+        )
+    if head == "causal-lm" and is_pair:
+        raise UserError(
+            f"the model {name} is of type {config.model_type}, an encoder-decoder; use it with "
+            "head seq2seq"
+        )
+    if head == "causal-lm" and _is_encoder(config):
         raise UserError(
             f"the model {name} is of type {config.model_type}, an encoder that does not generate; "
             "use it with head classification, or choose a decoder"

@@ -246,18 +246,15 @@ def _base_of_run(run: Path) -> tuple[BaseModel, tuple[str, ...]]:
 
 def _load_whole(values: dict[str, Any], tokenizer: Any) -> nn.Module:
     """A model saved without its tokenizer."""
-    import transformers as hf
+    from zofo.models import DTYPES, model_class, prepare, quiet
 
-    from zofo.models import DTYPES, prepare, quiet
-
-    kind: Any = hf.AutoModelForCausalLM
     kwargs: dict[str, Any] = {}
     if values["head"] == "classification":
-        kind, kwargs = hf.AutoModelForSequenceClassification, {"num_labels": values["num_labels"]}
+        kwargs["num_labels"] = values["num_labels"]
     if values["attn_implementation"] is not None:
         kwargs["attn_implementation"] = values["attn_implementation"]
     with refusing(f"the model in {values['name']} cannot be loaded"), quiet():
-        model = kind.from_pretrained(
+        model = model_class(values["head"]).from_pretrained(
             values["name"],
             dtype=DTYPES[values["dtype"]],
             trust_remote_code=values["trust_remote_code"],

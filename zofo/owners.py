@@ -70,7 +70,10 @@ class Owner:
 
 
 def find_owners(
-    model: nn.Module, tensors: Mapping[nn.Parameter, int], atomic: tuple[type[nn.Module], ...]
+    model: nn.Module,
+    tensors: Mapping[nn.Parameter, int],
+    atomic: tuple[type[nn.Module], ...],
+    children_read: Mapping[str, tuple[str, ...]],
 ) -> list[Owner]:
     """The modules to hook.
 
@@ -78,6 +81,7 @@ def find_owners(
         model: whose calls are watched.
         tensors: direction indices of the parameters that are perturbed.
         atomic: classes that read the weights of their children directly.
+        children_read: names of classes, and of the children whose weights they read directly.
     """
     owners: dict[nn.Module, Owner] = {}
 
@@ -105,8 +109,9 @@ def find_owners(
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
+        read = children_read.get(type(module).__name__, ())
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", holder, fixed)
+            visit(child, f"{path}{name}.", holder, fixed or name in read)
 
     seen: set[tuple[nn.Module, nn.Module | None]] = set()
     heads: set[nn.Module] = set()

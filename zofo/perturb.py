@@ -8,8 +8,9 @@ largest layer. Weights too small to be worth a hook (norms, biases) are computed
 the forward, into a scratch of their own.
 
 A module that reads a child's weight directly (instead of calling the child) would see it as it was.
-The known ones (`ATOMIC`, and what `zofo.owners` finds) are swapped as a whole subtree; any other is
-found by the self-check (`zofo.self_check`), which names it.
+The known ones (`ATOMIC`, and what `zofo.owners` finds) are swapped as a whole subtree, single
+children (`CHILDREN_READ`) for as long as their parent runs; any other is found by the self-check
+(`zofo.self_check`), which names it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ ATOMIC: tuple[type[nn.Module], ...] = (
     nn.RNNBase,
 )
 """Module classes that read the weights of their children directly."""
+
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
+CHILDREN_READ: dict[str, tuple[str, ...]] = {
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "Mamba2Mixer": _MAMBA,
+}
+"""Names of classes, and of the children whose own weights their forward reads directly."""
 
 
 class Perturbation:
@@ -77,7 +88,7 @@ class Perturbation:
         """Watch the calls of another module that holds the weights: accelerate wraps models."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
-        owners = find_owners(model, self._tensors, ATOMIC)
+        owners = find_owners(model, self._tensors, ATOMIC, CHILDREN_READ)
         self._small = Owner(model, take_small(owners))
         self._owners = [owner for owner in owners if owner.slots]
         self._scratch.forget_owners()

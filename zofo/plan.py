@@ -171,6 +171,8 @@ def _memory(
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
     hidden = getattr(text, "hidden_size", 0)
     layers = getattr(text, "num_hidden_layers", 0)
+    if getattr(text, "is_encoder_decoder", False):
+        layers += getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", layers)) or 0
     value = next(model.parameters()).element_size()
     kept = 1 if config.gradient_checkpointing or not first else layers
     return {

@@ -248,7 +248,7 @@ def train(
         "method": config.method,
         "task": config.task.name,
         "model": config.model.name,
-        "adapter": config.adapter.type,
+        "adapter": config.adapter.label,
         "seed": config.seed,
         "test": {"before": before.as_dict(), "after": after.as_dict()},
         "best_dev": trainer.state.best_metric,
@@ -318,8 +318,8 @@ def new_folder(config: RunConfig) -> Path:
             )
         return folder
     name = f"{config.task.name}-{config.method}"
-    if config.adapter.type != "none":
-        name += f"-{config.adapter.type}"
+    if config.adapter.label != "none":
+        name += f"-{config.adapter.label}"
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

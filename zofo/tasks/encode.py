@@ -6,6 +6,9 @@
 
 Logits are computed only at positions that are scored, and turned into float32 there. Rows are
 padded on the right, so that a row's scores do not depend on its neighbours in the batch.
+
+Encoder-decoders read the prompt in the encoder and write the candidate, with its end token, in the
+decoder: a score is minus transformers' loss with that candidate as labels.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ class Encoded:
     """One example in tokens.
 
     Attributes:
-        rows: token ids of each sequence to run.
+        rows: token ids of each sequence to run; of an encoder-decoder, what the encoder reads.
         targets: for each candidate the tokens that score it: (row, position of the logit, token).
         gold: index of the right candidate.
         types: of a pair of texts whose tokenizer tells them apart: 0 or 1 for each token.
         prompt: token ids that an answer is to be written after; empty where none is.
         answers: what counts as right there.
+        outputs: what an encoder-decoder's decoder writes for each row.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -43,11 +47,12 @@ class Encoded:
     types: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     answers: Answers | None = None
+    outputs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
-        return max(map(len, self.rows))
+        return max(map(len, (*self.rows, *self.outputs)))
 
 
 class Encoder:
@@ -55,7 +60,7 @@ class Encoder:
 
     Args:
         tokenizer: the model's.
-        head: "causal-lm" or "classification".
+        head: "causal-lm", "seq2seq" or "classification".
         max_length: tokens a sequence; a prompt loses its beginning, an encoder's text its end.
         max_new_tokens: of them, those that stay free for an answer to be written.
     """
@@ -81,6 +86,8 @@ class Encoder:
             if isinstance(example, Completion):
                 raise UserError("an encoder with a classification head writes no completions")
             return self._texts(example)
+        if self.head == "seq2seq":
+            return self._outputs(example)
         if isinstance(example, Completion):
             return self._completion(example)
         return self._endings(example) if example.ending else self._candidates(example)
@@ -182,6 +189,44 @@ class Encoder:
         rows = (tuple(ids[: last + 1]),)
         return Encoded(rows, (targets,), 0, prompt=prompt, answers=example.answers)
 
+    def _outputs(self, example: Example | Completion) -> Encoded:
+        if isinstance(example, Completion):
+            if example.is_rendered:
+                raise UserError(
+                    "an encoder-decoder answers a text and takes no turns of a chat; choose task "
+                    "completion, or a decoder"
+                )
+            (prompt, _), (completion, _) = example.segments
+            inputs, texts, gold, answers = [prompt], [completion], 0, example.answers
+        else:
+            inputs, gold, answers = [example.prompt] * len(example.candidates), example.gold, None
+            texts = list(example.candidates)
+            if example.ending:
+                inputs = [f"{example.prompt}{candidate}" for candidate in texts]
+                texts = [example.ending] * len(texts)
+        # A text's blank joins it to a prompt; here nothing stands before it.
+        outputs = tuple(tuple(self._output(text.lstrip(" "), example.row)) for text in texts)
+        rows = tuple(
+            tuple(self._ids(text)[-self.max_length :]) or tuple(self._start()) for text in inputs
+        )
+        targets = tuple(
+            tuple((i, place, token) for place, token in enumerate(output))
+            for i, output in enumerate(outputs)
+        )
+        return Encoded(rows, targets, gold, prompt=rows[0], answers=answers, outputs=outputs)
+
+    def _output(self, text: str, row: int) -> list[int]:
+        ids = list(self.tokenizer(text_target=text)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"row {row}: what is to be written has {len(ids)} tokens and max_length is "
+                f"{self.max_length}; raise task.max_length or shorten the row"
+            )
+        return ids
+
     def _shorten(self, prompt: list[int], longest_tail: int, row: int) -> list[int]:
         room = self.max_length - longest_tail + 1
         if room < 1:
@@ -212,7 +257,8 @@ class Collator:
     The batch is a dict of tensors: `input_ids`, `attention_mask` [rows, length], and
     `token_type_ids` of that shape for pairs; `gold` [examples]; and for decoders `place` [places,
     2] (row, position of each scored logit), `token_place`, `token_id`, `token_candidate` [tokens],
-    `candidate` [candidates, 2] (example, index in it).
+    `candidate` [candidates, 2] (example, index in it); for encoder-decoders `output_ids` [rows,
+    output length] too.
 
     Args:
         pad_token_id: the tokenizer's.
@@ -243,6 +289,12 @@ class Collator:
             batch["token_type_ids"] = types
         if not examples[0].targets:
             return batch
+        outputs = [output for example in examples for output in example.outputs]
+        if outputs:
+            length = max(map(len, outputs))
+            batch["output_ids"] = torch.tensor(
+                [(*output, *[self.pad_token_id] * (length - len(output))) for output in outputs]
+            )
         places: dict[tuple[int, int], int] = {}
         token_place: list[int] = []
         token_id: list[int] = []
@@ -278,9 +330,14 @@ class TokenScores:
 def token_scores(
     model: nn.Module, batch: dict[str, Tensor], *, with_first_choice: bool = False
 ) -> TokenScores:
-    """Score every target token of a decoder's batch; tensors of shape [tokens]."""
+    """Score every target token of a batch with targets; tensors of shape [tokens]."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     place = batch["place"]
+    if "output_ids" in batch:
+        # Teacher forcing: each token is scored at the one before it.
+        outputs, start = batch["output_ids"], _decoder_start(model)
+        begin = outputs.new_full((len(outputs), 1), start)
+        inputs["decoder_input_ids"] = torch.cat((begin, outputs[:, :-1]), dim=1)
     if _keeps_logits(model):
         wanted, slot = place[:, 1].unique(return_inverse=True)
         logits = model(**inputs, logits_to_keep=wanted + virtual_tokens(model)).logits
@@ -374,6 +431,8 @@ def first_examples(batch: dict[str, Tensor], num: int) -> tuple[dict[str, Tensor
         "token_candidate": num_tokens,
         "candidate": num_candidates,
     }
+    if "output_ids" in batch:
+        ends["output_ids"] = num_rows
     part = {name: batch[name][:end] for name, end in ends.items()}
     part["tokens_per_example"] = torch.tensor(len(batch["token_id"]) / len(gold))
     return part, num_rows / len(batch["input_ids"])
@@ -402,13 +461,28 @@ def _mean_by(values: Tensor, group: Tensor) -> Tensor:
 
 
 def virtual_tokens(model: Any) -> int:
-    """Tokens that prompt tuning puts before the input; a prefix lives in the cache instead."""
+    """Tokens that a prompt puts before the scored ones; a prefix lives in the cache instead."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not getattr(config, "is_prompt_learning", False):
+        return 0
+    if getattr(model.config, "is_encoder_decoder", False):  # the encoder's input has them
         return 0
     if str(getattr(config.peft_type, "value", config.peft_type)) in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0
     return int(config.num_virtual_tokens)
+
+
+def _decoder_start(model: Any) -> int:
+    """The token that stands before everything a decoder writes."""
+    config = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(config, "bos_token_id", None)
+    if start is None:
+        raise UserError(
+            f"the configuration of {model.__class__.__name__} has no decoder_start_token_id; set it"
+        )
+    return int(start)
 
 
 def _keeps_logits(model: Any) -> bool:

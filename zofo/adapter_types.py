@@ -1,0 +1,112 @@
+"""The kinds of adapter: what each takes, and the learning rates that it begins with.
+
+First-order rates are for AdamW, zeroth-order ones for zo-peft's plain steps. "Paper" is arXiv
+2604.09940, whose grids for zeroth-order adapters are: LoRA and prompt lr 1e-3 to 1e-6, eps 1e-2 to
+1e-4; prefix lr 1e-2 to 1e-4, eps 1e-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+AdapterType = Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning", "none"]
+ADAPTER_TYPES: Final[tuple[str, ...]] = get_args(AdapterType)
+
+_LORA_OPTIONS: Final = ("r", "alpha", "dropout", "targets")
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """What is known of a kind of adapter.
+
+    Attributes:
+        description: what it trains.
+        options: keys of the configuration's `adapter` that it takes, besides `type`.
+        lr: first-order learning rate.
+        lr_source: where that comes from.
+        zo_lr: zeroth-order learning rate.
+        zo_lr_source: where that comes from.
+        zo_eps: smoothing radius where the adapter moves by zeroth order.
+        zo_eps_source: where that comes from.
+        num_virtual_tokens: default length, None for kinds that have none.
+    """
+
+    description: str
+    options: tuple[str, ...]
+    lr: float
+    lr_source: str
+    zo_lr: float
+    zo_lr_source: str
+    zo_eps: float = 1e-3
+    zo_eps_source: str = "MeZO"
+    num_virtual_tokens: int | None = None
+
+
+KINDS: Final[Mapping[str, AdapterKind]] = {
+    "lora": AdapterKind(
+        "W + (alpha / r) B A",
+        _LORA_OPTIONS,
+        lr=1e-3,
+        lr_source="measured: SmolLM2-135M, SST-2",
+        zo_lr=1e-4,
+        zo_lr_source="paper: within its grid",
+        zo_eps_source="paper: middle of its grid",
+    ),
+    "dora": AdapterKind(
+        "LoRA on the directions of W's rows, and their lengths",
+        _LORA_OPTIONS,
+        lr=1e-3,
+        lr_source="choice: as LoRA",
+        zo_lr=1e-4,
+        zo_lr_source="choice: as LoRA",
+    ),
+    "rslora": AdapterKind(
+        "W + (alpha / √r) B A",
+        _LORA_OPTIONS,
+        lr=1e-3,
+        lr_source="choice: as LoRA",
+        zo_lr=1e-4,
+        zo_lr_source="choice: as LoRA",
+    ),
+    "ia3": AdapterKind(
+        "a factor for every key, value and inner activation",
+        ("targets",),
+        lr=3e-3,
+        lr_source="the rate of IA3's authors, with Adafactor (arXiv 2205.05638)",
+        zo_lr=1e-4,
+        zo_lr_source="choice: as LoRA",
+    ),
+    "prefix": AdapterKind(
+        "keys and values before the input, in every layer",
+        ("num_virtual_tokens", "init_text"),
+        lr=1e-2,
+        lr_source="choice: as prompt",
+        zo_lr=1e-3,
+        zo_lr_source="paper: middle of its grid",
+        zo_eps=1e-1,
+        zo_eps_source="paper",
+        num_virtual_tokens=5,
+    ),
+    "prompt": AdapterKind(
+        "embeddings before the input",
+        ("num_virtual_tokens", "init_text"),
+        lr=1e-2,
+        lr_source="measured: SmolLM2-135M, SST-2",
+        zo_lr=1e-4,
+        zo_lr_source="paper: within its grid",
+        zo_eps_source="paper: middle of its grid",
+        num_virtual_tokens=10,
+    ),
+    "p-tuning": AdapterKind(
+        "embeddings before the input, made by a perceptron of three layers",
+        ("num_virtual_tokens",),
+        lr=1e-3,
+        lr_source="choice: its weights are matrices, as LoRA's",
+        zo_lr=1e-4,
+        zo_lr_source="choice: as prompt",
+        num_virtual_tokens=10,
+    ),
+}
+"""Lengths are the paper's; p-tuning's is prompt's."""
