@@ -21,6 +21,7 @@ from zofo.config import load_config
 from zofo.errors import UserError
 from zofo.evaluate import evaluate, predict_scores
 from zofo.export import export_model
+from zofo.generation import Writer
 from zofo.inspection import inspect
 from zofo.inspection import verify as checks_of
 from zofo.methods import METHODS
@@ -336,3 +337,29 @@ def test_the_zoo_has_a_head_that_zofo_finds(tmp_path):
     for architecture in ("llama", "gemma3", "deberta-v3", "flan-t5"):
         zoo.ARCHITECTURES[architecture]().save_pretrained(tmp_path / architecture)
         assert head_of(str(tmp_path / architecture)) == zoo.head_of(architecture)
+
+
+def test_what_follows_every_candidate_is_what_is_scored(encoder_decoder_folder):
+    model, tokenizer = load_model(str(encoder_decoder_folder), head="seq2seq")
+    example = Example("the film by ", ("Ann", "Bob"), 1, "", 1, ending=" is great")
+    batch = batch_of(tokenizer, [example])
+    expected = [
+        score_by_hand(model, tokenizer, f"the film by {name}", "is great")
+        for name in ("Ann", "Bob")
+    ]
+    with torch.no_grad():
+        assert candidate_scores(model.eval(), batch)[0].tolist() == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
+def test_answers_are_written_whatever_they_are_padded_to(encoder_decoder_folder):
+    model, tokenizer = load_model(str(encoder_decoder_folder), head="seq2seq")
+    prompts = [tokenizer(text)["input_ids"] for text in ("the film", "the film by Ann is", "a")]
+    writer = Writer(tokenizer, 5)
+    together = writer(model, prompts).texts
+    assert together == tuple(writer(model, [prompt]).texts[0] for prompt in prompts)
+    greedy = model.generate(
+        input_ids=torch.tensor(prompts[:1]), max_new_tokens=5, do_sample=False, num_beams=1
+    )
+    assert together[0] == tokenizer.decode(greedy[0], skip_special_tokens=True)

@@ -1,9 +1,9 @@
 """Greedy text after prompts, by the model's own `generate`.
 
 Prompts of one batch are padded on the left, where `generate` counts positions from the first token
-that is there; those that an encoder reads on the right. Behind the virtual tokens of prompt tuning peft counts through the padding, so there
-only prompts of one length share a batch. Either way a text does not depend on its neighbours, up to
-rounding.
+that is there; those that an encoder reads, on the right. Behind the virtual tokens of prompt tuning
+peft counts through the padding, so there only prompts of one length share a batch. Either way a
+text does not depend on its neighbours, up to rounding.
 
 Deviation from MeZO's protocol (greedy, up to a line break or the end token): a line break counts
 wherever it stands in a token.

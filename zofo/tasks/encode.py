@@ -197,15 +197,16 @@ class Encoder:
                     "completion, or a decoder"
                 )
             (prompt, _), (completion, _) = example.segments
-            inputs, texts, gold, answers = [prompt], [completion], 0, example.answers
+            inputs, gold, answers = [prompt], 0, example.answers
+            texts = [completion if answers is None else completion.lstrip()]
         else:
             inputs, gold, answers = [example.prompt] * len(example.candidates), example.gold, None
-            texts = list(example.candidates)
+            texts = [candidate.lstrip() for candidate in example.candidates]
             if example.ending:
-                inputs = [f"{example.prompt}{candidate}" for candidate in texts]
-                texts = [example.ending] * len(texts)
-        # A text's blank joins it to a prompt; here nothing stands before it.
-        outputs = tuple(tuple(self._output(text.lstrip(" "), example.row)) for text in texts)
+                inputs = [f"{example.prompt}{candidate}" for candidate in example.candidates]
+                texts = [example.ending.lstrip()] * len(texts)
+        # The blank of a candidate joins it to a prompt; here nothing stands before it.
+        outputs = tuple(tuple(self._output(text, example.row)) for text in texts)
         rows = tuple(
             tuple(self._ids(text)[-self.max_length :]) or tuple(self._start()) for text in inputs
         )
