@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from zofo.clock import TrainingClock
 from zofo.config import RunConfig
 from zofo.evaluate import evaluate
 from zofo.models import quiet
@@ -33,6 +34,7 @@ class TaskTrainer(HybridTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=collator, eval_dataset=dev, **kwargs)
+        self.clock = TrainingClock()
         self.objective: Any = objective
         self.kind: Any = kind
         self.dev, self.collator = dev, collator
@@ -71,17 +73,36 @@ class TaskTrainer(HybridTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Scores on dev, under Trainer's names."""
-        metrics = evaluate(
-            self.model,  # type: ignore[arg-type]
-            self.dev if eval_dataset is None else eval_dataset,
-            self.collator,
-            kind=self.kind,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
+        with self.clock.paused():
+            metrics = evaluate(
+                self.model,  # type: ignore[arg-type]
+                self.dev if eval_dataset is None else eval_dataset,
+                self.collator,
+                kind=self.kind,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add what training has cost so far, so that every curve can be drawn against it."""
+        if self._hybrid is not None:
+            logs["forward_equivalents"] = self.forward_equivalents
+            logs["elapsed_s"] = self.clock.seconds
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.clock.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _accounts(self) -> dict[str, float]:
+        return super()._accounts() | {"elapsed_s": self.clock.seconds}
+
+    def _restore_accounts(self) -> None:
+        self.clock.start((self._resumed_accounts or {}).get("elapsed_s", 0.0))
+        super()._restore_accounts()
 
 
 class _MeasureAtTheEnd(TrainerCallback):
