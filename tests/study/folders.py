@@ -79,7 +79,7 @@ def write_run(
         }
         train = {"loss": 0.7, "learning_rate": 1e-3, "peak_memory_bytes": memory}
         lines.append({"step": step, **train, **spent})
-        lines.append({"step": step, "eval_loss": loss, "eval_accuracy": 1 - loss / 2, **spent})
+        lines.append({"step": step, "eval_loss": loss, "eval_accuracy": 0.6, **spent})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if study is not None:
         record = {

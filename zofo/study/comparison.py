@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from zofo.methods import METHODS
 from zofo.study.statistics import (
     Difference,
     Estimate,
@@ -47,8 +48,10 @@ class Group:
 
     Attributes:
         model, task, method, adapter, optimizer: its cell.
-        rates: both learning rates, as text.
+        rates: both learning rates as text.
         setting: digest of the other options.
+        base_lr: learning rate, or a map of several as text; None where the base is frozen.
+        adapter_lr: learning rate; None where there is no adapter.
         runs: names, in order of their seeds.
         seeds: likewise.
         is_chosen: whether it stands for its cell.
@@ -65,6 +68,8 @@ class Group:
     optimizer: str
     rates: str
     setting: str
+    base_lr: float | str | None
+    adapter_lr: float | None
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
     is_chosen: bool
@@ -84,6 +89,7 @@ class Pair:
     Attributes:
         hybrid, fo_peft: the groups.
         difference: in test accuracy, hybrid − fo-peft.
+        hybrid_mean, fo_peft_mean: test accuracy over the seeds that both have.
         values: seed -> difference.
         cost_ratios: mean cost of hybrid over that of fo-peft, for the same seeds.
         reach: cost -> (hybrid's, fo-peft's) median over seeds, of what it took until the dev loss
@@ -96,6 +102,8 @@ class Pair:
     hybrid: Group
     fo_peft: Group
     difference: Difference
+    hybrid_mean: float
+    fo_peft_mean: float
     values: dict[int, float]
     cost_ratios: dict[str, float | None]
     reach: dict[str, tuple[float, float] | None]
@@ -166,9 +174,16 @@ def _groups(table: pd.DataFrame, left_out: dict[str, str]) -> tuple[Group, ...]:
         for name in same["run"].iloc[1:]:
             left_out[str(name)] = f"same configuration and seed as {same['run'].iloc[0]}"
     finished = finished[~finished["run"].isin(left_out)]
-    found = {key: rows for key, rows in finished.groupby(keys, sort=False)}
+    found: dict[Any, pd.DataFrame] = dict(iter(finished.groupby(keys, sort=False)))
     chosen = {_standing_for(cell, found) for cell in dict.fromkeys(key[:5] for key in found)}
-    return tuple(_group(key, rows, key in chosen) for key, rows in found.items())
+    groups = [_group(key, rows, key in chosen) for key, rows in found.items()]
+    return tuple(sorted(groups, key=_order))
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    """Hybrid first, then what it is compared with; as they came otherwise."""
+    known = list(METHODS).index(group.method) if group.method in METHODS else len(METHODS)
+    return group.model, group.task, known, group.adapter, group.optimizer
 
 
 def _standing_for(cell: Any, found: Mapping[Any, pd.DataFrame]) -> Any:
@@ -189,9 +204,11 @@ def _group(key: Any, rows: pd.DataFrame, is_chosen: bool) -> Group:
 
     accuracy = over_seeds("accuracy")
     assert accuracy is not None
-    num_test = _only(rows["num_test"])
+    num_test = _first(rows["num_test"]) if rows["num_test"].nunique() == 1 else None
     return Group(
         *key,
+        base_lr=_first(rows["base_lr"]),
+        adapter_lr=_first(rows["adapter_lr"]),
         runs=tuple(rows["run"]),
         seeds=tuple(int(seed) for seed in rows["seed"]),
         is_chosen=is_chosen,
@@ -241,6 +258,8 @@ def _pair(hybrid: Group, fo_peft: Group, runs: Runs) -> Pair | None:
         hybrid,
         fo_peft,
         difference,
+        stdlib.fmean(accuracy[of_hybrid[s]] for s in seeds),
+        stdlib.fmean(accuracy[of_peft[s]] for s in seeds),
         {s: accuracy[of_hybrid[s]] - accuracy[of_peft[s]] for s in seeds},
         ratios,
         reach,
@@ -318,6 +337,8 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
     }
     tried = table[table["base_lr"].notna() | table["adapter_lr"].notna()]
     tried = tried[tried["status"] != "unfinished"]
+    is_map = tried["base_lr"].map(lambda rate: isinstance(rate, str)).astype(bool)
+    tried = tried[~is_map]
     grids = []
     for key, rows in tried.groupby([*CELL, "setting"], sort=False):
         searched = rows[rows["stage"] == "search"]
@@ -327,8 +348,8 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
         standing = set(rows["rates"][rows["chosen"]]) or {chosen.get(key)}
         points = tuple(
             (
-                _only(same["base_lr"]),
-                _only(same["adapter_lr"]),
+                _first(same["base_lr"]),
+                _first(same["adapter_lr"]),
                 _mean(same["best_dev_loss"]),
                 len(same),
                 rates in standing,
@@ -344,7 +365,7 @@ def _mean(values: pd.Series) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _only(values: pd.Series) -> float | None:
-    """The value that all share; None if they differ or have none."""
+def _first(values: pd.Series) -> Any:
+    """The first value that is there; None if none is."""
     values = values.dropna()
-    return float(values.iloc[0]) if len(values) and values.nunique() == 1 else None
+    return values.iloc[0] if len(values) else None

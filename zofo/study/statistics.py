@@ -129,7 +129,8 @@ def paired_difference(
     of the rows.
 
     Args:
-        first, second: seed -> score.
+        first: seed -> score.
+        second: likewise.
         seed: of the bootstrap.
     """
     seeds = tuple(sorted(first.keys() & second.keys()))

@@ -37,9 +37,9 @@ COLUMNS: Final[dict[str, str]] = {
     "method": "hybrid, fo-peft, zo-peft, fo-ft, zo-ft",
     "adapter": "type of the adapter, or the name of its configuration file",
     "optimizer": "of the first-order block; blank where there is none",
-    "base_lr": "learning rate of the base; blank where it is a map",
-    "adapter_lr": "learning rate of the adapter",
-    "rates": "both as text, maps too",
+    "base_lr": "learning rate of the base, a map of several as text; blank where it is frozen",
+    "adapter_lr": "learning rate of the adapter; blank where there is none",
+    "rates": "both as text, by which runs are grouped",
     "seed": "of the run",
     "setting": "digest of every other option that can change a result",
     "steps": "optimiser steps done",
@@ -67,7 +67,7 @@ CURVE_COLUMNS: Final[dict[str, str]] = {
     "dev_accuracy": "accuracy on the dev rows",
 }
 _NUMBERS: Final = (
-    *("base_lr", "adapter_lr", "seed", "steps", "planned_steps", "accuracy", "accuracy_before"),
+    *("adapter_lr", "seed", "steps", "planned_steps", "accuracy", "accuracy_before"),
     *("auc", "majority", "test_loss", "num_test", "best_dev_loss", "last_dev_loss"),
     *("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes"),
 )
@@ -247,8 +247,11 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
     kind = _text(adapter.get("type") or cell.get("adapter") or "none")
     if adapter.get("config_file"):
         kind = Path(_text(adapter["config_file"])).stem
-    base_lr = config.get("base_lr", rates.get("base_lr"))
-    adapter_lr = config.get("adapter_lr", rates.get("adapter_lr"))
+    base_lr = adapter_lr = None
+    if method in ("hybrid", "fo-ft", "zo-ft"):
+        base_lr = _base_lr(config.get("base_lr", rates.get("base_lr")))
+    if method in ("hybrid", "fo-peft", "zo-peft"):
+        adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
     has_optimizer = method in _HAS_FIRST_ORDER
     return {
         "model": _text(model.get("name") or cell.get("model")),
@@ -258,30 +261,18 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         "optimizer": _text(config.get("optimizer") or cell.get("optimizer"))
         if has_optimizer
         else "",
-        "base_lr": _number(base_lr) if method in ("hybrid", "fo-ft", "zo-ft") else None,
-        "adapter_lr": _number(adapter_lr) if method in ("hybrid", "fo-peft", "zo-peft") else None,
-        "rates": _rates_text(method, base_lr, adapter_lr),
+        "base_lr": base_lr,
+        "adapter_lr": adapter_lr,
+        "rates": f"{base_lr}, {adapter_lr}",
         "seed": _number(config.get("seed", study.get("seed"))),
         "setting": json_digest({k: v for k, v in flat(config).items() if k not in APART})[:8],
     }
 
 
-def _rates_text(method: str, base_lr: Any, adapter_lr: Any) -> str:
-    parts = []
-    if method in ("hybrid", "fo-ft", "zo-ft"):
-        parts.append(f"base {_rate_text(base_lr)}")
-    if method in ("hybrid", "fo-peft", "zo-peft"):
-        parts.append(f"adapter {_rate_text(adapter_lr)}")
-    return ", ".join(parts)
-
-
-def _rate_text(rate: Any) -> str:
-    number = _number(rate)
-    if number is not None:
-        return f"{number:g}"
+def _base_lr(rate: Any) -> float | str | None:
     if isinstance(rate, Mapping):
-        return "{" + ", ".join(f"{k}: {_rate_text(v)}" for k, v in rate.items()) + "}"
-    return "–"
+        return ", ".join(f"{key}: {value}" for key, value in rate.items())
+    return _number(rate)
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
