@@ -36,7 +36,8 @@ def curve_figures(comparison: Comparison, runs: Runs, theme: Theme) -> Choices:
         & table["run"].isin(runs.curves["run"])
     ]
     lone = list(alone.itertuples())
-    panels = list(dict.fromkeys((x.model, x.task) for x in [*chosen, *lone]))
+    everything: list[Any] = [*chosen, *lone]
+    panels = list(dict.fromkeys((x.model, x.task) for x in everything))
     figures = {}
     for i, panel in enumerate(panels):
         groups = [group for group in chosen if (group.model, group.task) == panel]

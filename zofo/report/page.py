@@ -119,10 +119,8 @@ def render(report: Report, folder: Path) -> str:
 
 def _context(report: Report, folder: Path) -> dict[str, Any]:
     runs, comparison, verdict = report.runs, report.comparison, report.verdict
-    links = {
-        str(row.run): _link(relative_to(row.folder, folder)) for row in runs.table.itertuples()
-    }
-    rows = list(runs.table.itertuples())
+    rows: list[Any] = list(runs.table.itertuples())
+    links = {row.run: _link(relative_to(row.folder, folder)) for row in rows}
     unwell = [row for row in rows if row.status != "done" or row.run in comparison.left_out]
     figures = {name: _figures(report, name) for name in THEMES}
     return {

@@ -206,7 +206,7 @@ def _group(key: Any, rows: pd.DataFrame, is_chosen: bool) -> Group:
     assert accuracy is not None
     num_test = _first(rows["num_test"]) if rows["num_test"].nunique() == 1 else None
     return Group(
-        *key,
+        **dict(zip((*CELL, "rates", "setting"), key, strict=True)),
         base_lr=_first(rows["base_lr"]),
         adapter_lr=_first(rows["adapter_lr"]),
         runs=tuple(rows["run"]),
@@ -356,7 +356,9 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
             )
             for rates, same in rows.groupby("rates", sort=False)
         )
-        grids.append(Grid(*key[:5], points=points))
+        cell: dict[str, Any] = dict(zip((*CELL, "setting"), key, strict=True))
+        cell.pop("setting")
+        grids.append(Grid(**cell, points=points))
     return tuple(grids)
 
 

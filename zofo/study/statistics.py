@@ -4,9 +4,9 @@ What is random here is the seed: of the adapter, of the order of the rows, of th
 interval says where the mean over more seeds would lie, on the same rows of the same task.
 
 Few seeds are the rule. One or two give no interval: two points say next to nothing of their
-spread. Three to nine give Student's t, because a bootstrap of so few values is too narrow
-(docs/report.md has its coverage). Ten and more give the bias-corrected and accelerated bootstrap,
-which asks nothing of the distribution.
+spread. Three to nineteen give Student's t, because a bootstrap of so few values is too narrow
+(docs/report.md has its coverage). Twenty and more give the bias-corrected and accelerated
+bootstrap, which asks nothing of the distribution.
 
 References:
     Efron, Better bootstrap confidence intervals, JASA 82, 1987.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE: Final = 0.95
 MIN_FOR_INTERVAL: Final = 3
-MIN_FOR_BOOTSTRAP: Final = 10
+MIN_FOR_BOOTSTRAP: Final = 20
 _NUM_RESAMPLES: Final = 9_999
 
 Outcome = Literal["win", "tie", "loss", "undecided"]
@@ -93,7 +93,7 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """Mean of some values with its 95% interval.
 
     Args:
-        values: at least one; fewer than 3 get no interval, fewer than 10 Student's t, others the
+        values: at least one; fewer than 3 get no interval, fewer than 20 Student's t, others the
             BCa bootstrap.
         seed: of the bootstrap.
     """
