@@ -119,22 +119,24 @@ def test_ranks_want_three_methods_on_two_tasks(tmp_path):
     assert ranks.mean_ranks == {"fo-ft": 1.0, "fo-peft lora": 2.5, "hybrid lora": 2.5}
 
 
-def test_rates_tried_come_from_the_search_with_what_failed(tmp_path):
-    for i, (base_lr, loss) in enumerate(((1e-5, 0.5), (1e-4, 0.4), (1e-3, None))):
+def test_rates_tried_are_those_of_the_search_with_what_failed(tmp_path):
+    # What is chosen of a search is a final run from then on.
+    for base_lr, loss, study in (
+        (1e-5, 0.5, {"stage": "search"}),
+        (1e-4, 0.4, {"stage": "final", "chosen": True}),
+        (1e-3, None, {"stage": "search", "status": "failed"}),
+    ):
         write_run(
-            tmp_path / f"s{i}",
+            tmp_path / f"seed0-{base_lr}",
             base_lr=base_lr,
             dev=() if loss is None else (loss,),
-            accuracy=None,
             result=loss is not None,
             steps=10,
-            study={
-                "stage": "search",
-                "chosen": loss == 0.4,
-                "status": "done" if loss else "failed",
-            },
+            study=study,
         )
-    write_run(tmp_path / "final", base_lr=1e-4, dev=(0.1,), steps=10, study={})
+    write_run(
+        tmp_path / "seed1", seed=1, base_lr=1e-4, dev=(0.1,), steps=10, study={"chosen": True}
+    )
     (grid,) = compared(tmp_path).grids
     assert sorted(grid.points, key=lambda point: point[0]) == [
         (1e-5, 1e-3, 0.5, 1, False),

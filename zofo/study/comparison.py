@@ -341,11 +341,13 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
     tried = tried[~is_map]
     grids = []
     for key, rows in tried.groupby([*CELL, "setting"], sort=False):
-        searched = rows[rows["stage"] == "search"]
-        rows = searched if len(searched) else rows
+        standing = set(rows["rates"][rows["chosen"]]) or {chosen.get(key)}
+        # The run of a search that is chosen is a final one from then on; other seeds of that rate
+        # would make it look unlike its neighbours.
+        searched = set(rows["seed"][rows["stage"] == "search"])
+        rows = rows[rows["seed"].isin(searched)] if searched else rows
         if rows["rates"].nunique() < 2:
             continue
-        standing = set(rows["rates"][rows["chosen"]]) or {chosen.get(key)}
         points = tuple(
             (
                 _first(same["base_lr"]),

@@ -76,6 +76,7 @@ APART: Final = frozenset(
         *("model.name", "task.name", "task.train", "method", "adapter.type", "adapter.config_file"),
         *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
         *("num_threads", "device", "eval_batch_size", "snapshot_every"),
+        *("measure_test", "early_stopping"),
     )
 )
 """Options that have a column of their own, or that change no result."""
