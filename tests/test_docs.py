@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from zofo.config import AdapterConfig, ModelConfig, RunConfig, load_config
+from zofo.study.table import COLUMNS, CURVE_COLUMNS
 from zofo.tasks import task_names
 from zofo.tasks.builtin import BUILTIN
 from zofo.tasks.spec import TaskSpec
@@ -35,6 +36,12 @@ def test_every_task_is_documented_with_its_prompt():
     assert all(f"| `{name}` |" in text for name in task_names())
     for task in BUILTIN.values():
         assert task.template.replace("\n", "\\n") in text
+
+
+def test_every_column_of_the_tables_of_runs_is_documented():
+    text = (ROOT / "docs" / "report.md").read_text()
+    for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items()):
+        assert f"| `{name}` | {meaning} |" in text
 
 
 def test_links_between_documents_lead_somewhere():

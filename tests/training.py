@@ -93,6 +93,6 @@ class Recorder(TrainerCallback):
 
 def untimed_metrics(path):
     """The entries of a metrics.jsonl, without what no two runs have in common."""
-    drop = ("runtime", "per_second", "memory")
+    drop = ("runtime", "per_second", "memory", "elapsed")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not any(d in k for d in drop)} for row in rows]

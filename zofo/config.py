@@ -189,7 +189,7 @@ def load_config(
     where = "the configuration"
     if path is not None:
         where = str(path)
-        given = _read_yaml(Path(path))
+        given = read_yaml(Path(path))
     problems: list[str] = []
     given = _expand(given)
     for override in overrides:
@@ -239,7 +239,12 @@ def _parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file, unchecked.
+
+    Raises:
+        UserError: if it cannot be read or holds something else.
+    """
     try:
         value = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

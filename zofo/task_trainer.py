@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from zofo.clock import TrainingClock
 from zofo.config import RunConfig
 from zofo.evaluate import evaluate
 from zofo.generation import Writer
@@ -47,6 +48,7 @@ class TaskTrainer(HybridTrainer):
     ) -> None:
         collate = _keeping_examples(collator) if zo_objective == "f1" else collator
         super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
+        self.clock = TrainingClock()
         self.objective: Any = objective
         self.zo_objective = zo_objective
         self.kind: Any = kind
@@ -112,18 +114,37 @@ class TaskTrainer(HybridTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Scores on dev, under Trainer's names."""
-        metrics = evaluate(
-            self.model,  # type: ignore[arg-type]
-            self.dev if eval_dataset is None else eval_dataset,
-            self.collator,
-            kind=self.kind,
-            batch_size=self.args.per_device_eval_batch_size,
-            writer=self.writer,
-        )
+        with self.clock.paused():
+            metrics = evaluate(
+                self.model,  # type: ignore[arg-type]
+                self.dev if eval_dataset is None else eval_dataset,
+                self.collator,
+                kind=self.kind,
+                batch_size=self.args.per_device_eval_batch_size,
+                writer=self.writer,
+            )
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add what training has cost so far, so that every curve can be drawn against it."""
+        if self._hybrid is not None:
+            logs["forward_equivalents"] = self.forward_equivalents
+            logs["elapsed_s"] = self.clock.seconds
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.clock.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _accounts(self) -> dict[str, float]:
+        return super()._accounts() | {"elapsed_s": self.clock.seconds}
+
+    def _restore_accounts(self) -> None:
+        self.clock.start((self._resumed_accounts or {}).get("elapsed_s", 0.0))
+        super()._restore_accounts()
 
 
 class _Answered:

@@ -288,6 +288,25 @@ def verify(
 
 @app.command()
 @reports_errors
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or a study's folder.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Page to write, in place of an earlier one.")] = (
+        Path("report.html")
+    ),
+) -> None:
+    """Compare runs: a table here, and one self-contained page with figures and statistics.
+
+    zofo report runs/rte-hybrid-lora runs/rte-fo-peft-lora --to report.html
+    """
+    from zofo.cli.reporting import report as write_page
+
+    write_page(runs, to)
+
+
+@app.command()
+@reports_errors
 def bench(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")

@@ -1,0 +1,103 @@
+"""Colours and marks of the figures, in light and in dark.
+
+Methods are told apart by colour, mark and name, so that none of the three is needed; the colours
+are Okabe and Ito's, lightened for dark paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one appearance.
+
+    Attributes:
+        text, faint, grid: of words, of what recedes, of lines.
+        methods: method -> colour.
+        scale: of a heat map, lowest first; the text is readable on all of it.
+        steps: colours of an ordered quantity, such as a learning rate.
+    """
+
+    text: str
+    faint: str
+    grid: str
+    methods: dict[str, str]
+    scale: tuple[str, ...]
+    steps: tuple[str, ...]
+
+
+THEMES: Final = {
+    "light": Theme(
+        text="#1d2530",
+        faint="#5b6675",
+        grid="#e1e6ec",
+        methods={
+            "hybrid": "#c2410c",
+            "fo-peft": "#0067a8",
+            "zo-peft": "#2f8fc9",
+            "fo-ft": "#00795a",
+            "zo-ft": "#a23b7a",
+        },
+        scale=("#5fa8d3", "#a9d0e6", "#d8e7f0", "#f1f4f7"),
+        steps=("#0b3c5d", "#1f78b4", "#4a90bd", "#5b6675"),
+    ),
+    "dark": Theme(
+        text="#e6ebf2",
+        faint="#a3afbf",
+        grid="#2c3644",
+        methods={
+            "hybrid": "#ff9a56",
+            "fo-peft": "#6db8f2",
+            "zo-peft": "#a8d8fa",
+            "fo-ft": "#4fd0a4",
+            "zo-ft": "#eda3cd",
+        },
+        scale=("#256a99", "#234f70", "#21394d", "#1f2833"),
+        steps=("#d6ecfa", "#8cc4ea", "#4a93c4", "#a3afbf"),
+    ),
+}
+MARKS: Final = {
+    "hybrid": "circle",
+    "fo-peft": "square",
+    "zo-peft": "diamond",
+    "fo-ft": "triangle-up",
+    "zo-ft": "x",
+}
+DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash")
+"""Of the adapters of one method."""
+
+
+def template_of(theme: Theme) -> dict[str, Any]:
+    """Plotly's template of a theme."""
+    axis = {
+        "gridcolor": theme.grid,
+        "linecolor": theme.grid,
+        "zerolinecolor": theme.grid,
+        "automargin": True,
+        "title": {"standoff": 12},
+    }
+    return {
+        "layout": {
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {
+                "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+                "size": 13,
+                "color": theme.text,
+            },
+            "xaxis": axis,
+            "yaxis": axis,
+            "margin": {"l": 16, "r": 16, "t": 16, "b": 16},
+            "hoverlabel": {"align": "left", "font": {"size": 13}},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        }
+    }
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A colour of six hex digits that lets what is behind it through."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"

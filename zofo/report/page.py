@@ -1,0 +1,272 @@
+"""The page: everything in one file, which asks the network for nothing.
+
+Names in run folders are anyone's, so the template escapes every one, the data lie in a block that
+is no script, and a content security policy lets run the page's two scripts (by their digests) and
+load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from zofo.errors import UserError
+from zofo.files import write_text
+from zofo.report.curves import curve_figures
+from zofo.report.figures import Choices, difference_figure, pareto_figures
+from zofo.report.look import THEMES, template_of
+from zofo.report.rates import rate_figures
+from zofo.report.tables import (
+    Table,
+    group_table,
+    pair_table,
+    rank_table,
+    reach_table,
+    run_table,
+)
+from zofo.study.comparison import Comparison, compare
+from zofo.study.table import Runs, read_runs, relative_to
+from zofo.study.verdict import Verdict, judge
+
+_MARK: Final = '<meta name="generator" content="zofo report">'
+_MAX_VALUES: Final = 12
+"""Of an option that differs between runs; the rest are counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    Attributes:
+        runs: as read.
+        comparison: of them.
+        verdict: on hybrid against fo-peft.
+    """
+
+    runs: Runs
+    comparison: Comparison
+    verdict: Verdict
+
+
+def make_report(paths: Sequence[str | Path]) -> Report:
+    """Read runs and compare them.
+
+    Args:
+        paths: run folders, or folders that hold some, such as a study's.
+
+    Raises:
+        UserError: if one of them is no run and holds none.
+    """
+    runs = read_runs(paths)
+    comparison = compare(runs)
+    return Report(runs, comparison, judge(comparison.pairs))
+
+
+def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
+    """Write the page on some runs; it takes the place of an earlier one.
+
+    Args:
+        paths: as for `make_report`.
+        to: the file.
+
+    Raises:
+        UserError: as `make_report`, and if `to` is something else than a page of ours.
+    """
+    target = Path(to).expanduser()
+    _check_target(target)
+    report = make_report(paths)
+    write_text(target, render(report, target.parent))
+    return report
+
+
+def render(report: Report, folder: Path) -> str:
+    """The page as text.
+
+    Args:
+        report: what it shows.
+        folder: where it will lie: links to runs are relative to it.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    assets = resources.files("zofo.report") / "assets"
+    scripts = [
+        text.replace("\r", "")
+        for text in (get_plotlyjs(), (assets / "report.js").read_text(encoding="utf-8"))
+    ]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        **_context(report, folder),
+        mark=_MARK,
+        policy=_policy(scripts),
+        style=(assets / "report.css").read_text(encoding="utf-8"),
+        scripts=scripts,
+    )
+
+
+def _context(report: Report, folder: Path) -> dict[str, Any]:
+    runs, comparison, verdict = report.runs, report.comparison, report.verdict
+    rows: list[Any] = list(runs.table.itertuples())
+    links = {row.run: _link(relative_to(row.folder, folder)) for row in rows}
+    unwell = [row for row in rows if row.status != "done" or row.run in comparison.left_out]
+    figures = {name: _figures(report, name) for name in THEMES}
+    return {
+        "studies": sorted({row.study for row in rows if row.study}),
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "statuses": Counter(row.status for row in rows),
+        "num_runs": len(rows),
+        "verdict": verdict,
+        "groups": _nonempty(group_table(comparison)),
+        "pairs": _nonempty(pair_table(comparison.pairs)),
+        "reach": _nonempty(reach_table(comparison.pairs)),
+        "ranks": comparison.ranks,
+        "no_ranks": comparison.no_ranks,
+        "rank_table": None if comparison.ranks is None else rank_table(comparison.ranks),
+        "unwell": _nonempty(run_table(unwell, links, comparison.left_out)),
+        "all_runs": run_table(rows, links, comparison.left_out),
+        "figures": figures["light"],
+        "configuration": _options(runs.configs, ("output_dir",)),
+        "environment": _options(runs.environments, ()),
+        "data": _json(
+            {
+                "summary": summary_of(report),
+                "figures": {
+                    name: {key: choices.figures for key, choices in found.items()}
+                    for name, found in figures.items()
+                },
+                "templates": {name: template_of(theme) for name, theme in THEMES.items()},
+            }
+        ),
+    }
+
+
+def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
+    """The figures that there is something for, by name."""
+    theme, comparison = THEMES[theme_name], report.comparison
+    rates, ratios = rate_figures(comparison.grids, theme)
+    found = {
+        "pareto": pareto_figures(comparison.groups, theme),
+        "curves": curve_figures(comparison, report.runs, theme),
+        "rates": rates,
+        "ratios": ratios,
+    }
+    estimate = report.verdict.estimate
+    if estimate is not None:
+        figure = difference_figure(comparison.pairs, estimate, theme)
+        found["differences"] = Choices({"": ""}, {}, {"": figure})
+    return {name: choices for name, choices in found.items() if choices.figures}
+
+
+def summary_of(report: Report) -> dict[str, Any]:
+    """What was found, as plain values: NaN is null, infinite "never"."""
+    comparison, verdict = report.comparison, report.verdict
+    table = report.runs.table.drop(columns="folder")
+    groups = [dataclasses.asdict(group) for group in comparison.groups]
+    indices = {group: i for i, group in enumerate(map(id, comparison.groups))}
+    pairs = []
+    for pair in comparison.pairs:
+        values = {f.name: getattr(pair, f.name) for f in dataclasses.fields(pair)}
+        values["hybrid"] = indices[id(pair.hybrid)]
+        values["fo_peft"] = indices[id(pair.fo_peft)]
+        pairs.append(values | {"difference": dataclasses.asdict(pair.difference)})
+    ranks = None
+    if comparison.ranks is not None:
+        ranks = dataclasses.asdict(comparison.ranks)
+        ranks["p_values"] = [[*names, p] for names, p in comparison.ranks.p_values.items()]
+    return _plain(
+        {
+            "verdict": dataclasses.asdict(verdict),
+            "groups": groups,
+            "pairs": pairs,
+            "ranks": ranks,
+            "grids": [dataclasses.asdict(grid) for grid in comparison.grids],
+            "left_out": comparison.left_out,
+            "runs": table.to_dict(orient="records"),
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "never"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _options(
+    values: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]
+) -> dict[str, list[tuple[str, Any]]]:
+    """Options that all runs share, and the others with how many runs have which value."""
+    known = [found for found in values.values() if found]
+    alike, unlike = [], []
+    for key in dict.fromkeys(key for found in known for key in found):
+        if key in ignored:
+            continue
+        counts = Counter(_shown(found.get(key)) for found in known)
+        if len(counts) == 1:
+            alike.append((key, next(iter(counts))))
+        else:
+            shown = [f"{value} ({num})" for value, num in counts.most_common(_MAX_VALUES)]
+            more = len(counts) - len(shown)
+            unlike.append((key, ", ".join(shown) + (f" and {more} more" if more else "")))
+    return {"alike": alike, "unlike": unlike}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _nonempty(table: Table) -> Table | None:
+    return table if table.rows else None
+
+
+def _link(path: str) -> str:
+    # Without the dot a colon in the first part would make it the name of a protocol.
+    return path if path.startswith("file:") else quote(f"./{path}/")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    digests = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _check_target(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file, such as --to {path / 'report.html'}")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        if _MARK.encode() not in file.read(4096):
+            raise UserError(f"{path} exists and is no report of zofo; choose another --to")
