@@ -138,6 +138,12 @@ class RunConfig(_Section):
     select_by: Literal["loss", "accuracy"] = Field(
         "loss", description="which dev score; loss has less noise"
     )
+    early_stopping: float | None = Field(
+        None,
+        ge=0,
+        description="from half of the run on, stop at a dev loss this far (nats) above the start's",
+    )
+    measure_test: bool = Field(True, description="score the test rows before and after training")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     snapshot_every: int | None = Field(
         None,
@@ -178,7 +184,7 @@ def load_config(
     where = "the configuration"
     if path is not None:
         where = str(path)
-        given = _read_yaml(Path(path))
+        given = read_yaml(Path(path))
     problems: list[str] = []
     given = _expand(given)
     for override in overrides:
@@ -228,7 +234,12 @@ def _parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file, unchecked.
+
+    Raises:
+        UserError: if it cannot be read or holds something else.
+    """
     try:
         value = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

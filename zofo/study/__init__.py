@@ -1,0 +1,1 @@
+"""Grids of runs: what came of them, in tables and statistics."""
