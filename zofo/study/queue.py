@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,11 +26,14 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from zofo.errors import UserError
+from zofo.files import write_text
 
 if TYPE_CHECKING:
     from zofo.study.spec import StudySpec
 
 DATABASE_FILE: Final = "study.db"
+_NAME_FILE: Final = "study.id"
+"""What the study is called in the database, wherever its folder lies."""
 HEARTBEAT_S: Final = 20
 GRACE_S: Final = 120
 """Choices: a worker that writes no heartbeat for two minutes has died or lost the database."""
@@ -82,7 +86,8 @@ class Queue:
             first = (str(error).strip().splitlines() or [repr(error)])[0]
             raise UserError(
                 f"the queue's database {_without_password(url)} cannot be used ({first}); start "
-                "it, correct storage, or leave it out for a file in the study folder"
+                "it, correct storage, or leave it out for a file in the study folder. A damaged "
+                f"{DATABASE_FILE} can be removed: it is filled again from the runs"
             ) from error
         self._id = self._study._study_id
         self.errors = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
@@ -184,9 +189,12 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     Raises:
         UserError: as `Queue`.
     """
-    if spec.storage is None:
-        return Queue(f"sqlite:///{Path(spec.output) / DATABASE_FILE}", spec.name, **options)
-    return Queue(spec.storage, f"{spec.name} {spec.output}", **options)
+    folder = Path(spec.output)
+    name = folder / _NAME_FILE
+    if not name.exists():
+        write_text(name, f"{spec.name} {uuid.uuid4()}\n")
+    url = spec.storage or f"sqlite:///{folder / DATABASE_FILE}"
+    return Queue(url, name.read_text(encoding="utf-8").strip(), **options)
 
 
 def _this_worker() -> dict[str, Any]:
@@ -227,6 +235,8 @@ def _begin_immediately(engine: Any) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # sqlite3 begins no transactions of its own
+        # A kill loses nothing; after a power cut a spoilt file can be removed.
+        connection.execute("PRAGMA synchronous = OFF")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:

@@ -1,7 +1,7 @@
 """The study folder: what lies where, and what each run has come to.
 
     study.yaml            the study, complete
-    study.db              the queue (SQLite), unless `storage` names a database
+    study.db, study.id    the queue (SQLite), unless `storage` names a database; its name there
     configs/RUN.yaml      configuration of a run
     runs/RUN/             run folder, with `study.json` once the run has ended
     runs/RUN.log          what the run printed
@@ -88,6 +88,18 @@ class StudyFolder:
         self.run_folder(run).mkdir(parents=True, exist_ok=True)
         write_json(self.run_folder(run) / RECORD_FILE, record)
         self._records[run.id] = record
+
+    def has_failed(self, run: Run) -> bool:
+        """Whether a run has ended by an error."""
+        record = self.record(run)
+        return record is not None and record["status"] == "failed"
+
+    def restore(self, run: Run) -> None:
+        """Have a run done again whose artefact went when its rates were not chosen."""
+        record, folder = self.record(run), self.run_folder(run)
+        if record is not None and record["status"] == "done" and not (folder / "artifact").exists():
+            shutil.rmtree(folder)
+            self._records.pop(run.id)
 
     def forget(self, run: Run) -> None:
         """A failed run is to be tried again; its checkpoints stay."""

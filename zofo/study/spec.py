@@ -217,6 +217,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     # What a user counts once is one entry.
     if isinstance(given.get("rates"), dict):
         given["rates"] = [given["rates"]]
+    if Path(path).expanduser().is_dir():
+        given["output"] = str(path)  # where it lies now, or as this machine sees it
     if "output" not in given:
         given["output"] = str(Path("studies") / str(given.get("name", file.stem)))
     given.setdefault("name", file.stem)

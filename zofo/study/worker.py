@@ -40,7 +40,7 @@ from zofo.study.tasks import (
 
 T = TypeVar("T")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_POLL_S: Final = 0.1
+_POLL_S: Final = 0.05
 _LOOK_S: Final = 2.0
 """Seconds between looks at what other workers have done."""
 _MAX_DEATHS: Final = 3
@@ -156,17 +156,18 @@ class Worker:
             self.queue.fill(self._open_tasks())
 
     def _forget_failures(self) -> None:
-        """A run that failed is open again, and with it what followed from the choice of rates."""
+        """What failed is open again, and with it what followed from the choice of rates."""
         for task in self.tasks.values():
-            run = run_of(task, self.folder)
-            record = None if run is None else self.folder.record(run)
             if task.kind == "start":
                 (start_file(task, self.folder).parent / START_ERROR_FILE).unlink(missing_ok=True)
-            elif run is not None and record is not None:
-                if task.kind == "test":
-                    self.folder.forget_measurement(run)
-                elif record["status"] == "failed":
-                    self.folder.forget(run)
+        runs = self.folder.known_runs()
+        failed = [run for run in runs if self.folder.has_failed(run)]
+        for run in runs:
+            self.folder.forget_measurement(run)
+            if run in failed:
+                self.folder.forget(run)
+            elif any(f.cell == run.cell and f.rates == run.rates for f in failed):
+                self.folder.restore(run)
 
     def _open_tasks(self) -> list[str]:
         return [n for n, task in self.tasks.items() if state_of(task, self.folder) != "ended"]
@@ -203,6 +204,9 @@ class Worker:
         if failure is not None:
             self._record_failure(task, run, failure)
             self._release(lock, trial, None)
+            return
+        if self._has_come_to_end(task, run):  # and its worker was killed before it said so
+            self._release(lock, trial, self._record_end(task, run))
             return
         child = Child(*self._command(task, run), lock, self.grid.spec.num_threads)
         job = Job(task, run, trial, lock, child, last_step=self._last_step(run))
@@ -247,8 +251,7 @@ class Worker:
         self.jobs.remove(job)
         failure = self._failure(job, code)
         if failure is None:
-            score = self._record_end(job)
-            self._release(job.lock, job.trial, score)
+            self._release(job.lock, job.trial, self._record_end(job.task, job.run))
         elif was_stopped(code) and (self.signum is not None or self._goes_on(job)):
             if self.signum is not None:
                 job.lock.release()
@@ -266,16 +269,19 @@ class Worker:
 
     def _failure(self, job: Job, code: int) -> str | None:
         """Why a job did not come to its end; None if it did."""
-        if job.task.kind in ("search", "final"):
-            assert job.run is not None
-            folder = self.folder.run_folder(job.run)
-            if is_finished(folder) or stop_reason(folder) is not None:
-                return None
-        elif code == 0:
+        trains = job.task.kind in ("search", "final")
+        if self._has_come_to_end(job.task, job.run) if trains else code == 0:
             return None
         died = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         said = job.child.last_lines()
         return f"{died}: {said}" if said else died
+
+    def _has_come_to_end(self, task: Task, run: Run | None) -> bool:
+        """Whether a run has left a result, or has stopped early."""
+        if task.kind not in ("search", "final") or run is None:
+            return False
+        folder = self.folder.run_folder(run)
+        return is_finished(folder) or stop_reason(folder) is not None
 
     def _goes_on(self, job: Job) -> bool:
         """Start a job again that a signal has ended, unless that happens over and over."""
@@ -288,15 +294,13 @@ class Worker:
         self.jobs.append(job)
         return True
 
-    def _record_end(self, job: Job) -> float | None:
-        """Write what a job has come to; returns a run's dev loss."""
-        if job.task.kind not in ("search", "final"):
+    def _record_end(self, task: Task, run: Run | None) -> float | None:
+        """Write what a run has come to; returns its dev loss."""
+        if task.kind not in ("search", "final") or run is None:
             return None
-        assert job.run is not None
-        reason = stop_reason(self.folder.run_folder(job.run))
-        is_final = job.task.kind == "final"
+        reason = stop_reason(self.folder.run_folder(run))
         status = "done" if reason is None else "stopped"
-        record = self.folder.ended(job.run, status, reason, is_final)
+        record = self.folder.ended(run, status, reason, task.kind == "final")
         return None if record["dev"] is None else float(record["dev"]["loss"])
 
     def _record_failure(self, task: Task, run: Run | None, failure: str) -> None:
