@@ -103,14 +103,14 @@ def _take_all(url, name, answers):
 
 
 def test_every_task_goes_to_one_worker(url, open_queue, request):
-    names = [f"task {i}" for i in range(30)]
+    names = [f"task {i}" for i in range(12)]
     open_queue().fill(names)
     answers = _context.Queue()
     arguments = (url, request.node.name, answers)
-    workers = [_context.Process(target=_take_all, args=arguments) for _ in range(4)]
+    workers = [_context.Process(target=_take_all, args=arguments) for _ in range(3)]
     for worker in workers:
         worker.start()
-    got = [answers.get(timeout=120) for _ in range(8)]
+    got = [answers.get(timeout=120) for _ in range(6)]
     for worker in workers:
         worker.join()
     assert sorted(t for mine in got if mine != "ready" for t in mine) == sorted(names)
