@@ -113,17 +113,16 @@ class Queue:
 
     def claim(self, trial: int) -> bool:
         """Take a trial; False if another worker was faster."""
-        # Before the claim, so that there is no claimed trial without a heartbeat.
-        self._storage.record_heartbeat(trial)
+        # Before the claim, so that no claimed trial is without heartbeat and worker. The lock of
+        # the run, which a worker takes first, keeps another's claim from being overwritten.
         try:
-            is_mine = self._storage.set_trial_state_values(
+            self._storage.record_heartbeat(trial)
+            self._storage.set_trial_user_attr(trial, _WORKER, self.worker)
+            return self._storage.set_trial_state_values(
                 trial, self._optuna.trial.TrialState.RUNNING
             )
         except self._optuna.exceptions.UpdateFinishedTrialError:
             return False
-        if is_mine:
-            self._storage.set_trial_user_attr(trial, _WORKER, self.worker)
-        return is_mine
 
     def beat(self, trial: int) -> bool:
         """Write a heartbeat; False if the trial was given to others in the meantime."""
