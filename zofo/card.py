@@ -94,10 +94,7 @@ def _body(
             f"# {name}, fine-tuned on {task['name']}",
             "",
             _table(("", ""), facts.items()),
-            f"## Scores on {num_rows['test']} held-out test rows",
-            "With 95% intervals where they are known.",
-            "",
-            _scores(summary["test"]["before"], summary["test"]["after"]),
+            *_test(num_rows["test"], summary.get("test")),
             "## What it cost",
             _table(("", ""), costs.items()),
             "## How to load it",
@@ -115,6 +112,18 @@ def _body(
             "",
         ]
     )
+
+
+def _test(num_rows: int, scores: Mapping[str, Any] | None) -> list[str]:
+    """A study measures the test rows after training, of the runs that it chooses."""
+    if scores is None:
+        return []
+    return [
+        f"## Scores on {num_rows} held-out test rows",
+        "With 95% intervals where they are known.",
+        "",
+        _scores(scores["before"], scores["after"]),
+    ]
 
 
 def _warning(method: str) -> list[str]:

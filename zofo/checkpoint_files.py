@@ -32,6 +32,7 @@ _FILES: Final = (
     "environment.json",
     "metrics.jsonl",
     "result.json",
+    "stopped.json",
     "base_original.safetensors",
     "base_snapshot.safetensors",
 )

@@ -149,6 +149,12 @@ class RunConfig(_Section):
     select_by: Literal["loss", "accuracy", "f1"] = Field(
         "loss", description="which dev score; loss has less noise"
     )
+    early_stopping: float | None = Field(
+        None,
+        ge=0,
+        description="from half of the run on, stop at a dev loss this far (nats) above the start's",
+    )
+    measure_test: bool = Field(True, description="score the test rows before and after training")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     snapshot_every: int | None = Field(
         None,

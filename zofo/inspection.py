@@ -287,7 +287,7 @@ def _read_run(info: Info) -> None:
     }
     if (info.path / RESULT_FILE).is_file():
         with refusing(f"{info.path / RESULT_FILE} is damaged"):
-            info.scores = dict(read_json(info.path / RESULT_FILE)["test"])
+            info.scores = read_json(info.path / RESULT_FILE).get("test")
     if not (info.path / "artifact" / HEADER_FILE).is_file():
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it anew"

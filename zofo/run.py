@@ -4,6 +4,7 @@ run.yaml           the resolved configuration
 environment.json   versions, machine, device
 metrics.jsonl      what was logged, one object a line
 checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
+stopped.json       why it ended before its last step, where it did
 result.json        scores before and after with intervals, cost
 artifact/          what one ships
 """
@@ -37,6 +38,7 @@ from zofo.models import head_of, load_tokenizer
 from zofo.progress import new_progress
 from zofo.resume import CONFIG_FILE, RESULT_FILE, newest_checkpoint
 from zofo.resume import resumed_config as resumed_config
+from zofo.stopping import STOPPED_FILE, StopEarly
 from zofo.task_trainer import build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, encoder_for
@@ -49,13 +51,13 @@ class Result:
 
     Attributes:
         folder: the run folder.
-        before, after: scores on the test rows.
+        before, after: scores on the test rows; None if they were not to be measured.
         cost: seconds, forward-equivalents, peak memory, bytes of the artefact.
     """
 
     folder: Path
-    before: Metrics
-    after: Metrics
+    before: Metrics | None
+    after: Metrics | None
     cost: dict[str, float]
 
 
@@ -202,7 +204,14 @@ def train(
 
     device = trainer.args.device
     prepared.model.to(device)
-    before = _measured(prepared, prepared.model, config, console, "before")
+    before = _measured(prepared, config, console, "test before") if config.measure_test else None
+    dev_before = None
+    if config.early_stopping is not None:
+        dev_before = _measured(prepared, config, console, "dev before")
+    stop_early = StopEarly(
+        trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
+    )
+    trainer.add_callback(stop_early)
     began = time.monotonic()
     if stop is not None:
         trainer.add_callback(stop)
@@ -211,15 +220,14 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         close_displays(trainer)
-    if trainer.watch.stopped_at is not None:
+    if stop_early.reason is not None:
+        remedy = "on_non_finite=skip" if trainer.watch.stopped_at else "early_stopping=null"
         raise TrainingStoppedError(
-            f"stopped at step {trainer.watch.stopped_at}: the loss or the projected gradient is "
-            "not finite, and the base was not moved by it. The last good step is in "
-            f"{newest_checkpoint(folder)}. Lower base_lr and adapter_lr, or set "
-            "on_non_finite=skip"
+            f"{stop_early.reason}. The last good step is in {newest_checkpoint(folder)}. Lower "
+            f"base_lr and adapter_lr, or set {remedy}"
         )
     trained_s = time.monotonic() - began
-    after = _measured(prepared, prepared.model, config, console, "after")
+    after = _measured(prepared, config, console, "test after") if config.measure_test else None
 
     optimizer = trainer._hybrid
     assert optimizer is not None
@@ -250,7 +258,11 @@ def train(
         "model": config.model.name,
         "adapter": config.adapter.label,
         "seed": config.seed,
-        "test": {"before": before.as_dict(), "after": after.as_dict()},
+        **_test_scores(before, after),
+        "dev": {
+            **({} if dev_before is None else {"before": dev_before.as_dict()}),
+            "after": _dev_scores(trainer.state, config.select_best),
+        },
         "best_dev": trainer.state.best_metric,
         "best_checkpoint": Path(best).name if best else None,
         "cost": cost,
@@ -367,14 +379,12 @@ def evaluate_artifact(
     )
 
 
-def _measured(
-    prepared: Prepared, model: nn.Module, config: RunConfig, console: Console, when: str
-) -> Metrics:
-    rows = prepared.rows["test"]
+def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str) -> Metrics:
+    rows = prepared.rows[what.partition(" ")[0]]
     with new_progress(console, "rows") as progress:
-        task = progress.add_task(f"test {when}", total=len(rows), text="")
+        task = progress.add_task(what, total=len(rows), text="")
         return evaluate(
-            model,
+            prepared.model,
             rows,
             prepared.collator,
             kind=prepared.splits.kind,
@@ -384,11 +394,30 @@ def _measured(
         )
 
 
+def _test_scores(before: Metrics | None, after: Metrics | None) -> dict[str, Any]:
+    """Nothing at all where the test rows were not to be measured."""
+    if before is None or after is None:
+        return {}
+    return {"test": {"before": before.as_dict(), "after": after.as_dict()}}
+
+
+def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
+    """Those of the model that the run leaves: of the best checkpoint, or of the last step."""
+    measured = {
+        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    }
+    step = state.best_global_step if select_best and state.best_global_step else max(measured)
+    return {"step": step, **measured[step]}
+
+
 def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _begin_folder(folder: Path, config: RunConfig) -> None:
     remove_leftovers(folder)
+    (folder / STOPPED_FILE).unlink(missing_ok=True)
     write_text(folder / CONFIG_FILE, config.to_yaml())
     write_json(folder / "environment.json", environment())

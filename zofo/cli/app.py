@@ -191,6 +191,45 @@ def predict(
 
 @app.command()
 @reports_errors
+def study(
+    name: Annotated[
+        str, typer.Argument(metavar="STUDY", help="YAML file, preset (laptop, paper), or folder.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="seeds=[0,1] output=studies/mine."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once, on this machine.")] = 1,
+    join: Annotated[
+        bool, typer.Option("--join", help="Only help with a study that was begun elsewhere.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what has failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show counts, cost and the first configurations.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show how far it is.")] = False,
+) -> None:
+    """Run a grid of methods, rates and seeds: choose rates on dev, then measure on test, once.
+
+    zofo study laptop --workers 2
+
+    zofo study studies/laptop --status
+    """
+    from zofo.cli.studying import show_plan, show_status, start
+
+    given = list(overrides or [])
+    if dry_run:
+        show_plan(name, given)
+    elif status:
+        show_status(name, given)
+    else:
+        start(name, given, workers, join, retry_failed)
+
+
+@app.command()
+@reports_errors
 def doctor() -> None:
     """Show the environment: versions, devices, embedded models and data, what is missing."""
     from zofo.cli.looking import doctor as is_sound

@@ -96,15 +96,8 @@ def _how_to_continue(folder: Path | None) -> str:
 
 def _show(result: Result) -> None:
     console = Console(highlight=False)
-    table = Table("test", "before", "after", title=f"{result.after.num_rows} held-out rows")
-    for name in _SHOWN:
-        before, after = _cell(result.before, name), _cell(result.after, name)
-        if after:
-            table.add_row(_title(name, result.after), before, after)
-    if result.after.majority is not None:
-        rate = f"{result.after.majority:.3f}"
-        table.add_row("majority class", rate, rate)
-    console.print(table)
+    if result.before is not None and result.after is not None:
+        console.print(_table(result.before, result.after))
     cost = result.cost
     console.print(
         f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "
@@ -117,6 +110,18 @@ def _show(result: Result) -> None:
     )
     console.print(f"in Python zofo.load({str(result.folder)!r}).model", soft_wrap=True)
     console.print(f"plain     zofo export {result.folder} --to DIR", soft_wrap=True)
+
+
+def _table(before: Metrics, after: Metrics) -> Table:
+    table = Table("test", "before", "after", title=f"{after.num_rows} held-out rows")
+    for name in _SHOWN:
+        cells = _cell(before, name), _cell(after, name)
+        if cells[1]:
+            table.add_row(_title(name, after), *cells)
+    if after.majority is not None:
+        rate = f"{after.majority:.3f}"
+        table.add_row("majority class", rate, rate)
+    return table
 
 
 def _title(name: str, metrics: Metrics) -> str:

@@ -1,0 +1,252 @@
+"""Expansion: which cells, which rates, what they are called, what they cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.study.tiny_study import values
+from zofo.config import load_config
+from zofo.errors import UserError
+from zofo.run import forward_equivalents
+from zofo.study.grid import Cell, Pair, expand, rate_text, steps_within
+from zofo.study.spec import StudySpec, differences, load_spec, presets
+from zofo.tasks import task_names
+
+FIVE = ["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A study of models that need not be there."""
+
+    def study(**changes):
+        rows = tmp_path / "rows.csv"
+        rows.write_text("text,label\na,b\n")
+        given = values(tmp_path, "some/model", rows, **changes)
+        path = tmp_path / "study.yaml"
+        path.write_text(json.dumps({k: v for k, v in given.items() if v is not None}))
+        return path
+
+    return study
+
+
+def test_cells_are_combinations_that_make_sense(write):
+    grid = expand(
+        load_spec(
+            write(
+                methods=FIVE,
+                adapters=["lora", "prompt"],
+                optimizers=["adamw", "sgd"],
+                models=["a/one", "b/two"],
+            )
+        )
+    )
+    # Without an adapter there is one cell for all of them, without a gradient one optimizer.
+    of_model = {"hybrid": 4, "fo-peft": 4, "zo-peft": 2, "fo-ft": 2, "zo-ft": 1}
+    counts = {method: sum(c.method == method for c in grid.rates) for method in FIVE}
+    assert counts == {method: 2 * num for method, num in of_model.items()}
+    assert Cell("one", "reviews", "zo-ft", "none", "none") in grid.rates
+    assert grid.rates[Cell("one", "reviews", "fo-ft", "none", "sgd")] == (Pair(1e-4, None),)
+    assert len({run.id for run in grid.search}) == len(grid.search)
+
+
+def test_names_say_what_runs(write):
+    grid = expand(load_spec(write(methods=["hybrid", "zo-ft"])))
+    assert [run.id for run in grid.search] == [
+        "tiny_reviews_hybrid_lora-adamw_b1e-4_a1e-3_s0",
+        "tiny_reviews_hybrid_lora-adamw_b1e-4_a1e-2_s0",
+        "tiny_reviews_zo-ft_b1e-4_s0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(1e-6, "1e-6"), (2.5e-4, "2.5e-4"), (0.1, "1e-1"), (3.0, "3e0"), (0.0, "0"), (20, "2e1")],
+)
+def test_rates_as_text(rate, text):
+    assert rate_text(rate) == text
+    assert float(text) == rate
+
+
+def test_expansion_is_the_same_every_time(write):
+    path = write(methods=FIVE, rates=[{"base_lr": [3e-4, 1e-4], "adapter_lr": [1e-2, 1e-3]}])
+    first, second = (expand(load_spec(path)) for _ in range(2))
+    assert [r.id for r in first.search] == [r.id for r in second.search]
+    assert [first.config(r) for r in first.search] == [second.config(r) for r in second.search]
+
+
+def test_the_last_rates_that_match_count(write):
+    grid = expand(
+        load_spec(
+            write(
+                methods=["hybrid", "zo-peft"],
+                adapters=["lora", "prefix"],
+                rates=[
+                    {"base_lr": [1e-5, 1e-6], "adapter_lr": [1e-3]},
+                    {"methods": "zo-*", "adapter_lr": [1e-4]},
+                    {"methods": "zo-peft", "adapters": ["prefix"], "adapter_lr": [1e-2, 1e-1]},
+                ],
+            )
+        )
+    )
+    found = {(c.method, c.adapter): pairs for c, pairs in grid.rates.items()}
+    assert found["hybrid", "prefix"] == (Pair(1e-6, 1e-3), Pair(1e-5, 1e-3))
+    assert found["zo-peft", "lora"] == (Pair(None, 1e-4),)
+    assert found["zo-peft", "prefix"] == (Pair(None, 1e-2), Pair(None, 1e-1))
+
+
+def test_one_rate_for_both_blocks(write):
+    rates = [{"base_lr": [1e-6, 1e-3], "adapter_lr": [1e-3, 1e-2]}]
+    grid = expand(load_spec(write(methods=["hybrid", "hybrid-tied"], rates=rates)))
+    both, one = grid.rates.values()
+    assert len(both) == 4
+    assert one == tuple(Pair(rate, rate) for rate in (1e-6, 1e-3, 1e-2))
+    tied = [run for run in grid.search if run.cell.method == "hybrid-tied"]
+    config = grid.config(tied[0])
+    assert (config.method, config.base_lr, config.adapter_lr) == ("hybrid", 1e-6, 1e-6)
+    rates[0]["tied"] = [1e-5]
+    grid = expand(load_spec(write(methods=["hybrid-tied"], rates=rates)))
+    assert list(grid.rates.values()) == [(Pair(1e-5, 1e-5),)]
+
+
+@pytest.mark.parametrize("budget", [240, 1001])
+def test_every_method_has_the_same_budget(write, budget):
+    grid = expand(load_spec(write(methods=FIVE, steps=None, budget=budget)))
+    for run in grid.search:
+        config = grid.config(run)
+        assert forward_equivalents(config, config.steps) <= budget
+        assert forward_equivalents(config, config.steps + 1) > budget
+        assert config.eval_every == config.steps // 4
+
+
+def test_a_budget_with_a_base_that_moves_every_third_step():
+    config = load_config(overrides=["base_every=3"])
+    for budget in range(3, 30):
+        steps = steps_within(config, budget)
+        assert forward_equivalents(config, steps) <= budget < forward_equivalents(config, steps + 1)
+
+
+def test_the_study_decides_about_seeds_and_test_rows(write):
+    grid = expand(load_spec(write(seeds=[3, 1, 2], select_seeds=[1, 2])))
+    assert {run.seed for run in grid.search} == {1, 2}
+    assert grid.other_seeds == (3,)
+    assert grid.num_runs == 4 * 2 + 2
+    configs = [grid.config(run) for run in grid.search]
+    assert not any(config.measure_test for config in configs)
+    assert {config.early_stopping for config in configs} == {1.0}
+
+
+def test_excluded_cells_and_encoders_without_classes(write):
+    path = write(
+        models=["a/one", {"name": "minilm"}],
+        tasks=["piqa", "boolq"],
+        methods=["hybrid", "fo-ft"],
+        exclude=[{"methods": "fo-ft", "models": "one"}],
+    )
+    grid = expand(load_spec(path))
+    left = {(c.model, c.task, c.method) for c in grid.rates}
+    assert left == {("one", "piqa", "hybrid"), ("one", "boolq", "hybrid")} | {
+        ("minilm", "boolq", method) for method in ("hybrid", "fo-ft")
+    }
+    assert sum(grid.dropped.values()) == 4
+
+
+def test_base_stands_for_axes_that_are_left_out(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "model: {name: some/model, dtype: bfloat16}\nmethod: zo-ft\n"
+        "task: {name: boolq, num_dev: 50}\nbase_lr: 1.0e-6\nsteps: 7\nseed: 5\neval_every: null\n"
+    )
+    (tmp_path / "s.yaml").write_text(f"output: {tmp_path / 'out'}\nbase: base.yaml\n")
+    (run,) = expand(load_spec(tmp_path / "s.yaml")).search
+    assert run.id == "model_boolq_zo-ft_b1e-6_s5"
+    grid = expand(load_spec(tmp_path / "s.yaml", ["tasks=[boolq, piqa]", "budget=100"]))
+    configs = [grid.config(run) for run in grid.search]
+    assert [config.task.num_dev for config in configs] == [50, 50]
+    assert [config.steps for config in configs] == [50, 50]
+    assert {config.model.dtype for config in configs} == {"bfloat16"}
+
+
+def test_all_problems_at_once(write):
+    with pytest.raises(UserError) as error:
+        load_spec(write(stepss=3, seeds=[0, 0], methods=["hibrid"], rates=[{"base_rl": [1]}]))
+    for words in ("did you mean steps?", "twice", "did you mean hybrid?", "did you mean base_lr?"):
+        assert words in str(error.value)
+    assert "has 4 problems" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": None}, "give budget"),
+        ({"budget": 3}, "give budget"),
+        ({"select_seeds": [7]}, "not among the seeds"),
+        ({"rates": [{"base_lr": [1e-4, 1e-4]}]}, "twice"),
+        ({"rates": [{"base_lr": [-1.0]}]}, "at least 0"),
+        ({"rates": None}, "rates is missing"),
+        ({"adapters": ["lora", "lora"]}, "label of its own"),
+        ({"adapters": [{"type": "lora", "rank": 3}]}, "unknown key rank"),
+        ({"storage": "postgresql://me:secret@db/x"}, "holds a password"),
+        ({"num_evaluations": 3, "base": {"eval_every": 2}}, "keep one"),
+    ],
+)
+def test_wrong_studies(write, changes, words):
+    with pytest.raises(UserError, match=words):
+        load_spec(write(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": ["boolk"]}, "did you mean 'boolq'"),
+        ({"rates": [{"adapter_lr": [1e-3]}]}, "no base_lr for tiny_reviews_hybrid"),
+        ({"exclude": [{"methods": "fo-ft"}]}, "matches no cell"),
+        ({"exclude": [{}]}, "no cell is left"),
+        ({"steps": None, "budget": 2}, "raise it"),
+        ({"base": {"batch_sice": 3}}, "did you mean batch_size"),
+    ],
+)
+def test_studies_that_cannot_be_expanded(write, changes, words):
+    with pytest.raises(UserError, match=words):
+        expand(load_spec(write(**changes)))
+
+
+def test_a_saved_study_reads_back(write, tmp_path):
+    spec = load_spec(write(exclude=[{"methods": "fo-peft"}], storage="postgresql://me@db/x"))
+    (tmp_path / "again.yaml").write_text(spec.to_yaml())
+    assert load_spec(tmp_path / "again.yaml") == spec
+    assert differences(spec, load_spec(tmp_path / "again.yaml")) == []
+
+
+def test_a_study_may_grow_by_seeds_only(write):
+    spec = load_spec(write())
+    assert differences(spec, load_spec(write(seeds=[0, 1, 2]))) == []
+    assert differences(spec, load_spec(write(storage="sqlite:///other.db"))) == []
+    assert differences(spec, load_spec(write(seeds=[1, 0]))) != []
+    (line,) = differences(spec, load_spec(write(steps=9)))
+    assert line == "steps: 4 -> 9"
+
+
+def test_every_preset_names_its_command():
+    assert set(presets()) == {"laptop", "paper"}
+    for name, path in presets().items():
+        assert f"#     zofo study {name}" in path.read_text()
+        assert isinstance(load_spec(name), StudySpec)
+
+
+def test_presets_expand():
+    grid = expand(load_spec("laptop"))
+    assert (len(grid.rates), grid.num_runs) == (16, 72)
+    known = [task for task in load_spec("paper").tasks if task in task_names()]
+    grid = expand(load_spec("paper", [f"tasks={json.dumps(known)}"]))
+    # Of a model and task: 75 hybrid, 15 fo-peft, 11 zo-peft, 5 fo-ft, 5 zo-ft.
+    assert len(grid.search) == 3 * len(known) * (75 + 15 + 11 + 5 + 5)
+    (steps,) = {grid.config(r).steps for r in grid.search[::40] if r.cell.method == "hybrid"}
+    assert steps == 20_000
+
+
+def test_the_study_that_does_not_exist():
+    with pytest.raises(UserError, match="did you mean laptop"):
+        load_spec("latop")
+    with pytest.raises(UserError, match="no study folder"):
+        load_spec(Path(__file__).parent)

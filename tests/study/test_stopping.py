@@ -1,0 +1,102 @@
+"""Runs of a study: without test rows, ended early, measured later."""
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from tests.study.tiny_study import write_rows
+from zofo.cli.training import _show
+from zofo.config import load_config
+from zofo.errors import TrainingStoppedError
+from zofo.run import train
+from zofo.stopping import is_hopeless, stop_reason
+from zofo.study.measure import main
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def run(tmp_path, rows, decoder_folder):
+    def begin(name, *more):
+        config = load_config(
+            overrides=[
+                f"model={decoder_folder}",
+                "task=classification",
+                f"task.train={rows}",
+                *("task.num_train=40", "task.num_dev=20", "task.num_test=20"),
+                *("steps=6", "eval_every=2", "log_every=1", "batch_size=4", "device=cpu"),
+                f"output_dir={tmp_path / name}",
+                *more,
+            ]
+        )
+        return train(config, console=QUIET)
+
+    return begin
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_that_leaves_the_test_rows_alone_is_the_same_run(tmp_path, run, capsys):
+    run("with")
+    result = run("without", "measure_test=false")
+    one, other = result_of(tmp_path / "with"), result_of(tmp_path / "without")
+    assert (result.before, result.after) == (None, None)
+    assert "test" not in other
+    for key in ("best_dev", "best_checkpoint", "dev"):
+        assert one[key] == other[key], key
+    assert other["dev"]["after"]["loss"] == other["best_dev"]
+    _show(result)
+    assert "held-out" not in capsys.readouterr().out
+    assert "test rows" not in (tmp_path / "without" / "artifact" / "README.md").read_text()
+
+    # Measured later, its scores are those that the other run has measured itself.
+    folder, start = tmp_path / "without", tmp_path / "start.json"
+    assert main(["start", str(folder / "run.yaml"), str(start)]) == 0
+    assert main(["run", str(folder), str(start)]) == 0
+    assert result_of(folder)["test"] == one["test"]
+    assert main(["run", str(tmp_path / "nowhere"), str(start)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_dev_scores_are_those_of_the_model_that_is_left(tmp_path, run):
+    run("last", "select_best=false", "measure_test=false")
+    assert result_of(tmp_path / "last")["dev"]["after"]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "step", "expected"),
+    [
+        (1.4, 50, False),
+        (1.6, 50, True),
+        (1.6, 49, False),
+        (math.nan, 1, True),
+        (math.inf, 1, True),
+        (0.2, 100, False),
+    ],
+)
+def test_the_rule(loss, step, expected):
+    assert is_hopeless(loss, 1.0, 0.5, step, 100) is expected
+
+
+def test_a_hopeless_run_ends_at_its_half(tmp_path, run):
+    high = ["measure_test=false", "adapter_lr=30", "optimizer=sgd", "max_grad_norm=null"]
+    run("on", *high)
+    assert stop_reason(tmp_path / "on") is None
+    with pytest.raises(TrainingStoppedError, match=r"stopped at step 4.*early_stopping"):
+        run("ended", *high, "early_stopping=0.01")
+    folder = tmp_path / "ended"
+    assert "stopped at step 4" in stop_reason(folder)
+    assert not (folder / "result.json").exists()
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 4
+    run("good", "measure_test=false", "early_stopping=0")
+    assert result_of(tmp_path / "good")["dev"]["before"]["num_rows"] == 20

@@ -1,0 +1,251 @@
+"""How far a study is: counts, a guess at the remaining time, a live table or lines.
+
+    remaining = sum over open runs of forward-equivalents x seconds for one, over workers
+
+The seconds for a forward-equivalent are those of the runs that have ended on the same model and
+task, else on the same model, else on any.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from zofo.progress import _duration
+from zofo.study.grid import Cell, Grid, cost_of
+from zofo.study.records import StudyFolder
+from zofo.study.tasks import Task, all_tasks, run_of, start_error, state_of
+
+if TYPE_CHECKING:
+    from zofo.study.worker import Job, Worker
+
+PHASES = {"search": "search", "final": "other seeds", "start": "untrained", "test": "test"}
+STATES = ("done", "running", "failed", "stopped", "open")
+
+
+@dataclass
+class Summary:
+    """How far a study is.
+
+    Attributes:
+        counts: phase -> state -> tasks.
+        running: names of the tasks under way.
+        failed: name -> why.
+        remaining_s: of one worker, in forwards; None if nothing has been timed.
+        num_unchosen: cells all of whose rates lost.
+    """
+
+    counts: dict[str, dict[str, int]]
+    running: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    remaining_s: float | None = None
+    num_unchosen: int = 0
+
+    @property
+    def num_open(self) -> int:
+        """Tasks that have not ended."""
+        return sum(c["open"] + c["running"] for c in self.counts.values())
+
+
+class Costs:
+    """What runs cost, and how long that takes.
+
+    Args:
+        grid: the study.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._costs: dict[Cell, float] = {}
+
+    def of(self, cell: Cell) -> float:
+        """Forward-equivalents of a run; rates and seeds do not matter."""
+        if cell not in self._costs:
+            from zofo.study.grid import Run
+
+            run = Run(cell, self.grid.rates[cell][0], self.grid.spec.seeds[0])
+            self._costs[cell] = cost_of(self.grid.config(run))
+        return self._costs[cell]
+
+    def total(self) -> float:
+        """Of the whole study."""
+        seeds = len(self.grid.spec.choosing_seeds), len(self.grid.other_seeds)
+        return math.fsum(
+            self.of(cell) * (len(pairs) * seeds[0] + seeds[1])
+            for cell, pairs in self.grid.rates.items()
+        )
+
+
+def seconds_per_forward(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, ...], float]:
+    """(model, task), (model,) and () -> seconds for a forward-equivalent, evaluations included."""
+    sums: dict[tuple[str, ...], tuple[float, float]] = {}
+    for record in records:
+        cost, cell = record["cost"], record["cell"]
+        if not cost.get("forward_equivalents"):
+            continue
+        for key in ((cell["model"], cell["task"]), (cell["model"],), ()):
+            spent, forwards = sums.get(key, (0.0, 0.0))
+            sums[key] = spent + cost["total_s"], forwards + cost["forward_equivalents"]
+    return {key: spent / forwards for key, (spent, forwards) in sums.items()}
+
+
+def summarize(
+    folder: StudyFolder, costs: Costs, tasks: Mapping[str, Task], running: Sequence[str] = ()
+) -> Summary:
+    """Count; the folder's choices must be up to date.
+
+    Args:
+        folder: the study's.
+        costs: of its runs.
+        tasks: all of them.
+        running: names of those under way.
+    """
+    counts = {phase: dict.fromkeys(STATES, 0) for phase in PHASES}
+    records = [r for r in map(folder.record, folder.known_runs()) if r is not None]
+    paces = seconds_per_forward(records)
+    result, left = Summary(counts, list(running)), 0.0
+    for name, task in tasks.items():
+        state, why = _state(task, folder, name in running)
+        if state is None:
+            continue
+        counts[task.kind][state] += 1
+        if state == "failed":
+            result.failed[name] = why or ""
+        if state in ("open", "running") and task.cell is not None and task.kind != "test":
+            keys: list[tuple[str, ...]] = [(task.model, task.task), (task.model,), ()]
+            pace = next((paces[key] for key in keys if key in paces), math.nan)
+            left += costs.of(task.cell) * pace
+    result.remaining_s = None if math.isnan(left) else left
+    known = folder.choices_known.values()
+    result.num_unchosen = sum(choice.rates is None for choice in known)
+    return result
+
+
+def _state(task: Task, folder: StudyFolder, is_running: bool) -> tuple[str | None, str | None]:
+    """One of `STATES` and the error; None for what has become pointless."""
+    if is_running:
+        return "running", None
+    if state_of(task, folder) != "ended":
+        return "open", None
+    run = run_of(task, folder)
+    if task.kind == "start":
+        if not any(
+            choice.rates
+            for cell, choice in folder.choices_known.items()
+            if (cell.model, cell.task) == (task.model, task.task)
+        ):
+            return None, None
+        error = start_error(task, folder)
+        return ("done" if error is None else "failed"), error
+    record = None if run is None else folder.record(run)
+    if record is None:
+        return None, None
+    if task.kind != "test":
+        return record["status"], record["error"]
+    if record["status"] != "done":
+        return None, None
+    return ("done" if record["test_error"] is None else "failed"), record["test_error"]
+
+
+def table_of(summary: Summary, num_workers: int = 1) -> Table:
+    """The counts as a table."""
+    table = Table("", *STATES, title=_title(summary, num_workers))
+    for phase, counts in summary.counts.items():
+        if any(counts.values()):
+            table.add_row(PHASES[phase], *(str(counts[state] or "") for state in STATES))
+    return table
+
+
+def _title(summary: Summary, num_workers: int) -> str:
+    if not summary.num_open:
+        return "everything has ended"
+    if summary.remaining_s is None:
+        return "no run has been timed yet"
+    return f"about {_duration(summary.remaining_s / max(num_workers, 1))} left"
+
+
+class StudyDisplay:
+    """A live table on a terminal, a line for every end elsewhere.
+
+    Args:
+        grid: the study.
+        console: where to.
+    """
+
+    def __init__(self, grid: Grid, console: Console) -> None:
+        self.console, self.costs = console, Costs(grid)
+        self.tasks = all_tasks(grid)
+        self._live: Live | None = None
+        self._said_away = False
+
+    def started(self, worker: Worker, job: Job) -> None:
+        """A job begins."""
+        self.looked(worker)
+
+    def ended(self, worker: Worker, job: Job) -> None:
+        """A job has ended: a line that stays."""
+        minutes = _duration(time.monotonic() - job.began)
+        line = f"{job.task.name}: {self._outcome(worker, job)}, {minutes}"
+        if self._live is None and self.console.is_terminal:
+            self.looked(worker)
+        if self._live is None:
+            summary = self._summary(worker)
+            num = sum(sum(c.values()) for c in summary.counts.values())
+            line = f"{num - summary.num_open}/{num} {line}; {_title(summary, worker.num_slots)}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def looked(self, worker: Worker) -> None:
+        """Refresh the table."""
+        if not self.console.is_terminal:
+            return
+        summary = self._summary(worker)
+        lines = [
+            Text(f"{job.task.name}  {_duration(time.monotonic() - job.began)}")
+            for job in worker.jobs
+        ]
+        if self._live is None:
+            self._live = Live(console=self.console, transient=True, auto_refresh=False)
+            self._live.start()
+        table = table_of(summary, max(worker.num_slots, len(summary.running)))
+        self._live.update(Group(table, *lines), refresh=True)
+
+    def away(self, worker: Worker, error: Exception) -> None:
+        """The database does not answer: said once."""
+        if not self._said_away:
+            self._said_away = True
+            first = (str(error).strip().splitlines() or [repr(error)])[0]
+            self.console.print(
+                f"the queue's database does not answer ({first}); trying on",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def close(self) -> None:
+        """Take the table off the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _summary(self, worker: Worker) -> Summary:
+        running = {job.task.name for job in worker.jobs} | (worker.others() or set())
+        return summarize(worker.folder, self.costs, self.tasks, sorted(running))
+
+    def _outcome(self, worker: Worker, job: Job) -> str:
+        state, error = _state(job.task, worker.folder, False)
+        record = None if job.run is None else worker.folder.record(job.run)
+        if error:
+            return f"{state}: {error.splitlines()[-1]}"
+        if record is not None and record["dev"] is not None and job.task.kind != "test":
+            return f"{state}, dev loss {record['dev']['loss']:.4f}"
+        return str(state)

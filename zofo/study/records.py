@@ -1,0 +1,241 @@
+"""The study folder: what lies where, and what each run has come to.
+
+    study.yaml            the study, complete
+    study.db, study.id    the queue (SQLite), unless `storage` names a database; its name there
+    configs/RUN.yaml      configuration of a run
+    runs/RUN/             run folder, with `study.json` once the run has ended
+    runs/RUN.log          what the run printed
+    untrained/START/      test scores of the untrained model of a task and seed
+    locks/                who works on what
+    selection.json        every cell's choice and the dev scores that it rests on
+    results.json          one entry a run
+
+`study.json` holds the dev scores. Test scores are written into `result.json`, which nothing that
+chooses reads.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from zofo.checkpoint_files import checkpoints
+from zofo.files import read_json, write_json, write_text
+from zofo.resume import CONFIG_FILE, RESULT_FILE
+from zofo.study.grid import Cell, Grid, Run, as_json
+from zofo.study.select import Choice, DevScore, choose
+from zofo.study.spec import SPEC_FILE
+
+RECORD_FILE: Final = "study.json"
+_COPIES: Final = ("base_original.safetensors", "base_snapshot.safetensors")
+Record = dict[str, Any]
+
+
+class StudyFolder:
+    """Reads and writes the files of a study; what has ended is read once.
+
+    Args:
+        grid: the study.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.path = grid, Path(grid.spec.output)
+        self._records: dict[str, Record] = {}
+        self._choices: dict[Cell, Choice] = {}
+        self._measured: set[str] = set()
+
+    def begin(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        for name in ("configs", "runs", "locks", "untrained"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        write_text(self.path / SPEC_FILE, self.grid.spec.to_yaml())
+
+    def run_folder(self, run: Run) -> Path:
+        """Of a run."""
+        return self.path / "runs" / run.id
+
+    def log_file(self, name: str) -> Path:
+        """What a run or a measurement printed."""
+        return self.path / "runs" / f"{name}.log"
+
+    def config_file(self, run: Run) -> Path:
+        """The configuration that a run is begun with; written on first use."""
+        path = self.path / "configs" / f"{run.id}.yaml"
+        if not path.exists():
+            write_text(path, self.grid.config(run).to_yaml())
+        return path
+
+    def start_folder(self, model: str, task: str, seed: int) -> Path:
+        """Of an untrained model."""
+        return self.path / "untrained" / f"{model}_{task}_s{seed}"
+
+    def record(self, run: Run) -> Record | None:
+        """What a run has come to; None if it has not ended."""
+        if run.id not in self._records:
+            path = self.run_folder(run) / RECORD_FILE
+            if not path.exists():
+                return None
+            self._records[run.id] = read_json(path)
+        return self._records[run.id]
+
+    def write_record(self, run: Run, record: Record) -> None:
+        """Record what a run has come to."""
+        self.run_folder(run).mkdir(parents=True, exist_ok=True)
+        write_json(self.run_folder(run) / RECORD_FILE, record)
+        self._records[run.id] = record
+
+    def has_failed(self, run: Run) -> bool:
+        """Whether a run has ended by an error."""
+        record = self.record(run)
+        return record is not None and record["status"] == "failed"
+
+    def restore(self, run: Run) -> None:
+        """Have a run done again whose artefact went when its rates were not chosen."""
+        record, folder = self.record(run), self.run_folder(run)
+        if record is not None and record["status"] == "done" and not (folder / "artifact").exists():
+            shutil.rmtree(folder)
+            self._records.pop(run.id)
+
+    def forget(self, run: Run) -> None:
+        """A failed run is to be tried again; its checkpoints stay."""
+        (self.run_folder(run) / RECORD_FILE).unlink(missing_ok=True)
+        self._records.pop(run.id, None)
+        self._choices.pop(run.cell, None)
+
+    @property
+    def choices_known(self) -> dict[Cell, Choice]:
+        """The choices that `choices` has found so far."""
+        return self._choices
+
+    def choices(self) -> dict[Cell, Choice]:
+        """The choice of every cell whose search has ended; marks the runs of new ones."""
+        waiting = [run for run in self.grid.search if run.cell not in self._choices]
+        scores = []
+        for run in waiting:
+            record = self.record(run)
+            if record is not None:
+                scores.append(DevScore(run.cell, run.rates, run.seed, self._score(record)))
+        for cell, choice in choose(self.grid, scores).items():
+            self._choices[cell] = choice
+            for run in (r for r in waiting if r.cell == cell):
+                self._records.pop(run.id)  # other workers may have written to it
+                record = self.record(run)
+                assert record is not None
+                is_chosen = run.rates == choice.rates
+                if record["chosen"] != is_chosen:
+                    self.write_record(run, {**record, "chosen": is_chosen})
+                if not is_chosen and self.grid.spec.keep == "chosen":
+                    shutil.rmtree(self.run_folder(run) / "artifact", ignore_errors=True)
+        return self._choices
+
+    def final_run(self, cell: Cell, seed: int) -> Run | None:
+        """The run of a seed at the cell's chosen rates; None before the choice, or without one."""
+        choice = self._choices.get(cell)
+        return None if choice is None or choice.rates is None else Run(cell, choice.rates, seed)
+
+    def is_measured(self, run: Run) -> bool:
+        """Whether a run's test scores are there, or cannot be had."""
+        if run.id in self._measured:
+            return True
+        record = self.record(run)
+        if record is None:
+            return False
+        folder = self.run_folder(run)
+        is_over = record["status"] != "done" or record["test_error"] is not None
+        if is_over or "test" in read_json(folder / RESULT_FILE):
+            self._measured.add(run.id)
+        return run.id in self._measured
+
+    def forget_measurement(self, run: Run) -> None:
+        """A measurement that failed is to be tried again."""
+        record = self.record(run)
+        if record is not None and record["test_error"] is not None:
+            self._measured.discard(run.id)
+            self.write_record(run, {**record, "test_error": None})
+
+    def ended(self, run: Run, status: str, error: str | None, is_final: bool) -> Record:
+        """Record the end of a run's training, and remove what only continuing it needed."""
+        folder = self.run_folder(run)
+        result = read_json(folder / RESULT_FILE) if status == "done" else {}
+        cost = dict(result.get("cost", {}))
+        record = {
+            "study": self.grid.spec.name,
+            **as_json(run),
+            "stage": "final" if is_final else "search",
+            "chosen": is_final,
+            "status": status,
+            "error": error,
+            "dev": result["dev"]["after"] if status == "done" else None,
+            "cost": cost,
+            "test_error": None,
+        }
+        if self.grid.spec.keep == "chosen" and status != "failed":
+            for checkpoint in checkpoints(folder).values():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            for name in _COPIES:
+                (folder / name).unlink(missing_ok=True)
+        self.write_record(run, record)
+        return record
+
+    def write_results(self) -> None:
+        """Write `selection.json` and `results.json`, from the files of the runs."""
+        choices = self.choices()
+        write_json(
+            self.path / "selection.json",
+            [
+                {
+                    "cell": cell._asdict(),
+                    "rates": None if choice.rates is None else choice.rates._asdict(),
+                    "dev": [{**p._asdict(), "score": s} for p, s in choice.scores.items()],
+                }
+                for cell, choice in sorted(choices.items())
+            ],
+        )
+        runs, timings = [], {}
+        for run in sorted(self.known_runs(), key=lambda run: run.id):
+            record = self.record(run)
+            if record is None:
+                continue
+            entry = {k: v for k, v in record.items() if k not in ("study", "cost")}
+            cost = record["cost"]
+            entry |= {k: cost.get(k) for k in ("steps", "forward_equivalents")}
+            has_result = record["status"] == "done"
+            result = read_json(self.run_folder(run) / RESULT_FILE) if has_result else {}
+            runs.append({**entry, "test": result.get("test")})
+            timings[run.id] = {k: v for k, v in cost.items() if k not in entry}
+        write_json(
+            self.path / "results.json",
+            {
+                "study": self.grid.spec.name,
+                "runs": runs,
+                "dropped": self.grid.dropped,
+                "timings": timings,
+            },
+        )
+
+    def known_runs(self) -> list[Run]:
+        """The searches, and the runs at rates that are chosen by now."""
+        later = [self.final_run(c, s) for c in self.grid.rates for s in self.grid.other_seeds]
+        return [*self.grid.search, *(run for run in later if run is not None)]
+
+    def _score(self, record: Record) -> float | None:
+        dev = record["dev"]
+        if dev is None:
+            return None
+        loss = self.grid.spec.select_by == "loss"
+        return float(dev["loss"]) if loss else 1 - float(dev["accuracy"])
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run folder can be continued: `zofo train` has come to write its configuration."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def start_over(folder: Path) -> None:
+    """Remove what a run left that was killed before it began."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,398 @@
+"""What a study is: axes, grids of learning rates, and a budget that is equal for all methods.
+
+    models x tasks x methods x adapters x optimizers      cells
+    cell x rates x seeds                                  runs
+
+A method that moves no adapter has no adapters, one without a gradient no optimizer. `hybrid-tied`
+is hybrid with one learning rate for both blocks. An axis that is left out has the value that `base`
+has, and a section of `base` holds the options that all entries of its axis share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from zofo.config import (
+    AdapterConfig,
+    ModelConfig,
+    RunConfig,
+    _apply,
+    _describe,
+    _joined,
+    read_yaml,
+)
+from zofo.errors import UserError
+from zofo.tasks.spec import TaskSpec
+
+SPEC_FILE: Final = "study.yaml"
+TIED: Final = "hybrid-tied"
+METHODS: Final = ("hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft", TIED)
+SECTIONS: Final = {"model": "name", "task": "name", "adapter": "type"}
+"""Sections of a run's configuration that are axes, and the key that an entry's text stands for."""
+_OWN_KEYS: Final = ("output_dir", "measure_test", "epochs")
+"""Keys of a run that only the study can set."""
+_AXES: Final = {
+    "models": "model",
+    "tasks": "task",
+    "adapters": "adapter",
+    "methods": "method",
+    "optimizers": "optimizer",
+    "seeds": "seed",
+    "steps": "steps",
+    "num_threads": "num_threads",
+    "early_stopping": "early_stopping",
+}
+"""Keys of a study -> those of `base` that stand for them where they are left out."""
+_SCALARS: Final = ("steps", "num_threads", "early_stopping")
+MethodName = Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft", "hybrid-tied"]
+Entry = str | dict[str, Any]
+Pattern = str | list[str]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Where(_Part):
+    """Cells whose labels match, all of them where a key is left out; `*` stands for anything."""
+
+    models: Pattern = "*"
+    tasks: Pattern = "*"
+    methods: Pattern = "*"
+    adapters: Pattern = "*"
+    optimizers: Pattern = "*"
+
+
+class Rates(Where):
+    """Grids of learning rates for the cells that match."""
+
+    base_lr: list[float] | None = Field(None, min_length=1, description="of the base")
+    adapter_lr: list[float] | None = Field(None, min_length=1, description="of the adapter")
+    tied: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="of hybrid-tied; default: base_lr and adapter_lr",
+    )
+
+    @field_validator("base_lr", "adapter_lr", "tied")
+    @classmethod
+    def _are_rates(cls, value: list[float] | None) -> list[float] | None:
+        for rate in value or ():
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ValueError("must be finite numbers of at least 0")
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("must not hold a rate twice")
+        return value
+
+
+class StudySpec(_Part):
+    """A study."""
+
+    name: str = Field("study", pattern=r"^[\w.-]+$", description="of the study; also in its files")
+    output: str = Field(description="study folder")
+    base: dict[str, Any] = Field({}, description="run configuration, or its file, that all share")
+    models: list[Entry] = Field(min_length=1, description="names, or sections with a label")
+    tasks: list[Entry] = Field(min_length=1, description="names, or sections with a label")
+    methods: list[MethodName] = Field(
+        min_length=1, description="also hybrid-tied, with one rate for both blocks"
+    )
+    adapters: list[Entry] = Field(min_length=1, description="types, or sections with a label")
+    optimizers: list[Literal["adamw", "sgd"]] = Field(
+        min_length=1, description="of the first-order block"
+    )
+    seeds: list[int] = Field(min_length=1, description="of the runs at the chosen rates")
+    select_seeds: list[int] | None = Field(
+        None, min_length=1, description="seeds that choose the rates; default: the first"
+    )
+    select_by: Literal["loss", "accuracy"] = Field(
+        "loss", description="mean dev score that chooses the rates"
+    )
+    rates: list[Rates] = Field(
+        min_length=1, description="grids; of those that match, the last that names a block counts"
+    )
+    budget: float | None = Field(
+        None, gt=0, description="forward-equivalents a run, the same for every method"
+    )
+    steps: int | None = Field(None, ge=1, description="steps a run, instead of budget")
+    num_evaluations: int | None = Field(
+        None, ge=1, description="on dev, a run; default: base.eval_every, else 4"
+    )
+    early_stopping: float | None = Field(
+        1.0, ge=0, description="of every run, see there; null: none"
+    )
+    num_threads: int = Field(1, ge=1, description="of the CPU, a run")
+    keep: Literal["chosen", "all"] = Field(
+        "chosen",
+        description="what stays of checkpoints and artefacts; chosen: artefacts of chosen runs",
+    )
+    storage: str | None = Field(
+        None, description="URL of the queue's database; default: study.db in the study folder"
+    )
+    exclude: list[Where] = Field([], description="cells to leave out")
+
+    @field_validator("methods", "optimizers", "seeds", "select_seeds")
+    @classmethod
+    def _are_different(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("must not hold a value twice")
+        return value
+
+    @field_validator("seeds", "select_seeds")
+    @classmethod
+    def _are_seeds(cls, value: list[int] | None) -> list[int] | None:
+        if any(not 0 <= seed < 2**32 for seed in value or ()):
+            raise ValueError("must be from 0 to 2^32 - 1")
+        return value
+
+    @property
+    def choosing_seeds(self) -> tuple[int, ...]:
+        """The seeds whose runs choose the rates."""
+        return tuple(self.select_seeds or self.seeds[:1])
+
+    def to_yaml(self) -> str:
+        """YAML that reads back to the same."""
+        values = self.model_dump(exclude_unset=False)
+        for part in (*values["rates"], *values["exclude"]):
+            for key in [k for k, v in part.items() if v is None or v == "*"]:
+                del part[key]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of the studies that come with the package."""
+    folder = Path(str(resources.files("zofo.study"))) / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_spec(name: str | Path) -> Path:
+    """The file of a study: itself, a preset's, or the one in a study folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / SPEC_FILE).is_file():
+            raise UserError(f"{path} holds no {SPEC_FILE}, so it is no study folder")
+        return path / SPEC_FILE
+    if path.is_file():
+        return path
+    known = presets()
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"the study {name} does not exist; {hint}give a YAML file, a study folder, or one of "
+        f"{', '.join(known)}"
+    )
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """Read, check and complete a study.
+
+    Args:
+        path: YAML file, preset, or study folder.
+        overrides: "key=value", as for `zofo train`.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    file = find_spec(path)
+    given = read_yaml(file)
+    problems: list[str] = []
+    for override in overrides:
+        problems += _apply(given, override)
+    if isinstance(given.get("base"), str):
+        given["base"] = read_yaml(_beside(given["base"], file))
+    problems += _take_from_base(given)
+    # What a user counts once is one entry.
+    if isinstance(given.get("rates"), dict):
+        given["rates"] = [given["rates"]]
+    if Path(path).expanduser().is_dir():
+        given["output"] = str(path)  # where it lies now, or as this machine sees it
+    if "output" not in given:
+        given["output"] = str(Path("studies") / str(given.get("name", file.stem)))
+    given.setdefault("name", file.stem)
+    try:
+        spec = StudySpec.model_validate(given)
+    except ValidationError as error:
+        problems += list(dict.fromkeys(_described(e) for e in error.errors()))
+        raise UserError(_joined(str(file), problems)) from None
+    problems += _check(spec)
+    if problems:
+        raise UserError(_joined(str(file), problems))
+    return _with_absolute_paths(spec)
+
+
+def differences(saved: StudySpec, spec: StudySpec) -> list[str]:
+    """What keeps a study from being continued: all but more seeds and another database."""
+    then, now = saved.model_dump(), spec.model_dump()
+    then["select_seeds"], now["select_seeds"] = saved.choosing_seeds, spec.choosing_seeds
+    found = []
+    for key in then:
+        if key in ("storage", "output") or then[key] == now[key]:
+            continue
+        if key == "seeds" and now[key][: len(then[key])] == then[key]:
+            continue
+        found.append(f"{key}: {then[key]} -> {now[key]}")
+    return found
+
+
+def _beside(name: str, file: Path) -> Path:
+    """A file named in another: from where the command runs, else from that other file."""
+    path = Path(name).expanduser()
+    return path if path.is_absolute() or path.exists() else file.parent / path
+
+
+def _take_from_base(given: dict[str, Any]) -> list[str]:
+    """Axes that are left out take the value that `base` has; what stays there is shared."""
+    base = given.get("base") or {}
+    if not isinstance(base, dict):
+        return []
+    base = {k: v for k, v in base.items() if v is not None or not _is_none_by_default(k)}
+    problems = []
+    if "epochs" in base:
+        problems.append("base.epochs is not equal for all methods; give budget or steps")
+    for key in _OWN_KEYS:
+        base.pop(key, None)
+    for axis, key in _AXES.items():
+        if key in SECTIONS:
+            value, rest = _name_and_rest(base.pop(key, {}), SECTIONS[key])
+            if rest:
+                base[key] = rest
+        else:
+            value = base.pop(key, None)
+        if value is not None and axis not in given and not (axis == "steps" and "budget" in given):
+            given[axis] = value if axis in _SCALARS else [value]
+    rates = {key: base.pop(key, None) for key in ("base_lr", "adapter_lr")}
+    if "rates" not in given and any(rate is not None for rate in rates.values()):
+        given["rates"] = [{key: [rate] for key, rate in rates.items() if rate is not None}]
+    defaults = {"methods": list(METHODS[:5]), "adapters": ["lora"], "optimizers": ["adamw"]}
+    for axis, default in {**defaults, "seeds": [0]}.items():
+        given.setdefault(axis, default)
+    given["base"] = base
+    return problems
+
+
+def _is_none_by_default(key: str) -> bool:
+    field = RunConfig.model_fields.get(key)
+    return field is not None and field.default is None
+
+
+def _name_and_rest(value: Any, key: str) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(value, dict):
+        return value, {}
+    return value.get(key), {k: v for k, v in value.items() if k != key}
+
+
+def _described(error: Any) -> str:
+    if error["type"] == "missing":
+        return f"{error['loc'][0]} is missing; give it, or the run's key in base"
+    if error["type"] == "extra_forbidden":
+        path = error["loc"]
+        home: type[BaseModel] = {"rates": Rates, "exclude": Where}.get(str(path[0]), StudySpec)
+        near = difflib.get_close_matches(str(path[-1]), home.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(home.model_fields)}"
+        return f"unknown key {'.'.join(map(str, path))}; {hint}"
+    return _describe(error)
+
+
+def _check(spec: StudySpec) -> list[str]:
+    """What no single field shows."""
+    problems = []
+    if (spec.budget is None) == (spec.steps is None):
+        problems.append("give budget (forward-equivalents a run) or steps: one of the two")
+    if spec.num_evaluations is not None and "eval_every" in spec.base:
+        problems.append("num_evaluations and base.eval_every are both given; keep one")
+    if spec.select_by == "accuracy" and spec.base.get("select_by", "loss") != "accuracy":
+        problems.append("select_by is accuracy: set base.select_by to the same")
+    more = sorted(set(spec.choosing_seeds) - set(spec.seeds))
+    if more:
+        problems.append(f"select_seeds {more} are not among the seeds; add them there")
+    for key in ("models", "tasks", "adapters"):
+        problems += _check_entries(spec, key)
+    if "password" in (spec.storage or "") or _has_password(spec.storage):
+        problems.append(
+            "storage holds a password, which would be written into the study folder; leave it out "
+            "and set PGPASSWORD, or ~/.pgpass"
+        )
+    return problems
+
+
+def _has_password(url: str | None) -> bool:
+    user = (url or "").partition("://")[2].rpartition("@")[0]
+    return ":" in user
+
+
+def _check_entries(spec: StudySpec, axis: str) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "models": ModelConfig,
+        "tasks": TaskSpec,
+        "adapters": AdapterConfig,
+    }
+    section, key = sections[axis], SECTIONS[axis[:-1]]
+    problems = []
+    for entry in getattr(spec, axis):
+        values = {key: entry} if isinstance(entry, str) else entry
+        shared = spec.base.get(axis[:-1], {})
+        for name in [*values, *shared]:
+            if name not in section.model_fields and name != "label":
+                near = difflib.get_close_matches(str(name), section.model_fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                problems.append(f"unknown key {name} in {axis}{hint}")
+        if key not in values:
+            problems.append(f"{axis} holds {entry}, which lacks {key}")
+    labels = [label_of(entry, key) for entry in getattr(spec, axis)]
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        problems.append(f"{axis} holds {label} twice; give one of them a label of its own")
+    return list(dict.fromkeys(problems))
+
+
+def label_of(entry: Entry, key: str) -> str:
+    """What an entry is called in cells and in the names of runs."""
+    values: Mapping[str, Any] = {key: entry} if isinstance(entry, str) else entry
+    text = str(values.get("label") or values.get(key) or "")
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.rstrip("/").split("/")[-1])
+
+
+_FILES: Final = {
+    "model": ("name",),
+    "task": ("train", "dev", "test", "data_dir"),
+    "adapter": ("config_file",),
+}
+"""Options that may be paths."""
+
+
+def _with_absolute_paths(spec: StudySpec) -> StudySpec:
+    """Files and folders that are here, so that workers elsewhere find them."""
+    update: dict[str, Any] = {"output": str(Path(spec.output).expanduser().absolute())}
+    for section in SECTIONS:
+        entries = getattr(spec, f"{section}s")
+        update[f"{section}s"] = [_absolute(entry, section) for entry in entries]
+    shared = {key: _absolute(spec.base[key], key) for key in SECTIONS if key in spec.base}
+    return spec.model_copy(update={**update, "base": {**spec.base, **shared}})
+
+
+def _absolute(entry: Entry, section: str) -> Entry:
+    from zofo.models import ALIASES
+
+    key = SECTIONS[section]
+    values = {key: entry} if isinstance(entry, str) else dict(entry)
+    for name in _FILES[section]:
+        value = values.get(name)
+        if not isinstance(value, str) or value in ALIASES:
+            continue
+        path = Path(value).expanduser()
+        # The name of a hub's split may be that of a folder, too.
+        if path.is_dir() if name in ("name", "data_dir") else path.is_file():
+            values[name] = str(path.absolute())
+    return values[key] if isinstance(entry, str) else values

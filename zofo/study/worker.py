@@ -1,0 +1,376 @@
+"""Works on a study until everything is done: claims tasks, runs them as processes, records ends.
+
+Whatever happens to a worker or a run, the files say what is done: a run that was killed goes on
+from its checkpoint, one that fails is recorded with its last lines, and the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from zofo.checkpoint_files import checkpoints
+from zofo.errors import UserError
+from zofo.files import write_json, write_text
+from zofo.resume import is_finished
+from zofo.stopping import stop_reason
+from zofo.study.grid import Grid, Run, config_of
+from zofo.study.process import Child, Lock, was_stopped
+from zofo.study.queue import queue_of
+from zofo.study.records import StudyFolder, is_begun, start_over
+from zofo.study.spec import SPEC_FILE, differences, load_spec
+from zofo.study.tasks import (
+    START_ERROR_FILE,
+    Task,
+    all_tasks,
+    run_of,
+    start_error,
+    start_file,
+    start_of,
+    state_of,
+)
+
+T = TypeVar("T")
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_POLL_S: Final = 0.05
+_LOOK_S: Final = 2.0
+"""Seconds between looks at what other workers have done."""
+_MAX_DEATHS: Final = 3
+"""Deaths by a signal, out of memory for instance, without a checkpoint in between."""
+
+
+@dataclass
+class Job:
+    """A task under way."""
+
+    task: Task
+    run: Run | None
+    trial: int
+    lock: Lock
+    child: Child
+    began: float = field(default_factory=time.monotonic)
+    num_deaths: int = 0
+    last_step: int = 0
+    num_signals: int = 0
+
+
+class Worker:
+    """Works on a study.
+
+    Args:
+        grid: the study.
+        num_slots: tasks at once.
+        report: told of what happens, see `zofo.study.progress`.
+        queue_options: for `Queue`.
+    """
+
+    def __init__(
+        self, grid: Grid, num_slots: int = 1, report: Any = None, **queue_options: Any
+    ) -> None:
+        self.folder = StudyFolder(grid)
+        self.grid, self.num_slots, self.report = grid, num_slots, report
+        self.tasks = all_tasks(grid)
+        self.jobs: list[Job] = []
+        self.signum: int | None = None
+        self._num_signals = 0
+        self._queue_options = queue_options
+
+    def run(self, *, retry_failed: bool = False) -> None:
+        """Work until everything has ended, or a signal comes.
+
+        Args:
+            retry_failed: try failed runs and measurements again.
+
+        Raises:
+            UserError: if the folder holds another study, or cannot be used.
+        """
+        self._begin(retry_failed)
+        previous = self._handle_signals()
+        looked = beaten = -math.inf
+        try:
+            while True:
+                self._send_signals()
+                ended = [job for job in list(self.jobs) if self._has_ended(job)]
+                if self.signum is not None and not self.jobs:
+                    break
+                now = time.monotonic()
+                if self.signum is None and (ended or now - looked >= _LOOK_S):
+                    looked = now
+                    self.folder.choices()
+                    self._fill_slots()
+                    if not self.jobs and self._is_done():
+                        break
+                    self._report("looked")
+                if now - beaten >= self.queue.heartbeat_s:
+                    beaten = now
+                    self._beat()
+                time.sleep(_POLL_S)
+        finally:
+            for job in self.jobs:
+                self._drop(job)
+                self._tell(self.queue.give_back, job.trial)
+            with locked(self.folder.path / "locks" / "results"):
+                self.folder.write_results()  # of what is there; the last worker has all
+            self.queue.close()
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def stop(self, signum: int) -> None:
+        """Have every run write a checkpoint and end; asked again, end at once."""
+        self.signum = signum
+        self._num_signals += 1
+
+    def others(self) -> set[str] | None:
+        """Names of the tasks that other workers have; None if the database does not answer."""
+        found = self._tell(self.queue.workers)
+        return None if found is None else set(found) - {job.task.name for job in self.jobs}
+
+    def _begin(self, retry_failed: bool) -> None:
+        place = self.folder.path
+        saved = place / SPEC_FILE
+        if not saved.exists() and place.exists() and {f.name for f in place.iterdir()} - {"locks"}:
+            raise UserError(f"{place} exists and is no study; choose another output")
+        with locked(place / "locks" / "begin"):
+            if saved.exists():
+                found = differences(load_spec(saved), self.grid.spec)
+                if found:
+                    raise UserError(
+                        f"{place} was begun with another study (saved -> now):\n"
+                        + "\n".join(f"  - {line}" for line in found)
+                        + "\nLeave these as they were, or begin another with another output"
+                    )
+            self.folder.begin()
+            self.queue = queue_of(self.grid.spec, **self._queue_options)
+            self.folder.choices()
+            if retry_failed:
+                self._forget_failures()
+            self.queue.recover()
+            self.queue.fill(self._open_tasks())
+
+    def _forget_failures(self) -> None:
+        """What failed is open again, and with it what followed from the choice of rates."""
+        for task in self.tasks.values():
+            if task.kind == "start":
+                (start_file(task, self.folder).parent / START_ERROR_FILE).unlink(missing_ok=True)
+        runs = self.folder.known_runs()
+        failed = [run for run in runs if self.folder.has_failed(run)]
+        for run in runs:
+            self.folder.forget_measurement(run)
+            if run in failed:
+                self.folder.forget(run)
+            elif any(f.cell == run.cell and f.rates == run.rates for f in failed):
+                self.folder.restore(run)
+
+    def _open_tasks(self) -> list[str]:
+        return [n for n, task in self.tasks.items() if state_of(task, self.folder) != "ended"]
+
+    def _is_done(self) -> bool:
+        return all(state_of(task, self.folder) == "ended" for task in self.tasks.values())
+
+    def _fill_slots(self) -> None:
+        """Claim what is ready, in the order of the queue."""
+        if len(self.jobs) >= self.num_slots:
+            return
+        for name, trial in (self._tell(self.queue.waiting) or {}).items():
+            task = self.tasks.get(name)
+            state = "ended" if task is None else state_of(task, self.folder)
+            if task is None or state == "ended":
+                self._tell(self.queue.finish, trial)
+            elif state == "ready":
+                self._claim(task, trial)
+            if len(self.jobs) >= self.num_slots:
+                return
+
+    def _claim(self, task: Task, trial: int) -> None:
+        run = run_of(task, self.folder)
+        name = run.id if run is not None else task.name
+        lock = Lock.take(self.folder.path / "locks" / name)
+        if lock is None:  # a child of a worker that was killed is still ending
+            return
+        # Others may have come to its end since the look at its files.
+        is_ready = state_of(task, self.folder) == "ready"
+        if not is_ready or not self._tell(self.queue.claim, trial):
+            lock.release()
+            return
+        failure = self._needless(task)
+        if failure is not None:
+            self._record_failure(task, run, failure)
+            self._release(lock, trial, None)
+            return
+        if self._has_come_to_end(task, run):  # and its worker was killed before it said so
+            self._release(lock, trial, self._record_end(task, run))
+            return
+        child = Child(*self._command(task, run), lock, self.grid.spec.num_threads)
+        job = Job(task, run, trial, lock, child, last_step=self._last_step(run))
+        self.jobs.append(job)
+        self._report("started", job)
+
+    def _needless(self, task: Task) -> str | None:
+        """Why a test cannot be had."""
+        return start_error(start_of(task), self.folder) if task.kind == "test" else None
+
+    def _command(self, task: Task, run: Run | None) -> tuple[list[str], Path]:
+        """What follows `python -m`, and the log."""
+        measure = ["zofo.study.measure"]
+        if run is None:
+            output = start_file(task, self.folder)
+            config_file = output.parent / "start.yaml"
+            write_text(config_file, self._start_config(task))
+            return [*measure, "start", str(config_file), str(output)], output.parent / "log"
+        folder, log = self.folder.run_folder(run), self.folder.log_file(run.id)
+        if task.kind == "test":
+            return [*measure, "run", str(folder), str(start_file(start_of(task), self.folder))], log
+        if is_begun(folder):
+            return ["zofo", "train", "--resume", str(folder)], log
+        start_over(folder)
+        config_file = self.folder.config_file(run)
+        return ["zofo", "train", str(config_file), f"output_dir={folder}"], log
+
+    def _start_config(self, task: Task) -> str:
+        """Any cell's will do: they share model, task and seed."""
+        cell = next(c for c in self.grid.rates if (c.model, c.task) == (task.model, task.task))
+        pair = self.grid.rates[cell][0]
+        return config_of(self.grid.spec, cell, pair, task.seed).to_yaml()
+
+    def _last_step(self, run: Run | None) -> int:
+        return max(checkpoints(self.folder.run_folder(run)), default=0) if run is not None else 0
+
+    def _has_ended(self, job: Job) -> bool:
+        """Look at a job; record its end, or go on with a run that was killed."""
+        code = job.child.poll()
+        if code is None:
+            return False
+        self.jobs.remove(job)
+        failure = self._failure(job, code)
+        if failure is None:
+            self._release(job.lock, job.trial, self._record_end(job.task, job.run))
+        elif was_stopped(code) and (self.signum is not None or self._goes_on(job)):
+            if self.signum is not None:
+                job.lock.release()
+                self._tell(self.queue.give_back, job.trial)
+            return True
+        else:
+            self._record_failure(job.task, job.run, failure)
+            self._release(job.lock, job.trial, None)
+        self._report("ended", job)
+        return True
+
+    def _release(self, lock: Lock, trial: int, score: float | None) -> None:
+        lock.release()
+        self._tell(self.queue.finish, trial, score)
+
+    def _failure(self, job: Job, code: int) -> str | None:
+        """Why a job did not come to its end; None if it did."""
+        trains = job.task.kind in ("search", "final")
+        if self._has_come_to_end(job.task, job.run) if trains else code == 0:
+            return None
+        died = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        said = job.child.last_lines()
+        return f"{died}: {said}" if said else died
+
+    def _has_come_to_end(self, task: Task, run: Run | None) -> bool:
+        """Whether a run has left a result, or has stopped early."""
+        if task.kind not in ("search", "final") or run is None:
+            return False
+        folder = self.folder.run_folder(run)
+        return is_finished(folder) or stop_reason(folder) is not None
+
+    def _goes_on(self, job: Job) -> bool:
+        """Start a job again that a signal has ended, unless that happens over and over."""
+        step = self._last_step(job.run)
+        job.num_deaths = 1 if step > job.last_step else job.num_deaths + 1
+        job.last_step = step
+        if job.num_deaths >= _MAX_DEATHS:
+            return False
+        job.child = Child(*self._command(job.task, job.run), job.lock, self.grid.spec.num_threads)
+        self.jobs.append(job)
+        return True
+
+    def _record_end(self, task: Task, run: Run | None) -> float | None:
+        """Write what a run has come to; returns its dev loss."""
+        if task.kind not in ("search", "final") or run is None:
+            return None
+        reason = stop_reason(self.folder.run_folder(run))
+        status = "done" if reason is None else "stopped"
+        record = self.folder.ended(run, status, reason, task.kind == "final")
+        return None if record["dev"] is None else float(record["dev"]["loss"])
+
+    def _record_failure(self, task: Task, run: Run | None, failure: str) -> None:
+        if task.kind == "start":
+            write_json(start_file(task, self.folder).parent / START_ERROR_FILE, {"error": failure})
+            return
+        assert run is not None
+        if task.kind == "test":
+            record = self.folder.record(run)
+            assert record is not None
+            self.folder.write_record(run, {**record, "test_error": failure})
+        else:
+            self.folder.ended(run, "failed", failure, task.kind == "final")
+
+    def _beat(self) -> None:
+        """Say that this worker is alive; drop what was given to others while it was not."""
+        for job in list(self.jobs):
+            if self._tell(self.queue.beat, job.trial) is False:
+                self.jobs.remove(job)
+                self._drop(job)
+        if self.signum is None:
+            with locked(self.folder.path / "locks" / "begin"):
+                self._tell(self.queue.recover)
+                if not self.jobs:
+                    self._tell(self.queue.fill, self._open_tasks())
+
+    def _drop(self, job: Job) -> None:
+        job.child.send(signal.SIGKILL)
+        job.child.wait(60)
+        job.lock.release()
+
+    def _tell(self, action: Callable[..., T], *values: Any) -> T | None:
+        """Ask something of the queue; a database that is away for a while is no reason to end."""
+        try:
+            return action(*values)
+        except self.queue.errors as error:
+            self._report("away", error)
+            return None
+
+    def _report(self, what: str, *values: Any) -> None:
+        if self.report is not None:
+            getattr(self.report, what)(self, *values)
+
+    def _send_signals(self) -> None:
+        """To children; to those that were begun when a signal had just come, too."""
+        for job in self.jobs:
+            while job.num_signals < self._num_signals:
+                job.num_signals += 1
+                job.child.send(signal.SIGTERM if job.num_signals <= 2 else signal.SIGKILL)
+
+    def _handle_signals(self) -> dict[int, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            self.stop(signum)
+
+        return {
+            signum: signal.signal(signum, handle)
+            for signum in SIGNALS
+            if signal.getsignal(signum) is not signal.SIG_IGN
+        }
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    lock = Lock.take(path, wait=True)
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
