@@ -88,6 +88,21 @@ def test_the_studys_word_on_a_run_that_did_not_end_well(tmp_path, status):
     assert (row.status, row.error) == (status, "out of memory")
 
 
+def test_a_studys_names_tell_apart_what_the_configuration_does_not(tmp_path):
+    """`hybrid-tied` runs method hybrid; two LoRAs differ by their labels."""
+    for name, cell in (
+        ("tied", {"method": "hybrid-tied", "adapter": "lora"}),
+        ("wide", {"method": "hybrid", "adapter": "lora64"}),
+    ):
+        folder = write_run(tmp_path / name, study={"stage": "final"})
+        record = json.loads((folder / "study.json").read_text())
+        record["cell"] |= cell
+        (folder / "study.json").write_text(json.dumps(record))
+        row = row_of(folder)
+        assert (row["method"], row["adapter"]) == (cell["method"], cell["adapter"])
+        assert (row["base_lr"], row["adapter_lr"]) == (1e-5, 1e-3)
+
+
 def test_a_run_that_never_began_is_known_from_its_study(tmp_path):
     folder = write_run(tmp_path / "run", method="fo-peft", study={"status": "failed"}, result=False)
     for name in ("run.yaml", "metrics.jsonl", "environment.json"):

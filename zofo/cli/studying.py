@@ -54,6 +54,7 @@ def start(
     summary = _summary(grid)
     _print(summary)
     print(f"results in {folder / 'results.json'}, choices in {folder / 'selection.json'}")
+    print(f"figures and statistics: zofo report {folder}")
     if summary.failed:
         print("try what failed again with: zofo study --retry-failed", folder, file=sys.stderr)
         raise typer.Exit(1)

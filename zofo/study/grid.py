@@ -324,7 +324,7 @@ def _has_classes(task: str) -> bool:
 
     if task not in BUILTIN:
         return task not in ("completion", "chat")
-    return any(getattr(BUILTIN[task], name, None) for name in ("words", "verbalizers"))
+    return BUILTIN[task].kind == "classification"
 
 
 def _is_classifier(model: dict[str, Any]) -> bool:

@@ -34,7 +34,7 @@ COLUMNS: Final[dict[str, str]] = {
     "chosen": "whether the study chose its rates",
     "model": "base",
     "task": "name, and the file of rows where they are one's own",
-    "method": "hybrid, fo-peft, zo-peft, fo-ft, zo-ft",
+    "method": "hybrid, fo-peft, zo-peft, fo-ft, zo-ft; a study's hybrid-tied has one rate for both",
     "adapter": "type of the adapter, or the name of its configuration file",
     "optimizer": "of the first-order block; blank where there is none",
     "base_lr": "learning rate of the base, a map of several as text; blank where it is frozen",
@@ -238,15 +238,15 @@ def _status(
 
 
 def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells runs apart, from the configuration; without one from the study's record."""
+    """What tells runs apart, from the configuration, under the study's names where it has some."""
     cell, rates = _inner(study, "cell"), _inner(study, "rates")
     model, task, adapter = (_inner(config, key) for key in ("model", "task", "adapter"))
-    method = _text(config.get("method") or cell.get("method"))
-    name = _text(task.get("name") or cell.get("task"))
-    if task.get("train"):
+    method = _text(config.get("method") or str(cell.get("method", "")).removesuffix("-tied"))
+    name = _text(cell.get("task") or task.get("name"))
+    if task.get("train") and not cell.get("task"):
         name += f": {Path(_text(task['train'])).name}"
-    kind = _text(adapter.get("type") or cell.get("adapter") or "none")
-    if adapter.get("config_file"):
+    kind = _text(cell.get("adapter") or adapter.get("type") or "none")
+    if adapter.get("config_file") and not cell.get("adapter"):
         kind = Path(_text(adapter["config_file"])).stem
     base_lr = adapter_lr = None
     if method in ("hybrid", "fo-ft", "zo-ft"):
@@ -255,9 +255,9 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
     has_optimizer = method in _HAS_FIRST_ORDER
     return {
-        "model": _text(model.get("name") or cell.get("model")),
+        "model": _text(cell.get("model") or model.get("name")),
         "task": name,
-        "method": method,
+        "method": _text(cell.get("method") or method),
         "adapter": kind,
         "optimizer": _text(config.get("optimizer") or cell.get("optimizer"))
         if has_optimizer
