@@ -201,7 +201,7 @@ def bits_of_plain_sgd(architecture):
 @pytest.mark.parametrize("architecture", ["deberta-v3", *zoo.OTHERS])
 def test_weights_that_their_parent_reads_are_swapped_for_its_call(monkeypatch, architecture):
     """As if none were small enough to be swapped for the whole forward."""
-    monkeypatch.setattr("zofo.perturb._SMALL_BYTES", 0)
+    monkeypatch.setattr("zofo.owners._SMALL_BYTES", 0)
     model = zoo.bare(architecture)
     apply_method(model, "zo-ft")  # torch's convolutions round otherwise where a gradient is due
     check_view(model, architecture)

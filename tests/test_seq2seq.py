@@ -343,12 +343,12 @@ def test_what_follows_every_candidate_is_what_is_scored(encoder_decoder_folder):
     model, tokenizer = load_model(str(encoder_decoder_folder), head="seq2seq")
     example = Example("the film by ", ("Ann", "Bob"), 1, "", 1, ending=" is great")
     batch = batch_of(tokenizer, [example])
-    expected = [
-        float(score_by_hand(model, tokenizer, f"the film by {name}", "is great"))
-        for name in ("Ann", "Bob")
-    ]
     with torch.no_grad():
-        found = candidate_scores(model.eval(), batch)[0].tolist()
+        expected = [
+            float(score_by_hand(model, tokenizer, f"the film by {name}", "is great"))
+            for name in ("Ann", "Bob")
+        ]
+        found = candidate_scores(model, batch)[0].tolist()
     assert found == pytest.approx(expected, abs=1e-5)
 
 
