@@ -7,6 +7,7 @@ import pytest
 
 from tests.study.folders import COST, write_run, write_study
 from zofo.errors import UserError
+from zofo.study.comparison import compare
 from zofo.study.table import COLUMNS, CURVE_COLUMNS, find_runs, read_runs
 
 
@@ -86,6 +87,15 @@ def test_the_studys_word_on_a_run_that_did_not_end_well(tmp_path, status):
     study = {"status": status, "error": "out of memory"}
     row = row_of(write_run(tmp_path / "run", result=False, study=study))
     assert (row.status, row.error) == (status, "out of memory")
+
+
+def test_a_search_at_the_chosen_rates_is_the_run_of_its_seed(tmp_path):
+    folder = write_run(tmp_path / "run", study={"stage": "search", "chosen": True})
+    row = row_of(folder)
+    assert (row["stage"], row["chosen"]) == ("final", True)
+    others = [write_run(tmp_path / f"s{i}", seed=i, study={"chosen": True}) for i in (1, 2)]
+    (group,) = compare(read_runs([folder, *others])).groups
+    assert group.seeds == (0, 1, 2)
 
 
 def test_a_studys_names_tell_apart_what_the_configuration_does_not(tmp_path):

@@ -28,7 +28,7 @@ COLUMNS: Final[dict[str, str]] = {
     "run": "name of the run, unique in the table",
     "folder": "where it lies",
     "study": "name of the study",
-    "stage": "search (rates are chosen) or final (seeds are run); runs outside a study are final",
+    "stage": "search (of rates), or final: a seed at chosen rates, or a run outside a study",
     "status": "done, failed, stopped, damaged, or unfinished: no result yet",
     "error": "why it failed, or cannot be read",
     "chosen": "whether the study chose its rates",
@@ -182,17 +182,20 @@ def _read_run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A run's row and its curve."""
     study = _mapping(folder / STUDY_FILE)
+    is_chosen = study.get("chosen") is True
     result = _mapping(folder / "result.json")
     log = list(_log_lines(folder / "metrics.jsonl"))
     curve = _curve(log)
     before, after = _inner(result, "test", "before"), _inner(result, "test", "after")
+    is_final = is_chosen and bool(after)
     cost, last = _inner(result, "cost"), _last_values(log)
     losses = [point["dev_loss"] for point in curve if point["dev_loss"] is not None]
     elapsed = last.get("elapsed_s")
     row = {
         "study": _text(study.get("study")),
-        "stage": "search" if study.get("stage") == "search" else "final",
-        "chosen": study.get("chosen") is True,
+        # A search at the rates that were chosen becomes the run of its seed: it is scored on test.
+        "stage": "search" if study.get("stage") == "search" and not is_final else "final",
+        "chosen": is_chosen,
         **_status(folder, study, result, config, last),
         **_what_ran(config, study),
         "steps": _number(cost.get("steps", last.get("step"))),
