@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from zofo.adapter_types import KINDS, AdapterType
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
+from zofo.yaml_files import parse_yaml, read_yaml
 
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
 _BASE_LR: Final = 1e-5
@@ -199,71 +200,29 @@ def load_config(
     problems: list[str] = []
     given = _expand(given)
     for override in overrides:
-        problems += _apply(given, override)
+        problems += apply_override(given, override)
     try:
         config = RunConfig.model_validate(given)
     except ValidationError as error:
         found = error.errors()
-        problems += list(dict.fromkeys(_describe(e) for e in found))
+        problems += list(dict.fromkeys(describe_problem(e) for e in found))
         # Whatever is wrong with the rest is reported in the same breath.
         for e in found:
             _drop(given, e["loc"])
         with contextlib.suppress(ValidationError):
             problems += _check(RunConfig.model_validate(given))
-        raise UserError(_joined(where, problems)) from None
+        raise UserError(join_problems(where, problems)) from None
     problems += _check(config)
     if problems:
-        raise UserError(_joined(where, problems))
+        raise UserError(join_problems(where, problems))
     return _complete(config)
 
 
-def _joined(where: str, problems: Sequence[str]) -> str:
+def join_problems(where: str, problems: Sequence[str]) -> str:
+    """One message of all that is wrong with a configuration."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
     return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, a few of which can stand for more nodes than memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "aliases are not read, write the value out",
-                self.peek_event().start_mark,
-            )
-        return super().compose_node(parent, index)
-
-
-def _parse_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError, also for what PyYAML lets through: bad dates, too deep a nesting."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file, unchecked.
-
-    Raises:
-        UserError: if it cannot be read or holds something else.
-    """
-    try:
-        value = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"the configuration {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the configuration {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"the configuration {path} is not valid YAML: {error}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"the configuration {path} must be keys and values, such as 'steps: 200'")
-    return {str(key): entry for key, entry in value.items()}
 
 
 def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,12 +233,13 @@ def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _apply(given: dict[str, Any], override: str) -> list[str]:
+def apply_override(given: dict[str, Any], override: str) -> list[str]:
+    """Write "key=value" into a configuration; returns what is wrong with it."""
     key, mark, text = override.partition("=")
     if not mark or not key.strip():
         return [f"{override!r} is not of the form key=value"]
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         value = text
     path = key.strip().split(".")
@@ -320,7 +280,8 @@ def _shown(value: Any) -> str:
     return short.repr(value)
 
 
-def _describe(error: Any) -> str:
+def describe_problem(error: Any) -> str:
+    """One of pydantic's errors in words: the value, the constraint, the nearest known name."""
     path = error["loc"]
     key = ".".join(str(part) for part in path if part not in ("float", "dict[str,float]"))
     if error["type"] == "extra_forbidden":

@@ -24,13 +24,13 @@ from zofo.config import (
     AdapterConfig,
     ModelConfig,
     RunConfig,
-    _apply,
-    _describe,
-    _joined,
-    read_yaml,
+    apply_override,
+    describe_problem,
+    join_problems,
 )
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
+from zofo.yaml_files import read_yaml
 
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
@@ -210,7 +210,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     given = read_yaml(file)
     problems: list[str] = []
     for override in overrides:
-        problems += _apply(given, override)
+        problems += apply_override(given, override)
     if isinstance(given.get("base"), str):
         given["base"] = read_yaml(_beside(given["base"], file))
     problems += _take_from_base(given)
@@ -226,10 +226,10 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
         spec = StudySpec.model_validate(given)
     except ValidationError as error:
         problems += list(dict.fromkeys(_described(e) for e in error.errors()))
-        raise UserError(_joined(str(file), problems)) from None
+        raise UserError(join_problems(str(file), problems)) from None
     problems += _check(spec)
     if problems:
-        raise UserError(_joined(str(file), problems))
+        raise UserError(join_problems(str(file), problems))
     return _with_absolute_paths(spec)
 
 
@@ -303,7 +303,7 @@ def _described(error: Any) -> str:
         near = difflib.get_close_matches(str(path[-1]), home.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(home.model_fields)}"
         return f"unknown key {'.'.join(map(str, path))}; {hint}"
-    return _describe(error)
+    return describe_problem(error)
 
 
 def _check(spec: StudySpec) -> list[str]:

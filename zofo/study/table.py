@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from zofo.config import read_yaml
 from zofo.errors import UserError
 from zofo.files import json_digest, read_json
+from zofo.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
