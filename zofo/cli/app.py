@@ -334,6 +334,9 @@ def report(
     to: Annotated[Path, typer.Option("--to", help="Page to write, in place of an earlier one.")] = (
         Path("report.html")
     ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write verdict and tables as Markdown.")
+    ] = None,
 ) -> None:
     """Compare runs: a table here, and one self-contained page with figures and statistics.
 
@@ -341,7 +344,7 @@ def report(
     """
     from zofo.cli.reporting import report as write_page
 
-    write_page(runs, to)
+    write_page(runs, to, markdown)
 
 
 @app.command()
