@@ -290,6 +290,16 @@ def test_killed_again_and_again_and_continued(make, tmp_path, request, name, wan
     assert results(tmp_path / "one") == results(left_alone)
 
 
+def test_a_study_that_another_worker_begins_or_did_not_come_to_begin(make, tmp_path, whole):
+    """What lies there between a worker's lock and its study.yaml."""
+    place = tmp_path / "one" / "study"
+    for name in ("locks", "configs"):
+        (place / name).mkdir(parents=True)
+    (place / "locks" / "begin").touch()
+    Worker(make(), 2).run()
+    assert results(tmp_path / "one") == results(whole)
+
+
 def test_three_workers_begin_at_once_and_one_is_killed(make, tmp_path, whole):
     grid = make()
     workers = [start(grid, 1, step_s=0.02, heartbeat_s=1) for _ in range(3)]

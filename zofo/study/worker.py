@@ -136,9 +136,12 @@ class Worker:
     def _begin(self, retry_failed: bool) -> None:
         place = self.folder.path
         saved = place / SPEC_FILE
-        if not saved.exists() and place.exists() and {f.name for f in place.iterdir()} - {"locks"}:
+        lock = place / "locks" / "begin"
+        has_files = place.exists() and any(f.name != "locks" for f in place.iterdir())
+        # Asked after the listing: a study makes its lock before all else, maybe only just now.
+        if has_files and not lock.exists() and not saved.exists():
             raise UserError(f"{place} exists and is no study; choose another output")
-        with locked(place / "locks" / "begin"):
+        with locked(lock):
             if saved.exists():
                 found = differences(load_spec(saved), self.grid.spec)
                 if found:
