@@ -73,5 +73,10 @@ def test_other_files_stay(tmp_path):
             write_markdown(report, to)
         done = run("report", tmp_path / "run", "--to", tmp_path / "page.html", "--markdown", to)
         assert done.exit_code == 2
+    same = tmp_path / "same.html"
+    done = run("report", tmp_path / "run", "--to", same, "--markdown", same)
+    assert done.exit_code == 2
+    assert "both" in done.stderr
+    assert not same.exists()
     assert (tmp_path / "notes.md").read_text() == "mine"
     assert not (tmp_path / "page.html").exists()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from zofo.errors import UserError
 from zofo.report.markdown import check_markdown_target, write_markdown
 from zofo.report.page import Report, write_report
 from zofo.report.tables import Table, group_table
@@ -24,6 +25,8 @@ _LEFT_OUT = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
 def report(runs: Sequence[Path], to: Path, markdown: Path | None = None) -> None:
     """Write the page, print the table."""
     if markdown is not None:
+        if markdown.expanduser().resolve() == to.expanduser().resolve():
+            raise UserError(f"--markdown and --to are both {to}; give the page another name")
         check_markdown_target(markdown)
     found = write_report(runs, to)
     if markdown is not None:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from zofo.errors import UserError
 from zofo.files import write_text
-from zofo.report.page import Report
+from zofo.report.page import Report, check_target
 from zofo.report.tables import Table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
@@ -41,15 +40,7 @@ def check_markdown_target(to: str | Path) -> None:
     Raises:
         UserError: if `to` is a folder, or another file than one of ours.
     """
-    path = Path(to).expanduser()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, such as --markdown {path / 'report.md'}")
-    if path.exists():
-        with path.open("rb") as file:
-            if not file.read(len(MARK)) == MARK.encode():
-                raise UserError(
-                    f"{path} exists and is no Markdown of zofo report; choose another --markdown"
-                )
+    check_target(Path(to).expanduser(), MARK, "--markdown", "report.md")
 
 
 def render_markdown(report: Report) -> str:

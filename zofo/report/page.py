@@ -83,7 +83,7 @@ def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
         UserError: as `make_report`, and if `to` is something else than a page of ours.
     """
     target = Path(to).expanduser()
-    _check_target(target)
+    check_target(target, _MARK)
     report = make_report(paths)
     write_text(target, render(report, target.parent))
     return report
@@ -262,11 +262,22 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path, mark: str, option: str = "--to", name: str = "report.html") -> None:
+    """Refuse to replace what is not ours.
+
+    Args:
+        path: where a report is to be written.
+        mark: what an earlier one has in its first 4 KiB.
+        option: of the command, that names the file.
+        name: a good one.
+
+    Raises:
+        UserError: if it is a folder, or a file without the mark.
+    """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, such as --to {path / 'report.html'}")
+        raise UserError(f"{path} is a folder; name a file, such as {option} {path / name}")
     if not path.exists():
         return
     with path.open("rb") as file:
-        if _MARK.encode() not in file.read(4096):
-            raise UserError(f"{path} exists and is no report of zofo; choose another --to")
+        if mark.encode() not in file.read(4096):
+            raise UserError(f"{path} exists and is no report of zofo; choose another {option}")
