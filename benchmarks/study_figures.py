@@ -21,7 +21,8 @@ from zofo.files import write_text
 from zofo.report.page import Report, make_report
 from zofo.study.comparison import Group
 
-METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft")
+METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft", "hybrid-tied")
+"""In the order of their colours."""
 HIGHEST = 1.2
 """Dev loss at which a curve leaves the chart of rates, in nats."""
 
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", action="store_true", help="a curve a pair of rates")
     given = parser.parse_args(arguments)
     report = make_report(given.studies)
-    for name, text in (rates(report) if given.rates else differences_and_curves(report)).items():
+    try:
+        figures = rates(report) if given.rates else differences_and_curves(report)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, text in figures.items():
         path = given.to.with_name(f"{given.to.name}{name}.svg")
         write_text(path, text)
         print(path)
@@ -46,7 +51,7 @@ def differences_and_curves(report: Report) -> dict[str, str]:
     for pair in report.comparison.pairs:
         estimate = pair.difference.estimate
         bounds = [None if x is None else 100 * x for x in (estimate.low, estimate.high)]
-        label = f"{pair.hybrid.task}, {pair.hybrid.adapter}"
+        label = ", ".join(_place(pair.hybrid, report))
         values = [100 * value for value in pair.values.values()]
         rows.append(Interval(label, 100 * estimate.mean, *bounds, values))
     total = report.verdict.estimate
@@ -61,13 +66,23 @@ def differences_and_curves(report: Report) -> dict[str, str]:
     chosen = [group for group in report.comparison.groups if group.is_chosen]
     for pair in report.comparison.pairs:
         task, adapter = pair.hybrid.task, pair.hybrid.adapter
-        groups = [g for g in chosen if g.task == task and g.adapter in (adapter, "none", "")]
+        beside = [g for g in chosen if (g.model, g.task) == (pair.hybrid.model, task)]
+        groups = [g for g in beside if g.adapter in (adapter, "none", "")]
         groups.sort(key=lambda g: METHODS.index(g.method))
-        series = [_series(group, report.runs.curves) for group in groups]
-        found[f"-curves-{task}-{adapter}"] = line_chart(
-            f"{task}, {adapter}", "forward-equivalents", "dev loss", [s for s in series if s.band]
+        place = _place(pair.hybrid, report)
+        found["-".join(("-curves", *place))] = line_chart(
+            ", ".join(place),
+            "forward-equivalents",
+            "dev loss",
+            [_series(group, report.runs.curves) for group in groups],
         )
     return found
+
+
+def _place(group: Group, report: Report) -> tuple[str, ...]:
+    """Task and adapter; before them the model, where there are several."""
+    models = {other.model for other in report.comparison.groups}
+    return (*((group.model,) if len(models) > 1 else ()), group.task, group.adapter)
 
 
 def _series(group: Group, curves: pd.DataFrame) -> Series:
@@ -84,16 +99,13 @@ def rates(report: Report) -> dict[str, str]:
     """One figure: the mean over seeds at every pair of rates."""
     table, curves = report.runs.table, report.runs.curves
     merged = curves.merge(table[["run", "method", "base_lr", "adapter_lr"]], on="run")
-    found: dict[str, list[list[tuple[float, float]]]] = {}
-    labels: dict[str, str] = {}
+    series = []
     for (method, base, adapter), rows in merged.groupby(["method", "base_lr", "adapter_lr"]):
         # A run that was stopped for its loss stays where it left.
         wide = rows.pivot_table(index="step", columns="run", values="dev_loss").ffill()
         mean = wide.mean(axis=1)
         name = f"one rate {base}" if method == "hybrid-tied" else f"{base} and {adapter}"
-        found.setdefault(name, []).append(list(zip(mean.index, mean, strict=True)))
-        labels[name] = name
-    series = [Series(labels[name], found[name]) for name in found]
+        series.append(Series(name, [list(zip(mean.index, mean, strict=True))]))
     return {"": line_chart("One rate, or two", "step", "dev loss", series, y_max=HIGHEST)}
 
 

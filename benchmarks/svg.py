@@ -14,6 +14,7 @@ from itertools import pairwise
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 40, 52
+NUM_COLOURS = 6
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f; }
   .title { font-size: 15px; font-weight: 600; }
@@ -73,6 +74,8 @@ def line_chart(
     title: str, x_label: str, y_label: str, series: Sequence[Series], y_max: float | None = None
 ) -> str:
     """The chart; at most six series, one colour each; curves leave it at y_max."""
+    if len(series) > NUM_COLOURS:
+        raise ValueError(f"{len(series)} series and {NUM_COLOURS} colours; draw several charts")
     if y_max is not None:
         series = [
             Series(

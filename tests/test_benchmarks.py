@@ -80,19 +80,37 @@ def test_a_curve_leaves_the_chart_at_its_top(svg):
     root = ElementTree.fromstring(svg.line_chart("t", "x", "y", series, y_max=1.0))
     ends = [line.get("points").split()[-1] for line in root.findall(f"{SVG}polyline")]
     assert ends[0] == ends[1]
+    with pytest.raises(ValueError, match="7 series"):
+        svg.line_chart("t", "x", "y", [series[0]] * 7)
 
 
 def test_a_studys_figures(svg, monkeypatch, tmp_path):
     import study_figures
 
-    from tests.study.folders import write_study
+    from tests.study.folders import write_run, write_study
+    from zofo.report.page import make_report
 
     study = write_study(tmp_path / "study")
     study_figures.main([str(study), "--to", str(tmp_path / "a")])
     texts = {path.name: path.read_text() for path in tmp_path.glob("a-*.svg")}
-    assert "a-differences.svg" in texts
-    assert any(name.startswith("a-curves-") for name in texts)
-    assert all(ElementTree.fromstring(text) is not None for text in texts.values())
-    study_figures.main([str(study), "--to", str(tmp_path / "b"), "--rates"])
-    assert " and 0.001" in (tmp_path / "b.svg").read_text()
+    pairs = make_report([study]).comparison.pairs
+    names = {f"a-curves-{pair.hybrid.task}-{pair.hybrid.adapter}.svg" for pair in pairs}
+    assert set(texts) == {"a-differences.svg", *names}
+    circles = list(ElementTree.fromstring(texts["a-differences.svg"]).iter(f"{SVG}circle"))
+    assert len(circles) == len(pairs) + 1  # and all pairs
+    for name in names:
+        words = [node.text for node in ElementTree.fromstring(texts[name]).iter(f"{SVG}text")]
+        assert {"hybrid", "fo-peft"} <= set(words)
+    with pytest.raises(SystemExit):  # nine pairs of rates
+        study_figures.main([str(study), "--to", str(tmp_path / "b"), "--rates"])
+
+    for base_lr, dev in ((1e-5, 0.6), (1e-4, 0.5)):
+        for seed in (0, 1):
+            folder = tmp_path / "rates" / f"{base_lr}-{seed}"
+            write_run(folder, base_lr=base_lr, seed=seed, dev=(0.7, dev + 0.1 * seed))
+    study_figures.main([str(tmp_path / "rates"), "--to", str(tmp_path / "b"), "--rates"])
+    root = ElementTree.fromstring((tmp_path / "b.svg").read_text())
+    words = [node.text for node in root.iter(f"{SVG}text")]
+    assert {"1e-05 and 0.001", "0.0001 and 0.001"} <= set(words)
+    assert len(root.findall(f"{SVG}polyline")) == 2  # the mean over seeds
     sys.modules.pop("study_figures")

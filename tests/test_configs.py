@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from tests.tasks.hub_rows import make_row, write_rows
 from zofo.cli.app import app
+from zofo.config import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 RUNS = [path for path in CONFIGS if "#     zofo train " in path.read_text()]
@@ -41,8 +42,8 @@ def test_the_command_in_the_header(path, tmp_path, monkeypatch, decoder_folder):
     command = re.search(r"^#     zofo (.*)$", path.read_text(), re.MULTILINE)
     assert command is not None
     arguments = [str(path) if a.startswith("configs/") else a for a in shlex.split(command[1])]
-    task = re.search(r"\b(rotten-tomatoes|sst2)\b", path.read_text())
-    folder = [f"task.data_dir={tmp_path / task[1]}"] if task else []
+    rows = tmp_path / load_config(path).task.name
+    folder = [f"task.data_dir={rows}"] if rows.is_dir() else []
     small = [f"model.name={decoder_folder}", "steps=2", "eval_every=1", "batch_size=4"]
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(
