@@ -1,7 +1,7 @@
 """What is measured apart: base, adapter, and parts of the base by layer or by type of module.
 
-    [ H_xx  H_xy ]      the block of a part is that of H_xx with the part's rows and columns
-    [ H_yx  H_yy ]
+[ H_xx  H_xy ]      the block of a part is that of H_xx with the part's rows and columns
+[ H_yx  H_yy ]
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
 
     Args:
         model: adapter attached.
-        split: "none"; "layer": embeddings, each layer, the rest; "type": the modules of one place
+        split: "none"; "layer": embeddings with the output matrix, each layer, the rest; "type": the modules of one place
             in every layer together.
 
     Raises:
@@ -105,7 +105,8 @@ def type_of(name: str) -> str:
 
 
 def _is_embedding(name: str) -> bool:
-    return bool(re.search(r"embed|(^|\.)(wte|wpe|shared)\.", name))
+    # Tied to the output matrix, the embedding goes by the latter's name.
+    return bool(re.search(r"embed|(^|\.)(wte|wpe|shared|lm_head)\.", name))
 
 
 def _in_reading_order(part: str) -> tuple[int, str, int]:

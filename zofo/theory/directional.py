@@ -58,7 +58,7 @@ class DirectionalCurvature:
 
     @property
     def trace(self) -> Estimate:
-        """tr H of the block, with a 95% interval over directions."""
+        """Tr H of the block, with a 95% interval over directions."""
         return mean_interval(self.curvatures)
 
     @property

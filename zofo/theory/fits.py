@@ -6,8 +6,8 @@ constants spread by factors:
     linear   min_{L0, L1 ≥ 0} Σ (log ℓ_i − log(L0 + L1 u_i))²
     power    min_{c, p} Σ (log ℓ_i − log c − p log u_i)²
 
-With ū the geometric mean of u, L0 + L1 u = A (1 − s + s u/ū), s in [0, 1]: A has a closed form and s
-is found on a grid, so the bounds L0 = 0 and L1 = 0 are reached exactly.
+With ū the geometric mean of u, L0 + L1 u = A (1 − s + s u/ū), s in [0, 1]: A has a closed form and
+s is found on a grid, so the bounds L0 = 0 and L1 = 0 are reached exactly.
 
 The points of one path follow each other, so the intervals are of a moving-block bootstrap: blocks
 of b neighbours, b from the residuals' autocorrelation ρ (Carlstein 1986). Percentiles of the
@@ -185,9 +185,7 @@ def fit_growth(
 
     def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Quantity:
         resampled = None if levels is None else formula(levels, shares)
-        return _clipped(
-            _quantity(float(formula(level, share)[0]), resampled, factor_of), 0.0, high
-        )
+        return _clipped(_quantity(float(formula(level, share)[0]), resampled, factor_of), 0.0, high)
 
     linear = LinearFit(
         of(lambda a, s: np.exp(a) * (1 - s)),
@@ -310,7 +308,7 @@ def _power(x: Array, z: Array, counts: Array) -> tuple[Array, Array]:
 
 
 def _linear(x: Array, z: Array, counts: Array) -> tuple[Array, Array, Array]:
-    """log A, s and error of z = log A + log(1 − s + s eˣ), one entry a row of counts."""
+    """Log A, s and error of z = log A + log(1 − s + s eˣ), one entry a row of counts."""
     shape = np.log((1 - _SHARES)[:, None] + _SHARES[:, None] * np.exp(x))  # [shares, n]
     rest = z - shape
     weight = counts.sum(axis=1, keepdims=True)

@@ -10,14 +10,24 @@ else is curvlinops': shapes, formats, the way to scipy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from curvlinops import HessianLinearOperator
 from torch import Tensor, nn
 
+from zofo.errors import UserError
 from zofo.theory.objective import GradientGraph, Objective, Vector
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, within a dependency
+        from curvlinops import HessianLinearOperator
+except ModuleNotFoundError as error:
+    raise UserError(
+        "Hessians need curvlinops-for-pytorch, which is not installed; pip install 'zofo[theory]'"
+    ) from error
 
 
 class BlockHessian(HessianLinearOperator):

@@ -3,9 +3,11 @@
     f(w) = Σ_b share_b · loss(batch_b; w)      in evaluation mode: without dropout, the same f twice
 
 Whatever is measured is measured away from the weights themselves: the model is called with other
-tensors in their place (`torch.func.functional_call`), which share their memory where the point is
-the present one. No weight is written, none has to require a gradient, no gradient is left behind,
-and what was drawn from the global generators is given back.
+tensors in their place in the modules' tables, which share their memory where the point is the
+present one. No weight is written, none has to require a gradient, no gradient is left behind, and
+what was drawn from the global generators is given back. (`torch.func.functional_call` swaps by
+name, and leaves its own tensor behind in a module that has two names, as the embedding of prompt
+learning has.)
 
 Attention is computed by its plain formula throughout: the fused kernels have no second derivative,
 and their rounding is another one.
@@ -51,8 +53,12 @@ class Objective:
     ) -> None:
         self.model, self.batches, self._around = model, list(batches), around
         self.shares = list(shares) if shares is not None else [1 / len(batches)] * len(batches)
-        self._call = _Loss(model, loss)
-        self._places = {id(p): name for name, p in self._call.named_parameters()}
+        self._function = loss
+        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                place = (module._parameters, name)
+                self._places.setdefault(id(parameter), []).append(place)
         self.num_forwards = 0.0
 
     @contextmanager
@@ -87,7 +93,7 @@ class Objective:
         *,
         scale: float = 1.0,
     ) -> tuple[float, Vector]:
-        """f and its gradient.
+        """F and its gradient.
 
         Args:
             parameters: what to differentiate for.
@@ -140,9 +146,19 @@ class Objective:
         return {p: point.get(p, p).detach().requires_grad_() for p in parameters.values()}
 
     def _loss(self, batch: Any, at: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        instead = {self._places[id(p)]: value for p, value in at.items()}
-        loss: Tensor = torch.func.functional_call(self._call, instead, (batch,))
-        return loss
+        """The loss of a batch with other tensors in the places of some parameters."""
+        places = [
+            (table, name, p, value)
+            for p, value in at.items()
+            for table, name in self._places[id(p)]
+        ]
+        try:
+            for table, name, _, value in places:
+                table[name] = value
+            return self._function(batch)
+        finally:
+            for table, name, parameter, _ in places:
+                table[name] = parameter
 
 
 GRADIENT_COST = 3.0
@@ -177,7 +193,7 @@ class GradientGraph:
                 self._kept = self._derive(objective.batches[0])
 
     def gradient(self) -> tuple[float, Vector]:
-        """f and ∇f."""
+        """F and ∇f."""
         if self._kept is None:
             return self.objective.gradient(self.parameters, self.at)
         _, gradient, value = self._kept
@@ -223,18 +239,6 @@ class GradientGraph:
         }
         self.objective.num_forwards += GRADIENT_COST
         return named, gradient, float(loss.detach())
-
-
-class _Loss(nn.Module):
-    """The loss as a module, so that its parameters can be told to be others for a call."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._function = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._function(batch)
 
 
 def objective_of_trainer(
@@ -310,10 +314,10 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def minus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Vector:
-    """a − b."""
+    """A − b."""
     return {n: a[n] - b[n] for n in a}
 
 
 def scaled(vector: Mapping[str, Tensor], factor: float) -> Vector:
-    """factor · vector."""
+    """Factor · vector."""
     return {n: t * factor for n, t in vector.items()}

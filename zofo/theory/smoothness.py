@@ -2,15 +2,15 @@
 
 At chosen steps t, with w = (x, y), Δ = w_{t+1} − w_t and f the loss on rows that never change:
 
-    whole     ‖∇_b f(w_t + γΔ) − ∇_b f(w_t)‖ / (γ ‖Δ‖)           b = base, adapter, or both
-    alone     the same with only b moved, over γ ‖Δ_b‖          mean of H_bb along Δ_b: a block of H
-    gradient  ‖H_bb g_b‖ / ‖g_b‖,  g_b = ∇_b f(w_t)             no step: the block along its gradient
+    whole     ‖∇_b f(w_t + γΔ) − ∇_b f(w_t)‖ / (γ ‖Δ‖)       b = base, adapter, or both
+    alone     the same with only b moved, over γ ‖Δ_b‖      mean of H_bb along Δ_b
+    gradient  ‖H_bb g_b‖ / ‖g_b‖,  g_b = ∇_b f(w_t)         no step: the block along its gradient
 
-and beside them ‖∇f‖, ‖∇_x f‖, ‖∇_y f‖, f, and Δᵀ(∇f(w_t + γΔ) − ∇f(w_t)) / γ = ΔᵀH̄Δ, which tests the
-diagonal majoriser on the step.
+and beside them ‖∇f‖, ‖∇_x f‖, ‖∇_y f‖, f, and Δᵀ(∇f(w_t + γΔ) − ∇f(w_t)) / γ = ΔᵀH̄Δ, which tests
+the diagonal majoriser on the step.
 
-`whole` is what Zhang et al. measured along a path and what the hybrid paper's figure 1 shows, with a
-gradient by block; it mixes H_bb and the cross term. `alone` has no cross term: it is what ℓ_x and
+`whole` is what Zhang et al. measured along a path, with a gradient by block as in the hybrid
+paper's figure 1; it mixes H_bb and the cross term. `alone` has no cross term: it is what ℓ_x and
 ℓ_y are about. All three are lower bounds of the operator norms, along one direction. For a
 zeroth-order base that direction is random, so `whole` and `alone` see a typical eigenvalue,
 √(tr H_xx² / d_x), and not the largest; `gradient` weighs towards those that descent feels.
@@ -63,7 +63,7 @@ def local_constants(
         rounding: block -> relative error of its gradient, for `floor`.
 
     Returns:
-        `loss`; `grad_norm` and `step_norm`, by block and "full"; `whole` and `alone`, one entry a γ;
+        `loss`; `grad_norm` and `step_norm`, by block and "full"; `whole` and `alone`, an entry a γ;
         `gradient`: block -> `norm` ‖H_bb g_b‖/‖g_b‖ and `curvature` gᵀ_b H_bb g_b/‖g_b‖²; `floor`.
         A block that did not move has None.
     """
@@ -156,8 +156,8 @@ class SmoothnessRecorder(TrainerCallback):
         trainer.train()
         recorder.points          # one dict a measured step
 
-    Losses, weights and the order of the rows are what they are without it, bit for bit: it writes no
-    weight, leaves no gradient and gives the random generators back. While it measures it holds a
+    Losses, weights and the order of the rows are what they are without it, bit for bit: it writes
+    no weight, leaves no gradient and gives the random generators back. While it measures it holds a
     copy of the weights before the step, and up to three more of the size of the weights.
 
     Args:
@@ -168,7 +168,7 @@ class SmoothnessRecorder(TrainerCallback):
         along_gradient: likewise.
         split: parts of the base to measure too, in `whole`.
         seed: of the choice of rows.
-        objective: f, if it is not to be made of the trainer's rows.
+        objective: returns f, once training begins, if it is not to be made of the trainer's rows.
         path: file to write the points to as they are measured, JSON lines; points in it are kept
             and not measured again.
         records: the same, shared with other measurements.
@@ -188,7 +188,7 @@ class SmoothnessRecorder(TrainerCallback):
         along_gradient: bool = True,
         split: Split = "none",
         seed: int = 0,
-        objective: Objective | None = None,
+        objective: Callable[[], Objective] | None = None,
         path: str | Path | None = None,
         records: Records | None = None,
         on_point: Callable[[dict[str, Any]], None] | None = None,
@@ -224,9 +224,12 @@ class SmoothnessRecorder(TrainerCallback):
         """Choose the rows, and see how exact gradients are."""
         self._before = None
         self._blocks = blocks_of(self.trainer.model, self.split)
-        self._objective = self._given or objective_of_trainer(
-            self.trainer, num_rows=self.num_rows, seed=self.seed
-        )
+        if self._given is not None:
+            self._objective = self._given()
+        else:
+            self._objective = objective_of_trainer(
+                self.trainer, num_rows=self.num_rows, seed=self.seed
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the weights, before a step that is to be measured."""

@@ -1,10 +1,10 @@
 """Eigenvalues, traces and effective ranks of Hessian blocks, from products with vectors alone.
 
-    H V_m = V_m T_m + β_m v_{m+1} e_mᵀ      Lanczos from a random sign vector v_1 √n
-    θ_i, s_i = eigen(T_m)                    Ritz values; an eigenvalue lies within β_m |s_mi| of θ_i
-    tr H ≈ n Σ_i s_1i² θ_i, and so for every function of H: the spectral density
-    tr H = E[vᵀHv],  ‖H‖_F² = E‖Hv‖²         random signs (Hutchinson)
-    tr H = tr QᵀHQ + E[vᵀ(I−QQᵀ)H(I−QQᵀ)v]   Q an orthonormal basis of H's action on probes (Hutch++)
+    H V_m = V_m T_m + β_m v_{m+1} e_mᵀ     Lanczos from a vector of random signs, normalised
+    θ_i, s_i = eigen(T_m)                   Ritz values; an eigenvalue lies within β_m |s_mi|
+    tr H ≈ n Σ_i s_1i² θ_i                  and so for every function of H: the spectral density
+    tr H = E[vᵀHv],  ‖H‖_F² = E‖Hv‖²        v of random signs (Hutchinson)
+    tr H = tr QᵀHQ + E[vᵀPHPv]              Q spans H times probes, P = I − QQᵀ (Hutch++)
 
 A fixed number of Lanczos steps costs what was said before and always answers, with an error bound
 for every Ritz value; `converged_extremes` asks scipy's `eigsh` (ARPACK) for a tolerance instead.
@@ -251,7 +251,7 @@ def hutchpp(
     generator: torch.Generator,
     on_product: Callable[[], None] | None = None,
 ) -> Estimate:
-    """tr H by Hutch++: a third of the products each to find a subspace, in it, and beside it.
+    """The trace by Hutch++: a third of the products each to find a subspace, in it, and beside it.
 
     Returns:
         The trace; its interval is that of the part beside the subspace.
