@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 
 from zofo.cli.app import EXIT_INTERRUPTED
 from zofo.cli.reporting import printable
-from zofo.config import RunConfig
+from zofo.config import RunConfig, idle_options
 from zofo.files import read_json
 from zofo.interrupt import StopOnSignal, TrainingInterrupt
 from zofo.report.tables import Table
@@ -37,6 +37,8 @@ _LEFT_OUT = ("stable_rank", "rounding", "num_parameters")
 def start(path: Path | None, overrides: Sequence[str]) -> None:
     """Measure a configuration."""
     config, options = load_smoothness(path, overrides)
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
     _measure(config, options, None)
 
 

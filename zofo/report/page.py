@@ -29,8 +29,6 @@ from zofo.report.tables import (
 from zofo.study.comparison import Comparison, compare
 from zofo.study.table import Runs, read_runs, relative_to
 from zofo.study.verdict import Verdict, judge
-from zofo.theory.figures import path_figures
-from zofo.theory.tables import read_summary, smoothness_table
 
 MARK: Final = '<meta name="generator" content="zofo report">'
 _MAX_VALUES: Final = 12
@@ -94,6 +92,8 @@ def render(report: Report, folder: Path) -> str:
 
 
 def _context(report: Report, folder: Path) -> dict[str, Any]:
+    from zofo.theory.tables import smoothness_table
+
     runs, comparison, verdict = report.runs, report.comparison, report.verdict
     rows: list[Any] = list(runs.table.itertuples())
     links = {row.run: _link(relative_to(row.folder, folder)) for row in rows}
@@ -132,6 +132,8 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
 
 def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
     """The figures that there is something for, by name."""
+    from zofo.theory.figures import path_figures
+
     theme, comparison = THEMES[theme_name], report.comparison
     rates, ratios = rate_figures(comparison.grids, theme)
     found = {
@@ -150,6 +152,8 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
 
 def _smoothness(runs: Runs) -> dict[str, dict[str, Any]]:
     """Run -> what `zofo smoothness` found, of those that have it."""
+    from zofo.theory.tables import read_summary
+
     found = {row.run: read_summary(Path(row.folder)) for row in runs.table.itertuples()}
     return {run: summary for run, summary in found.items() if summary is not None}
 

@@ -47,8 +47,8 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
 
     Args:
         model: adapter attached.
-        split: "none"; "layer": embeddings with the output matrix, each layer, the rest; "type": the modules of one place
-            in every layer together.
+        split: "none"; "layer": embeddings with the output matrix, each layer, the rest; "type": the
+            modules of one place in every layer together.
 
     Raises:
         UserError: for another split.

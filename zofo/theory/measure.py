@@ -84,10 +84,10 @@ def measure_point(
         distribution: of the directions.
         say: told of each measurement.
     """
-    from zofo.theory.hessian import BlockHessian
-
     for name, block in blocks.items():
-        if not records.has("spectrum", step, name):
+        if options.lanczos_steps and not records.has("spectrum", step, name):
+            from zofo.theory.hessian import BlockHessian
+
             before = objective.num_forwards
             operator = BlockHessian(objective, block.parameters)
             found = measure_spectrum(
@@ -131,7 +131,8 @@ def measure_point(
                 objective, name, block, options, records, step, eps, seed, distribution
             )
     mains = {name: block for name, block in blocks.items() if not block.is_part}
-    if options.majoriser and len(mains) > 1 and not records.has("majoriser", step):
+    tests = options.majoriser and options.lanczos_steps and len(mains) > 1
+    if tests and not records.has("majoriser", step):
         _test_majoriser(objective, mains, options, records, step, say)
 
 
@@ -302,6 +303,8 @@ def measure_run(
     """
     from zofo.theory.page import write_page
 
+    if options.points and options.lanczos_steps:
+        import zofo.theory.hessian  # noqa: F401  what it needs is there, or is said now
     console = console or Console(stderr=True)
     folder = resume or new_folder(config)
     config = config.model_copy(update={"output_dir": str(folder)})

@@ -54,7 +54,9 @@ class SmoothnessOptions(BaseModel):
     points: int = Field(
         2, ge=0, description="steps at which spectra are measured, from the start to the end"
     )
-    lanczos_steps: int = Field(16, ge=2, description="products for the ends of a spectrum")
+    lanczos_steps: int = Field(
+        16, ge=0, description="products for the ends of a spectrum; 0: no spectra, no majoriser"
+    )
     probes: int = Field(8, ge=1, description="products for a trace")
     trace: Literal["hutchinson", "hutch++"] = Field(
         "hutchinson", description="how traces are taken"
@@ -84,6 +86,7 @@ def load_smoothness(
     Raises:
         UserError: with every problem found.
     """
+    where = "the configuration" if path is None else str(path)
     values = {} if path is None else read_yaml(Path(path))
     section = values.pop(SECTION, None) or {}
     own = [o for o in overrides if o.strip().startswith(f"{SECTION}.")]
@@ -105,20 +108,19 @@ def load_smoothness(
         config = load_config(
             overrides=[o for o in overrides if o not in own], values=values or None
         )
-        if config.model.dtype in ("bfloat16", "float16"):
+        if config.model.dtype != "float32" and (options.train or options.lanczos_steps):
             problems.append(
                 f"model.dtype is {config.model.dtype}, whose rounding is larger than what a step "
-                "changes in a gradient; set model.dtype=float32"
-            )
-        if config.gradient_checkpointing:
-            problems.append(
-                "gradient_checkpointing is true, which gradients of gradients do not take; set it "
-                "to false"
+                f"changes in a gradient; set model.dtype=float32, or {SECTION}.train=false and "
+                f"{SECTION}.lanczos_steps=0 for the curvature by forwards alone"
             )
     except UserError as error:
-        problems.append(str(error))
+        named = str(error).replace("the configuration", where, 1)
+        problems = [*problems, named] if problems else []
+        if not problems:
+            raise UserError(named) from None
     if problems:
-        raise UserError(join_problems(str(path or "the configuration"), problems))
+        raise UserError(join_problems(where, problems))
     return config, options
 
 
@@ -156,15 +158,16 @@ def planned_forwards(
     products = options.lanczos_steps + max(0, options.probes - 1)
     if options.trace == "hutch++":
         products = options.lanczos_steps + 3 * max(1, options.probes // 3)
-    a_spectrum = _GRADIENT + _PRODUCT * products
+    a_spectrum = _GRADIENT + _PRODUCT * products if options.lanczos_steps else 0
     a_direction = 1 + 2 * (options.directions + _CHECKED) if options.directions else 0
     a_test = _GRADIENT + _PRODUCT * (options.lanczos_steps + _SAMPLES)
     every_block = num_blocks + num_parts
+    tests = options.majoriser and options.lanczos_steps
     return {
         "path": measured * a_step + (2 * _GRADIENT * num_blocks if measured else 0),
         "spectra": num_points * every_block * a_spectrum,
         "directions": num_points * every_block * a_direction,
-        "majoriser": num_points * a_test if options.majoriser and num_blocks > 1 else 0,
+        "majoriser": num_points * a_test if tests and num_blocks > 1 else 0,
     }
 
 

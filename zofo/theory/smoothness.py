@@ -249,6 +249,7 @@ class SmoothnessRecorder(TrainerCallback):
             return
         assert self._objective is not None
         clock = getattr(self.trainer, "clock", None)
+        spent = self._objective.num_forwards
         with nullcontext() if clock is None else clock.paused():
             mains = {n: b for n, b in self._blocks.items() if not b.is_part}
             if self._rounding is None:
@@ -265,7 +266,8 @@ class SmoothnessRecorder(TrainerCallback):
                 along_gradient=self.along_gradient,
                 rounding=self._rounding,
             )
-        point = {"kind": "path", "step": state.global_step - 1, **found}
+        spent = self._objective.num_forwards - spent
+        point = {"kind": "path", "step": state.global_step - 1, **found, "forwards": spent}
         self.records.add(point)
         if self.on_point is not None:
             self.on_point(point)

@@ -38,20 +38,22 @@ def constants_table(summary: Mapping[str, Any]) -> Table:
         Column("forward_trace", "trace by forwards [95%]"),
         Column("rounding", "its rounding"),
     )
+    spectra = {(r["block"], r["step"]): r for r in summary["spectra"]}
     forwards = {(r["block"], r["step"]): r for r in summary["directional"]}
     rows = []
-    for record in summary["spectra"]:
-        own = forwards.get((record["block"], record["step"]))
+    for key in dict.fromkeys((*spectra, *forwards)):
+        record, own = spectra.get(key), forwards.get(key)
+        known: Mapping[str, Any] = record or own or {}
         rows.append(
             (
-                Cell(str(record["block"]), str(record["block"])),
-                _number(record["step"], ".0f"),
-                _number(record["num_parameters"], ",.0f"),
-                _end(record["top"]),
-                _end(record["bottom"]),
-                _estimate(record["trace"]),
-                _estimate(record["effective_rank"]),
-                _estimate(record["stable_rank"]),
+                Cell(str(key[0]), str(key[0])),
+                _number(key[1], ".0f"),
+                _number(known["num_parameters"], ",.0f"),
+                _end(None if record is None else record["top"]),
+                _end(None if record is None else record["bottom"]),
+                _estimate(None if record is None else record["trace"]),
+                _estimate(None if record is None else record["effective_rank"]),
+                _estimate(None if record is None else record["stable_rank"]),
                 _estimate(None if own is None else own["trace"]),
                 _number(None if own is None else own["rounding"], ".2g"),
             )
@@ -163,7 +165,9 @@ def _number(value: float | None, form: str) -> Cell:
     return Cell("–", None) if value is None else Cell(f"{value:{form}}", float(value))
 
 
-def _end(end: Mapping[str, float]) -> Cell:
+def _end(end: Mapping[str, float] | None) -> Cell:
+    if end is None:
+        return Cell("–", None)
     return Cell(f"{end['value']:.4g}", end["value"], aside=f"± {end['residual']:.1g}")
 
 
