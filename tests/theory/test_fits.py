@@ -59,7 +59,6 @@ def test_a_path_without_spread_decides_nothing():
     assert found.spread < 1.1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_coverage_of_the_intervals(rho):
     """95% intervals hold the truth in 0.85 to 0.99 of 120 draws of 40 points, also of an AR(1)."""

@@ -1,5 +1,7 @@
 """Spectra of block Hessians against dense ones: in closed form, and by autograd."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -202,7 +204,8 @@ def test_products_are_curvlinops_own():
         [(dict(objective.batches[0]), torch.zeros(1))],
         check_deterministic=False, num_data=1, batch_size_fn=lambda _: 1,
     )  # fmt: skip
-    with objective.measuring():
+    with objective.measuring(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's forward mode compiles scripts
         expected = theirs @ vector
     assert torch.allclose(ours @ vector, expected, atol=1e-6)
     as_scipy = ours.to_scipy(dtype=np.float64)

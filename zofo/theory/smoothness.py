@@ -211,7 +211,6 @@ class SmoothnessRecorder(TrainerCallback):
         self.records = records or Records(None if path is None else Path(path))
         self._objective: Objective | None = None
         self._blocks: dict[str, Block] = {}
-        self._rounding: dict[str, float] | None = None
         self._before: dict[nn.Parameter, Tensor] | None = None
 
     @property
@@ -249,14 +248,10 @@ class SmoothnessRecorder(TrainerCallback):
             return
         assert self._objective is not None
         clock = getattr(self.trainer, "clock", None)
-        spent = self._objective.num_forwards
         with nullcontext() if clock is None else clock.paused():
             mains = {n: b for n, b in self._blocks.items() if not b.is_part}
-            if self._rounding is None:
-                self._rounding = {
-                    name: self._objective.rounding(block.parameters)
-                    for name, block in mains.items()
-                }
+            rounding = self._rounding(state.global_step - 1, mains)
+            spent = self._objective.num_forwards
             found = local_constants(
                 self._objective,
                 self._blocks,
@@ -264,10 +259,21 @@ class SmoothnessRecorder(TrainerCallback):
                 {p: p.detach() for p in before},
                 gammas=self.gammas,
                 along_gradient=self.along_gradient,
-                rounding=self._rounding,
+                rounding=rounding,
             )
         spent = self._objective.num_forwards - spent
         point = {"kind": "path", "step": state.global_step - 1, **found, "forwards": spent}
         self.records.add(point)
         if self.on_point is not None:
             self.on_point(point)
+
+    def _rounding(self, step: int, blocks: Mapping[str, Block]) -> dict[str, float]:
+        """How exact gradients are: measured once, at the first step that is."""
+        assert self._objective is not None
+        for record in self.records.of("rounding"):
+            return dict(record["relative"])
+        before = self._objective.num_forwards
+        found = {name: self._objective.rounding(b.parameters) for name, b in blocks.items()}
+        spent = self._objective.num_forwards - before
+        self.records.add({"kind": "rounding", "step": step, "relative": found, "forwards": spent})
+        return found
