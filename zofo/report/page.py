@@ -154,7 +154,8 @@ def _smoothness(runs: Runs) -> dict[str, dict[str, Any]]:
     """Run -> what `zofo smoothness` found, of those that have it."""
     from zofo.theory.tables import read_summary
 
-    found = {row.run: read_summary(Path(row.folder)) for row in runs.table.itertuples()}
+    rows: list[Any] = list(runs.table.itertuples())
+    found = {row.run: read_summary(row.folder) for row in rows}
     return {run: summary for run, summary in found.items() if summary is not None}
 
 

@@ -181,10 +181,10 @@ def fit_growth(
 
     centre = x.mean()
     level, share, error = _linear(x - centre, z, whole)
-    levels, shares, _ = (None, None, None) if counts is None else _linear(x - centre, z, counts)
+    resamples = None if counts is None else _linear(x - centre, z, counts)[:2]
 
     def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Quantity:
-        resampled = None if levels is None else formula(levels, shares)
+        resampled = None if resamples is None else formula(*resamples)
         return _clipped(_quantity(float(formula(level, share)[0]), resampled, factor_of), 0.0, high)
 
     linear = LinearFit(

@@ -423,7 +423,7 @@ def objective_of_rows(
     batches = [{k: v.to(device) for k, v in prepared.collator(p).items()} for p in parts]
     return Objective(
         model,
-        lambda batch: objective_loss(model, batch, config.task.objective),  # type: ignore[arg-type]
+        lambda batch: objective_loss(model, batch, config.task.objective),
         batches,
         [len(p) / len(rows) for p in parts],
     )
