@@ -1,4 +1,4 @@
-"""A line chart as plain SVG: axes, grid, bands, curves, labels at the curves' ends.
+"""Charts as plain SVG: curves with bands, labelled at their ends; means with intervals.
 
 No dependency; the colours follow the reader's light or dark scheme.
 """
@@ -23,11 +23,15 @@ STYLE = """
   .c0 { stroke: #57606a; } .f0 { fill: #8c959f; fill-opacity: 0.3; } .t0 { fill: #57606a; }
   .c1 { stroke: #0969da; } .f1 { fill: #0969da; fill-opacity: 0.2; } .t1 { fill: #0969da; }
   .c2 { stroke: #cf222e; } .f2 { fill: #cf222e; fill-opacity: 0.2; } .t2 { fill: #cf222e; }
+  .c3 { stroke: #bf8700; } .f3 { fill: #bf8700; fill-opacity: 0.2; } .t3 { fill: #9a6700; }
+  .c4 { stroke: #1a7f37; } .f4 { fill: #1a7f37; fill-opacity: 0.2; } .t4 { fill: #1a7f37; }
+  .c5 { stroke: #8250df; } .f5 { fill: #8250df; fill-opacity: 0.2; } .t5 { fill: #8250df; }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3; } .axis { stroke: #9198a1; }
     .c0 { stroke: #9198a1; } .t0 { fill: #9198a1; }
     .c1 { stroke: #4493f8; } .t1 { fill: #4493f8; }
     .c2 { stroke: #f85149; } .t2 { fill: #f85149; }
+    .t3 { fill: #d29922; } .t4 { fill: #3fb950; } .t5 { fill: #ab7df8; }
   }
 """
 
@@ -47,8 +51,37 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """The chart; at most three series, one colour each."""
+@dataclass(frozen=True)
+class Interval:
+    """A row of an interval chart.
+
+    Attributes:
+        label: at its left.
+        mean: marked.
+        low, high: ends of its line; None: there is none.
+        values: small marks, what the mean is of.
+    """
+
+    label: str
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    values: Sequence[float] = ()
+
+
+def line_chart(
+    title: str, x_label: str, y_label: str, series: Sequence[Series], y_max: float | None = None
+) -> str:
+    """The chart; at most six series, one colour each; curves leave it at y_max."""
+    if y_max is not None:
+        series = [
+            Series(
+                s.label,
+                [[(x, min(y, y_max)) for x, y in c] for c in s.curves],
+                [(x, min(low, y_max), min(high, y_max)) for x, low, high in s.band],
+            )
+            for s in series
+        ]
     xs = [p[0] for s in series for c in (*s.curves, s.band) for p in c]
     ys = [v for s in series for c in (*s.curves, s.band) for p in c for v in p[1:]]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
@@ -96,6 +129,47 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series])
     ends = [_end(one) for one in series]
     for colour, y in zip(range(len(series)), _apart([y_at(y) for y in ends]), strict=True):
         parts.append(text(right + 10, y + 4, series[colour].label, f'class="t{colour}"'))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def interval_chart(title: str, x_label: str, rows: Sequence[Interval]) -> str:
+    """Means with intervals, one below the other, and a line at 0."""
+    left, step, top = 250, 26, 44
+    height = top + step * len(rows) + 56
+    all_values = [v for r in rows for v in (r.mean, r.low, r.high, *r.values, 0.0) if v is not None]
+    low, high = min(all_values), max(all_values)
+    margin = 0.03 * (high - low or 1.0)
+    low, high = low - margin, high + margin
+    bottom = top + step * len(rows)
+
+    def x_at(x: float) -> float:
+        return round(left + (x - low) / (high - low) * (WIDTH - left - 24), 1)
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{y}" {more}>{escape(words)}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        text(16, 22, title, 'class="title"'),
+    ]
+    for x in ticks(low, high):
+        kind = "axis" if x == 0 else "grid"
+        parts += [
+            f'<line class="{kind}" x1="{x_at(x)}" x2="{x_at(x)}" y1="{top}" y2="{bottom}"/>',
+            text(x_at(x), bottom + 18, f"{x:g}", 'text-anchor="middle"'),
+        ]
+    parts.append(text((left + WIDTH) / 2, bottom + 42, x_label, 'text-anchor="middle"'))
+    for i, row in enumerate(rows):
+        y = top + step * (i + 0.5)
+        parts.append(text(left - 12, y + 4, row.label, 'text-anchor="end"'))
+        for value in row.values:
+            x = x_at(value)
+            parts.append(f'<line class="c0" x1="{x}" x2="{x}" y1="{y - 6}" y2="{y + 6}"/>')
+        if row.low is not None and row.high is not None:
+            ends = f'x1="{x_at(row.low)}" x2="{x_at(row.high)}" y1="{y}" y2="{y}"'
+            parts.append(f'<line class="line c1" {ends}/>')
+        parts.append(f'<circle class="t1" cx="{x_at(row.mean)}" cy="{y}" r="4.5"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

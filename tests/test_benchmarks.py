@@ -59,3 +59,40 @@ def test_labels_of_equal_heights_do_not_overlap(svg):
 )
 def test_ticks_are_round(svg, low, high, expected):
     assert svg.ticks(low, high) == pytest.approx(expected)
+
+
+def test_intervals_are_drawn_to_scale(svg):
+    rows = [svg.Interval("a", 1.0, -1.0, 3.0, [0.0, 2.0]), svg.Interval("b & c", -2.0)]
+    root = ElementTree.fromstring(svg.interval_chart("t", "points", rows))
+    a, b = (float(node.get("cx")) for node in root.iter(f"{SVG}circle"))
+    (line,) = [n for n in root.iter(f"{SVG}line") if n.get("class") == "line c1"]
+    low, high = float(line.get("x1")), float(line.get("x2"))
+    assert a == pytest.approx((low + high) / 2, abs=0.2)
+    assert a - b == pytest.approx(3 * (high - low) / 4, abs=0.2)
+    seeds = [float(n.get("x1")) for n in root.iter(f"{SVG}line") if n.get("class") == "c0"]
+    assert sum(seeds) / 2 == pytest.approx(a, abs=0.2)
+    (zero,) = [float(n.get("x1")) for n in root.iter(f"{SVG}line") if n.get("class") == "axis"]
+    assert zero == pytest.approx(seeds[0], abs=0.2)
+
+
+def test_a_curve_leaves_the_chart_at_its_top(svg):
+    series = [svg.Series("a", [[(0, 0.5), (1, 50.0)]]), svg.Series("b", [[(0, 0.5), (1, 1.0)]])]
+    root = ElementTree.fromstring(svg.line_chart("t", "x", "y", series, y_max=1.0))
+    ends = [line.get("points").split()[-1] for line in root.findall(f"{SVG}polyline")]
+    assert ends[0] == ends[1]
+
+
+def test_a_studys_figures(svg, monkeypatch, tmp_path):
+    import study_figures
+
+    from tests.study.folders import write_study
+
+    study = write_study(tmp_path / "study")
+    study_figures.main([str(study), "--to", str(tmp_path / "a")])
+    texts = {path.name: path.read_text() for path in tmp_path.glob("a-*.svg")}
+    assert "a-differences.svg" in texts
+    assert any(name.startswith("a-curves-") for name in texts)
+    assert all(ElementTree.fromstring(text) is not None for text in texts.values())
+    study_figures.main([str(study), "--to", str(tmp_path / "b"), "--rates"])
+    assert " and 0.001" in (tmp_path / "b.svg").read_text()
+    sys.modules.pop("study_figures")

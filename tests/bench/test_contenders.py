@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zofo.overlap
+from zofo.adapter_types import KINDS as ADAPTERS
 from zofo.bench.contenders import EPS, RATE
 from zofo.bench.contenders import KINDS as ALL_KINDS
 from zofo.bench.models import Workbench, model_facts
@@ -225,7 +226,7 @@ def test_in_a_benchmark_the_weights_hardly_move(bench):
         torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("adapter", ["prefix", "prompt"])
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "lora"])
 def test_other_adapters(adapter):
     settings = Settings("random:llama-tiny", adapter, batch=2, length=8, device="cpu")
     bench = Workbench(settings)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from zofo.adapter_types import ADAPTER_TYPES
 from zofo.errors import UserError
 
 CONTENDERS: Final = (
@@ -25,7 +26,7 @@ CONTENDERS: Final = (
     "fo-ft-fused",
 )
 _ON_CUDA_ONLY: Final = ("hybrid-overlap",)
-_ADAPTERS: Final = ("lora", "prefix", "prompt")
+_ADAPTERS: Final = tuple(name for name in ADAPTER_TYPES if name != "none")
 _LIMITS: Final = {
     "batch": (1, 1 << 20),
     "length": (2, 1 << 20),
@@ -41,7 +42,7 @@ class Settings:
 
     Attributes:
         model: alias, hub id, folder, or `random:SIZE`.
-        adapter: of the contenders that have one: lora, prefix or prompt.
+        adapter: of the contenders that have one; any of `zofo.adapter_types.KINDS`.
         batch: rows.
         length: tokens a row; at least 2, so that there is one to predict.
         dtype: of the base, and of the weight that the noise kernels work on.

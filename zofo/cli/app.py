@@ -334,6 +334,9 @@ def report(
     to: Annotated[Path, typer.Option("--to", help="Page to write, in place of an earlier one.")] = (
         Path("report.html")
     ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write verdict and tables as Markdown.")
+    ] = None,
 ) -> None:
     """Compare runs: a table here, and one self-contained page with figures and statistics.
 
@@ -341,7 +344,7 @@ def report(
     """
     from zofo.cli.reporting import report as write_page
 
-    write_page(runs, to)
+    write_page(runs, to, markdown)
 
 
 @app.command()
@@ -383,7 +386,9 @@ def bench(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
     ] = "smollm2-135m",
-    adapter: Annotated[str, typer.Option(help="lora, prefix or prompt.")] = "lora",
+    adapter: Annotated[
+        str, typer.Option(help="lora, prompt, or any other adapter.")
+    ] = "lora",
     batch: Annotated[int, typer.Option(help="Rows.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

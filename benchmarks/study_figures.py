@@ -1,0 +1,101 @@
+"""Figures of a study for a document: plain SVG, from the same tables as `zofo report`.
+
+    python benchmarks/study_figures.py studies/minilm --to docs/figures/minilm
+    python benchmarks/study_figures.py studies/one-rate --to docs/figures/one-rate --rates
+
+Writes TO-differences.svg (hybrid − fo-peft, a row a pair) and TO-curves-TASK-ADAPTER.svg (dev loss
+against forward-equivalents; bands from the lowest to the highest seed). With --rates instead
+TO.svg: dev loss at every pair of rates that was tried, the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from svg import Interval, Series, interval_chart, line_chart
+
+from zofo.files import write_text
+from zofo.report.page import Report, make_report
+from zofo.study.comparison import Group
+
+METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft")
+HIGHEST = 1.2
+"""Dev loss at which a curve leaves the chart of rates, in nats."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("studies", nargs="+", type=Path)
+    parser.add_argument("--to", type=Path, required=True, help="beginning of the files' names")
+    parser.add_argument("--rates", action="store_true", help="a curve a pair of rates")
+    given = parser.parse_args(arguments)
+    report = make_report(given.studies)
+    for name, text in (rates(report) if given.rates else differences_and_curves(report)).items():
+        path = given.to.with_name(f"{given.to.name}{name}.svg")
+        write_text(path, text)
+        print(path)
+
+
+def differences_and_curves(report: Report) -> dict[str, str]:
+    """End of a name -> figure."""
+    found = {}
+    rows = []
+    for pair in report.comparison.pairs:
+        estimate = pair.difference.estimate
+        bounds = [None if x is None else 100 * x for x in (estimate.low, estimate.high)]
+        label = f"{pair.hybrid.task}, {pair.hybrid.adapter}"
+        values = [100 * value for value in pair.values.values()]
+        rows.append(Interval(label, 100 * estimate.mean, *bounds, values))
+    total = report.verdict.estimate
+    if total is not None:
+        bounds = [None if x is None else 100 * x for x in (total.low, total.high)]
+        rows.append(Interval("all pairs", 100 * total.mean, *bounds))
+        found["-differences"] = interval_chart(
+            "Hybrid − fo-peft",
+            "points of test accuracy; ticks are seeds, lines 95% intervals",
+            rows,
+        )
+    chosen = [group for group in report.comparison.groups if group.is_chosen]
+    for pair in report.comparison.pairs:
+        task, adapter = pair.hybrid.task, pair.hybrid.adapter
+        groups = [g for g in chosen if g.task == task and g.adapter in (adapter, "none", "")]
+        groups.sort(key=lambda g: METHODS.index(g.method))
+        series = [_series(group, report.runs.curves) for group in groups]
+        found[f"-curves-{task}-{adapter}"] = line_chart(
+            f"{task}, {adapter}", "forward-equivalents", "dev loss", [s for s in series if s.band]
+        )
+    return found
+
+
+def _series(group: Group, curves: pd.DataFrame) -> Series:
+    own = curves[curves["run"].isin(group.runs)].groupby("forward_equivalents")["dev_loss"]
+    table = own.agg(["mean", "min", "max"]).reset_index()
+    return Series(
+        group.method,
+        [list(zip(table["forward_equivalents"], table["mean"], strict=True))],
+        list(zip(table["forward_equivalents"], table["min"], table["max"], strict=True)),
+    )
+
+
+def rates(report: Report) -> dict[str, str]:
+    """One figure: the mean over seeds at every pair of rates."""
+    table, curves = report.runs.table, report.runs.curves
+    merged = curves.merge(table[["run", "method", "base_lr", "adapter_lr"]], on="run")
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    labels: dict[str, str] = {}
+    for (method, base, adapter), rows in merged.groupby(["method", "base_lr", "adapter_lr"]):
+        # A run that was stopped for its loss stays where it left.
+        wide = rows.pivot_table(index="step", columns="run", values="dev_loss").ffill()
+        mean = wide.mean(axis=1)
+        name = f"one rate {base}" if method == "hybrid-tied" else f"{base} and {adapter}"
+        found.setdefault(name, []).append(list(zip(mean.index, mean, strict=True)))
+        labels[name] = name
+    series = [Series(labels[name], found[name]) for name in found]
+    return {"": line_chart("One rate, or two", "step", "dev loss", series, y_max=HIGHEST)}
+
+
+if __name__ == "__main__":
+    main()
