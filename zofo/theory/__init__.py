@@ -1,1 +1,1 @@
-"""Theory as working tools."""
+"""The theory as working tools: smoothness, advice, problems with known constants, convergence."""
