@@ -48,14 +48,14 @@ def test_subquadratic_growth_is_told_from_more(exponent, verdict):
     rng = np.random.default_rng(0)
     u = np.exp(rng.uniform(-1, 2, 40))
     found = fit_growth(u, u**exponent * np.exp(0.2 * rng.normal(size=40)), num_resamples=300)
-    assert found.power.is_subquadratic == verdict
+    assert found.is_subquadratic == verdict
 
 
 def test_a_path_without_spread_decides_nothing():
     rng = np.random.default_rng(0)
     u = np.exp(0.01 * rng.normal(size=30))
     found = fit_growth(u, np.exp(0.3 * rng.normal(size=30)), num_resamples=300)
-    assert found.power.is_subquadratic == "undecided at this scale"
+    assert found.is_subquadratic == "undecided at this scale"
     assert found.spread < 1.1
 
 
@@ -93,7 +93,7 @@ def test_intervals_widen_with_dependence():
 def test_few_points_have_no_interval():
     found = fit_growth([1.0, 2.0, 4.0], [1.0, 2.0, 4.0])
     assert found.power.exponent == Quantity(pytest.approx(1.0), None, None)
-    assert found.power.is_subquadratic == "undecided at this scale"
+    assert found.is_subquadratic == "undecided at this scale"
     with pytest.raises(ValueError, match="2 or more"):
         fit_growth([1.0], [1.0])
     with pytest.raises(ValueError, match="positive"):

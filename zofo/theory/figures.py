@@ -215,5 +215,6 @@ def _spectra(summary: Mapping[str, Any], step: int, theme: Theme) -> Figure:
 
 
 def _ticks(smallest: float, largest: float) -> Sequence[float]:
-    decades = [10.0**k for k in _DECADES if smallest <= 10.0**k <= 10 * largest]
+    # The first decade lies too close to 0 for a label of its own.
+    decades = [10.0**k for k in _DECADES if 5 * smallest <= 10.0**k <= 10 * largest]
     return [-d for d in reversed(decades)] + [0.0] + decades

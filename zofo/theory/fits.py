@@ -38,6 +38,8 @@ Verdict = Literal["confirmed", "refuted", "undecided at this scale"]
 Array = np.ndarray
 MIN_POINTS: Final = 8
 """Fewer points leave fits without an interval: a block bootstrap of them says nothing."""
+MIN_SPREAD: Final = 2.0
+"""A path along which ‖∇f‖ changes by a smaller factor says nothing of an exponent; by choice."""
 _CONFIDENCE: Final = 0.95
 _SHARES: Final = np.concatenate(
     [[0.0], np.geomspace(1e-4, 0.5, 50), 1 - np.geomspace(0.5, 1e-4, 50)[1:], [1.0]]
@@ -105,11 +107,6 @@ class PowerFit:
         """ℓ(u)."""
         return float(self.factor.value * u**self.exponent.value)
 
-    @property
-    def is_subquadratic(self) -> Verdict:
-        """Whether p < 2, by its interval."""
-        return below(self.exponent, 2.0)
-
 
 @dataclass(frozen=True)
 class Growth:
@@ -118,7 +115,7 @@ class Growth:
     Attributes:
         linear, power: fits.
         level: geometric mean of ℓ.
-        spread: largest u over smallest; an exponent means little below 2.
+        spread: largest u over smallest; below `MIN_SPREAD` it decides nothing.
         envelope: (L0, L1) of the lowest line above all points.
     """
 
@@ -130,9 +127,18 @@ class Growth:
 
     @property
     def grows(self) -> Verdict:
-        """Whether ℓ grows with u: the exponent's interval lies above 0."""
-        found = below(self.power.exponent, 0.0)
+        """Whether ℓ grows with u: the exponent's interval lies above 0, over a wide enough path."""
+        found = self._below(0.0)
         return {"confirmed": "refuted", "refuted": "confirmed"}.get(found, found)  # type: ignore[return-value]
+
+    @property
+    def is_subquadratic(self) -> Verdict:
+        """Whether p < 2, by the exponent's interval, over a wide enough path."""
+        return self._below(2.0)
+
+    def _below(self, bound: float) -> Verdict:
+        is_wide = self.spread >= MIN_SPREAD
+        return below(self.power.exponent, bound) if is_wide else "undecided at this scale"
 
 
 def below(quantity: Quantity, bound: float) -> Verdict:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from zofo.theory.fits import Growth, below, fit_growth, ratio
+from zofo.theory.fits import MIN_SPREAD, Growth, fit_growth, ratio
 
 FILE: Final = "smoothness.json"
 VERSION: Final = 1
@@ -95,7 +95,7 @@ def summarise(
         "fits": {
             kind: {
                 block: asdict(growth)
-                | {"grows": growth.grows, "is_subquadratic": growth.power.is_subquadratic}
+                | {"grows": growth.grows, "is_subquadratic": growth.is_subquadratic}
                 for block, growth in blocks.items()
             }
             for kind, blocks in fits.items()
@@ -120,10 +120,14 @@ def claims_of(
                 f"exponent {_interval(asdict(exponent))} over gradient norms that differ by a "
                 f"factor of {growth.spread:.3g}, {growth.power.num_points} points"
             )
+            if growth.spread < MIN_SPREAD:
+                why += f"; a factor of {MIN_SPREAD:g} would be the least that decides"
             symbol = "ℓ_x" if block == "base" else "ℓ_y"
             claims.append(_claim(f"{symbol} ({kind}) grows with ‖∇f‖", growth.grows, why))
             claims.append(
-                _claim(f"{symbol} ({kind}) grows more slowly than ‖∇f‖²", below(exponent, 2.0), why)
+                _claim(
+                    f"{symbol} ({kind}) grows more slowly than ‖∇f‖²", growth.is_subquadratic, why
+                )
             )
     for kind in ("gradient", "alone"):
         if kind in ratios:

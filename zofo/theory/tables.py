@@ -154,8 +154,8 @@ def _fit_rows(summary: Mapping[str, Any], label: str, href: str) -> list[tuple[C
                     _quantity(fit["linear"]["constant"]),
                     _quantity(fit["linear"]["slope"]),
                     _quantity(fit["power"]["exponent"]),
-                    _verdict(fit["grows"]),
-                    _verdict(fit["is_subquadratic"]),
+                    _verdict(fit["grows"], is_short=True),
+                    _verdict(fit["is_subquadratic"], is_short=True),
                 )
             )
     return rows
@@ -185,9 +185,12 @@ def _with_interval(value: float | None, low: float | None, high: float | None) -
     if value is None:
         return Cell("–", None)
     aside = "no interval" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
+    if low == high == 0:
+        aside = "at its bound in every resample"
     return Cell(f"{value:.3g}", value, aside=aside)
 
 
-def _verdict(text: str) -> Cell:
+def _verdict(text: str, *, is_short: bool = False) -> Cell:
     mark = _MARKS.get(text, "undecided")
-    return Cell(text, text, mark=f"outcome {mark}")
+    shown = text.partition(" ")[0] if is_short else text
+    return Cell(shown, text, mark=f"outcome {mark}")
