@@ -12,7 +12,11 @@ from tests.tasks.hub_rows import make_row, write_rows
 from zofo.cli.app import app
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-RUNS = [path for path in CONFIGS if "#     zofo train " in path.read_text()]
+RUNS = [
+    path
+    for path in CONFIGS
+    if re.search(r"^#     zofo (train|smoothness) ", path.read_text(), re.M)
+]
 SIZES = ["task.num_train=16", "task.num_dev=8", "task.num_test=8"]
 
 
@@ -44,6 +48,8 @@ def test_the_command_in_the_header(path, tmp_path, monkeypatch, decoder_folder):
     task = re.search(r"\b(rotten-tomatoes|sst2)\b", path.read_text())
     folder = [f"task.data_dir={tmp_path / task[1]}"] if task else []
     small = [f"model.name={decoder_folder}", "steps=2", "eval_every=1", "batch_size=4"]
+    if command[1].startswith("smoothness"):
+        small += ["smoothness.rows=4", "smoothness.lanczos_steps=3", "smoothness.directions=2"]
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(
         app, [*arguments, *small, *SIZES, *folder, "device=cpu", "output_dir=run"]

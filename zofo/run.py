@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import TrainerCallback
 
 from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
@@ -39,7 +40,7 @@ from zofo.progress import new_progress
 from zofo.resume import CONFIG_FILE, RESULT_FILE, newest_checkpoint
 from zofo.resume import resumed_config as resumed_config
 from zofo.stopping import STOPPED_FILE, StopEarly
-from zofo.task_trainer import build_trainer, close_displays
+from zofo.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, encoder_for
 from zofo.tasks.seen import check_rows, check_tasks
@@ -157,6 +158,7 @@ def train(
     console: Console | None = None,
     on_start: Callable[[Path], None] | None = None,
     stop: StopOnSignal | None = None,
+    watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
 ) -> Result:
     """Run a configuration.
 
@@ -166,6 +168,7 @@ def train(
         console: where progress goes; default: stderr.
         on_start: called with the run folder once everything is checked.
         stop: what handles signals while training.
+        watchers: makes callbacks for the trainer, such as `zofo.theory.smoothness`'s.
 
     Raises:
         TrainingInterrupt: if `stop` was asked to, after a checkpoint.
@@ -212,6 +215,8 @@ def train(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
     )
     trainer.add_callback(stop_early)
+    for watcher in () if watchers is None else watchers(trainer):
+        trainer.add_callback(watcher)
     began = time.monotonic()
     if stop is not None:
         trainer.add_callback(stop)

@@ -349,6 +349,39 @@ def report(
 
 @app.command()
 @reports_errors
+def smoothness(
+    arguments: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be measured and its cost.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Measure a loss: curvature of base and adapter, along a run, and what the theory assumes.
+
+    zofo smoothness configs/smoothness.yaml
+
+    zofo smoothness model=minilm task=rotten-tomatoes steps=60 smoothness.split=layer
+
+    zofo smoothness smoothness.train=false
+    """
+    from zofo.cli.smoothness import resume as resume_folder
+    from zofo.cli.smoothness import show_plan, start
+
+    path, overrides = split_arguments(arguments)
+    if resume is not None:
+        if path is not None or overrides:
+            raise UserError("--resume continues a folder as it was begun; give it nothing else")
+        resume_folder(resume)
+    elif dry_run:
+        show_plan(path, overrides)
+    else:
+        start(path, overrides)
+
+
+@app.command()
+@reports_errors
 def bench(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
