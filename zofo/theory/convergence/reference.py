@@ -30,8 +30,7 @@ def run(
     """Run every rate with every seed; as `engine.run`."""
     shape = (len(checkpoints), len(rates), len(seeds))
     rows = {name: np.full(shape, np.inf) for name in ("mean_x", "mean_y", "last")}
-    xs = torch.zeros(len(rates), len(seeds), problem.d_x, dtype=torch.float64)
-    ys = torch.zeros(len(rates), len(seeds), problem.d_y, dtype=torch.float64)
+    ends = np.zeros((len(rates), len(seeds), problem.d_x + problem.d_y))
     num_done = 0
     for i, rate in enumerate(rates):
         for j, seed in enumerate(seeds):
@@ -39,11 +38,11 @@ def run(
             for row, found in _one(problem, model, setting, rate, seed, checkpoints):
                 for name, value in found.items():
                     rows[name][row, i, j] = value
-            xs[i, j], ys[i, j] = model.x.detach(), model.y.detach()
+            ends[i, j] = model.point().detach().numpy()
             num_done += 1
             if on_epoch is not None:
                 on_epoch(checkpoints[-1] * num_done // (len(rates) * len(seeds)))
-    return Traces(tuple(checkpoints), x=xs, y=ys, **rows)
+    return Traces(tuple(checkpoints), w=ends, **rows)
 
 
 def optimizer_of(
@@ -84,8 +83,8 @@ def _one(
     sampler = ReshufflingSampler(problem.num_samples, seed=seed, sampling=setting.sampling)
     sums, found, limit = [0.0, 0.0], [], None
     for epoch in range(checkpoints[-1] + 1):
-        g_x, g_y = problem.gradient(model.x.detach(), model.y.detach())
-        now = float(g_x.square().sum()), float(g_y.square().sum())
+        square = problem.gradient(model.point().detach()).square()
+        now = [float(part.sum()) for part in problem.split(square)]
         limit = DIVERGED * max(sum(now), 1e-12) if limit is None else limit
         if not sum(now) < limit:
             break

@@ -19,11 +19,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
+
+
+QUADRATIC, GROWING, LOGISTIC, NETWORK = range(4)
+"""Kinds of problem that the compiled engine knows."""
+
+Compiled = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+"""Kind; parameters; data, [n, width]; the row that gives f itself, or an empty one."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class Constants:
 class Problem(ABC):
     """A finite sum.
 
-    Points come in batches: x [..., d_x], y [..., d_y], samples [...], whose leading dimensions
-    broadcast. Everything is float64.
+    A point is w = (x, y), [..., d_x + d_y], the base first; points come in batches, each with the
+    data of a sample of its own (`rows`), whose leading dimensions broadcast. All is float64.
 
     Attributes:
         num_samples: n.
@@ -84,78 +93,84 @@ class Problem(ABC):
     constants: Constants
 
     @abstractmethod
-    def start(self) -> tuple[Tensor, Tensor]:
-        """Where every run starts: x [d_x], y [d_y]."""
+    def start(self) -> Tensor:
+        """Where every run starts: [d_x + d_y]."""
 
     @abstractmethod
-    def losses(self, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        """f_i(x, y).
+    def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """The data of some samples, for `losses` and `gradients`.
 
         Args:
-            x: float64, [..., d_x].
-            y: float64, [..., d_y].
-            samples: int64, [...]: i of each point.
+            samples: int64, [...].
 
         Returns:
-            float64, [...].
+            Tensors whose leading dimensions are those of `samples`.
         """
 
-    def gradients(self, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """∇_x f_i and ∇_y f_i: [..., d_x] and [..., d_y]. By autograd, unless a problem knows."""
+    @abstractmethod
+    def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """f_i(w).
+
+        Args:
+            w: [..., d_x + d_y].
+            rows: of the samples i, [...].
+
+        Returns:
+            [...].
+        """
+
+    def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """∇f_i(w): [..., d_x + d_y]. By autograd, unless a problem knows."""
         with torch.enable_grad():
-            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            total = self.losses(x, y, samples).sum()
-            return torch.autograd.grad(total, (x, y))  # type: ignore[return-value]
+            w = w.detach().requires_grad_()
+            return torch.autograd.grad(self.losses(w, rows).sum(), w)[0]
 
-    def value(self, x: Tensor, y: Tensor) -> Tensor:
-        """f(x, y): [...]."""
-        every = torch.arange(self.num_samples)
-        return self.losses(x.unsqueeze(-2), y.unsqueeze(-2), every).mean(-1)
+    def value(self, w: Tensor) -> Tensor:
+        """f(w): [...]."""
+        return self.losses(w.unsqueeze(-2), self._every).mean(-1)
 
-    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """∇_x f and ∇_y f: [..., d_x] and [..., d_y]."""
-        every = torch.arange(self.num_samples)
-        lead = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-        wide_x = x.expand(*lead, self.d_x).unsqueeze(-2).expand(*lead, self.num_samples, self.d_x)
-        wide_y = y.expand(*lead, self.d_y).unsqueeze(-2).expand(*lead, self.num_samples, self.d_y)
-        g_x, g_y = self.gradients(wide_x, wide_y, every)
-        return g_x.mean(-2), g_y.mean(-2)
+    def gradient(self, w: Tensor) -> Tensor:
+        """∇f(w): [..., d_x + d_y]."""
+        wide = w.unsqueeze(-2).expand(*w.shape[:-1], self.num_samples, w.shape[-1])
+        return self.gradients(wide, self._every).mean(-2)
 
-    def hessian(self, x: Tensor, y: Tensor) -> Tensor:
-        """∇²f at one point by autograd: [d_x + d_y, d_x + d_y], the base first."""
+    @abstractmethod
+    def compiled(self) -> Compiled:
+        """The problem as plain numbers, for `zofo.theory.convergence.kernels`."""
 
-        def value(point: Tensor) -> Tensor:
-            return self.value(point[: self.d_x], point[self.d_x :])
+    @cached_property
+    def _every(self) -> tuple[Tensor, ...]:
+        return self.rows(torch.arange(self.num_samples))
 
-        return torch.autograd.functional.hessian(value, torch.cat((x, y)))  # type: ignore[return-value]
+    def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts x and y of points."""
+        return w[..., : self.d_x], w[..., self.d_x :]
 
-    def majoriser_margin(self, x: Tensor, y: Tensor) -> float:
+    def hessian(self, w: Tensor) -> Tensor:
+        """∇²f at one point by autograd: [d_x + d_y, d_x + d_y]."""
+        return torch.autograd.functional.hessian(self.value, w)  # type: ignore[return-value]
+
+    def majoriser_margin(self, w: Tensor) -> float:
         """How far the diagonal majoriser holds at one point.
 
         Returns:
             The least eigenvalue of diag(ℓ_x I, ℓ_y I) ± ∇²f over both signs, over the larger of
             ℓ_x and ℓ_y; not negative where hybrid smoothness holds.
         """
-        g_x, g_y = self.gradient(x, y)
-        norm = float(torch.cat((g_x, g_y)).norm())
+        norm = float(self.gradient(w).norm())
         ells = self.constants.ell_x(norm), self.constants.ell_y(norm)
-        diagonal = torch.diag(
-            torch.cat((torch.full_like(x, ells[0]), torch.full_like(y, ells[1])))
-        )
-        hessian = self.hessian(x, y)
-        least = min(
-            float(torch.linalg.eigvalsh(diagonal + sign * hessian)[0]) for sign in (1, -1)
-        )
+        x, y = self.split(w)
+        diagonal = torch.cat((torch.full_like(x, ells[0]), torch.full_like(y, ells[1]))).diag()
+        hessian = self.hessian(w)
+        least = min(float(torch.linalg.eigvalsh(diagonal + sign * hessian)[0]) for sign in (1, -1))
         return least / max(ells)
 
-    def sample_variance(self, x: Tensor, y: Tensor) -> float:
+    def sample_variance(self, w: Tensor) -> float:
         """(1/n) Σ_i ‖∇f_i − ∇f‖² at one point."""
-        every = torch.arange(self.num_samples)
-        num = self.num_samples
-        both = torch.cat(self.gradients(x.expand(num, -1), y.expand(num, -1), every), dim=-1)
-        return float((both - both.mean(0)).square().sum(-1).mean())
+        every = self.gradients(w.expand(self.num_samples, -1), self._every)
+        return float((every - every.mean(0)).square().sum(-1).mean())
 
-    def module(self) -> nn.Module:
+    def module(self) -> ProblemModule:
         """The problem as a model: frozen parameter `x`, trainable `y`, loss of one sample."""
         return ProblemModule(self)
 
@@ -169,14 +184,18 @@ class ProblemModule(nn.Module):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        x, y = problem.start()
+        x, y = problem.split(problem.start())
         self.problem = problem
         self.x = nn.Parameter(x.clone(), requires_grad=False)
         self.y = nn.Parameter(y.clone())
 
     def forward(self, sample: Tensor) -> Tensor:
         """Loss of a sample: int64 scalar -> float64 scalar."""
-        return self.problem.losses(self.x, self.y, sample)
+        return self.problem.losses(self.point(), self.problem.rows(sample))
+
+    def point(self) -> Tensor:
+        """The present point: [d_x + d_y]."""
+        return torch.cat((self.x, self.y))
 
 
 def centred_rows(num: int, width: int, power: float, seed: int) -> Tensor:

@@ -22,11 +22,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zofo.errors import UserError
-from zofo.theory.problems.base import Constants, Problem, centred_rows, check_sizes
+from zofo.theory.problems.base import (
+    GROWING,
+    Compiled,
+    Constants,
+    Problem,
+    centred_rows,
+    check_sizes,
+)
 
 
 class Law(ABC):
@@ -43,6 +51,12 @@ class Law(ABC):
     @abstractmethod
     def ell(self, u: float) -> float:
         """ℓ(u): a bound of φ'' where |φ'| ≤ u."""
+
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Rank among `LAWS`, L0, L1 or a, p: for the compiled engine."""
+        known = vars(self)
+        place = [*LAWS.values()].index(type(self))
+        return float(place), known["l0"], known.get("l1", known.get("a", 1.0)), known.get("p", 0.0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,7 @@ class Polynomial(Law):
         return self.l0 + (p - 1) * self.a ** (1 / (p - 1)) * u ** ((p - 2) / (p - 1))
 
 
-LAWS = {"linear": Linear, "exponential": Exponential, "polynomial": Polynomial}
+LAWS: dict[str, type[Law]] = {"linear": Linear, "exponential": Exponential, "polynomial": Polynomial}
 
 
 def law(kind: str, **parameters: float) -> Law:
@@ -180,39 +194,50 @@ class Growing(Problem):
         check_sizes(num_samples=num_samples, d_x=d_x, d_y=d_y)
         self.num_samples, self.d_x, self.d_y = num_samples, d_x, d_y
         self.law_x, self.law_y = law_x, law_y
-        self.a = centred_rows(num_samples, d_x, noise_x, seed)
-        self.e = centred_rows(num_samples, d_y, noise_y, seed + 1)
+        self.linear = torch.cat(
+            (
+                centred_rows(num_samples, d_x, noise_x, seed),
+                centred_rows(num_samples, d_y, noise_y, seed + 1),
+            ),
+            dim=-1,
+        )
         self._start = start_x, start_y
         self.constants = Constants(
             ell_x=law_x.ell,
             ell_y=law_y.ell,
             f_star=0.0,
-            sigma2=float(self.a.square().sum(-1).mean() + self.e.square().sum(-1).mean()),
+            sigma2=float(self.linear.square().sum(-1).mean()),
             effective_rank_x=float(d_x) if law_x.ell(0.0) > 0 else None,
         )
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def start(self) -> Tensor:
         """Every coordinate of a block alike."""
         x, y = self._start
-        return (
-            torch.full((self.d_x,), x, dtype=torch.float64),
-            torch.full((self.d_y,), y, dtype=torch.float64),
-        )
+        return torch.tensor([x] * self.d_x + [y] * self.d_y, dtype=torch.float64)
 
-    def value(self, x: Tensor, y: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         """Σ φ(x_j) + Σ ψ(y_j)."""
+        x, y = self.split(w)
         return self.law_x.value(x).sum(-1) + self.law_y.value(y).sum(-1)
 
-    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, w: Tensor) -> Tensor:
         """φ' and ψ'."""
-        return self.law_x.slope(x), self.law_y.slope(y)
+        x, y = self.split(w)
+        return torch.cat((self.law_x.slope(x), self.law_y.slope(y)), dim=-1)
 
-    def losses(self, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+    def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """Linear terms."""
+        return (self.linear[samples],)
+
+    def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """The value, and the linear terms."""
-        linear = (self.a[samples] * x).sum(-1) + (self.e[samples] * y).sum(-1)
-        return self.value(x, y) + linear
+        return self.value(w) + (rows[0] * w).sum(-1)
 
-    def gradients(self, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """φ' + a_i and ψ' + e_i."""
-        g_x, g_y = self.gradient(x, y)
-        return g_x + self.a[samples], g_y + self.e[samples]
+        return self.gradient(w) + rows[0]
+
+    def compiled(self) -> Compiled:
+        """The two laws; linear terms."""
+        params = np.array([*self.law_x.numbers(), *self.law_y.numbers()])
+        return GROWING, params, self.linear.numpy(), np.zeros(self.d_x + self.d_y)

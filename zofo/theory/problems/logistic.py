@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from zofo.errors import UserError
-from zofo.theory.problems.base import Constants, Problem, check_sizes
+from zofo.theory.problems.base import LOGISTIC, Compiled, Constants, Problem, check_sizes
 
 REGULARISERS = ("ridge", "nonconvex")
 
@@ -69,9 +70,8 @@ class Logistic(Problem):
         teacher = torch.randn(d_x + d_y, dtype=torch.float64, generator=generator)
         chance = torch.rand(num_samples, dtype=torch.float64, generator=generator)
         labels = torch.where(torch.sigmoid(z @ teacher) > chance, 1.0, -1.0).double()
-        z = z * labels.unsqueeze(-1)
-        self.z_x, self.z_y = z[:, :d_x].contiguous(), z[:, d_x:].contiguous()
-        self.constants = self._constants(z)
+        self.z = z * labels.unsqueeze(-1)
+        self.constants = self._constants(self.z)
 
     def _constants(self, z: Tensor) -> Constants:
         m = z.T @ z / (4 * self.num_samples)
@@ -101,25 +101,27 @@ class Logistic(Problem):
             w = w - torch.linalg.solve(hessian, gradient)
         return float(softplus(-(z @ w)).mean() + 0.5 * self.strength * w.square().sum())
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def start(self) -> Tensor:
         """All zeros."""
-        return torch.zeros(self.d_x, dtype=torch.float64), torch.zeros(self.d_y, dtype=torch.float64)
+        return torch.zeros(self.d_x + self.d_y, dtype=torch.float64)
 
-    def losses(self, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+    def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """Features times the label's sign."""
+        return (self.z[samples],)
+
+    def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """The sample's loss, and R."""
-        margin = (self.z_x[samples] * x).sum(-1) + (self.z_y[samples] * y).sum(-1)
-        return softplus(-margin) + self._penalty(x) + self._penalty(y)
-
-    def gradients(self, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """−σ(−margin) z_i + ∇R."""
-        z_x, z_y = self.z_x[samples], self.z_y[samples]
-        margin = (z_x * x).sum(-1) + (z_y * y).sum(-1)
-        factor = -torch.sigmoid(-margin).unsqueeze(-1)
-        return factor * z_x + self._pull(x), factor * z_y + self._pull(y)
-
-    def _penalty(self, w: Tensor) -> Tensor:
         square = w.square()
-        return 0.5 * self.strength * (square if self.is_ridge else square / (1 + square)).sum(-1)
+        penalty = (square if self.is_ridge else square / (1 + square)).sum(-1)
+        return softplus(-(rows[0] * w).sum(-1)) + 0.5 * self.strength * penalty
 
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.strength * (w if self.is_ridge else w / (1 + w.square()).square())
+    def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """−σ(−margin) z_i + ∇R."""
+        factor = -torch.sigmoid(-(rows[0] * w).sum(-1)).unsqueeze(-1)
+        pull = w if self.is_ridge else w / (1 + w.square()).square()
+        return torch.addcmul(self.strength * pull, factor, rows[0])
+
+    def compiled(self) -> Compiled:
+        """Strength and kind of R; features."""
+        params = np.array([self.strength, float(self.is_ridge)])
+        return LOGISTIC, params, self.z.numpy(), np.zeros(0)

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zofo.errors import UserError
-from zofo.theory.problems.base import Constants, Problem, check_sizes
+from zofo.theory.problems.base import NETWORK, Compiled, Constants, Problem, check_sizes
 
 _TOP_TANH: float = 4 / (3 * math.sqrt(3))
 """The largest |tanh''|."""
@@ -84,14 +85,12 @@ class LowRankNetwork(Problem):
         teacher = draw(hidden, inputs)
         noise = target_noise * draw(num_samples)
         self.t = torch.tanh(self.z @ teacher.T) @ self.c + noise
-        self._start = (
-            (0.5 * draw(hidden, inputs)).reshape(-1),
-            torch.cat(
-                (
-                    adapter_scale * draw(hidden, rank).reshape(-1),
-                    torch.zeros(inputs * rank, dtype=torch.float64),
-                )
-            ),
+        self._start = torch.cat(
+            (
+                0.5 * draw(hidden * inputs),
+                adapter_scale * draw(hidden * rank),
+                torch.zeros(inputs * rank, dtype=torch.float64),
+            )
         )
         self.constants = self._constants()
 
@@ -114,28 +113,41 @@ class LowRankNetwork(Problem):
             f_star_is_exact=False,
         )
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def start(self) -> Tensor:
         """Random W and U, V = 0: the adapter adds nothing yet."""
         return self._start
 
-    def losses(self, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+    def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """Inputs and targets."""
+        return self.z[samples], self.t[samples]
+
+    def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """Half the squared residual, and both penalties."""
-        _, _, _, residual = self._forward(x, y, samples)
+        x, y = self.split(w)
+        _, _, residual = self._forward(x, y, rows)
         penalty = 0.5 * self.ridge * x.square().sum(-1)
         return 0.5 * residual.square() + penalty + 0.25 * self.quartic * y.square().sum(-1).square()
 
-    def gradients(self, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """Back-propagation by hand."""
-        z, projected, activation, residual = self._forward(x, y, samples)
+        x, y = self.split(w)
+        projected, activation, residual = self._forward(x, y, rows)
+        z = rows[0]
         delta = residual.unsqueeze(-1) * self.c * (1 - activation.square())
         u, _ = self._factors(y)
         g_w = delta.unsqueeze(-1) * z.unsqueeze(-2)
         g_u = delta.unsqueeze(-1) * projected.unsqueeze(-2)
         back = (u * delta.unsqueeze(-1)).sum(-2)
         g_v = z.unsqueeze(-1) * back.unsqueeze(-2)
-        g_y = torch.cat((g_u.flatten(-2), g_v.flatten(-2)), dim=-1)
-        pull = self.quartic * y.square().sum(-1, keepdim=True)
-        return g_w.flatten(-2) + self.ridge * x, g_y + pull * y
+        pull = self.quartic * y.square().sum(-1, keepdim=True) * y
+        penalties = torch.cat((self.ridge * x, pull), dim=-1)
+        return torch.cat((g_w.flatten(-2), g_u.flatten(-2), g_v.flatten(-2)), dim=-1) + penalties
+
+    def compiled(self) -> Compiled:
+        """Sizes, penalties, output weights; inputs and targets."""
+        sizes = (self.hidden, self.inputs, self.rank, self.ridge, self.quartic)
+        data = torch.cat((self.z, self.t.unsqueeze(-1)), dim=-1)
+        return NETWORK, np.array([*sizes, *self.c.tolist()]), data.numpy(), np.zeros(0)
 
     def _factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
         cut = self.hidden * self.rank
@@ -145,13 +157,13 @@ class LowRankNetwork(Problem):
         )
 
     def _forward(
-        self, x: Tensor, y: Tensor, samples: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs, Vᵀ z, activations, residuals."""
-        z = self.z[samples]
-        w = x.unflatten(-1, (self.hidden, self.inputs))
+        self, x: Tensor, y: Tensor, rows: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vᵀ z, activations, residuals."""
+        z, target = rows
+        matrix = x.unflatten(-1, (self.hidden, self.inputs))
         u, v = self._factors(y)
         projected = (v * z.unsqueeze(-1)).sum(-2)
-        before = (w * z.unsqueeze(-2)).sum(-1) + (u * projected.unsqueeze(-2)).sum(-1)
+        before = (matrix * z.unsqueeze(-2)).sum(-1) + (u * projected.unsqueeze(-2)).sum(-1)
         activation = torch.tanh(before)
-        return z, projected, activation, (self.c * activation).sum(-1) - self.t[samples]
+        return projected, activation, (self.c * activation).sum(-1) - target

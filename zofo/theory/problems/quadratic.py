@@ -16,11 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zofo.errors import UserError
 from zofo.theory.problems.base import (
+    QUADRATIC,
+    Compiled,
     Constants,
     Problem,
     alternating_signs,
@@ -86,11 +89,17 @@ class Quadratic(Problem):
             raise UserError("; ".join(wrong))
         self.num_samples, self.d_x, self.d_y = num_samples, len(h), len(k)
         self.h, self.k, self.coupling = h, k, coupling
-        self._shared = min(self.d_x, self.d_y)
+        self.curvatures = torch.cat((h, k))
         signs = alternating_signs(num_samples)
         self.scale = 1 + curvature_spread * signs
-        self.a = _linear_terms(self.d_x, noise_x, alignment, signs, seed)
-        self.e = _linear_terms(self.d_y, noise_y, alignment, signs, seed + 1)
+        self.linear = torch.cat(
+            (
+                _linear_terms(self.d_x, noise_x, alignment, signs, seed),
+                _linear_terms(self.d_y, noise_y, alignment, signs, seed + 1),
+            ),
+            dim=-1,
+        )
+        self._scaled = self.scale.unsqueeze(-1) * self.curvatures
         self._heights = height_x, height_y
         self.constants = self._constants(curvature_spread)
 
@@ -98,7 +107,7 @@ class Quadratic(Problem):
         top_h, top_k, b = float(self.h.max()), float(self.k.max()), abs(self.coupling)
         l_x = top_h + b * math.sqrt(top_h / top_k)
         l_y = top_k + b * math.sqrt(top_k / top_h)
-        linear = float(self.a.square().sum(-1).mean() + self.e.square().sum(-1).mean())
+        linear = float(self.linear.square().sum(-1).mean())
         # ‖ρ s ∇f + a‖² ≤ 2 ρ² s² ‖∇f‖² + 2 ‖a‖², and the mean of s² is 1.
         return Constants(
             ell_x=lambda u: l_x,
@@ -109,44 +118,65 @@ class Quadratic(Problem):
             effective_rank_x=float(self.h.sum()) / top_h,
         )
 
-    def start(self) -> tuple[Tensor, Tensor]:
-        """Every coordinate alike, signs alternating, at the stated heights."""
+    def start(self) -> Tensor:
+        """Every coordinate of a block alike, signs alternating, at the stated heights."""
         parts = []
         for spectrum, height in zip((self.h, self.k), self._heights, strict=True):
             size = torch.sqrt(2 * height / spectrum.sum())
             signs = 1.0 - 2.0 * (torch.arange(len(spectrum), dtype=torch.float64) % 2)
             parts.append(size * signs)
-        return parts[0], parts[1]
+        return torch.cat(parts)
 
-    def value(self, x: Tensor, y: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         """q(x, y)."""
-        total = 0.5 * ((self.h * x * x).sum(-1) + (self.k * y * y).sum(-1))
-        if self.coupling:
-            m = self._shared
-            total = total + self.coupling * (x[..., :m] * y[..., :m]).sum(-1)
-        return total
+        total = 0.5 * (self.curvatures * w * w).sum(-1)
+        return total + self._product(w) if self.coupling else total
 
-    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, w: Tensor) -> Tensor:
         """∇q."""
-        g_x, g_y = self.h * x, self.k * y
-        if self.coupling:
-            m = self._shared
-            lead = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-            g_x, g_y = g_x.expand(*lead, -1).clone(), g_y.expand(*lead, -1).clone()
-            g_x[..., :m] += self.coupling * y[..., :m]
-            g_y[..., :m] += self.coupling * x[..., :m]
-        return g_x, g_y
+        gradient = self.curvatures * w
+        return self._add_cross(gradient, w, 1.0) if self.coupling else gradient
 
-    def losses(self, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+    def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """Curvatures, linear terms, 1 + ρ s_i."""
+        return self._scaled[samples], self.linear[samples], self.scale[samples]
+
+    def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """(1 + ρ s_i) q + ⟨a_i, x⟩ + ⟨e_i, y⟩."""
-        linear = (self.a[samples] * x).sum(-1) + (self.e[samples] * y).sum(-1)
-        return self.scale[samples] * self.value(x, y) + linear
+        curvatures, linear, scale = rows
+        total = (torch.addcmul(linear, curvatures, w, value=0.5) * w).sum(-1)
+        return total + scale * self._product(w) if self.coupling else total
 
-    def gradients(self, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """(1 + ρ s_i) ∇q + (a_i, e_i)."""
-        g_x, g_y = self.gradient(x, y)
-        scale = self.scale[samples].unsqueeze(-1)
-        return scale * g_x + self.a[samples], scale * g_y + self.e[samples]
+        curvatures, linear, scale = rows
+        gradient = torch.addcmul(linear, curvatures, w)
+        return self._add_cross(gradient, w, scale.unsqueeze(-1)) if self.coupling else gradient
+
+    def compiled(self) -> Compiled:
+        """Coupling and curvatures; scale and linear terms."""
+        params = torch.cat((torch.tensor([self.coupling]).double(), self.curvatures))
+        data = torch.cat((self.scale.unsqueeze(-1), self.linear), dim=-1)
+        mean_row = np.zeros(data.shape[1])
+        mean_row[0] = 1.0
+        return QUADRATIC, params.numpy(), data.numpy(), mean_row
+
+    def _shared(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The coupled coordinates of x and of y."""
+        num = min(self.d_x, self.d_y)
+        return w[..., :num], w[..., self.d_x : self.d_x + num]
+
+    def _product(self, w: Tensor) -> Tensor:
+        x, y = self._shared(w)
+        return self.coupling * (x * y).sum(-1)
+
+    def _add_cross(self, gradient: Tensor, w: Tensor, scale: Tensor | float) -> Tensor:
+        """Add the coupling's gradient, in place."""
+        x, y = self._shared(w)
+        g_x, g_y = self._shared(gradient)
+        g_x += scale * self.coupling * y
+        g_y += scale * self.coupling * x
+        return gradient
 
 
 def _linear_terms(width: int, power: float, alignment: float, signs: Tensor, seed: int) -> Tensor:
