@@ -79,9 +79,7 @@ class Traces:
 
 
 @lru_cache(maxsize=512)
-def _orders(
-    num_samples: int, seeds: tuple[int, ...], block: int, sampling: Sampling
-) -> np.ndarray:
+def _orders(num_samples: int, seeds: tuple[int, ...], block: int, sampling: Sampling) -> np.ndarray:
     """Sample indices of a block of epochs: int64, [epochs, seeds, n]."""
     epochs = range(block * _BLOCK, (block + 1) * _BLOCK)
     rows = [

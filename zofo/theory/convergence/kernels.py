@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from zofo.noise import kernels as noise
-from zofo.theory.problems.base import GROWING, LOGISTIC, NETWORK, QUADRATIC
+from zofo.theory.problems.base import GROWING, LOGISTIC, QUADRATIC
 
 _LINEAR, _EXPONENTIAL = 0, 1
 
@@ -92,7 +92,9 @@ def loss_of(kind, d_x, params, row, w, scratch):
             margin += row[j] * w[j]
             square = w[j] * w[j]
             total += square if params[1] != 0 else square / (1 + square)
-        loss = math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
+        loss = (
+            math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
+        )
         return loss + 0.5 * params[0] * total
     half = scratch.size // 2
     residual = _residual(params, row, w, d_x, scratch[:half], scratch[half:])
@@ -276,3 +278,13 @@ def _along(kind, d_x, params, row, w, scratch, directions, is_central, eps, away
         coefficient = -lr * scalar / num_directions
         for j in range(d_x):
             delta[j] += coefficient * v[j]
+
+
+@numba.njit(cache=True)
+def draw_many(num, d_x, seed, is_gaussian):
+    """The first direction of `num` steps: [num, d_x]."""
+    out = np.empty((num, 1, d_x))
+    words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
+    for t in range(num):
+        draw(out[t], words, values, seed, np.uint64(t), 1, is_gaussian)
+    return out[:, 0]

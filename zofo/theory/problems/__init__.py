@@ -1,10 +1,10 @@
 """Finite sums with known constants, by name.
 
-    name         what                                            ℓ_x, ℓ_y
-    quadratic    chosen spectra, coupling, spread curvature      constants
-    growing      separable, a law of growth in each block        linear, exponential, polynomial
-    logistic     ridge or non-convex penalty                     constants
-    network      two layers, low-rank adapter, not convex        constant, u^{2/3}
+name         what                                            ℓ_x, ℓ_y
+quadratic    chosen spectra, coupling, spread curvature      constants
+growing      separable, a law of growth in each block        linear, exponential, polynomial
+logistic     ridge or non-convex penalty                     constants
+network      two layers, low-rank adapter, not convex        constant, u^{2/3}
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 
-
 QUADRATIC, GROWING, LOGISTIC, NETWORK = range(4)
 """Kinds of problem that the compiled engine knows."""
 
@@ -221,6 +220,8 @@ def check_sizes(**sizes: int) -> None:
     Raises:
         UserError: for them.
     """
-    wrong = [f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1]
+    wrong = [
+        f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1
+    ]
     if wrong:
         raise UserError("; ".join(wrong))

@@ -6,7 +6,7 @@ The Hessian is diagonal, and φ''(x_j) = ℓ(|φ'(x_j)|) ≤ ℓ(‖∇f‖) sin
 law of φ and ℓ_y that of ψ. A law is attained where all of the gradient lies in one coordinate.
 
     law           φ''                                 ℓ(u)
-    linear        L0 e^{L1 |z|}                       L0 + L1 u                    (L0, L1)-smooth, exact
+    linear        L0 e^{L1 |z|}                       L0 + L1 u: (L0, L1)-smooth, exact
     exponential   L0 cosh(L1 z)                       √(L0² + L1² u²)              exact
     polynomial    L0 + a (p − 1) |z|^{p−2}            L0 + (p − 1) a^{1/(p−1)} u^{(p−2)/(p−1)}
 
@@ -136,7 +136,11 @@ class Polynomial(Law):
         return self.l0 + (p - 1) * self.a ** (1 / (p - 1)) * u ** ((p - 2) / (p - 1))
 
 
-LAWS: dict[str, type[Law]] = {"linear": Linear, "exponential": Exponential, "polynomial": Polynomial}
+LAWS: dict[str, type[Law]] = {
+    "linear": Linear,
+    "exponential": Exponential,
+    "polynomial": Polynomial,
+}
 
 
 def law(kind: str, **parameters: float) -> Law:

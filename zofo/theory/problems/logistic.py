@@ -77,8 +77,7 @@ class Logistic(Problem):
         m = z.T @ z / (4 * self.num_samples)
         d = self.d_x
         norm_x, norm_y, cross = (
-            float(torch.linalg.matrix_norm(block, 2))
-            for block in (m[:d, :d], m[d:, d:], m[:d, d:])
+            float(torch.linalg.matrix_norm(block, 2)) for block in (m[:d, :d], m[d:, d:], m[:d, d:])
         )
         t = math.sqrt(norm_x / norm_y)
         l_x = norm_x + cross * t + self.strength

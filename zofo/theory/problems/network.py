@@ -5,8 +5,9 @@
 x = W, y = (U, V). Not convex. Its smoothness is known, and ℓ_y grows with the gradient:
 
 Write g_i for the loss as a function of M = W + U Vᵀ. Since |tanh| ≤ 1 the residual is at most
-R_i = ‖c‖₁ + |t_i|, hence ‖∇g_i‖ ≤ G_i = R_i ‖c‖ ‖z_i‖, and with |tanh''| ≤ 4 / 3√3 its curvature is at
-most H_i = ‖c‖² ‖z_i‖² + R_i ‖c‖_∞ ‖z_i‖² 4 / 3√3, both ways. Let G, H be their means, r² = ‖U‖² + ‖V‖².
+R_i = ‖c‖₁ + |t_i|, hence ‖∇g_i‖ ≤ G_i = R_i ‖c‖ ‖z_i‖, and with |tanh''| ≤ 4 / 3√3 its curvature
+is at most H_i = ‖c‖² ‖z_i‖² + R_i ‖c‖_∞ ‖z_i‖² 4 / 3√3, both ways. Let G and H be their means and
+r² = ‖U‖² + ‖V‖².
 
 Curvature along (dW, dU, dV), ‖d(U Vᵀ)‖ ≤ r ‖dy‖:
     H (‖dW‖ + r ‖dy‖)² + G ‖dy‖² + λ ‖dW‖² + 3 κ r² ‖dy‖²

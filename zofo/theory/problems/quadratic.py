@@ -155,7 +155,7 @@ class Quadratic(Problem):
 
     def compiled(self) -> Compiled:
         """Coupling and curvatures; scale and linear terms."""
-        params = torch.cat((torch.tensor([self.coupling]).double(), self.curvatures))
+        params = torch.cat((torch.tensor([self.coupling], dtype=torch.float64), self.curvatures))
         data = torch.cat((self.scale.unsqueeze(-1), self.linear), dim=-1)
         mean_row = np.zeros(data.shape[1])
         mean_row[0] = 1.0

@@ -1,0 +1,481 @@
+"""What can be read off finished cells: exponents, caps, ratios, epochs to a target.
+
+Each measure gives one `Measured`: a number with its interval, and the points behind it for a
+figure. `value` is the tuned (1/T) Σ ‖∇f‖², `rate` the rate that gives it, `cap` the largest rate at
+which runs do not diverge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from zofo.theory.convergence.cells import Result
+from zofo.theory.convergence.fits import (
+    Interval,
+    Tuned,
+    at_rates,
+    exponent,
+    interval,
+    means,
+    resamples,
+    tune,
+)
+
+_DIVERGED: Final = 10.0
+"""A run counts as diverged when its mean ‖∇f‖² exceeds this many times that of the start."""
+AT_EDGE: Final = "the best rate lies at the end of the grid"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of a figure.
+
+    Attributes:
+        name: in the legend.
+        x, y: points; low, high: their 95% intervals.
+    """
+
+    name: str
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number, and what it was read from.
+
+    Attributes:
+        interval: the number.
+        series: points.
+        x_title, y_title: of the figure's axes.
+        is_power: whether the number is the slope of the first series on log axes.
+    """
+
+    interval: Interval
+    series: list[Series]
+    x_title: str
+    y_title: str
+    is_power: bool = True
+
+
+@dataclass
+class Study:
+    """Finished cells.
+
+    Attributes:
+        results: all of them.
+    """
+
+    results: list[Result]
+    _weights: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def find(self, experiment: str, where: Mapping[str, Any]) -> list[Result]:
+        """Cells of an experiment with these labels, in the order of the table."""
+        return [
+            r
+            for r in self.results
+            if r.cell.experiment == experiment
+            and all(r.cell.labels.get(key) == value for key, value in where.items())
+        ]
+
+    def one(self, experiment: str, where: Mapping[str, Any]) -> Result:
+        """The only such cell."""
+        found = self.find(experiment, where)
+        assert len(found) == 1, f"{experiment} {dict(where)}: {len(found)} cells"
+        return found[0]
+
+    def weights(self, result: Result) -> np.ndarray:
+        """Resamples of the seeds; the same for every cell with as many seeds."""
+        num = result.cell.num_seeds
+        if num not in self._weights:
+            self._weights[num] = resamples(num)
+        return self._weights[num]
+
+    def tuned(self, result: Result, part: str) -> Tuned:
+        """Tuned values of a cell whose rates lie on one line."""
+        key = ("tuned", part)
+        if key not in result.cache:
+            rates = result.arrays["rates"]
+            column = 1 if part == "y" else 0
+            result.cache[key] = tune(
+                values_of(result, part), rates[:, column], self.weights(result)
+            )
+        return result.cache[key]  # type: ignore[no-any-return]
+
+
+def values_of(result: Result, part: str) -> np.ndarray:
+    """[T, rates, seeds] of "all", "x", "y" (running means) or "last"."""
+    if part == "all":
+        return np.asarray(result.arrays["mean_x"] + result.arrays["mean_y"])
+    return result.arrays["last" if part == "last" else f"mean_{part}"]
+
+
+def _series(name: str, x: Sequence[float], log_y: np.ndarray) -> Series:
+    ends = [interval(row) for row in np.exp(log_y)]
+    return Series(
+        name,
+        [float(v) for v in x],
+        [e.value for e in ends],
+        [e.low for e in ends],
+        [e.high for e in ends],
+    )
+
+
+VALUE_TITLE: Final = "(1/T) Σ ‖∇f‖², best rate"
+_TITLES: Final = {
+    "value": VALUE_TITLE,
+    "rate": "best rate",
+    "cap": "largest rate that does not diverge",
+}
+
+
+def in_epochs(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    of: str = "value",
+    part: str = "all",
+    begin: int = 1,
+    name: str = "measured",
+) -> Measured:
+    """Exponent in T of the tuned value or rate of one cell, from T = `begin` on."""
+    result = study.one(experiment, where)
+    tuned = study.tuned(result, part)
+    window = result.checkpoints >= begin
+    log_y = tuned.log_value if of == "value" else tuned.log_rate
+    note = "" if tuned.is_inside[window].all() else AT_EDGE
+    x = result.checkpoints
+    return Measured(
+        exponent(x[window], log_y[window], note),
+        [_series(name, x, log_y)],
+        "epochs T",
+        "‖∇f‖² after T epochs, best rate" if part == "last" else _TITLES[of],
+    )
+
+
+def across(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    label: str,
+    of: str = "value",
+    part: str = "all",
+    at: int | None = None,
+    per: Callable[[float], float] | None = None,
+    x_title: str = "",
+    name: str = "measured",
+) -> Measured:
+    """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap at one T.
+
+    Args:
+        study: finished cells.
+        experiment: which.
+        where: labels that are held.
+        label: that varies.
+        of: "value", "rate" or "cap".
+        part: of the gradient.
+        at: T; the last checkpoint if None.
+        per: the abscissa as a function of the label.
+        x_title: of the abscissa.
+        name: in the legend.
+    """
+    rows, xs, inside = [], [], True
+    for result in study.find(experiment, where):
+        label_value = float(result.cell.labels[label])
+        xs.append(per(label_value) if per is not None else label_value)
+        row = len(result.checkpoints) - 1 if at is None else [*result.checkpoints].index(at)
+        if of == "cap":
+            rows.append(log_cap(result, study.weights(result), part))
+            inside &= bool(np.isfinite(rows[-1]).all())
+        else:
+            tuned = study.tuned(result, part)
+            rows.append((tuned.log_value if of == "value" else tuned.log_rate)[row])
+            inside &= bool(tuned.is_inside[row])
+    log_y = np.stack(rows)
+    return Measured(
+        exponent(xs, log_y, "" if inside else AT_EDGE),
+        [_series(name, xs, log_y)],
+        x_title or label,
+        _TITLES[of],
+    )
+
+
+def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:
+    """Logarithm of the largest rate at which runs do not diverge, mean over seeds: [resamples].
+
+    A seed's cap lies midway, in logarithm, between the last rate before the first that diverged
+    and that one; NaN if none or all of the rates diverged.
+    """
+    start = result.arrays["start"]
+    reference = start[0] if part == "x" else start[1] if part == "y" else start.sum()
+    is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)  # [rates, seeds]
+    log_rates = np.log(result.arrays["rates"][:, 1 if part == "y" else 0])
+    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)
+    middle = np.where(first > 0, 0.5 * (log_rates[first] + log_rates[first - 1]), np.nan)
+    return np.asarray(middle @ weights)
+
+
+def ratio(
+    study: Study,
+    *,
+    experiment: str,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    part: str = "all",
+    name: str = "measured",
+) -> Measured:
+    """Tuned value of one cell over that of another, at the last T."""
+    results = [study.one(experiment, where) for where in (first, second)]
+    tuned = [study.tuned(result, part) for result in results]
+    logs = tuned[0].log_value - tuned[1].log_value
+    inside = all(t.is_inside[-1] for t in tuned)
+    return Measured(
+        interval(np.exp(logs[-1]), "" if inside else AT_EDGE),
+        [_series(name, results[0].checkpoints, logs)],
+        "epochs T",
+        "ratio of tuned values",
+        is_power=False,
+    )
+
+
+def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Measured:
+    """Best value with η_x = η_y over the best with two rates, on one grid of pairs."""
+    result = study.one(experiment, where)
+    rates = result.arrays["rates"]
+    logs = np.log(means(values_of(result, "all"), study.weights(result)))
+    is_one = np.isclose(rates[:, 0], rates[:, 1])
+    gain = logs[:, is_one].min(1) - logs.min(1)
+    x, y = rates[logs[-1, :, 0].argmin()]
+    on_edge = x in (rates[:, 0].min(), rates[:, 0].max()) or y in (
+        rates[:, 1].min(),
+        rates[:, 1].max(),
+    )
+    return Measured(
+        interval(np.exp(gain[-1]), AT_EDGE if on_edge else ""),
+        [_series("one rate over two", result.checkpoints, gain)],
+        "epochs T",
+        "value with one rate / value with two",
+        is_power=False,
+    )
+
+
+def lost_with_one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Measured:
+    """Share of seeds that diverge when both blocks take the adapter's best rate."""
+    result = study.one(experiment, where)
+    rates, weights = result.arrays["rates"], study.weights(result)
+    logs = np.log(means(values_of(result, "all")[-1], weights))
+    best_y = rates[logs[:, 0].argmin(), 1]
+    pair = int(np.flatnonzero(np.isclose(rates, best_y).all(1))[0])
+    start = result.arrays["start"].sum()
+    is_lost = ~(values_of(result, "all")[-1, pair] < _DIVERGED * start)
+    share = interval(is_lost.astype(np.float64) @ weights)
+    return Measured(
+        share,
+        [Series("share", [float(best_y)], [share.value], [share.low], [share.high])],
+        "the adapter's best rate, taken for both blocks",
+        "share of seeds that diverge",
+        is_power=False,
+    )
+
+
+def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
+    """T at which values first fall to a target, interpolated on log scales: [resamples], log T.
+
+    Args:
+        x: T, ascending.
+        log_values: [T, resamples].
+        log_target: of ε², one or one a resample.
+
+    Returns:
+        log T; NaN where the target is not reached, or is before the first T.
+    """
+    log_x = np.log(x.astype(np.float64))
+    out = np.full(log_values.shape[1], np.nan)
+    targets = np.broadcast_to(log_target, out.shape)
+    for b in range(len(out)):
+        column = log_values[:, b]
+        below = np.flatnonzero(column <= targets[b])
+        if len(below) and below[0] > 0:
+            i = below[0]
+            share = (column[i - 1] - targets[b]) / (column[i - 1] - column[i])
+            out[b] = log_x[i - 1] + share * (log_x[i] - log_x[i - 1])
+    return out
+
+
+def reading(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    power: float,
+    calibrated_at: int,
+    target_at: int,
+    name: str,
+) -> Measured:
+    """Exponent in n of the epochs to ε when rates follow c / (√T n^power).
+
+    c is the best for the smallest n and T = `calibrated_at`; ε² is what the smallest n reaches at
+    T = `target_at` with it.
+
+    Args:
+        study: finished cells.
+        experiment: which; labelled by n.
+        where: labels that are held.
+        power: 1/2 for the reading √(T n), 1 for √T n.
+        calibrated_at: T at which c is tuned.
+        target_at: T at which ε is set.
+        name: in the legend.
+    """
+    results = study.find(experiment, where)
+    smallest = results[0]
+    num_0 = float(smallest.cell.labels["n"])
+    row = [*smallest.checkpoints].index(calibrated_at)
+    rate_0 = float(np.exp(study.tuned(smallest, "all").log_rate[row, 0]))
+    c = rate_0 * calibrated_at**0.5 * num_0**power
+    rows, xs, target = [], [], None
+    for result in results:
+        num, x = float(result.cell.labels["n"]), result.checkpoints
+        log_values = at_rates(
+            values_of(result, "all"),
+            result.arrays["rates"][:, 0],
+            c / (x**0.5 * num**power),
+            study.weights(result),
+        )
+        if target is None:
+            target = float(log_values[[*x].index(target_at), 0])
+        rows.append(epochs_to(x, log_values, target))
+        xs.append(num)
+    log_y = np.stack(rows)
+    return Measured(exponent(xs, log_y), [_series(name, xs, log_y)], "samples n", "epochs to ε")
+
+
+def predicted_epochs(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    at: int,
+    constant: Callable[[Mapping[str, Any]], float],
+) -> Measured:
+    """Measured epochs to ε over those predicted by T = C / (n ε⁴), for every n and ε.
+
+    ε² is the tuned value at T = `at`, so the measured epochs are `at`; the ratio's interval is the
+    hull over the cells.
+
+    Args:
+        study: finished cells.
+        experiment: which; labelled by n.
+        where: labels that are held.
+        at: T.
+        constant: C, from a cell's options.
+    """
+    xs, rows = [], []
+    for result in study.find(experiment, where):
+        num = float(result.cell.labels["n"])
+        tuned = study.tuned(result, "all")
+        row = [*result.checkpoints].index(at)
+        predicted = np.log(constant(result.cell.options)) - np.log(num) - 2 * tuned.log_value[row]
+        xs.append(num)
+        rows.append(np.log(at) - predicted)
+    ends = [interval(np.exp(row)) for row in rows]
+    middle = float(np.exp(np.mean([row[0] for row in rows])))
+    found = Interval(middle, min(e.low for e in ends), max(e.high for e in ends))
+    return Measured(
+        found,
+        [_series("measured over predicted", xs, np.stack(rows))],
+        "samples n",
+        f"epochs to ε, measured over predicted (T = {at})",
+        is_power=False,
+    )
+
+
+def of_estimate(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    of: str,
+    name: str = "measured",
+) -> Measured:
+    """Exponent in eps of an estimate's error or bias in one cell.
+
+    Args:
+        study: finished cells.
+        experiment: which.
+        where: labels of the cell.
+        of: "error" (root mean square of s − ⟨v, ∇f⟩) or "bias" (norm of the mean of g − ∇f).
+        name: in the legend.
+    """
+    result = study.one(experiment, where)
+    weights, eps = study.weights(result), result.arrays["eps"]
+    log_y = _log_error(result, weights) if of == "error" else _log_bias(result, weights)
+    titles = {"error": "root mean square of s − ⟨v, ∇f⟩", "bias": "‖E g − ∇f‖"}
+    return Measured(exponent(eps, log_y), [_series(name, eps, log_y)], "eps", titles[of])
+
+
+def _log_error(result: Result, weights: np.ndarray) -> np.ndarray:
+    return np.asarray(0.5 * np.log(result.arrays["error2"] @ weights))
+
+
+def _log_bias(result: Result, weights: np.ndarray) -> np.ndarray:
+    """Of the norm of the mean; what chance adds to its square is taken off."""
+    bias = np.moveaxis(result.arrays["bias"], 1, -1)  # [eps, d, seeds]
+    mean = bias @ weights
+    spread = (bias**2 @ weights - mean**2).sum(1) / bias.shape[-1]
+    square = (mean**2).sum(1) - spread
+    return np.asarray(0.5 * np.log(np.where(square > 0, square, np.nan)))
+
+
+def size_across(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    label: str,
+    x_title: str,
+    name: str = "measured",
+) -> Measured:
+    """Exponent in a label of E‖g‖², at the largest eps."""
+    results = study.find(experiment, where)
+    xs = [float(result.cell.labels[label]) for result in results]
+    log_y = np.stack([np.log(r.arrays["size2"][-1] @ study.weights(r)) for r in results])
+    return Measured(exponent(xs, log_y), [_series(name, xs, log_y)], x_title, "E‖g‖² where ∇f = 0")
+
+
+def harmless_eps(
+    study: Study,
+    *,
+    experiment: str,
+    where: Mapping[str, Any],
+    label: str,
+    x_title: str,
+    factor: float = 2.0,
+    name: str = "measured",
+) -> Measured:
+    """Exponent in a label of the eps that makes the tuned value `factor` times as large."""
+    per_label: dict[float, list[Result]] = {}
+    for result in study.find(experiment, where):
+        per_label.setdefault(float(result.cell.labels[label]), []).append(result)
+    rows = []
+    for results in per_label.values():
+        ordered = sorted(results, key=lambda r: float(r.cell.labels["eps"]))
+        eps = np.array([float(r.cell.labels["eps"]) for r in ordered])
+        logs = np.stack([study.tuned(r, "x").log_value[-1] for r in ordered])
+        # Falls where the value rises: `epochs_to` finds the first crossing.
+        rows.append(epochs_to(eps, -logs, -(logs[0] + np.log(factor))))
+    log_y = np.stack(rows)
+    xs = [*per_label]
+    return Measured(
+        exponent(xs, log_y),
+        [_series(name, xs, log_y)],
+        x_title,
+        f"eps that makes the value {factor:g} times as large",
+    )
