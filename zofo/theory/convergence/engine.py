@@ -24,7 +24,7 @@ import numpy as np
 from zofo.estimator import Estimator
 from zofo.noise import Distribution
 from zofo.reshuffle import Sampling, epoch_order
-from zofo.theory.problems.base import Problem
+from zofo.theory.problems.base import QUADRATIC, Problem
 
 _BLOCK: Final = 64
 """Epochs whose orders are drawn at a time."""
@@ -140,7 +140,11 @@ def run(
         if epoch < checkpoints[-1]:
             block = _orders(num, tuple(seeds), epoch // _BLOCK, setting.sampling)
             order = block[epoch % _BLOCK]
-            kernels.move(*common, points, lost, lr_x, lr_y, keys, order, epoch * num, *how)
+            where = (points, lost, lr_x, lr_y, keys, order, epoch * num)
+            if kind == QUADRATIC and setting.base_order == "zeroth":
+                kernels.move_quadratic(*common[1:], *where, *how[1:])
+            else:
+                kernels.move(*common, *where, *how)
             if on_epoch is not None:
                 on_epoch(epoch + 1)
     means = np.stack([mean for mean, _ in found], axis=1)

@@ -31,10 +31,10 @@ class Scale:
         num_draws: directions of a seed where estimates are looked at alone.
     """
 
-    num_seeds: int = 32
+    num_seeds: int = 24
     shorter: int = 0
     keep: int = 99
-    per_octave: int = 3
+    per_octave: int = 2
     num_draws: int = 4096
 
 
@@ -90,7 +90,7 @@ NETWORK: Final = {"num_samples": 8, "hidden": 4, "inputs": 4, "target_noise": 1.
 
 
 def _order(scale: Scale) -> list[Any]:
-    epochs = doubling(16, 8192, scale)
+    epochs = doubling(16, 4096, scale)
     rates = Rates(-12, -1, scale.per_octave)
     cells = []
     for variant, samplings, options in (
@@ -130,7 +130,7 @@ def _network(experiment: str, setting: Setting, rates: Rates, scale: Scale) -> l
             NETWORK,
             replace(setting, sampling=sampling),
             rates,
-            doubling(16, 2048, scale),
+            doubling(16, 1024, scale),
             scale.num_seeds,
         )
         for sampling in ("reshuffle", "with-replacement")
@@ -147,7 +147,7 @@ def _zeroth(scale: Scale) -> list[Any]:
             options,
             replace(ZEROTH, sampling=sampling),
             Rates(-14, -2, scale.per_octave),
-            doubling(16, 8192, scale),
+            doubling(16, 4096, scale),
             scale.num_seeds,
         )
         for sampling in ("reshuffle", "shuffle-once", "with-replacement")
@@ -175,7 +175,7 @@ def _samples(scale: Scale) -> list[Any]:
 
 
 def _dimension(scale: Scale) -> list[Any]:
-    dims = (4, 8, 16, 32, 64, 128)[: scale.keep]
+    dims = (4, 8, 16, 32, 64)[: scale.keep]
     spectra: dict[str, Callable[[int], dict[str, Any]]] = {
         "flat": flat,
         "low-rank": lambda num: {"kind": "low-rank", "num": num, "rank": 4},
@@ -228,7 +228,7 @@ def _estimate(scale: Scale) -> list[Any]:
         cell({"of": "bias", "estimator": e}, "growing", bent, large) for e in ("forward", "central")
     ]
     for kind in ("flat", "low-rank"):
-        for d in (4, 8, 16, 32, 64, 128)[: scale.keep]:
+        for d in (4, 8, 16, 32, 64)[: scale.keep]:
             spectrum = {"kind": kind, "num": d, **({"rank": 4} if kind == "low-rank" else {})}
             labels = {"of": "size", "estimator": "forward", "spectrum": kind, "d_x": d}
             cells.append(cell(labels, "quadratic", quadratic(4, spectrum, flat(2)), (0.1,)))
@@ -248,7 +248,7 @@ def _eps(scale: Scale) -> list[Any]:
             scale.num_seeds,
         )
         for d in (4, 8, 16, 32, 64)[: scale.keep]
-        for k in range(-7, 4, 1 if scale.keep > 9 else 2)
+        for k in range(-7, 4, 1 if scale.keep > 9 else 3)
     ]
 
 
@@ -358,7 +358,7 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
         "dimension",
         "Dimension of the base, effective rank",
         "Is it the dimension or the effective rank that the base's rate must shrink with?",
-        "Hybrid steps, d_x = 4 to 128: flat spectrum, and four large curvatures with a faint tail.",
+        "Hybrid steps, d_x = 4 to 64: flat spectrum, and four large curvatures with a faint tail.",
         _dimension,
     ),
     Experiment(

