@@ -35,7 +35,7 @@ class Scale:
     shorter: int = 0
     keep: int = 99
     per_octave: int = 2
-    num_draws: int = 4096
+    num_draws: int = 16384
 
 
 FULL: Final = Scale()
@@ -205,7 +205,9 @@ def _estimate(scale: Scale) -> list[Any]:
         "num_samples": 4,
     }
 
-    def cell(labels: dict[str, Any], problem: str, options: Any, eps: Sequence[float]) -> Any:
+    def cell(
+        labels: dict[str, Any], problem: str, options: Any, eps: Sequence[float], share: int = 1
+    ) -> Any:
         return EstimateCell(
             "estimate",
             labels,
@@ -215,7 +217,7 @@ def _estimate(scale: Scale) -> list[Any]:
             str(labels["estimator"]),
             "gaussian",
             tuple(eps),
-            scale.num_draws,
+            scale.num_draws // share,
             scale.num_seeds,
         )
 
@@ -228,10 +230,10 @@ def _estimate(scale: Scale) -> list[Any]:
         cell({"of": "bias", "estimator": e}, "growing", bent, large) for e in ("forward", "central")
     ]
     for kind in ("flat", "low-rank"):
-        for d in (4, 8, 16, 32, 64)[: scale.keep]:
+        for d in (16, 64, 256, 1024)[: scale.keep]:
             spectrum = {"kind": kind, "num": d, **({"rank": 4} if kind == "low-rank" else {})}
             labels = {"of": "size", "estimator": "forward", "spectrum": kind, "d_x": d}
-            cells.append(cell(labels, "quadratic", quadratic(4, spectrum, flat(2)), (0.1,)))
+            cells.append(cell(labels, "quadratic", quadratic(4, spectrum, flat(2)), (0.1,), 8))
     return cells
 
 
@@ -267,7 +269,7 @@ def _two_rates(scale: Scale) -> list[Any]:
                 height_y=float(ratio),
             ),
             ZEROTH,
-            Rates(-11, 0, 1, high_y=11),
+            Rates(-11, 11, 1, high_y=11),
             doubling(64, 1024, scale),
             scale.num_seeds,
         )
@@ -322,12 +324,12 @@ def _growth(scale: Scale) -> list[Any]:
                 "start_y": 0.1,
             },
             Setting(base_order=order),
-            Rates(-13, 3, 2 * scale.per_octave, times_y=0.0),
+            Rates(-17, 2, 2 * scale.per_octave, times_y=0.0),
             doubling(16, 64, scale),
             scale.num_seeds,
         )
         for order in ("first", "zeroth")
-        for start in (0.5, 1.0, 2.0, 3.0, 4.0, 5.0)[: max(scale.keep, 3)]
+        for start in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)[: max(scale.keep, 3)]
     ]
 
 

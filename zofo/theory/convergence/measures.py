@@ -8,7 +8,7 @@ which runs do not diverge.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -142,13 +142,13 @@ def in_epochs(
     where: Mapping[str, Any],
     of: str = "value",
     part: str = "all",
-    begin: int = 1,
+    last: int = 6,
     name: str = "measured",
 ) -> Measured:
-    """Exponent in T of the tuned value or rate of one cell, from T = `begin` on."""
+    """Exponent in T of the tuned value or rate of one cell, over its last checkpoints."""
     result = study.one(experiment, where)
     tuned = study.tuned(result, part)
-    window = result.checkpoints >= begin
+    window = slice(-last, None)
     log_y = tuned.log_value if of == "value" else tuned.log_rate
     note = "" if tuned.is_inside[window].all() else AT_EDGE
     x = result.checkpoints
@@ -168,12 +168,13 @@ def across(
     label: str,
     of: str = "value",
     part: str = "all",
-    at: int | None = None,
     per: Callable[[float], float] | None = None,
     x_title: str = "",
     name: str = "measured",
 ) -> Measured:
-    """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap at one T.
+    """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap at the last T.
+
+    The interval of a cap's exponent is widened by what the grid's spacing leaves open.
 
     Args:
         study: finished cells.
@@ -182,7 +183,6 @@ def across(
         label: that varies.
         of: "value", "rate" or "cap".
         part: of the gradient.
-        at: T; the last checkpoint if None.
         per: the abscissa as a function of the label.
         x_title: of the abscissa.
         name: in the legend.
@@ -191,17 +191,22 @@ def across(
     for result in study.find(experiment, where):
         label_value = float(result.cell.labels[label])
         xs.append(per(label_value) if per is not None else label_value)
-        row = len(result.checkpoints) - 1 if at is None else [*result.checkpoints].index(at)
         if of == "cap":
             rows.append(log_cap(result, study.weights(result), part))
             inside &= bool(np.isfinite(rows[-1]).all())
         else:
             tuned = study.tuned(result, part)
-            rows.append((tuned.log_value if of == "value" else tuned.log_rate)[row])
-            inside &= bool(tuned.is_inside[row])
+            rows.append((tuned.log_value if of == "value" else tuned.log_rate)[-1])
+            inside &= bool(tuned.is_inside[-1])
     log_y = np.stack(rows)
+    found = exponent(xs, log_y, "" if inside else AT_EDGE)
+    if of == "cap":
+        # Each cap is known to half a step of the grid, however many seeds agree.
+        step = float(np.diff(np.log(result.arrays["rates"][:2, 0]))[0])
+        slack = step / abs(np.log(xs[-1] / xs[0]))
+        found = replace(found, low=found.low - slack, high=found.high + slack)
     return Measured(
-        exponent(xs, log_y, "" if inside else AT_EDGE),
+        found,
         [_series(name, xs, log_y)],
         x_title or label,
         _TITLES[of],
@@ -316,31 +321,30 @@ def reading(
     experiment: str,
     where: Mapping[str, Any],
     power: float,
-    calibrated_at: int,
-    target_at: int,
+    calibrated: int = -3,
+    target: int = -2,
     name: str,
 ) -> Measured:
     """Exponent in n of the epochs to ε when rates follow c / (√T n^power).
 
-    c is the best for the smallest n and T = `calibrated_at`; ε² is what the smallest n reaches at
-    T = `target_at` with it.
+    c is the best for the smallest n at one checkpoint; ε² is what the smallest n reaches with it at
+    another.
 
     Args:
         study: finished cells.
         experiment: which; labelled by n.
         where: labels that are held.
         power: 1/2 for the reading √(T n), 1 for √T n.
-        calibrated_at: T at which c is tuned.
-        target_at: T at which ε is set.
+        calibrated: row of the checkpoint at which c is tuned.
+        target: row of the checkpoint at which ε is set.
         name: in the legend.
     """
     results = study.find(experiment, where)
     smallest = results[0]
     num_0 = float(smallest.cell.labels["n"])
-    row = [*smallest.checkpoints].index(calibrated_at)
-    rate_0 = float(np.exp(study.tuned(smallest, "all").log_rate[row, 0]))
-    c = rate_0 * calibrated_at**0.5 * num_0**power
-    rows, xs, target = [], [], None
+    rate_0 = float(np.exp(study.tuned(smallest, "all").log_rate[calibrated, 0]))
+    c = rate_0 * float(smallest.checkpoints[calibrated]) ** 0.5 * num_0**power
+    rows, xs, log_target = [], [], None
     for result in results:
         num, x = float(result.cell.labels["n"]), result.checkpoints
         log_values = at_rates(
@@ -349,9 +353,9 @@ def reading(
             c / (x**0.5 * num**power),
             study.weights(result),
         )
-        if target is None:
-            target = float(log_values[[*x].index(target_at), 0])
-        rows.append(epochs_to(x, log_values, target))
+        if log_target is None:
+            log_target = float(log_values[target, 0])
+        rows.append(epochs_to(x, log_values, log_target))
         xs.append(num)
     log_y = np.stack(rows)
     return Measured(exponent(xs, log_y), [_series(name, xs, log_y)], "samples n", "epochs to ε")
@@ -362,29 +366,26 @@ def predicted_epochs(
     *,
     experiment: str,
     where: Mapping[str, Any],
-    at: int,
     constant: Callable[[Mapping[str, Any]], float],
 ) -> Measured:
     """Measured epochs to ε over those predicted by T = C / (n ε⁴), for every n and ε.
 
-    ε² is the tuned value at T = `at`, so the measured epochs are `at`; the ratio's interval is the
-    hull over the cells.
+    ε² is the tuned value at the last T, which is then the measured number of epochs; the interval
+    is the hull over the cells.
 
     Args:
         study: finished cells.
         experiment: which; labelled by n.
         where: labels that are held.
-        at: T.
         constant: C, from a cell's options.
     """
     xs, rows = [], []
     for result in study.find(experiment, where):
         num = float(result.cell.labels["n"])
         tuned = study.tuned(result, "all")
-        row = [*result.checkpoints].index(at)
-        predicted = np.log(constant(result.cell.options)) - np.log(num) - 2 * tuned.log_value[row]
+        predicted = np.log(constant(result.cell.options)) - np.log(num) - 2 * tuned.log_value[-1]
         xs.append(num)
-        rows.append(np.log(at) - predicted)
+        rows.append(np.log(result.checkpoints[-1]) - predicted)
     ends = [interval(np.exp(row)) for row in rows]
     middle = float(np.exp(np.mean([row[0] for row in rows])))
     found = Interval(middle, min(e.low for e in ends), max(e.high for e in ends))
@@ -392,7 +393,7 @@ def predicted_epochs(
         found,
         [_series("measured over predicted", xs, np.stack(rows))],
         "samples n",
-        f"epochs to ε, measured over predicted (T = {at})",
+        "epochs to ε, measured over predicted",
         is_power=False,
     )
 
