@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from zofo.cli.app import app
 from zofo.theory.convergence import cells as storage
-from zofo.theory.convergence.claims import CLAIMS
+from zofo.theory.convergence.claim_table import CLAIMS
 from zofo.theory.convergence.experiments import EXPERIMENTS, FULL, QUICK
 from zofo.theory.convergence.run import make_plan
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from zofo.theory.convergence import claims, fits
+from zofo.theory.convergence.claim_table import CLAIMS
 from zofo.theory.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
 from zofo.theory.convergence.fits import Interval
-from zofo.theory.convergence.measures import epochs_to
+from zofo.theory.convergence.readings import epochs_to
 
 NUM_SEEDS = 24
 T = np.array([16.0, 32, 64, 128, 256, 512])
@@ -127,6 +128,6 @@ def test_what_cannot_be_trusted_is_undecided():
 
 
 def test_every_claim_names_one_of_its_candidates():
-    for claim in claims.CLAIMS:
+    for claim in CLAIMS:
         assert isinstance(claim.claimed, tuple) or claim.claimed in claim.candidates, claim.name
-    assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)

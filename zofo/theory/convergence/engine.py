@@ -78,7 +78,7 @@ class Traces:
         return np.asarray(self.mean_x + self.mean_y)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=2048)
 def _orders(num_samples: int, seeds: tuple[int, ...], block: int, sampling: Sampling) -> np.ndarray:
     """Sample indices of a block of epochs: int64, [epochs, seeds, n]."""
     epochs = range(block * _BLOCK, (block + 1) * _BLOCK)

@@ -17,7 +17,6 @@ from zofo.theory.convergence.cells import Result
 from zofo.theory.convergence.fits import (
     Interval,
     Tuned,
-    at_rates,
     exponent,
     interval,
     means,
@@ -116,7 +115,8 @@ def values_of(result: Result, part: str) -> np.ndarray:
     return result.arrays["last" if part == "last" else f"mean_{part}"]
 
 
-def _series(name: str, x: Sequence[float], log_y: np.ndarray) -> Series:
+def series_of(name: str, x: Sequence[float], log_y: np.ndarray) -> Series:
+    """Points with intervals from log_y, [points, resamples]."""
     ends = [interval(row) for row in np.exp(log_y)]
     return Series(
         name,
@@ -154,7 +154,7 @@ def in_epochs(
     x = result.checkpoints
     return Measured(
         exponent(x[window], log_y[window], note),
-        [_series(name, x, log_y)],
+        [series_of(name, x, log_y)],
         "epochs T",
         "‖∇f‖² after T epochs, best rate" if part == "last" else _TITLES[of],
     )
@@ -207,7 +207,7 @@ def across(
         found = replace(found, low=found.low - slack, high=found.high + slack)
     return Measured(
         found,
-        [_series(name, xs, log_y)],
+        [series_of(name, xs, log_y)],
         x_title or label,
         _TITLES[of],
     )
@@ -244,7 +244,7 @@ def ratio(
     inside = all(t.is_inside[-1] for t in tuned)
     return Measured(
         interval(np.exp(logs[-1]), "" if inside else AT_EDGE),
-        [_series(name, results[0].checkpoints, logs)],
+        [series_of(name, results[0].checkpoints, logs)],
         "epochs T",
         "ratio of tuned values",
         is_power=False,
@@ -265,7 +265,7 @@ def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Meas
     )
     return Measured(
         interval(np.exp(gain[-1]), AT_EDGE if on_edge else ""),
-        [_series("one rate over two", result.checkpoints, gain)],
+        [series_of("one rate over two", result.checkpoints, gain)],
         "epochs T",
         "value with one rate / value with two",
         is_power=False,
@@ -288,195 +288,4 @@ def lost_with_one_rate(study: Study, *, experiment: str, where: Mapping[str, Any
         "the adapter's best rate, taken for both blocks",
         "share of seeds that diverge",
         is_power=False,
-    )
-
-
-def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
-    """T at which values first fall to a target, interpolated on log scales: [resamples], log T.
-
-    Args:
-        x: T, ascending.
-        log_values: [T, resamples].
-        log_target: of ε², one or one a resample.
-
-    Returns:
-        log T; NaN where the target is not reached, or is before the first T.
-    """
-    log_x = np.log(x.astype(np.float64))
-    out = np.full(log_values.shape[1], np.nan)
-    targets = np.broadcast_to(log_target, out.shape)
-    for b in range(len(out)):
-        column = log_values[:, b]
-        below = np.flatnonzero(column <= targets[b])
-        if len(below) and below[0] > 0:
-            i = below[0]
-            share = (column[i - 1] - targets[b]) / (column[i - 1] - column[i])
-            out[b] = log_x[i - 1] + share * (log_x[i] - log_x[i - 1])
-    return out
-
-
-def reading(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    power: float,
-    calibrated: int = -3,
-    target: int = -2,
-    name: str,
-) -> Measured:
-    """Exponent in n of the epochs to ε when rates follow c / (√T n^power).
-
-    c is the best for the smallest n at one checkpoint; ε² is what the smallest n reaches with it at
-    another.
-
-    Args:
-        study: finished cells.
-        experiment: which; labelled by n.
-        where: labels that are held.
-        power: 1/2 for the reading √(T n), 1 for √T n.
-        calibrated: row of the checkpoint at which c is tuned.
-        target: row of the checkpoint at which ε is set.
-        name: in the legend.
-    """
-    results = study.find(experiment, where)
-    smallest = results[0]
-    num_0 = float(smallest.cell.labels["n"])
-    rate_0 = float(np.exp(study.tuned(smallest, "all").log_rate[calibrated, 0]))
-    c = rate_0 * float(smallest.checkpoints[calibrated]) ** 0.5 * num_0**power
-    rows, xs, log_target = [], [], None
-    for result in results:
-        num, x = float(result.cell.labels["n"]), result.checkpoints
-        log_values = at_rates(
-            values_of(result, "all"),
-            result.arrays["rates"][:, 0],
-            c / (x**0.5 * num**power),
-            study.weights(result),
-        )
-        if log_target is None:
-            log_target = float(log_values[target, 0])
-        rows.append(epochs_to(x, log_values, log_target))
-        xs.append(num)
-    log_y = np.stack(rows)
-    return Measured(exponent(xs, log_y), [_series(name, xs, log_y)], "samples n", "epochs to ε")
-
-
-def predicted_epochs(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    constant: Callable[[Mapping[str, Any]], float],
-) -> Measured:
-    """Measured epochs to ε over those predicted by T = C / (n ε⁴), for every n and ε.
-
-    ε² is the tuned value at the last T, which is then the measured number of epochs; the interval
-    is the hull over the cells.
-
-    Args:
-        study: finished cells.
-        experiment: which; labelled by n.
-        where: labels that are held.
-        constant: C, from a cell's options.
-    """
-    xs, rows = [], []
-    for result in study.find(experiment, where):
-        num = float(result.cell.labels["n"])
-        tuned = study.tuned(result, "all")
-        predicted = np.log(constant(result.cell.options)) - np.log(num) - 2 * tuned.log_value[-1]
-        xs.append(num)
-        rows.append(np.log(result.checkpoints[-1]) - predicted)
-    ends = [interval(np.exp(row)) for row in rows]
-    middle = float(np.exp(np.mean([row[0] for row in rows])))
-    found = Interval(middle, min(e.low for e in ends), max(e.high for e in ends))
-    return Measured(
-        found,
-        [_series("measured over predicted", xs, np.stack(rows))],
-        "samples n",
-        "epochs to ε, measured over predicted",
-        is_power=False,
-    )
-
-
-def of_estimate(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    of: str,
-    name: str = "measured",
-) -> Measured:
-    """Exponent in eps of an estimate's error or bias in one cell.
-
-    Args:
-        study: finished cells.
-        experiment: which.
-        where: labels of the cell.
-        of: "error" (root mean square of s − ⟨v, ∇f⟩) or "bias" (norm of the mean of g − ∇f).
-        name: in the legend.
-    """
-    result = study.one(experiment, where)
-    weights, eps = study.weights(result), result.arrays["eps"]
-    log_y = _log_error(result, weights) if of == "error" else _log_bias(result, weights)
-    titles = {"error": "root mean square of s − ⟨v, ∇f⟩", "bias": "‖E g − ∇f‖"}
-    return Measured(exponent(eps, log_y), [_series(name, eps, log_y)], "eps", titles[of])
-
-
-def _log_error(result: Result, weights: np.ndarray) -> np.ndarray:
-    return np.asarray(0.5 * np.log(result.arrays["error2"] @ weights))
-
-
-def _log_bias(result: Result, weights: np.ndarray) -> np.ndarray:
-    """Of the norm of the mean; what chance adds to its square is taken off."""
-    bias = np.moveaxis(result.arrays["bias"], 1, -1)  # [eps, d, seeds]
-    mean = bias @ weights
-    spread = (bias**2 @ weights - mean**2).sum(1) / bias.shape[-1]
-    square = (mean**2).sum(1) - spread
-    return np.asarray(0.5 * np.log(np.where(square > 0, square, np.nan)))
-
-
-def size_across(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    label: str,
-    x_title: str,
-    name: str = "measured",
-) -> Measured:
-    """Exponent in a label of E‖g‖², at the largest eps."""
-    results = study.find(experiment, where)
-    xs = [float(result.cell.labels[label]) for result in results]
-    log_y = np.stack([np.log(r.arrays["size2"][-1] @ study.weights(r)) for r in results])
-    return Measured(exponent(xs, log_y), [_series(name, xs, log_y)], x_title, "E‖g‖² where ∇f = 0")
-
-
-def harmless_eps(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    label: str,
-    x_title: str,
-    factor: float = 2.0,
-    name: str = "measured",
-) -> Measured:
-    """Exponent in a label of the eps that makes the tuned value `factor` times as large."""
-    per_label: dict[float, list[Result]] = {}
-    for result in study.find(experiment, where):
-        per_label.setdefault(float(result.cell.labels[label]), []).append(result)
-    rows = []
-    for results in per_label.values():
-        ordered = sorted(results, key=lambda r: float(r.cell.labels["eps"]))
-        eps = np.array([float(r.cell.labels["eps"]) for r in ordered])
-        logs = np.stack([study.tuned(r, "x").log_value[-1] for r in ordered])
-        # Falls where the value rises: `epochs_to` finds the first crossing.
-        rows.append(epochs_to(eps, -logs, -(logs[0] + np.log(factor))))
-    log_y = np.stack(rows)
-    xs = [*per_label]
-    return Measured(
-        exponent(xs, log_y),
-        [_series(name, xs, log_y)],
-        x_title,
-        f"eps that makes the value {factor:g} times as large",
     )

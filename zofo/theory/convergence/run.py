@@ -21,7 +21,8 @@ from zofo.errors import UserError
 from zofo.files import write_json
 from zofo.theory.convergence import cells as storage
 from zofo.theory.convergence.cells import ENGINES, Engine, Result
-from zofo.theory.convergence.claims import CLAIMS, Finding, findings
+from zofo.theory.convergence.claim_table import CLAIMS
+from zofo.theory.convergence.claims import Finding, findings
 from zofo.theory.convergence.experiments import EXPERIMENTS, FULL, QUICK, Experiment, Scale
 from zofo.theory.convergence.measures import Study
 
