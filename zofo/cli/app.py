@@ -448,6 +448,38 @@ def bench(
         run_bench(settings, json_file)
 
 
+@app.command()
+@reports_errors
+def convergence(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT]...", help="Which; --list names them. Default: all."),
+    ] = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the study; continued if there.")] = (
+        Path("runs/convergence")
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few seeds, epochs and rates: to try it out.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="compiled, or optimizer: zofo.HybridOptimizer itself, slow.")
+    ] = "compiled",
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of every cell; default: 32, 6 with --quick.")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
+) -> None:
+    """Test what the theory claims on problems with known constants: exponents, caps, readings.
+
+    zofo convergence --to runs/convergence
+
+    zofo convergence order zeroth --quick --to runs/quick
+    """
+    from zofo.cli.theory import convergence as run_convergence
+
+    run_convergence(list(experiments or []), to, quick, engine, seeds, show_list)
+
+
 def main() -> None:
     """Entry point."""
     app()
