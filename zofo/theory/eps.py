@@ -153,6 +153,8 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
         tol: largest error of s over its size.
     """
     errors, eps = _errors(ladder, estimator), ladder.eps
+    if not np.isfinite(errors).any():
+        return _no_plateau(eps)
     power = 1 if estimator == "forward" else 2
     best = int(np.argmin(errors))
     small = errors[: best + 1] * eps[: best + 1]
@@ -177,6 +179,20 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
         is_open_low=a == 0,
         is_open_high=b == 0,
         quadratic_to=_quadratic_to(ladder, best),
+    )
+
+
+def _no_plateau(eps: np.ndarray) -> Plateau:
+    """Of a loss that no direction moves."""
+    return Plateau(
+        eps=math.sqrt(float(eps[0]) * float(eps[-1])),
+        low=math.inf,
+        high=0.0,
+        error=math.inf,
+        rungs=tuple((value, math.inf) for value in eps.tolist()),
+        is_open_low=False,
+        is_open_high=False,
+        quadratic_to=float(eps[-1]),
     )
 
 

@@ -312,6 +312,8 @@ def zeroth_rate(
         noise=max(noise, 1e-30),
         curvature=curvature,
     )
+    if found.largest_slope == 0:  # no direction moves the loss: neither does the block
+        wanted = 0.0
     limits = {"no signal" if found.signal <= 0 else "horizon": wanted}
     limits |= {"stability": stable, "reach": reach}
     limited_by = min(limits, key=lambda name: limits[name])
