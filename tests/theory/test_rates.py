@@ -51,19 +51,19 @@ def test_moments_are_those_of_the_quadratic():
 
 
 def test_signal_is_unbiased_where_there_is_none():
-    found = moments(measured(EIGENVALUES, np.zeros(22), 3.0, num=20000))
-    assert abs(found.signal) < 0.02
+    found = moments(measured(EIGENVALUES, np.zeros(22), 3.0, num=8000))
+    assert abs(found.signal) < 0.03
     assert abs(np.square(measured(EIGENVALUES, np.zeros(22), 3.0).slopes.mean(axis=1)).mean()) > 0.3
 
 
 def test_intervals_of_few_directions_hold_the_truth():
     """Bootstrap with expanded percentiles: 95% asked of six directions, at least 80% reached."""
     hits = 0
-    for seed in range(200):
+    for seed in range(100):
         directions = measured(EIGENVALUES, GRADIENT, 0.5, num=6, seed=seed)
         low, high = (getattr(moments(directions).intervals()["trace"], k) for k in ("low", "high"))
         hits += low <= EIGENVALUES.sum() <= high
-    assert hits >= 160
+    assert hits >= 80
 
 
 def test_expanded_percentiles_are_wider_for_small_samples():
@@ -99,14 +99,14 @@ def test_stability_is_that_of_the_recursion(eigenvalues, num_directions):
 def test_the_recursion_is_what_gaussian_directions_do(num_directions):
     generator = np.random.default_rng(0)
     eigenvalues, x0, rate = np.array([3.0, 1.0, 0.5, 0.2]), np.array([1.0, -1.0, 2.0, 0.5]), 0.1
-    x = np.tile(x0, (400_000, 1))
+    x = np.tile(x0, (200_000, 1))
     expected = x0**2
     for _ in range(3):
         v = generator.normal(size=(num_directions, *x.shape))
         scalars = (v * (eigenvalues * x)).sum(axis=2, keepdims=True)
         x = x - rate * (scalars * v).mean(axis=0)
         expected = second_moments(rate, eigenvalues, num_directions) @ expected
-    assert np.square(x).mean(axis=0) == pytest.approx(expected, rel=0.02)
+    assert np.square(x).mean(axis=0) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(("factor", "falls"), [(0.95, True), (1.05, False)])
@@ -144,7 +144,7 @@ def test_the_loss_after_n_steps_is_that_of_the_recursion():
         g = signal * expected / loss
         expected -= rate * g - 0.5 * rate**2 * (g + noise) * curvature
     after = loss_after(rate, 50, loss=loss, signal=signal, noise=noise, curvature=curvature)
-    assert float(after) == pytest.approx(expected, rel=0.02)
+    assert float(after) == pytest.approx(expected, rel=0.03)
     still = loss_after(rate, 50, loss=loss, signal=0.0, noise=noise, curvature=curvature)
     assert float(still) == pytest.approx(loss + 50 * 0.5 * rate**2 * noise * curvature)
 

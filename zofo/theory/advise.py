@@ -7,8 +7,8 @@ r"""Rates and smoothing radius for a run, from a few dozen forwards and backward
     5  rates, caps, expected progress, verdict
 
 Hybrid moves its base at points where the adapter has already learnt something, so the base is
-measured at both ends of a short training. The advised rate is the geometric mean of the two, and
-never above half of what is stable at either.
+measured at both ends of a short training. The advised rate is the one that the model of a run
+prefers on average over the two, and never above half of what is stable at either.
 
 Weights, buffers, flags and generators are bit for bit what they were afterwards.
 """
@@ -31,7 +31,15 @@ from zofo.theory.caps import cap, epochs_to
 from zofo.theory.curvature import AlongUpdate, along_update, measure_directions
 from zofo.theory.eps import Plateau, measure_ladder, plateau, weight_scale
 from zofo.theory.probe import LossAndRows, Probe, untouched
-from zofo.theory.rates import Moments, ZerothRate, moments, progress_at, total, zeroth_rate
+from zofo.theory.rates import (
+    Moments,
+    ZerothRate,
+    compromise,
+    moments,
+    progress_at,
+    total,
+    zeroth_rate,
+)
 from zofo.theory.split import groups_of, split_rates
 from zofo.theory.virtual import (
     FirstRate,
@@ -244,9 +252,12 @@ class _Work:
         rate, later = advice.zeroth_start.rate, advice.at_start
         if advice.at_later is not None:
             advice.zeroth_later = self._rate_of(advice.at_later, advice)
-            both = advice.zeroth_start, advice.zeroth_later
-            rate = math.sqrt(both[0].rate * both[1].rate)
-            rate = min(rate, *(z.stable for z in both), *(z.reach for z in both))
+            rate = compromise(
+                [
+                    (advice.at_start, advice.zeroth_start),
+                    (advice.at_later, advice.zeroth_later),
+                ]
+            )
             later = advice.at_later
         rate = _rounded(rate)
         advice.progress = progress_at(
@@ -374,9 +385,9 @@ class _Work:
 def _apply(advice: Advice, block: str, limit: float) -> None:
     rate = getattr(advice, f"{block}_lr")
     if isinstance(rate, dict):
-        setattr(advice, f"{block}_lr", {k: _rounded(min(r, limit)) for k, r in rate.items()})
+        setattr(advice, f"{block}_lr", {k: min(r, limit) for k, r in rate.items()})
     elif rate is not None:
-        setattr(advice, f"{block}_lr", _rounded(min(rate, limit)))
+        setattr(advice, f"{block}_lr", min(rate, limit))
 
 
 def _own_seed(seed: int) -> int:

@@ -318,7 +318,8 @@ def zeroth_rate(
     limits |= {"stability": stable, "reach": reach}
     limited_by = min(limits, key=lambda name: limits[name])
     rate = limits[limited_by]
-    one_step = max(found.signal, 0) / ((max(found.signal, 0) + noise) * curvature)
+    size = max(found.signal, 0.0) + noise
+    one_step = max(found.signal, 0.0) / (size * curvature) if size > 0 else 0.0
     return ZerothRate(
         rate=rate,
         one_step=one_step,
@@ -332,6 +333,34 @@ def zeroth_rate(
         num_steps=num_steps,
         loss=found.loss,
     )
+
+
+def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
+    """One rate for a run that passes through several points.
+
+    It makes the mean over the points of f_N / f_0 least, each with its own signal, noise and
+    careful curvature, and lies neither above what is stable or within reach at any of them, nor
+    above all of their own rates. Without signal anywhere it is the least of these.
+
+    Args:
+        points: moments with the rate that follows from each.
+    """
+    top = min(max(z.rate for _, z in points), *(min(z.stable, z.reach) for _, z in points))
+    if all(found.signal <= 0 for found, _ in points) or top <= 0:
+        return min(top, *(z.rate for _, z in points))
+    rates = top * np.logspace(-_DECADES, 0, _NUM_RATES)
+    left = np.zeros_like(rates)
+    for found, z in points:
+        after = loss_after(
+            rates,
+            z.num_steps,
+            loss=found.loss,
+            signal=found.signal,
+            noise=z.noise,
+            curvature=z.curvature,
+        )
+        left += after / max(found.loss, 1e-12)
+    return float(rates[int(np.argmin(left))])
 
 
 def progress_at(

@@ -8,6 +8,9 @@ which is least at η_g = G_g / (E s² τ_g): a group with much gradient and litt
 more. The best decrease is ½ Σ_g G_g² / (E s² τ_g); of one rate for all, ½ (Σ G_g)² / (E s² Σ τ_g).
 The first is never the smaller (Cauchy-Schwarz).
 
+G_g is a mean of few squares. Resampling four squares does not show how far such a mean may be off,
+so an interval of η_g reaches at least as far as that of a mean of n squared normals, χ²_n / n.
+
 A group's name is a set of shell patterns, the names of its weights with numbers replaced by `*`, as
 `base_lr` takes them.
 """
@@ -25,6 +28,9 @@ import numpy as np
 from zofo.theory.bootstrap import Interval, interval, quantile
 from zofo.theory.rates import CAUTION, Moments, bend
 
+_TAIL: Final = 0.01
+"""Of a group's χ² interval on either side: with ten pairs of groups, one or two in a hundred false
+splits."""
 LARGEST_RATIO: Final = 30.0
 """Choice: rates farther apart than any grid in the literature rest on too few directions."""
 
@@ -128,9 +134,7 @@ def split_rates(
         # As for the block: never below what the spread of the curvatures leaves open.
         careful = max(quantile(bends[name], CAUTION, num), 1e-30)
         best[name] = np.maximum(r[:, 0], 0) / (size * np.maximum(bends[name], careful / 2))
-    intervals = {
-        name: interval(float(values[0]), values, parts[name].num) for name, values in best.items()
-    }
+    intervals = {name: _interval_of(values, parts[name].num) for name, values in best.items()}
     careful_bends = {n: max(quantile(b, CAUTION, parts[n].num), 1e-30) for n, b in bends.items()}
     signals = {n: max(part.signal, 0.0) for n, part in parts.items()}
     apart = sum(signals[n] ** 2 / careful_bends[n] for n in parts)
@@ -158,3 +162,13 @@ def split_rates(
     rates = {pattern: float(raw[group] * scale) for pattern, group in patterns.items()}
     low, high = told[0]
     return Split(rates, intervals, gain, f"{low} and {high} lie apart")
+
+
+def _interval_of(replicates: np.ndarray, num: int) -> Interval:
+    """The hull of the bootstrap's interval and of that of a mean of squared normals."""
+    from scipy.stats import chi2
+
+    value = float(replicates[0])
+    found = interval(value, replicates, num)
+    low, high = (value * num / float(chi2.ppf(p, num)) for p in (1 - _TAIL, _TAIL))
+    return Interval(value, min(found.low, low), max(found.high, high))
