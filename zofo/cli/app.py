@@ -230,6 +230,40 @@ def study(
 
 @app.command()
 @reports_errors
+def advise(
+    arguments: Overrides = None,
+    caps: Annotated[
+        str | None,
+        typer.Option(
+            help="ignore or apply: whether the theorem's caps, always shown, lower the rates. "
+            "Default: apply with --target, else ignore."
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Norm of the gradient to reach, for the theorem's number of epochs."),
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Look for rates by group of base modules.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write numbers and measurements here.")
+    ] = None,
+) -> None:
+    """Measure learning rates and eps for a run, and what it may be expected to reach.
+
+    zofo advise configs/demo.yaml
+
+    zofo advise task=boolq adapter=prompt steps=500 --json advice.json
+    """
+    from zofo.cli.advising import advise as show_advice
+
+    path, overrides = split_arguments(arguments)
+    show_advice(path, overrides, caps=caps, target=target, split=split, json_file=json_file)
+
+
+@app.command()
+@reports_errors
 def doctor() -> None:
     """Show the environment: versions, devices, embedded models and data, what is missing."""
     from zofo.cli.looking import doctor as is_sound
