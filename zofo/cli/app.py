@@ -420,9 +420,7 @@ def bench(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
     ] = "smollm2-135m",
-    adapter: Annotated[
-        str, typer.Option(help="lora, prompt, or any other adapter.")
-    ] = "lora",
+    adapter: Annotated[str, typer.Option(help="lora, prompt, or any other adapter.")] = "lora",
     batch: Annotated[int, typer.Option(help="Rows.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

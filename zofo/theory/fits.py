@@ -238,7 +238,7 @@ def envelope(u: Sequence[float], constants: Sequence[float]) -> tuple[float, flo
         bounds=[(0, None), (0, None)],
         method="highs",
     )
-    constant, slope = found.x
+    constant, slope = np.asarray(found.x)
     # What the solver's tolerance left below a point.
     excess = max(1.0, float(np.max(b / (constant + slope * a))))
     return (

@@ -397,7 +397,7 @@ def _measure_start(
         options,
         records,
         0,
-        eps=config.eps,
+        eps=float(config.eps),
         seed=config.seed,
         distribution=config.distribution,
         say=say,

@@ -108,6 +108,10 @@ def load_smoothness(
         config = load_config(
             overrides=[o for o in overrides if o not in own], values=values or None
         )
+        if config.auto_keys:
+            problems.append(
+                f"{' and '.join(config.auto_keys)} is auto; take the numbers that zofo advise gives"
+            )
         if config.model.dtype != "float32" and (options.train or options.lanczos_steps):
             problems.append(
                 f"model.dtype is {config.model.dtype}, whose rounding is larger than what a step "

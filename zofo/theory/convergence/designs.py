@@ -76,7 +76,7 @@ def order(scale: Scale) -> list[Any]:
     epochs = doubling(16, 32768, scale)
     rates = Rates(-16, -1, scale.per_octave)
     cells = []
-    for variant, samplings, options in (
+    variants: tuple[tuple[str, tuple[Sampling, ...], dict[str, Any]], ...] = (
         (
             "curvature",
             ("reshuffle", "shuffle-once", "with-replacement"),
@@ -87,7 +87,8 @@ def order(scale: Scale) -> list[Any]:
             ("reshuffle", "with-replacement"),
             quadratic(4, flat(6), flat(2), noise_x=10.0, noise_y=10.0),
         ),
-    ):
+    )
+    for variant, samplings, options in variants:
         cells += [
             Cell(
                 "order",

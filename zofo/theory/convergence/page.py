@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.files import write_text
+from zofo.report.document import json_of, render_document
 from zofo.report.look import THEMES, template_of
-from zofo.report.page import _json, _policy
 from zofo.theory.convergence.cells import Result
 from zofo.theory.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Finding
 from zofo.theory.convergence.figures import figures_of
@@ -62,18 +61,6 @@ def write_page(plan: Plan, results: Sequence[Result], found: Sequence[Finding], 
 
 def render(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) -> str:
     """The page as text."""
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    assets = resources.files("zofo.report") / "assets"
-    scripts = [
-        text.replace("\r", "")
-        for text in (get_plotlyjs(), (assets / "report.js").read_text(encoding="utf-8"))
-    ]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((assets / "convergence.html.j2").read_text(encoding="utf-8"))
     figures = {name: figures_of(found, theme) for name, theme in THEMES.items()}
     data: dict[str, Any] = {
         "figures": {
@@ -94,12 +81,10 @@ def render(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) -> s
         }
         for f in found
     ]
-    return template.render(
+    return render_document(
+        "convergence.html.j2",
         mark=MARK,
-        policy=_policy(scripts),
-        style=(assets / "report.css").read_text(encoding="utf-8"),
-        scripts=scripts,
-        data=_json(data),
+        data=json_of(data),
         figures=figures["light"],
         experiments=plan.experiments,
         rows=rows,

@@ -5,6 +5,7 @@ Slow, and what the vectorised engine is tested against: nothing of it is used he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,6 +96,5 @@ def _one(
         sums = [total + part for total, part in zip(sums, now, strict=True)]
         if epoch < checkpoints[-1]:
             for index in sampler:
-                sample = torch.tensor(index)
-                optimizer.step(lambda sample=sample: model(sample))
+                optimizer.step(functools.partial(model, torch.tensor(index)))
     return found
