@@ -66,6 +66,18 @@ def test_where_nothing_moves_the_largest_harmless_rate_is_taken():
     assert not found.moved
 
 
+def test_a_rate_whose_loss_swings_is_no_equal_of_the_best():
+    """Its standard error is large, and so is the harm that it does."""
+
+    def train(rate):
+        generator = np.random.default_rng(round(1e6 * rate))
+        swing = 50.0 if rate > 0.02 else 0.01
+        held = 1 + swing * generator.exponential(size=40) * generator.choice([0.0, 4.0], size=40)
+        return VirtualRun(rate, tuple(1 + swing * generator.random(10)), held, np.full(40, 1.0))
+
+    assert search_rate(train, start=1e-2, num_steps=10, horizon=10).best < 0.02
+
+
 def test_the_length_of_a_short_training_follows_the_run():
     assert [num_virtual_steps(n) for n in (10, 100, 10_000)] == [5, 10, 20]
 

@@ -38,6 +38,8 @@ RATIO: Final = 10**0.5
 MAX_RATES: Final = 5
 _WORSE: Final = 2.0
 """Standard errors of the paired difference by which a rate must be worse to be told apart."""
+_LARGEST_TIE: Final = 0.02
+"""Share of the loss at the start beyond which a rate is worse however uncertain that is."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,9 @@ def _is_worse(run: VirtualRun, than: VirtualRun) -> bool:
     fresh = np.array(run.losses[half:]) - np.array(than.losses[half:])
     both = (run.held - than.held, fresh)
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
-    return run.score - than.score > _WORSE * 0.5 * math.hypot(*errors)
+    # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
+    margin = min(_WORSE * 0.5 * math.hypot(*errors), _LARGEST_TIE * float(than.start.mean()))
+    return run.score - than.score > margin
 
 
 def _has_moved(run: VirtualRun) -> bool:
