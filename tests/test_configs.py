@@ -13,7 +13,11 @@ from zofo.cli.app import app
 from zofo.config import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-RUNS = [path for path in CONFIGS if "#     zofo train " in path.read_text()]
+RUNS = [
+    path
+    for path in CONFIGS
+    if re.search(r"^#     zofo (train|smoothness) ", path.read_text(), re.M)
+]
 SIZES = ["task.num_train=16", "task.num_dev=8", "task.num_test=8"]
 
 
@@ -45,6 +49,8 @@ def test_the_command_in_the_header(path, tmp_path, monkeypatch, decoder_folder):
     rows = tmp_path / load_config(path).task.name
     folder = [f"task.data_dir={rows}"] if rows.is_dir() else []
     small = [f"model.name={decoder_folder}", "steps=2", "eval_every=1", "batch_size=4"]
+    if command[1].startswith("smoothness"):
+        small += ["smoothness.rows=4", "smoothness.lanczos_steps=3", "smoothness.directions=2"]
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(
         app, [*arguments, *small, *SIZES, *folder, "device=cpu", "output_dir=run"]

@@ -10,6 +10,7 @@ from zofo.study.table import COLUMNS, CURVE_COLUMNS
 from zofo.tasks import task_names
 from zofo.tasks.builtin import BUILTIN
 from zofo.tasks.spec import TaskSpec
+from zofo.theory.options import SmoothnessOptions, load_smoothness
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -17,6 +18,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configurations_are_valid_and_name_their_command(path):
+    if path.name == "smoothness.yaml":
+        load_smoothness(path)
+        assert f"zofo smoothness configs/{path.name}" in path.read_text()
+        return
     load_config(path)
     assert f"zofo train configs/{path.name}" in path.read_text()
 
@@ -29,6 +34,13 @@ def test_every_option_is_documented_with_its_default():
             if prefix or name not in ("model", "adapter", "task"):
                 assert f"| `{prefix}{name}` |" in text, f"{prefix}{name}"
                 assert str(field.description) in text.replace("\\|", "|"), f"{prefix}{name}"
+
+
+def test_every_option_of_smoothness_is_documented():
+    text = (ROOT / "docs" / "theory-smoothness.md").read_text()
+    for name, field in SmoothnessOptions.model_fields.items():
+        assert f"| `smoothness.{name}` |" in text
+        assert str(field.description) in text, name
 
 
 def test_every_task_is_documented_with_its_prompt():

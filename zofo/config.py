@@ -14,19 +14,46 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from zofo.adapter_types import KINDS, AdapterType
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
 from zofo.yaml_files import parse_yaml, read_yaml
 
+AUTO: Final = "auto"
+AUTO_KEYS: Final = ("base_lr", "adapter_lr", "eps")
+"""What `zofo.theory.resolve` finds before a run begins."""
+
+
+def _is_auto(value: Any) -> str:
+    return AUTO if value == AUTO else "number"
+
+
+_Auto = Annotated[Literal["auto"], Tag(AUTO)]
+Rate = Annotated[Annotated[float, Field(ge=0), Tag("number")] | _Auto, Discriminator(_is_auto)]
+Radius = Annotated[Annotated[float, Field(gt=0), Tag("number")] | _Auto, Discriminator(_is_auto)]
+BaseRate = Annotated[
+    Annotated[float | dict[str, float], Tag("number")] | _Auto, Discriminator(_is_auto)
+]
+
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
 _BASE_LR: Final = 1e-5
 """Measured on SmolLM2-135M, SST-2; the paper's models are larger and want about 1e-6."""
+FIRST_ORDER_BASE_LR: Final = 1e-5
+"""Where the search for fo-ft's rate begins: usual for full fine-tuning with AdamW."""
 
 
 class _Section(BaseModel):
@@ -91,10 +118,10 @@ class RunConfig(_Section):
     adapter: AdapterConfig = AdapterConfig()
     task: TaskSpec = TaskSpec()
 
-    base_lr: float | dict[str, float] | None = Field(
-        None, description="learning rate of the base, or pattern of weight names -> rate"
+    base_lr: BaseRate | None = Field(
+        None, description="learning rate of the base, pattern of weight names -> rate, or auto"
     )
-    adapter_lr: float | None = Field(None, ge=0, description="learning rate of the adapter")
+    adapter_lr: Rate | None = Field(None, description="learning rate of the adapter, or auto")
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="of the first-order block (paper: sgd)"
     )
@@ -106,8 +133,9 @@ class RunConfig(_Section):
         1.0, gt=0, description="clip the first-order gradient to this norm; null: do not"
     )
 
-    eps: float = Field(
-        1e-3, gt=0, description="smoothing radius (as in MeZO); zo-peft of a prefix: 0.1 (paper)"
+    eps: Radius = Field(
+        1e-3,
+        description="smoothing radius (as in MeZO), or auto; zo-peft of a prefix: 0.1 (paper)",
     )
     estimator: Literal["forward", "central"] = Field(
         "forward", description="forward (paper): 1 extra forward; central: 2"
@@ -172,9 +200,26 @@ class RunConfig(_Section):
     )
     report_to: list[str] = Field([], description="tensorboard and other integrations of Trainer")
 
+    @property
+    def auto_keys(self) -> tuple[str, ...]:
+        """What is to be found before the run begins; only what its method has a use for."""
+        used = _auto_keys_of(self.method)
+        return tuple(k for k in AUTO_KEYS if getattr(self, k) == AUTO and k in used)
+
     def to_yaml(self) -> str:
         """The configuration as YAML that reads back to the same."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _auto_keys_of(method: str) -> tuple[str, ...]:
+    """The keys among `AUTO_KEYS` that move something."""
+    return {
+        "hybrid": ("base_lr", "adapter_lr", "eps"),
+        "fo-peft": ("adapter_lr",),
+        "zo-peft": ("adapter_lr", "eps"),
+        "fo-ft": ("base_lr",),
+        "zo-ft": ("base_lr", "eps"),
+    }[method]
 
 
 def load_config(
@@ -205,6 +250,11 @@ def load_config(
         config = RunConfig.model_validate(given)
     except ValidationError as error:
         found = error.errors()
+        # What is wrong inside of a map of rates is said once, of its entry.
+        inner = [
+            e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
+        ]
+        found = inner or found
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
         # Whatever is wrong with the rest is reported in the same breath.
         for e in found:
@@ -280,10 +330,13 @@ def _shown(value: Any) -> str:
     return short.repr(value)
 
 
+_UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
+
+
 def describe_problem(error: Any) -> str:
     """One of pydantic's errors in words: the value, the constraint, the nearest known name."""
     path = error["loc"]
-    key = ".".join(str(part) for part in path if part not in ("float", "dict[str,float]"))
+    key = ".".join(str(part) for part in path if part not in _UNION_PARTS)
     if error["type"] == "extra_forbidden":
         known = list(_section(path).model_fields)
         inner = {
@@ -304,10 +357,11 @@ def describe_problem(error: Any) -> str:
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {_shown(error['input'])}; it takes keys and values of its own"
     if path[0] == "base_lr":
-        return (
-            f"base_lr is {_shown(error['input'])}; it must be a number, or a map from patterns of "
-            "weight names to numbers"
+        return f"{key} is {_shown(error['input'])}; it must be a number" + (
+            "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
         )
+    if error["input"] == AUTO:
+        return f"{key} is auto; only {', '.join(AUTO_KEYS)} can be"
     message = re.sub(r"^Input should be ", "must be ", error["msg"])
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
     message = re.sub(r"^Value error, ", "", message)
@@ -357,11 +411,17 @@ def _check(config: RunConfig) -> list[str]:
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
     problems += _check_scores(config)
+    asked = [k for k in config.auto_keys if k == "eps" or _moves_by_differences(config, k)]
+    if asked and config.zo_objective != "loss":
+        problems.append(
+            f"{' and '.join(asked)} is auto, which measures the training loss, and zo_objective is "
+            f"{config.zo_objective}; give a number"
+        )
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given; keep one")
     rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
     for pattern, rate in rates.items():
-        if rate is not None and not 0 <= rate < float("inf"):
+        if isinstance(rate, float) and not 0 <= rate < float("inf"):
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
             problems.append(f"{name} is {rate}; a learning rate is a finite number of at least 0")
     try:
@@ -377,6 +437,12 @@ def _check(config: RunConfig) -> list[str]:
             f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
         )
     return problems
+
+
+def _moves_by_differences(config: RunConfig, key: str) -> bool:
+    from zofo.methods import METHODS
+
+    return getattr(METHODS[config.method], key.removesuffix("_lr")) == "zeroth"
 
 
 def _check_scores(config: RunConfig) -> list[str]:

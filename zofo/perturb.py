@@ -111,6 +111,11 @@ class Perturbation:
         return bool(self._compiled)
 
     @property
+    def num_weights(self) -> int:
+        """Weights that are perturbed."""
+        return sum(p.numel() for p in self._tensors)
+
+    @property
     def model(self) -> nn.Module:
         """The module whose calls are watched."""
         return self._model

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zofo.adapters import create_adapter
-from zofo.config import RunConfig
+from zofo.config import AUTO, RunConfig
 from zofo.environment import default_device
 from zofo.methods import METHODS, apply_method, param_groups
 from zofo.models import empty_model, load_tokenizer
@@ -99,8 +99,14 @@ def make_plan(config: RunConfig) -> Plan:
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
         num_rows=_num_rows(splits),
         max_tokens=max(row.length for part in rows.values() for row in part),
-        notes=splits.notes,
+        notes=(*splits.notes, *_of_auto(config)),
     )
+
+
+def _of_auto(config: RunConfig) -> list[str]:
+    asked = config.auto_keys
+    what = "measured before the run, for 100 to 300 forward-equivalents more"
+    return [f"{', '.join(asked)}: {what}; zofo advise shows them"] if asked else []
 
 
 def _device(config: RunConfig) -> str:
@@ -140,8 +146,8 @@ def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     return param_groups(
         model,
         config.method,
-        base_lr=config.base_lr if config.base_lr is not None else 0.0,
-        adapter_lr=config.adapter_lr or 0.0,
+        base_lr=0.0 if config.base_lr in (None, AUTO) else config.base_lr,  # type: ignore[arg-type]
+        adapter_lr=0.0 if config.adapter_lr in (None, AUTO) else config.adapter_lr,  # type: ignore[arg-type]
     )
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from zofo.checkpoint_files import newest_whole
-from zofo.config import RunConfig, load_config
+from zofo.config import AUTO, AUTO_KEYS, RunConfig, load_config
 from zofo.errors import UserError
+from zofo.files import read_json
 
 CONFIG_FILE: Final = "run.yaml"
 RESULT_FILE: Final = "result.json"
+ADVICE_FILE: Final = "advise.json"
 FREE: Final = frozenset(
     (
         "output_dir",
@@ -52,6 +54,7 @@ def resumed_config(
     if path is None and not overrides:
         return saved
     config = load_config(saved_path if path is None else path, overrides)
+    config = _with_advised(config, saved, folder)
     found = differences(saved, config)
     if found:
         lines = "".join(
@@ -62,6 +65,16 @@ def resumed_config(
             "Leave these out to continue it, or begin a new run with another output_dir"
         )
     return config.model_copy(update={"output_dir": saved.output_dir})
+
+
+def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
+    """`auto` stands for the numbers that the run was begun with, if they were found for it."""
+    asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
+    if not asked or not (folder / ADVICE_FILE).is_file():
+        return config
+    found = read_json(folder / ADVICE_FILE)
+    advised = found.get("advised", {}) if isinstance(found, dict) else {}
+    return config.model_copy(update={k: getattr(saved, k) for k in asked if k in advised})
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:

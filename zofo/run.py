@@ -1,6 +1,7 @@
 """One run: read, measure, train, measure again, save.
 
-run.yaml           the resolved configuration
+run.yaml           the resolved configuration, numbers in place of auto
+advise.json        what these numbers rest on, where some were auto
 environment.json   versions, machine, device
 metrics.jsonl      what was logged, one object a line
 checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import TrainerCallback
 
 from zofo.adapters import create_adapter
 from zofo.artifact import Artifact, BaseModel, save_artifact
 from zofo.card import write_card
 from zofo.checkpoint_files import remove_leftovers
-from zofo.config import RunConfig, share_of
+from zofo.config import AUTO, AUTO_KEYS, RunConfig, share_of
 from zofo.environment import check_device, environment, peak_memory_bytes
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
@@ -36,10 +38,10 @@ from zofo.interrupt import StopOnSignal
 from zofo.methods import METHODS, split_parameters
 from zofo.models import head_of, load_tokenizer
 from zofo.progress import new_progress
-from zofo.resume import CONFIG_FILE, RESULT_FILE, newest_checkpoint
+from zofo.resume import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, newest_checkpoint
 from zofo.resume import resumed_config as resumed_config
 from zofo.stopping import STOPPED_FILE, StopEarly
-from zofo.task_trainer import build_trainer, close_displays
+from zofo.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.tasks import Splits, TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, encoder_for
 from zofo.tasks.seen import check_rows, check_tasks
@@ -157,6 +159,7 @@ def train(
     console: Console | None = None,
     on_start: Callable[[Path], None] | None = None,
     stop: StopOnSignal | None = None,
+    watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
 ) -> Result:
     """Run a configuration.
 
@@ -166,6 +169,7 @@ def train(
         console: where progress goes; default: stderr.
         on_start: called with the run folder once everything is checked.
         stop: what handles signals while training.
+        watchers: makes callbacks for the trainer, such as `zofo.theory.smoothness`'s.
 
     Raises:
         TrainingInterrupt: if `stop` was asked to, after a checkpoint.
@@ -181,6 +185,7 @@ def train(
     for note in prepared.splits.notes:
         _note(console, note)
     base = prepared.base
+    config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
         config,
         prepared.model,
@@ -199,6 +204,8 @@ def train(
         if checkpoint is None:
             _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
     _begin_folder(folder, config)
+    if advice is not None:
+        write_json(folder / ADVICE_FILE, advice)
     if on_start is not None:
         on_start(folder)
 
@@ -212,6 +219,8 @@ def train(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
     )
     trainer.add_callback(stop_early)
+    for watcher in () if watchers is None else watchers(trainer):
+        trainer.add_callback(watcher)
     began = time.monotonic()
     if stop is not None:
         trainer.add_callback(stop)
@@ -377,6 +386,28 @@ def evaluate_artifact(
         progress=progress,
         writer=writer_for(artifact.tokenizer, task),
     )
+
+
+def _without_auto(
+    config: RunConfig, prepared: Prepared, console: Console
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """The configuration with numbers, and the advice as JSON."""
+    if not any(getattr(config, key) == AUTO for key in AUTO_KEYS):
+        return config, None
+    from zofo.theory.present import as_json, lines_of
+    from zofo.theory.resolve import resolve
+
+    began = time.monotonic()
+    with new_progress(console, "") as progress:
+        task = progress.add_task("advice", total=None, text="")
+        config, advice = resolve(
+            config, prepared, report=lambda what, cost: progress.update(task, text=what)
+        )
+    if advice is None:
+        return config, None
+    for line in lines_of(advice):
+        _note(console, line)
+    return config, {**as_json(advice), "seconds": round(time.monotonic() - began, 3)}
 
 
 def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str) -> Metrics:

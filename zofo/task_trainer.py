@@ -230,19 +230,20 @@ def build_trainer(
         folder: the run folder.
         console: for progress.
     """
+    numbers: Any = config  # of which none is auto
     every = min(config.eval_every or max(1, total_steps // 4), total_steps)
     arguments = HybridArguments(
         output_dir=str(folder),
         method=config.method,
-        base_lr=config.base_lr if config.base_lr is not None else 0.0,
-        learning_rate=config.adapter_lr or 0.0,
+        base_lr=numbers.base_lr if numbers.base_lr is not None else 0.0,
+        learning_rate=numbers.adapter_lr or 0.0,
         optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
         weight_decay=config.adapter_weight_decay,
         base_weight_decay=config.base_weight_decay,
         max_grad_norm=config.max_grad_norm or 0.0,
-        eps=config.eps,
+        eps=numbers.eps,
         estimator=config.estimator,
         num_directions=config.num_directions,
         distribution=config.distribution,

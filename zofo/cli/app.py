@@ -230,6 +230,40 @@ def study(
 
 @app.command()
 @reports_errors
+def advise(
+    arguments: Overrides = None,
+    caps: Annotated[
+        str | None,
+        typer.Option(
+            help="ignore or apply: whether the theorem's caps, always shown, lower the rates. "
+            "Default: apply with --target, else ignore."
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Norm of the gradient to reach, for the theorem's number of epochs."),
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Look for rates by group of base modules.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write numbers and measurements here.")
+    ] = None,
+) -> None:
+    """Measure learning rates and eps for a run, and what it may be expected to reach.
+
+    zofo advise configs/demo.yaml
+
+    zofo advise task=boolq adapter=prompt steps=500 --json advice.json
+    """
+    from zofo.cli.advising import advise as show_advice
+
+    path, overrides = split_arguments(arguments)
+    show_advice(path, overrides, caps=caps, target=target, split=split, json_file=json_file)
+
+
+@app.command()
+@reports_errors
 def doctor() -> None:
     """Show the environment: versions, devices, embedded models and data, what is missing."""
     from zofo.cli.looking import doctor as is_sound
@@ -349,6 +383,39 @@ def report(
 
 @app.command()
 @reports_errors
+def smoothness(
+    arguments: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be measured and its cost.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Measure a loss: curvature of base and adapter, along a run, and what the theory assumes.
+
+    zofo smoothness configs/smoothness.yaml
+
+    zofo smoothness model=minilm task=rotten-tomatoes steps=60 smoothness.split=layer
+
+    zofo smoothness smoothness.train=false
+    """
+    from zofo.cli.smoothness import resume as resume_folder
+    from zofo.cli.smoothness import show_plan, start
+
+    path, overrides = split_arguments(arguments)
+    if resume is not None:
+        if path is not None or overrides:
+            raise UserError("--resume continues a folder as it was begun; give it nothing else")
+        resume_folder(resume)
+    elif dry_run:
+        show_plan(path, overrides)
+    else:
+        start(path, overrides)
+
+
+@app.command()
+@reports_errors
 def bench(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
@@ -411,6 +478,38 @@ def bench(
         print_memory_of(settings, memory_of)
     else:
         run_bench(settings, json_file)
+
+
+@app.command()
+@reports_errors
+def convergence(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT]...", help="Which; --list names them. Default: all."),
+    ] = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the study; continued if there.")] = (
+        Path("runs/convergence")
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few seeds, epochs and rates: to try it out.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="compiled, or optimizer: zofo.HybridOptimizer itself, slow.")
+    ] = "compiled",
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of every cell; default: 32, 6 with --quick.")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
+) -> None:
+    """Test what the theory claims on problems with known constants: exponents, caps, readings.
+
+    zofo convergence --to runs/convergence
+
+    zofo convergence order zeroth --quick --to runs/quick
+    """
+    from zofo.cli.theory import convergence as run_convergence
+
+    run_convergence(list(experiments or []), to, quick, engine, seeds, show_list)
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from zofo.files import write_text
-from zofo.report.page import Report, check_target
+from zofo.report.document import check_target
+from zofo.report.page import Report
 from zofo.report.tables import Table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"

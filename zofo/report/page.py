@@ -1,28 +1,20 @@
-"""The page: everything in one file, which asks the network for nothing.
-
-Names in run folders are anyone's, so the template escapes every one, the data lie in a block that
-is no script, and a content security policy lets run the page's two scripts (by their digests) and
-load nothing.
-"""
+"""The page on some runs: what it shows, and the plain values behind it."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from zofo.errors import UserError
 from zofo.files import write_text
 from zofo.report.curves import curve_figures
+from zofo.report.document import check_target, json_of, render_document
 from zofo.report.figures import Choices, difference_figure, pareto_figures
 from zofo.report.look import THEMES, template_of
 from zofo.report.rates import rate_figures
@@ -38,7 +30,7 @@ from zofo.study.comparison import Comparison, compare
 from zofo.study.table import Runs, read_runs, relative_to
 from zofo.study.verdict import Verdict, judge
 
-_MARK: Final = '<meta name="generator" content="zofo report">'
+MARK: Final = '<meta name="generator" content="zofo report">'
 _MAX_VALUES: Final = 12
 """Of an option that differs between runs; the rest are counted."""
 
@@ -83,7 +75,7 @@ def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
         UserError: as `make_report`, and if `to` is something else than a page of ours.
     """
     target = Path(to).expanduser()
-    check_target(target, _MARK)
+    check_target(target, MARK)
     report = make_report(paths)
     write_text(target, render(report, target.parent))
     return report
@@ -96,28 +88,12 @@ def render(report: Report, folder: Path) -> str:
         report: what it shows.
         folder: where it will lie: links to runs are relative to it.
     """
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    assets = resources.files("zofo.report") / "assets"
-    scripts = [
-        text.replace("\r", "")
-        for text in (get_plotlyjs(), (assets / "report.js").read_text(encoding="utf-8"))
-    ]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        **_context(report, folder),
-        mark=_MARK,
-        policy=_policy(scripts),
-        style=(assets / "report.css").read_text(encoding="utf-8"),
-        scripts=scripts,
-    )
+    return render_document("report.html.j2", mark=MARK, **_context(report, folder))
 
 
 def _context(report: Report, folder: Path) -> dict[str, Any]:
+    from zofo.theory.tables import smoothness_table
+
     runs, comparison, verdict = report.runs, report.comparison, report.verdict
     rows: list[Any] = list(runs.table.itertuples())
     links = {row.run: _link(relative_to(row.folder, folder)) for row in rows}
@@ -136,11 +112,12 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
         "no_ranks": comparison.no_ranks,
         "rank_table": None if comparison.ranks is None else rank_table(comparison.ranks),
         "unwell": _nonempty(run_table(unwell, links, comparison.left_out)),
+        "smoothness": smoothness_table(_smoothness(runs), links),
         "all_runs": run_table(rows, links, comparison.left_out),
         "figures": figures["light"],
         "configuration": _options(runs.configs, ("output_dir",)),
         "environment": _options(runs.environments, ()),
-        "data": _json(
+        "data": json_of(
             {
                 "summary": summary_of(report),
                 "figures": {
@@ -155,6 +132,8 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
 
 def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
     """The figures that there is something for, by name."""
+    from zofo.theory.figures import path_figures
+
     theme, comparison = THEMES[theme_name], report.comparison
     rates, ratios = rate_figures(comparison.grids, theme)
     found = {
@@ -162,12 +141,22 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
         "curves": curve_figures(comparison, report.runs, theme),
         "rates": rates,
         "ratios": ratios,
+        "smoothness": path_figures(_smoothness(report.runs), theme),
     }
     estimate = report.verdict.estimate
     if estimate is not None:
         figure = difference_figure(comparison.pairs, estimate, theme)
         found["differences"] = Choices({"": ""}, {}, {"": figure})
     return {name: choices for name, choices in found.items() if choices.figures}
+
+
+def _smoothness(runs: Runs) -> dict[str, dict[str, Any]]:
+    """Run -> what `zofo smoothness` found, of those that have it."""
+    from zofo.theory.tables import read_summary
+
+    rows: list[Any] = list(runs.table.itertuples())
+    found = {row.run: read_summary(row.folder) for row in rows}
+    return {run: summary for run, summary in found.items() if summary is not None}
 
 
 def summary_of(report: Report) -> dict[str, Any]:
@@ -211,12 +200,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _json(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
 def _options(
     values: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]
 ) -> dict[str, list[tuple[str, Any]]]:
@@ -249,35 +232,3 @@ def _nonempty(table: Table) -> Table | None:
 def _link(path: str) -> str:
     # Without the dot a colon in the first part would make it the name of a protocol.
     return path if path.startswith("file:") else quote(f"./{path}/")
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    digests = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for text in scripts
-    )
-    return (
-        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def check_target(path: Path, mark: str, option: str = "--to", name: str = "report.html") -> None:
-    """Refuse to replace what is not ours.
-
-    Args:
-        path: where a report is to be written.
-        mark: what an earlier one has in its first 4 KiB.
-        option: of the command, that names the file.
-        name: a good one.
-
-    Raises:
-        UserError: if it is a folder, or a file without the mark.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, such as {option} {path / name}")
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        if mark.encode() not in file.read(4096):
-            raise UserError(f"{path} exists and is no report of zofo; choose another {option}")

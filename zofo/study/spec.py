@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from zofo.config import (
+    AUTO,
     AdapterConfig,
     ModelConfig,
     RunConfig,
@@ -52,6 +53,10 @@ _AXES: Final = {
 }
 """Keys of a study -> those of `base` that stand for them where they are left out."""
 _SCALARS: Final = ("steps", "num_threads", "early_stopping")
+_NO_AUTO: Final = (
+    "cannot be auto: a study groups runs by their numbers, and auto finds others for each seed; "
+    "list the rates, or compare with auto by benchmarks/advisor.py"
+)
 MethodName = Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft", "hybrid-tied"]
 Entry = str | dict[str, Any]
 Pattern = str | list[str]
@@ -81,6 +86,13 @@ class Rates(Where):
         min_length=1,
         description="of hybrid-tied; default: base_lr and adapter_lr",
     )
+
+    @field_validator("base_lr", "adapter_lr", "tied", mode="before")
+    @classmethod
+    def _are_not_auto(cls, value: Any) -> Any:
+        if isinstance(value, list) and AUTO in value:
+            raise ValueError(_NO_AUTO)
+        return value
 
     @field_validator("base_lr", "adapter_lr", "tied")
     @classmethod
@@ -313,6 +325,8 @@ def _check(spec: StudySpec) -> list[str]:
         problems.append("give budget (forward-equivalents a run) or steps: one of the two")
     if spec.num_evaluations is not None and "eval_every" in spec.base:
         problems.append("num_evaluations and base.eval_every are both given; keep one")
+    if spec.base.get("eps") == AUTO:
+        problems.append(f"base.eps {_NO_AUTO}")
     if spec.select_by == "accuracy" and spec.base.get("select_by", "loss") != "accuracy":
         problems.append("select_by is accuracy: set base.select_by to the same")
     more = sorted(set(spec.choosing_seeds) - set(spec.seeds))

@@ -1,0 +1,208 @@
+"""The advisor on small problems: nothing is touched, everything repeats, nothing diverges."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from tests.conftest import assert_same_bits, batch_for, bits, build
+from tests.theory.small import Logistic, Quadratic, batch_of, loss, train
+from zofo.errors import UserError
+from zofo.estimator import GeneratorState
+from zofo.theory.advice import Setting
+from zofo.theory.advise import advise
+from zofo.theory.present import as_json, lines_of
+
+
+def quadratic(seed=0, **more):
+    return Quadratic([1.0] * 20 + [10.0] * 2, [1.0, 5.0, 20.0], seed=seed, **more)
+
+
+def ask(model, **setting):
+    return advise(model, loss, batch_of, model.num_rows, Setting(num_steps=60, **setting))
+
+
+def test_the_model_is_left_bit_for_bit():
+    model = build("llama", "lora", lora_dropout=0.1).eval()
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    generators = GeneratorState.capture()
+
+    def rows_of(m, batch):
+        logits = m(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="none"
+        ).view(len(logits), -1)
+        return losses.mean(), losses.mean(dim=1).detach()
+
+    pool = batch_for("llama", rows=48)
+    advice = advise(
+        model,
+        rows_of,
+        lambda rows: {name: tensor[list(rows)] for name, tensor in pool.items()},
+        48,
+        Setting(num_steps=20, batch_size=4),
+    )
+    assert_same_bits(before, bits(model))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+    assert generators.is_current()
+    assert advice.eps > 0
+    assert advice.adapter_lr > 0
+
+
+@pytest.mark.parametrize("fails_at", [1, 20, 45, 70, 100])
+def test_an_interrupted_advice_leaves_the_model_bit_for_bit(fails_at):
+    model, calls = quadratic(), []
+
+    def failing(m, rows):
+        calls.append(rows)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return loss(m, rows)
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        advise(model, failing, batch_of, model.num_rows, Setting(num_steps=60))
+    assert_same_bits(before, model.state_dict())
+
+
+def test_advice_is_a_function_of_the_seed():
+    found = [ask(quadratic(), seed=seed) for seed in (0, 0, 1)]
+    same, again, other = [(a.eps, a.base_lr, a.adapter_lr, a.cost) for a in found]
+    assert same == again
+    assert same != other
+    torch.rand(3)
+    assert as_json(found[0]) == as_json(ask(quadratic(), seed=0))
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "adapter", "eps"),
+    [
+        ("hybrid", True, True, True),
+        ("fo-peft", False, True, False),
+        ("zo-peft", False, True, True),
+    ],
+)
+def test_every_method_is_told_what_it_moves_by(method, base, adapter, eps):
+    asked = {"base_lr": "auto" if base else None, "adapter_lr": "auto" if adapter else None}
+    advice = ask(quadratic(), method=method, **asked)
+    given = [value is not None for value in (advice.base_lr, advice.adapter_lr, advice.eps)]
+    assert given == [base, adapter, eps]
+    json = as_json(advice)
+    wanted = [
+        k for k, is_asked in (("eps", eps), ("base_lr", base), ("adapter_lr", adapter)) if is_asked
+    ]
+    assert list(json["advised"]) == wanted
+    assert all(isinstance(line, str) for line in lines_of(advice))
+
+
+@pytest.mark.parametrize("method", ["fo-ft", "zo-ft"])
+def test_full_fine_tuning(method):
+    model = Logistic().requires_grad_(True)
+    advice = ask(model, method=method, adapter_lr=None, usual_rate=1e-2)
+    assert advice.base_lr > 0
+    assert (advice.eps is None) == (method == "fo-ft")
+
+
+def test_what_is_given_stays_and_is_not_measured():
+    advice = ask(quadratic(), base_lr=1e-3, adapter_lr="auto", eps=1e-4)
+    assert (advice.base_lr, advice.eps) == (1e-3, 1e-4)
+    assert advice.plateau is None
+    assert advice.at_start is None
+    only_base = ask(quadratic(), adapter_lr=0.01, eps=1e-4)
+    assert only_base.adapter_lr == 0.01
+    assert only_base.first is None
+    assert only_base.at_later is not None
+
+
+def test_measurements_are_those_of_the_quadratic():
+    model = quadratic(noise=0.1)
+    advice = ask(model)
+    x, curves = model.inner.x.detach(), model.curves[0]
+    gradient = curves * (x - model.rows[0].mean(dim=0))
+    # Signs and a diagonal Hessian: vᵀHv is the trace for every direction.
+    assert advice.at_start.trace == pytest.approx(float(curves.sum()), rel=1e-3)
+    assert advice.at_start.signal == pytest.approx(float(gradient @ gradient), rel=1.5)
+    intervals = advice.at_start.intervals()
+    assert intervals["signal"].low < float(gradient @ gradient) < 2 * intervals["signal"].high
+
+
+def test_a_base_that_does_nothing_is_said_to_be_hopeless():
+    model = Quadratic([1e-9] * 5, [1.0, 4.0])
+    advice = ask(model)
+    assert advice.is_hopeless
+    assert "hopeless" in advice.remarks[0]
+    assert "fo-peft costs a third less" in advice.remarks[0]
+    assert not ask(quadratic()).is_hopeless
+
+
+def test_caps_are_shown_and_applied_when_asked():
+    ignored, applied = ask(quadratic()), ask(quadratic(), caps="apply", target=0.1)
+    assert set(ignored.caps) == {
+        f"{b} {r}" for b in ("base", "adapter") for r in ("sqrt(Tn)", "sqrt(T)n")
+    }
+    assert applied.base_lr <= 1.01 * applied.caps["base sqrt(Tn)"].rate
+    assert applied.base_lr < ignored.base_lr
+    assert "cap" in " ".join(lines_of(ignored))
+
+
+def test_the_cost_is_counted_and_a_small_part_of_a_grid():
+    calls = []
+
+    def counted(m, rows):
+        calls.append(len(rows) / 8 * (2 if torch.is_grad_enabled() else 1))
+        return loss(m, rows)
+
+    model = quadratic()
+    setting = Setting(num_steps=100)
+    advice = advise(model, counted, batch_of, model.num_rows, setting)
+    assert advice.cost == pytest.approx(math.fsum(calls))
+    assert advice.cost < 0.1 * 16 * setting.forwards_of_run
+
+
+def test_too_few_rows_and_losses_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="has 8 rows"):
+        advise(quadratic(), loss, batch_of, 8, Setting())
+    model = quadratic()
+    with torch.no_grad():
+        model.inner.x.fill_(math.inf)
+    with pytest.raises(UserError, match="not finite"):
+        ask(model)
+
+
+PROBLEMS = {
+    "quadratic": quadratic,
+    "stiff": lambda seed: Quadratic([100.0] + [0.1] * 30, [1000.0, 1.0], noise=0.3, seed=seed),
+    "noisy": lambda seed: Quadratic([1.0] * 40, [1.0] * 4, noise=3.0, start=0.3, seed=seed),
+    "at-the-minimum": lambda seed: Quadratic([1.0] * 20, [1.0], noise=1.0, start=0.0, seed=seed),
+    "logistic": lambda seed: Logistic(seed=seed),
+}
+
+
+def runs_well(name, seed, optimizer):
+    model = PROBLEMS[name](seed=seed)
+    advice = advise(
+        model,
+        loss,
+        batch_of,
+        model.num_rows,
+        Setting(num_steps=60, optimizer=optimizer, seed=seed, usual_rate=1e-2),
+    )
+    kind = "AdamW" if optimizer == "adamw" else "SGD"
+    before, after = train(model, advice, num_steps=60, seed=seed, optimizer=kind)
+    return after < 1.5 * before
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_at_the_advised_rates_does_not_diverge(name, optimizer):
+    assert runs_well(name, 0, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_no_run_of_fifty_seeds_diverges(name, optimizer):
+    assert [seed for seed in range(50) if not runs_well(name, seed, optimizer)] == []

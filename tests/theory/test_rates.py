@@ -1,0 +1,212 @@
+"""From moments to rates: closed forms, limits, and what Monte Carlo says of them."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from zofo.theory.bootstrap import interval, resamples
+from zofo.theory.caps import cap, epochs_to
+from zofo.theory.curvature import Directions
+from zofo.theory.rates import (
+    best_constant_rate,
+    decrease,
+    is_stable,
+    loss_after,
+    moments,
+    stable_rate,
+    total,
+    zeroth_rate,
+)
+
+
+def measured(eigenvalues, gradient, row_noise, *, num=2000, rows=8, seed=0, loss=1.0, signs=False):
+    """Directions of a quadratic with diagonal Hessian; rows' gradients have i.i.d. noise."""
+    generator = np.random.default_rng(seed)
+    d = len(eigenvalues)
+    v = generator.normal(size=(num, d))
+    v = np.sign(v) if signs else v
+    noise = generator.normal(size=(num, rows, d)) * math.sqrt(row_noise / d)
+    slopes = ((gradient + noise) * v[:, None, :]).sum(axis=2)
+    return Directions(slopes, v**2 @ eigenvalues, np.full(num, loss), d, 1e-3)
+
+
+EIGENVALUES = np.array([1.0] * 20 + [5.0, 10.0])
+GRADIENT = np.concatenate((np.full(20, 0.1), [1.0, -2.0]))
+
+
+def test_moments_are_those_of_the_quadratic():
+    found = moments(measured(EIGENVALUES, GRADIENT, 3.0))
+    square = GRADIENT @ GRADIENT
+    rayleigh = GRADIENT @ (EIGENVALUES * GRADIENT) / square
+    assert found.signal == pytest.approx(square, rel=0.15)
+    # A row's slope has the gradient noise's variance, summed over the weights.
+    assert found.row_noise == pytest.approx(3.0, rel=0.1)
+    assert found.trace == pytest.approx(EIGENVALUES.sum(), rel=0.03)
+    # E s² has the noise in it, along which curvature is the mean eigenvalue's.
+    noise = 3.0 / 8
+    blended = (square * rayleigh + noise * EIGENVALUES.mean()) / (square + noise)
+    assert found.rayleigh == pytest.approx(blended, rel=0.3)
+
+
+def test_signal_is_unbiased_where_there_is_none():
+    found = moments(measured(EIGENVALUES, np.zeros(22), 3.0, num=8000))
+    assert abs(found.signal) < 0.03
+    assert abs(np.square(measured(EIGENVALUES, np.zeros(22), 3.0).slopes.mean(axis=1)).mean()) > 0.3
+
+
+def test_intervals_of_few_directions_hold_the_truth():
+    """Bootstrap with expanded percentiles: 95% asked of six directions, at least 80% reached."""
+    hits = 0
+    for seed in range(100):
+        directions = measured(EIGENVALUES, GRADIENT, 0.5, num=6, seed=seed)
+        low, high = (getattr(moments(directions).intervals()["trace"], k) for k in ("low", "high"))
+        hits += low <= EIGENVALUES.sum() <= high
+    assert hits >= 80
+
+
+def test_expanded_percentiles_are_wider_for_small_samples():
+    values = np.random.default_rng(0).normal(size=5)
+    means = values[resamples(5)].mean(axis=1)
+    found = interval(values.mean(), means, 5)
+    plain = np.quantile(means, [0.025, 0.975])
+    assert found.high - found.low > plain[1] - plain[0]
+
+
+def second_moments(rate, eigenvalues, num_directions):
+    """The matrix of the recursion in the module's text."""
+    k, lam = num_directions, np.asarray(eigenvalues)
+    diagonal = np.diag(1 - 2 * rate * lam + (1 + 1 / k) * (rate * lam) ** 2)
+    return diagonal + rate**2 / k * np.outer(np.ones_like(lam), lam**2)
+
+
+@pytest.mark.parametrize("num_directions", [1, 2, 5])
+@pytest.mark.parametrize("eigenvalues", [[1.0], [1.0] * 50, [100.0, 1.0, 0.1], EIGENVALUES])
+def test_stability_is_that_of_the_recursion(eigenvalues, num_directions):
+    for rate in np.geomspace(1e-4, 3, 200):
+        radius = np.abs(np.linalg.eigvals(second_moments(rate, eigenvalues, num_directions))).max()
+        if abs(radius - 1) > 1e-9:
+            assert is_stable(rate, eigenvalues, num_directions) == (radius < 1)
+    bound = stable_rate(sum(eigenvalues), max(eigenvalues), num_directions)
+    assert is_stable(0.999 * bound, eigenvalues, num_directions)
+    # For equal eigenvalues the sufficient condition is the exact one.
+    if len(set(eigenvalues)) == 1:
+        assert not is_stable(1.001 * bound, eigenvalues, num_directions)
+
+
+@pytest.mark.parametrize("num_directions", [1, 3])
+def test_the_recursion_is_what_gaussian_directions_do(num_directions):
+    generator = np.random.default_rng(0)
+    eigenvalues, x0, rate = np.array([3.0, 1.0, 0.5, 0.2]), np.array([1.0, -1.0, 2.0, 0.5]), 0.1
+    x = np.tile(x0, (200_000, 1))
+    expected = x0**2
+    for _ in range(3):
+        v = generator.normal(size=(num_directions, *x.shape))
+        scalars = (v * (eigenvalues * x)).sum(axis=2, keepdims=True)
+        x = x - rate * (scalars * v).mean(axis=0)
+        expected = second_moments(rate, eigenvalues, num_directions) @ expected
+    assert np.square(x).mean(axis=0) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("factor", "falls"), [(0.95, True), (1.05, False)])
+def test_signs_with_a_diagonal_hessian_are_stable_up_to_two_over_the_trace(factor, falls):
+    lam = EIGENVALUES
+    rate = factor * 2 / lam.sum()
+    # E v_i² = 1 exactly: m ← (1 − 2ηλ) m + η² Σ λ² m.
+    matrix = np.diag(1 - 2 * rate * lam) + rate**2 * np.outer(np.ones_like(lam), lam**2)
+    assert (np.abs(np.linalg.eigvals(matrix)).max() < 1) == falls
+
+
+def test_the_best_single_step_is_the_best():
+    signal, noise, curvature = 4.0, 2.0, 30.0
+    best = best_constant_rate(1, loss=100.0, signal=signal, noise=noise, curvature=curvature)
+    assert best == pytest.approx(signal / ((signal + noise) * curvature), rel=0.04)
+    gains = [
+        decrease(best * f, signal=signal, noise=noise, curvature=curvature) for f in (0.8, 1, 1.25)
+    ]
+    assert max(gains) == gains[1]
+
+
+def test_the_best_constant_rate_falls_with_the_horizon():
+    rates = [
+        best_constant_rate(n, loss=1.0, signal=4.0, noise=2.0, curvature=30.0)
+        for n in (1, 10, 100, 1000, 10000)
+    ]
+    assert all(a >= b for a, b in pairwise(rates))
+    assert rates[-1] < 0.1 * rates[0]
+
+
+def test_the_loss_after_n_steps_is_that_of_the_recursion():
+    rate, loss, signal, noise, curvature = 0.01, 2.0, 3.0, 1.0, 20.0
+    expected = loss
+    for _ in range(50):
+        g = signal * expected / loss
+        expected -= rate * g - 0.5 * rate**2 * (g + noise) * curvature
+    after = loss_after(rate, 50, loss=loss, signal=signal, noise=noise, curvature=curvature)
+    assert float(after) == pytest.approx(expected, rel=0.03)
+    still = loss_after(rate, 50, loss=loss, signal=0.0, noise=noise, curvature=curvature)
+    assert float(still) == pytest.approx(loss + 50 * 0.5 * rate**2 * noise * curvature)
+
+
+def advised(directions, **more):
+    options = {"batch_rows": 8, "num_steps": 100, "trusted_to": 0.1, **more}
+    return zeroth_rate(moments(directions), **options)
+
+
+def test_no_signal_asks_for_a_rate_that_does_no_harm():
+    found = advised(measured(EIGENVALUES, np.zeros(22), 3.0, num=6, seed=1), trusted_to=10.0)
+    assert found.limited_by in ("no signal", "horizon")
+    rise = 100 * 0.5 * found.rate**2 * found.noise * EIGENVALUES.sum()
+    assert rise < 0.05
+
+
+@pytest.mark.parametrize("eigenvalues", [-EIGENVALUES, 0 * EIGENVALUES])
+def test_without_positive_curvature_the_rate_stays_within_what_was_seen(eigenvalues):
+    found = advised(measured(eigenvalues, GRADIENT, 0.5, num=6))
+    assert found.limited_by == "reach"
+    slopes = np.abs(measured(eigenvalues, GRADIENT, 0.5, num=6).slopes.mean(axis=1))
+    assert found.rate * slopes.max() == pytest.approx(0.1)
+
+
+def test_a_loss_that_does_not_depend_on_the_block_leaves_it_where_it_is():
+    found = advised(measured(0 * EIGENVALUES, np.zeros(22), 0.0, num=6))
+    assert found.rate == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rate_is_stable_however_few_directions(seed):
+    directions = measured(EIGENVALUES, GRADIENT, 0.5, num=4, seed=seed, loss=10.0)
+    found = advised(directions, trusted_to=math.inf)
+    assert is_stable(found.rate, EIGENVALUES)
+
+
+def test_more_directions_a_step_allow_a_larger_rate():
+    directions = measured(EIGENVALUES, GRADIENT, 0.5, num=50)
+    rates = [advised(directions, trusted_to=9.0, num_directions=k).rate for k in (1, 2, 4)]
+    assert rates[0] < rates[1] < rates[2] < 4 * rates[0]
+
+
+def test_groups_add_up_to_the_block():
+    halves = [
+        measured(EIGENVALUES[a:b], GRADIENT[a:b], 1.5, num=3000, seed=a)
+        for a, b in ((0, 11), (11, 22))
+    ]
+    whole, parts = moments(measured(EIGENVALUES, GRADIENT, 3.0, num=3000)), map(moments, halves)
+    summed = total(list(parts))
+    assert summed.trace == pytest.approx(whole.trace, rel=0.05)
+    assert summed.signal == pytest.approx(whole.signal, rel=0.2)
+    assert summed.row_noise == pytest.approx(whole.row_noise, rel=0.1)
+    assert summed.num_weights == 22
+
+
+def test_caps_are_the_theorems():
+    found = cap(50.0, batches=100, epochs=4, num_weights=1000)
+    assert found.first == pytest.approx(1 / (50 * 100 * 1000))
+    assert found.second == pytest.approx(1 / (20 * 50))
+    assert found.rate == found.first
+    other = cap(50.0, batches=100, epochs=4, reading="sqrt(T)n")
+    assert other.second == pytest.approx(1 / (200 * 50))
+    assert other.first == pytest.approx(1 / (50 * 100))
+    assert cap(-1.0, batches=10, epochs=1).rate == math.inf
+    assert epochs_to(0.1, batches=100, risk=0.1) == pytest.approx(1000 + 100)

@@ -1,0 +1,1 @@
+"""The theory as working tools: smoothness, advice, problems with known constants, convergence."""

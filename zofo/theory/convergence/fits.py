@@ -1,0 +1,154 @@
+"""Tuned values, exponents and ratios, each with an interval from resampling the seeds.
+
+Of a cell with values [T, rates, seeds]: a resample of the seeds gives mean values [T, rates]; for
+every T the rate with the least mean is the tuned one, refined by the parabola through it and its
+neighbours in log rate, log value. Everything is computed once for each resample, rates tuned anew,
+so an interval holds the uncertainty of tuning too. Seeds are resampled together in all cells: what
+a seed shares between cells (orders, directions) stays paired.
+
+An exponent is a slope of least squares on log scales. Powers hold only in the limit, so two fits
+are made: over the whole window and over its upper half; the interval is the hull of both 95%
+intervals. It widens where the local exponent drifts.
+
+References:
+    Efron, Tibshirani, An Introduction to the Bootstrap, 1993: percentile intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+NUM_RESAMPLES: Final = 1_000
+LEVEL: Final = 0.95
+_HUGE: Final = 1e200
+"""Stands for an infinite value in means, so that nothing becomes NaN."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and how sure it is.
+
+    Attributes:
+        value: from all seeds.
+        low, high: 95% interval.
+        note: what keeps it from being trusted; empty: nothing.
+    """
+
+    value: float
+    low: float
+    high: float
+    note: str = ""
+
+
+def resamples(num_seeds: int, num: int = NUM_RESAMPLES) -> np.ndarray:
+    """Weights of the seeds: [seeds, 1 + num], the first column all alike."""
+    generator = np.random.default_rng(20240406)
+    picks = generator.integers(num_seeds, size=(num, num_seeds))
+    counts = np.stack([np.bincount(row, minlength=num_seeds) for row in picks], axis=1)
+    return np.concatenate((np.ones((num_seeds, 1)), counts), axis=1) / num_seeds
+
+
+def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means over the seeds: [..., seeds] -> [..., resamples]."""
+    return np.where(np.isfinite(values), values, _HUGE) @ weights
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best over the rates.
+
+    Attributes:
+        log_value: logarithm of the tuned value, [T, resamples].
+        log_rate: of the rate that gives it.
+        is_inside: [T]: whether the best rate of the grid was at neither end, in all seeds' mean.
+    """
+
+    log_value: np.ndarray
+    log_rate: np.ndarray
+    is_inside: np.ndarray
+
+
+def tune(values: np.ndarray, rates: np.ndarray, weights: np.ndarray) -> Tuned:
+    """The best over a grid of rates.
+
+    Args:
+        values: [T, rates, seeds].
+        rates: [rates], ascending, evenly spaced in logarithm.
+        weights: as from `resamples`.
+    """
+    logs = np.log(means(values, weights))  # [T, rates, resamples]
+    num = logs.shape[1]
+    best = logs.argmin(axis=1)
+    inside = np.clip(best, 1, num - 2)
+    below, here, above = (
+        np.take_along_axis(logs, (inside + k)[:, None], axis=1)[:, 0] for k in (-1, 0, 1)
+    )
+    bend = below - 2 * here + above
+    usable = (bend > 1e-12) & (best == inside) & (above < np.log(_HUGE) / 2)
+    shift = np.where(usable, 0.5 * (below - above) / np.where(usable, bend, 1.0), 0.0)
+    shift = np.clip(shift, -0.5, 0.5)
+    refined = here - 0.25 * (below - above) * shift
+    log_rates = np.log(rates)
+    spacing = log_rates[1] - log_rates[0]
+    coarse = np.take_along_axis(logs, best[:, None], axis=1)[:, 0]
+    return Tuned(
+        np.where(usable, refined, coarse),
+        log_rates[best] + np.where(usable, shift, 0.0) * spacing,
+        (best[:, 0] > 0) & (best[:, 0] < num - 1),
+    )
+
+
+def at_rates(
+    values: np.ndarray, rates: np.ndarray, wanted: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Log values at given rates, interpolated on the grid: [T, resamples].
+
+    Args:
+        values: [T, rates, seeds].
+        rates: [rates].
+        wanted: a rate for each T; beyond the grid gives NaN.
+        weights: as from `resamples`.
+    """
+    logs, log_rates = np.log(means(values, weights)), np.log(rates)
+    out = np.full((len(values), weights.shape[1]), np.nan)
+    for t, rate in enumerate(np.log(wanted)):
+        place = (rate - log_rates[0]) / (log_rates[1] - log_rates[0])
+        if -1e-9 <= place <= len(rates) - 1 + 1e-9:
+            i = int(np.clip(np.floor(place), 0, len(rates) - 2))
+            share = place - i
+            out[t] = (1 - share) * logs[t, i] + share * logs[t, i + 1]
+    return out
+
+
+def slopes(log_x: np.ndarray, log_y: np.ndarray) -> np.ndarray:
+    """Slopes of least squares: log_x [points], log_y [points, resamples] -> [resamples]."""
+    centred = log_x - log_x.mean()
+    return np.asarray(centred @ (log_y - log_y.mean(0)) / (centred @ centred))
+
+
+def interval(samples: np.ndarray, note: str = "") -> Interval:
+    """From resamples, the first of which is the value itself."""
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(samples[1:], (tail, 100 - tail))
+    return Interval(float(samples[0]), float(low), float(high), note)
+
+
+def exponent(x: Sequence[float] | np.ndarray, log_y: np.ndarray, note: str = "") -> Interval:
+    """The exponent of a power law, over the window and over its upper half.
+
+    Args:
+        x: abscissae, ascending, at least three.
+        log_y: [points, resamples].
+        note: handed on.
+    """
+    log_x = np.log(np.asarray(x, dtype=np.float64))
+    whole = interval(slopes(log_x, log_y))
+    half = len(log_x) // 2 if len(log_x) >= 5 else len(log_x) - 2
+    upper = interval(slopes(log_x[half:], log_y[half:]))
+    if not np.isfinite([whole.low, whole.high, upper.low, upper.high]).all():
+        return Interval(float("nan"), -np.inf, np.inf, note or "not measured within the grid")
+    return Interval(whole.value, min(whole.low, upper.low), max(whole.high, upper.high), note)

@@ -1,0 +1,399 @@
+r"""From measurements to the rate of a zeroth-order block and its progress: pure functions.
+
+One step x ← x − η s v with s = v·g_B of a batch of b rows, E vvᵀ = I:
+
+    E f(x⁺) − f = −η G + ½ η² A             G = ‖∇f‖²
+    A = E[s² vᵀHv] = E‖g_B‖² · τ            τ = tr H + 2 κ,  κ = gᵀHg / ‖g‖²  (Gaussian)
+    E‖g_B‖² = E s² = G + S / b              S = variance of a row's gradient, summed over weights
+
+For signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes
+A_K = E‖g_B‖² (τ / K + (1 − 1/K) κ). The best single step has η = G / A_K.
+
+Over N steps a constant rate meets gradients that shrink and noise that stays. With the closure
+G ∝ f, which is what a Polyak–Łojasiewicz function with minimum 0 does at worst, the loss follows
+
+    f_N = f_∞ + (f_0 − f_∞) e^{−aN},   a = (η G − ½ η² G τ_K) / f_0,   f_∞ = ½ η² (S / b) τ_K / a
+
+and the advised η is the one that makes f_N least, with τ at the upper end of its 80% one-sided
+interval, so that a curvature that could not be told from 0, or is negative, does not ask for a
+large rate. It is a model for choosing a number and no theorem: the true minimum is above 0.
+
+Stability, exact. On f = ½ xᵀHx with eigenvalues λ ≥ 0 and no noise the second moments m_i = E x_i²
+along the eigenvectors obey, for K Gaussian directions,
+
+    m_i ← (1 − 2ηλ_i + (1 + 1/K) η²λ_i²) m_i + (η²/K) Σ_j λ_j² m_j
+
+a diagonal plus a matrix of rank one. All m → 0 exactly if every (K + 1) ηλ_i < 2K and
+
+    Σ_i ηλ_i / (2K − (K + 1) ηλ_i) < 1
+
+for which η (tr H / K + (1 + 1/K) λ_max) < 2 suffices; K = 1: η (tr H + 2 λ_max) < 2. For K = 1 and
+signs with a diagonal H: η tr H < 2, exactly. For signs and any other H the Gaussian condition
+suffices, because E vvᵀMvvᵀ = 2M + tr(M) I − 2 diag(M) lies below the Gaussian's.
+
+References:
+    Nesterov and Spokoiny, "Random Gradient-Free Minimization of Convex Functions", 2017 (the second
+    moment of the estimate). The recursion and its condition are derived here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from zofo.theory.bootstrap import Interval, interval, quantile, resamples
+from zofo.theory.curvature import Directions
+
+CAUTION: Final = 0.8
+"""One-sided level at which curvature is taken."""
+HARMLESS: Final = 0.01
+"""Share of the loss that noise may add over the run where no signal was found."""
+_NUM_RATES: Final = 241
+_DECADES: Final = 4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the rate of a zeroth-order block follows from, with resampled replicates.
+
+    Attributes:
+        loss: f.
+        signal: G = ‖∇f‖².
+        row_noise: S: variance of the gradient of one row, summed over the weights.
+        trace: mean vᵀHv: tr H.
+        rayleigh: κ, from the covariance of s² and vᵀHv: within [0, trace].
+        replicates: of (signal, row_noise, trace, rayleigh): [resamples, 4].
+        num: directions.
+        largest_slope: largest |s| of a batch that was seen.
+        num_weights: d.
+    """
+
+    loss: float
+    signal: float
+    row_noise: float
+    trace: float
+    rayleigh: float
+    replicates: np.ndarray
+    num: int
+    largest_slope: float
+    num_weights: int
+
+    def intervals(self) -> dict[str, Interval]:
+        """The four with 95% intervals: bootstrap over directions, expanded percentiles."""
+        names = ("signal", "row_noise", "trace", "rayleigh")
+        return {
+            name: interval(getattr(self, name), self.replicates[:, i], self.num)
+            for i, name in enumerate(names)
+        }
+
+
+def moments(directions: Directions, *, seed: int = 0) -> Moments:
+    """Signal, noise and curvature of a block.
+
+    Signal: the mean over directions of the products of different rows' slopes, unbiased for ‖∇f‖².
+
+    Args:
+        directions: at least two, of at least two rows.
+        seed: of the resampling.
+    """
+    slopes, curvatures = directions.slopes, directions.curvatures
+    num_rows = slopes.shape[1]
+    means, variances = slopes.mean(axis=1), slopes.var(axis=1, ddof=1)
+    signals = means**2 - variances / num_rows
+    drawn = resamples(len(means), seed=seed)
+
+    def statistics(index: np.ndarray) -> np.ndarray:
+        signal, noise = signals[index].mean(axis=-1), variances[index].mean(axis=-1)
+        trace = curvatures[index].mean(axis=-1)
+        squares = means[index] ** 2
+        size = squares.mean(axis=-1)
+        shared = (squares * curvatures[index]).mean(axis=-1) - size * trace
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rayleigh = np.where(size > 0, shared / (2 * size), 0.0)
+        rayleigh = np.clip(rayleigh, 0.0, np.maximum(trace, 0.0))
+        return np.stack((signal, noise, trace, rayleigh), axis=-1)
+
+    replicates = statistics(drawn)
+    signal, noise, trace, rayleigh = replicates[0].tolist()
+    return Moments(
+        loss=float(directions.losses.mean()),
+        signal=signal,
+        row_noise=noise,
+        trace=trace,
+        rayleigh=rayleigh,
+        replicates=replicates,
+        num=len(means),
+        largest_slope=float(np.abs(means).max()),
+        num_weights=directions.num_weights,
+    )
+
+
+def total(parts: Sequence[Moments]) -> Moments:
+    """Moments of a block from those of its groups, each perturbed alone.
+
+    Signal, noise and trace add up; κ is weighted by signal, without the terms between groups.
+    """
+    stacked = np.stack([part.replicates for part in parts])
+    summed = stacked.sum(axis=0)
+    weights = np.maximum(stacked[:, :, 0], 0)
+    sizes = weights.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(sizes > 0, weights / sizes, 1 / len(parts))
+    summed[:, 3] = np.clip((shares * stacked[:, :, 3]).sum(axis=0), 0, np.maximum(summed[:, 2], 0))
+    signal, noise, trace, rayleigh = summed[0].tolist()
+    return Moments(
+        loss=float(np.mean([part.loss for part in parts])),
+        signal=signal,
+        row_noise=noise,
+        trace=trace,
+        rayleigh=rayleigh,
+        replicates=summed,
+        # The smallest group decides how far the percentiles are expanded.
+        num=min(part.num for part in parts),
+        largest_slope=math.sqrt(sum(part.largest_slope**2 for part in parts)),
+        num_weights=sum(part.num_weights for part in parts),
+    )
+
+
+def bend(
+    trace: float | np.ndarray, rayleigh: float | np.ndarray, num_directions: int = 1
+) -> float | np.ndarray:
+    """τ_K: the curvature that a step of K directions meets, over E‖g_B‖²."""
+    share = 1 / num_directions
+    return np.maximum((trace + 2 * rayleigh) * share + (1 - share) * rayleigh, 0.0)
+
+
+def decrease(
+    rate: float | np.ndarray,
+    *,
+    signal: float | np.ndarray,
+    noise: float | np.ndarray,
+    curvature: float | np.ndarray,
+) -> float | np.ndarray:
+    """Expected decrease of the loss by one step: η G − ½ η² (G + S/b) τ_K.
+
+    Args:
+        rate: η.
+        signal: G.
+        noise: S / b.
+        curvature: τ_K.
+    """
+    return rate * signal - 0.5 * np.square(rate) * (np.maximum(signal, 0) + noise) * curvature
+
+
+def loss_after(
+    rate: float | np.ndarray,
+    num_steps: int,
+    *,
+    loss: float,
+    signal: float | np.ndarray,
+    noise: float | np.ndarray,
+    curvature: float | np.ndarray,
+) -> np.ndarray:
+    """f_N of the model in the module's text; arguments as for `decrease`, broadcast together.
+
+    A negative signal, which an unbiased estimate of a small one may be, counts as none.
+    """
+    signal = np.maximum(signal, 0.0)
+    scale = max(loss, 1e-12)
+    rise = 0.5 * np.square(rate) * noise * curvature
+    pull = (rate * signal - 0.5 * np.square(rate) * signal * curvature) / scale
+    exponent = np.clip(-pull * num_steps, -700, 50)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gathered = np.where(np.abs(exponent) < 1e-9, num_steps, -np.expm1(exponent) / pull)
+    return np.asarray(loss * np.exp(exponent) + rise * gathered)
+
+
+def best_constant_rate(
+    num_steps: int, *, loss: float, signal: float, noise: float, curvature: float
+) -> float:
+    """The constant rate with the least f_N, at most that of the best single step.
+
+    Args:
+        num_steps: N ≥ 1.
+        loss: f_0.
+        signal: G; without one, the rate at which noise adds `HARMLESS` of the loss.
+        noise: S / b.
+        curvature: τ_K > 0.
+    """
+    if signal <= 0:
+        return math.sqrt(2 * HARMLESS * max(loss, 1e-12) / (num_steps * noise * curvature))
+    top = signal / ((signal + noise) * curvature)
+    rates = top * np.logspace(-_DECADES, 0, _NUM_RATES)
+    after = loss_after(rates, num_steps, loss=loss, signal=signal, noise=noise, curvature=curvature)
+    return float(rates[int(np.argmin(after))])
+
+
+def is_stable(rate: float, eigenvalues: Sequence[float], num_directions: int = 1) -> bool:
+    """Whether zeroth-order SGD with Gaussian directions contracts on ½ xᵀHx in mean square; exact.
+
+    Args:
+        rate: η.
+        eigenvalues: of H, at least 0.
+        num_directions: K.
+    """
+    step = rate * np.asarray(eigenvalues, dtype=float)
+    room = 2 * num_directions - (num_directions + 1) * step
+    return bool((room > 0).all() and (step / room).sum() < 1)
+
+
+def stable_rate(trace: float, largest: float, num_directions: int = 1) -> float:
+    """A rate below which `is_stable` holds: η (tr H / K + (1 + 1/K) λ_max) < 2."""
+    share = 1 / num_directions
+    bound = trace * share + (1 + share) * largest
+    return 2 / bound if bound > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class ZerothRate:
+    """The rate of a zeroth-order block.
+
+    Attributes:
+        rate: advised.
+        one_step: best for one step.
+        stable: half of what is stable.
+        reach: rate at which the largest step seen leaves what was measured.
+        limited_by: "horizon", "stability", "reach", or "no signal".
+        curvature: τ_K it was computed with.
+        noise: S / b.
+        decrease: expected of the first step.
+        progress: expected decrease of the loss over the horizon.
+        num_steps: the horizon.
+        loss: at its beginning.
+    """
+
+    rate: float
+    one_step: float
+    stable: float
+    reach: float
+    limited_by: str
+    curvature: float
+    noise: float
+    decrease: Interval
+    progress: Interval
+    num_steps: int
+    loss: float
+
+
+def zeroth_rate(
+    found: Moments,
+    *,
+    batch_rows: int,
+    num_steps: int,
+    trusted_to: float,
+    num_directions: int = 1,
+) -> ZerothRate:
+    """The rate of a block from its moments.
+
+    Args:
+        found: moments.
+        batch_rows: b: rows that a step's difference is taken on.
+        num_steps: moves of the block in the run.
+        trusted_to: how far along a direction the loss was seen to be a parabola.
+        num_directions: K.
+    """
+    replicates = found.replicates
+    bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
+    noise = found.row_noise / batch_rows
+    # Never below what the spread of the curvatures leaves open.
+    curvature = quantile(bends, CAUTION, found.num)
+    curvature = max(curvature, float(bends[0]), 1e-30)
+    trace = max(quantile(replicates[:, 2], CAUTION, found.num), found.trace, 1e-30)
+    stable = 0.5 * stable_rate(trace, min(trace, max(found.rayleigh, 0.0)), num_directions)
+    reach = trusted_to / found.largest_slope if found.largest_slope > 0 else math.inf
+    wanted = best_constant_rate(
+        num_steps,
+        loss=found.loss,
+        signal=found.signal,
+        noise=max(noise, 1e-30),
+        curvature=curvature,
+    )
+    if found.largest_slope == 0:  # no direction moves the loss: neither does the block
+        wanted = 0.0
+    limits = {"no signal" if found.signal <= 0 else "horizon": wanted}
+    limits |= {"stability": stable, "reach": reach}
+    limited_by = min(limits, key=lambda name: limits[name])
+    rate = limits[limited_by]
+    size = max(found.signal, 0.0) + noise
+    one_step = max(found.signal, 0.0) / (size * curvature) if size > 0 else 0.0
+    return ZerothRate(
+        rate=rate,
+        one_step=one_step,
+        stable=stable,
+        reach=reach,
+        limited_by=limited_by,
+        curvature=curvature,
+        noise=noise,
+        decrease=_decrease_of(found, rate, bends, batch_rows),
+        progress=_progress_of(found, rate, bends, batch_rows, num_steps),
+        num_steps=num_steps,
+        loss=found.loss,
+    )
+
+
+def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
+    """One rate for a run that passes through several points.
+
+    It makes the mean over the points of f_N / f_0 least, each with its own signal, noise and
+    careful curvature, and lies neither above what is stable or within reach at any of them, nor
+    above all of their own rates. Without signal anywhere it is the least of these.
+
+    Args:
+        points: moments with the rate that follows from each.
+    """
+    top = min(max(z.rate for _, z in points), *(min(z.stable, z.reach) for _, z in points))
+    if all(found.signal <= 0 for found, _ in points) or top <= 0:
+        return min(top, *(z.rate for _, z in points))
+    rates = top * np.logspace(-_DECADES, 0, _NUM_RATES)
+    left = np.zeros_like(rates)
+    for found, z in points:
+        after = loss_after(
+            rates,
+            z.num_steps,
+            loss=found.loss,
+            signal=found.signal,
+            noise=z.noise,
+            curvature=z.curvature,
+        )
+        left += after / max(found.loss, 1e-12)
+    return float(rates[int(np.argmin(left))])
+
+
+def progress_at(
+    found: Moments, rate: float, *, batch_rows: int, num_steps: int, num_directions: int = 1
+) -> Interval:
+    """Expected decrease of the loss over a run at some rate, with its interval."""
+    replicates = found.replicates
+    bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
+    return _progress_of(found, rate, bends, batch_rows, num_steps)
+
+
+def _decrease_of(found: Moments, rate: float, bends: np.ndarray, batch_rows: int) -> Interval:
+    values = np.asarray(
+        decrease(
+            rate,
+            signal=found.replicates[:, 0],
+            noise=found.replicates[:, 1] / batch_rows,
+            curvature=bends,
+        )
+    )
+    return interval(float(values[0]), values, found.num)
+
+
+def _progress_of(
+    found: Moments, rate: float, bends: np.ndarray, batch_rows: int, num_steps: int
+) -> Interval:
+    after = loss_after(
+        rate,
+        num_steps,
+        loss=found.loss,
+        signal=found.replicates[:, 0],
+        noise=found.replicates[:, 1] / batch_rows,
+        curvature=bends,
+    )
+    values = found.loss - after
+    return interval(float(values[0]), values, found.num)

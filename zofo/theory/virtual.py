@@ -1,0 +1,256 @@
+r"""The rate of a first-order block, from short trainings that are undone.
+
+Curvature along the first step says where to begin: η = ⟨∇f, u⟩ / (uᵀ∇²f u) with u = ∇f for SGD and
+u = sign(∇f), Adam's first step. It does not say where to end: at LoRA's start B = 0, curvature and
+gradient are another's than a few steps on. So the block is really trained for n steps at a few
+rates on a geometric ladder, each time from the same weights with the same batches and masks, and
+put back.
+
+    score of a rate = ½ (mean loss of the last half's fresh batches + loss on held-aside rows)
+
+The loss of a batch before the step that uses it is a held-out loss that costs nothing. With common
+batches two rates are compared row by row.
+
+From n to N steps: where the distance to go decides, the best rate shrinks like 1 / N; where the
+curvature decides it stays; where noise decides, it shrinks like 1 / √N. √(n / N) is taken, the
+middle one, applied to the largest rate that is not told apart from the best: where nothing has
+moved yet, that is the largest that does no harm.
+
+References:
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3 (a range test).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from zofo.theory.probe import Probe
+
+RATIO: Final = 10**0.5
+MAX_RATES: Final = 5
+_WORSE: Final = 2.0
+"""Standard errors of the paired difference by which a rate must be worse to be told apart."""
+_LARGEST_TIE: Final = 0.02
+"""Share of the loss at the start beyond which a rate is worse however uncertain that is."""
+
+
+@dataclass(frozen=True)
+class VirtualRun:
+    """A short training.
+
+    Attributes:
+        rate: of the block.
+        losses: of each step's fresh batch before the step, [steps]; short if it blew up.
+        held: losses of the held-aside rows at the end, [rows]; empty if it blew up.
+        start: losses of the held-aside rows before, [rows].
+    """
+
+    rate: float
+    losses: tuple[float, ...]
+    held: np.ndarray
+    start: np.ndarray
+
+    @property
+    def blew_up(self) -> bool:
+        """Whether a loss was not finite."""
+        return len(self.held) == 0
+
+    @property
+    def score(self) -> float:
+        """Lower is better; infinite if it blew up."""
+        if self.blew_up:
+            return math.inf
+        half = self.losses[len(self.losses) // 2 :]
+        return 0.5 * (float(np.mean(half)) + float(self.held.mean()))
+
+    @property
+    def decrease(self) -> float:
+        """Of the loss on the held-aside rows."""
+        return -math.inf if self.blew_up else float(self.start.mean() - self.held.mean())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        held = None if self.blew_up else float(self.held.mean())
+        return {
+            "rate": self.rate,
+            "losses": list(self.losses),
+            "held_before": float(self.start.mean()),
+            "held_after": held,
+            "score": None if self.blew_up else self.score,
+        }
+
+
+@dataclass(frozen=True)
+class FirstRate:
+    """The rate of a first-order block.
+
+    Attributes:
+        rate: advised.
+        best: of the short trainings, the largest that is not told apart from the best.
+        start: where the ladder began.
+        shrinkage: rate / best: √(n / N).
+        runs: by rate, ascending.
+        num_steps: of a short training.
+        moved: whether some rate lowered the loss on held-aside rows beyond its noise.
+    """
+
+    rate: float
+    best: float
+    start: float
+    shrinkage: float
+    runs: tuple[VirtualRun, ...]
+    num_steps: int
+    moved: bool
+
+
+def virtual_training(
+    probe: Probe,
+    parameters: Sequence[nn.Parameter],
+    rate: float,
+    *,
+    optimizer: Callable[[Sequence[nn.Parameter], float], Optimizer],
+    num_steps: int,
+    accumulation: int = 1,
+    max_grad_norm: float | None = None,
+    is_full: bool = False,
+    start: np.ndarray | None = None,
+    seed: int = 0,
+) -> VirtualRun:
+    """Train a block for a few steps, from and back to where it stands only in the caller's hands.
+
+    Args:
+        probe: rows; it is rewound, so that every rate sees the same.
+        parameters: of the block; written.
+        rate: learning rate.
+        optimizer: parameters and rate -> a new optimizer.
+        num_steps: n.
+        accumulation: micro-batches a step.
+        max_grad_norm: clipping, as in the run.
+        is_full: whether every weight has a gradient, for the cost.
+        start: losses of the held-aside rows at the beginning, if known.
+        seed: of the dropout masks.
+    """
+    torch.manual_seed(seed)
+    probe.rewind()
+    before = _held(probe) if start is None else start
+    stepper = optimizer(parameters, rate)
+    losses: list[float] = []
+    for _ in range(num_steps):
+        stepper.zero_grad()
+        share = 1 / accumulation
+        loss = math.fsum(
+            share * probe.backward(probe.draw(), is_full=is_full, share=share)
+            for _ in range(accumulation)
+        )
+        if not math.isfinite(loss):
+            return VirtualRun(rate, tuple(losses), np.empty(0), before)
+        losses.append(loss)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        stepper.step()
+    stepper.zero_grad()
+    held = _held(probe)
+    if not np.isfinite(held).all():
+        held = np.empty(0)
+    return VirtualRun(rate, tuple(losses), held, before)
+
+
+def search_rate(
+    train: Callable[[float], VirtualRun],
+    *,
+    start: float,
+    num_steps: int,
+    horizon: int,
+    max_rates: int = MAX_RATES,
+) -> FirstRate:
+    """Walk up or down a geometric ladder until the best rate lies inside, and shrink it for N.
+
+    Args:
+        train: rate -> a short training.
+        start: where to begin.
+        num_steps: n.
+        horizon: N.
+        max_rates: short trainings at most.
+    """
+    runs: dict[int, VirtualRun] = {}
+
+    def at(rung: int) -> VirtualRun:
+        if rung not in runs:
+            runs[rung] = train(start * RATIO**rung)
+        return runs[rung]
+
+    at(0)
+    at(1)
+    while len(runs) < max_rates:
+        best = min(runs, key=lambda rung: (runs[rung].score, rung))
+        low, high = min(runs), max(runs)
+        # Up first: a rate that is too large shows at once, one that is too small never does.
+        if not _is_worse(runs[high], runs[best]):
+            at(high + 1)
+        elif best == low or runs[best].blew_up:
+            at(low - 1)
+        else:
+            break
+    best_run = min(runs.values(), key=lambda run: (run.score, run.rate))
+    if best_run.blew_up:
+        least = min(run.rate for run in runs.values())
+        return FirstRate(
+            least / RATIO**2, least / RATIO**2, start, 1.0, _ordered(runs), num_steps, False
+        )
+    tied = max(run.rate for run in runs.values() if not _is_worse(run, best_run))
+    shrinkage = math.sqrt(min(1.0, num_steps / max(1, horizon)))
+    moved = any(_has_moved(run) for run in runs.values())
+    return FirstRate(tied * shrinkage, tied, start, shrinkage, _ordered(runs), num_steps, moved)
+
+
+def num_virtual_steps(horizon: int) -> int:
+    """n: a tenth of the run, from 5 to 20 steps."""
+    return max(5, min(20, horizon // 10))
+
+
+def _held(probe: Probe) -> np.ndarray:
+    """Losses of the held-aside rows, without dropout's noise."""
+    was_training = probe.model.training
+    probe.model.eval()
+    try:
+        size = probe.batch_size
+        parts = [probe.rows(probe.held[i : i + size]) for i in range(0, len(probe.held), size)]
+    finally:
+        probe.model.train(was_training)
+    return torch.cat(parts).numpy()
+
+
+def _is_worse(run: VirtualRun, than: VirtualRun) -> bool:
+    """Whether a rate is told apart from a better one: by held-aside rows, or by fresh batches."""
+    if run is than:
+        return False
+    if run.blew_up:
+        return True
+    if than.blew_up:
+        return False
+    half = len(run.losses) // 2
+    fresh = np.array(run.losses[half:]) - np.array(than.losses[half:])
+    both = (run.held - than.held, fresh)
+    errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
+    # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
+    margin = min(_WORSE * 0.5 * math.hypot(*errors), _LARGEST_TIE * float(than.start.mean()))
+    return run.score - than.score > margin
+
+
+def _has_moved(run: VirtualRun) -> bool:
+    if run.blew_up:
+        return False
+    change = run.start - run.held
+    return bool(change.mean() > _WORSE * change.std(ddof=1) / math.sqrt(len(change)))
+
+
+def _ordered(runs: dict[int, VirtualRun]) -> tuple[VirtualRun, ...]:
+    return tuple(runs[rung] for rung in sorted(runs))
