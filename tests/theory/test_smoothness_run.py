@@ -140,6 +140,28 @@ def test_an_interrupted_measurement_goes_on(tmp_path, decoder_folder, measured, 
     assert not read_json(tmp_path / "run" / "smoothness.json")["path"]
 
 
+def test_parts_of_the_base_and_forwards_alone(tmp_path, decoder_folder, measured):
+    _, rows, _ = measured
+    common = ["smoothness.train=false", "smoothness.split=layer", "smoothness.majoriser=false"]
+    done = run(*values(tmp_path / "a", decoder_folder, rows, *common))
+    assert done.exit_code == 0, done.output
+    found = read_json(tmp_path / "a" / "smoothness.json")
+    sizes = {r["block"]: r["num_parameters"] for r in found["spectra"]}
+    parts = ("embeddings", "layer 0", "layer 1", "rest")
+    assert tuple(sizes) == ("base", "adapter", *parts)
+    assert sum(sizes[part] for part in parts) == sizes["base"]
+    half = ["model.dtype=bfloat16", "smoothness.lanczos_steps=0", "eps=1e-2"]
+    done = run(*values(tmp_path / "b", decoder_folder, rows, *common, *half))
+    assert done.exit_code == 0, done.output
+    alone = read_json(tmp_path / "b" / "smoothness.json")
+    assert not alone["spectra"]
+    assert {r["block"] for r in alone["directional"]} == set(sizes)
+    # bfloat16 rounds the losses: what it may have added is said, and larger than in float32.
+    exact = {r["block"]: r["rounding"] for r in found["directional"]}
+    for record in alone["directional"]:
+        assert record["rounding"] > 100 * exact[record["block"]]
+
+
 def test_the_plan_says_what_it_costs(measured, tmp_path, decoder_folder):
     _, rows, _ = measured
     arguments = values(tmp_path / "run", decoder_folder, rows, "smoothness.split=layer")

@@ -84,7 +84,7 @@ def directional_curvature(
     Args:
         closure: returns f, a scalar; the same value twice: no dropout.
         perturbation: the view of the model at w + εv; says which block, seed and distribution.
-        parameters: what it perturbs; their dtype says how f is rounded.
+        parameters: what it perturbs.
         eps: ε; 1e-3 as in training.
         step: address of the directions.
         num_directions: how many; 16 by choice.
@@ -121,7 +121,9 @@ def directional_curvature(
                 changes.append(abs(curvatures[-1] - near / (eps / 2) ** 2))
     finally:
         generators.restore()
-    computed_in = max((p.dtype for p in parameters), key=lambda d: torch.finfo(d).eps)
+    # A loss rounds as the coarsest weights that it goes through, whichever are perturbed.
+    dtypes = {p.dtype for p in perturbation.model.parameters() if p.is_floating_point()}
+    computed_in = max(dtypes, key=lambda d: torch.finfo(d).eps)
     return DirectionalCurvature(
         tuple(curvatures),
         tuple(projections),
