@@ -130,6 +130,7 @@ class _Work:
             else:
                 pairs = zip(group["params"], group["tensors"], strict=True)
                 self.zeroth |= dict(zip(group["names"], pairs, strict=True))
+        self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
         self.probe = Probe(
             model,
             loss,
@@ -197,7 +198,7 @@ class _Work:
         ladder = measure_ladder(
             self.probe,
             self._view(),
-            scale=weight_scale(weights),
+            scale=self.scale,
             estimator=self.setting.estimator,
             is_16_bit=any(p.element_size() == 2 for p in weights),
         )
@@ -244,6 +245,7 @@ class _Work:
             num_steps=self.moves,
             trusted_to=advice.plateau.quadratic_to,
             num_directions=self.setting.num_directions,
+            pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
         )
 
     def _zeroth_rate(self, advice: Advice) -> None:
