@@ -378,7 +378,7 @@ class _Work:
                     batches=batches,
                     epochs=epochs,
                     num_weights=num_weights,
-                    reading=reading,  # type: ignore[arg-type]
+                    reading=reading,
                 )
             if setting.caps == "apply" and setting.asks(block):
                 _apply(advice, block, advice.caps[f"{block} sqrt(Tn)"].rate)
