@@ -42,6 +42,7 @@ from zofo.theory.rates import (
 )
 from zofo.theory.split import groups_of, split_rates
 from zofo.theory.virtual import (
+    RATIO,
     FirstRate,
     VirtualRun,
     num_virtual_steps,
@@ -306,7 +307,7 @@ class _Work:
         best = along.best_rate
         if setting.optimizer == "adamw":
             usual = setting.usual_rate
-            return min(max(best, usual / 10), usual * 10) if math.isfinite(best) else usual
+            return min(max(best, usual / RATIO), usual * RATIO) if math.isfinite(best) else usual
         norm = math.sqrt(max(along.square, 0.0))
         if not math.isfinite(best):
             size = weight_scale(self.first) * math.sqrt(sum(p.numel() for p in self.first)) or 1.0
