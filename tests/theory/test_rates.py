@@ -10,6 +10,8 @@ from zofo.theory.bootstrap import interval, resamples
 from zofo.theory.caps import cap, epochs_to
 from zofo.theory.curvature import Directions
 from zofo.theory.rates import (
+    FAR,
+    NEAR,
     best_constant_rate,
     decrease,
     is_stable,
@@ -179,6 +181,15 @@ def test_the_rate_is_stable_however_few_directions(seed):
     directions = measured(EIGENVALUES, GRADIENT, 0.5, num=4, seed=seed, loss=10.0)
     found = advised(directions, trusted_to=math.inf)
     assert is_stable(found.rate, EIGENVALUES)
+
+
+def test_pretrained_weights_wander_less_where_nothing_is_gained():
+    for gradient, limit in ((GRADIENT, FAR), (0 * GRADIENT, NEAR)):
+        directions = measured(1e-9 * EIGENVALUES, gradient, 3.0, num=40)
+        found = advised(directions, trusted_to=1e9, pretrained_scale=0.05)
+        assert found.limited_by == "drift"
+        walked = found.rate * math.sqrt(100 * np.square(directions.slopes.mean(axis=1)).mean())
+        assert walked == pytest.approx(limit * 0.05, rel=0.1)
 
 
 def test_more_directions_a_step_allow_a_larger_rate():

@@ -78,6 +78,16 @@ def test_a_rate_whose_loss_swings_is_no_equal_of_the_best():
     assert search_rate(train, start=1e-2, num_steps=10, horizon=10).best < 0.02
 
 
+def test_rates_that_only_do_harm_are_left_for_smaller_ones():
+    """Of two bad rates the less bad is no choice, however close they are to each other."""
+
+    def train(rate):
+        level = 1.0 if rate < 2e-3 else 1.04
+        return VirtualRun(rate, (level,) * 10, np.full(40, level), np.full(40, 1.0))
+
+    assert search_rate(train, start=1e-2, num_steps=10, horizon=10).best < 2e-3
+
+
 def test_the_length_of_a_short_training_follows_the_run():
     assert [num_virtual_steps(n) for n in (10, 100, 10_000)] == [5, 10, 20]
 

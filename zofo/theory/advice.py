@@ -38,8 +38,8 @@ class Setting:
         max_grad_norm: clipping of its gradient.
         estimator, num_directions, distribution: of the zeroth-order block.
         eps, base_lr, adapter_lr: "auto", or what is given.
-        usual_rate: where the first-order search begins if curvature says nothing, and within two
-            decades of which it begins otherwise.
+        usual_rate: where the first-order search begins if curvature says nothing, and within half a
+            decade of which Adam's begins otherwise.
         seed: of the run.
         caps: whether the theorem's caps are applied; they are always shown.
         target: ε of the theorem, for the epochs that it asks for.

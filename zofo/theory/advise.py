@@ -42,6 +42,7 @@ from zofo.theory.rates import (
 )
 from zofo.theory.split import groups_of, split_rates
 from zofo.theory.virtual import (
+    RATIO,
     FirstRate,
     VirtualRun,
     num_virtual_steps,
@@ -130,6 +131,7 @@ class _Work:
             else:
                 pairs = zip(group["params"], group["tensors"], strict=True)
                 self.zeroth |= dict(zip(group["names"], pairs, strict=True))
+        self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
         self.probe = Probe(
             model,
             loss,
@@ -197,7 +199,7 @@ class _Work:
         ladder = measure_ladder(
             self.probe,
             self._view(),
-            scale=weight_scale(weights),
+            scale=self.scale,
             estimator=self.setting.estimator,
             is_16_bit=any(p.element_size() == 2 for p in weights),
         )
@@ -244,6 +246,7 @@ class _Work:
             num_steps=self.moves,
             trusted_to=advice.plateau.quadratic_to,
             num_directions=self.setting.num_directions,
+            pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
         )
 
     def _zeroth_rate(self, advice: Advice) -> None:
@@ -304,7 +307,7 @@ class _Work:
         best = along.best_rate
         if setting.optimizer == "adamw":
             usual = setting.usual_rate
-            return min(max(best, usual / 10), usual * 10) if math.isfinite(best) else usual
+            return min(max(best, usual / RATIO), usual * RATIO) if math.isfinite(best) else usual
         norm = math.sqrt(max(along.square, 0.0))
         if not math.isfinite(best):
             size = weight_scale(self.first) * math.sqrt(sum(p.numel() for p in self.first)) or 1.0

@@ -16,7 +16,12 @@ G ∝ f, which is what a Polyak–Łojasiewicz function with minimum 0 does at w
 
 and the advised η is the one that makes f_N least, with τ at the upper end of its 80% one-sided
 interval, so that a curvature that could not be told from 0, or is negative, does not ask for a
-large rate. It is a model for choosing a number and no theorem: the true minimum is above 0.
+large rate; and with G = 0 unless the lower end of its interval is positive. It is a model for
+choosing a number and no theorem: the true minimum is above 0.
+
+What a loss does not show is what its weights will be needed for. The steps are a random walk of
+size η √(N E s² / K) a weight; over the weights' own size that is the relative noise it puts on
+every layer, and it is kept below `FAR`, or `NEAR` where no signal was found.
 
 Stability, exact. On f = ½ xᵀHx with eigenvalues λ ≥ 0 and no noise the second moments m_i = E x_i²
 along the eigenvectors obey, for K Gaussian directions,
@@ -52,6 +57,11 @@ CAUTION: Final = 0.8
 """One-sided level at which curvature is taken."""
 HARMLESS: Final = 0.01
 """Share of the loss that noise may add over the run where no signal was found."""
+FAR: Final = 0.5
+"""Choice: how far pretrained weights may wander over the run with a signal, over their own size."""
+NEAR: Final = 0.02
+"""Choice: how far without a signal. Seen once: MiniLM, whose fresh head does not use the features
+yet, so that the loss does not show what becomes of them."""
 _NUM_RATES: Final = 241
 _DECADES: Final = 4
 
@@ -81,6 +91,12 @@ class Moments:
     num: int
     largest_slope: float
     num_weights: int
+
+    @property
+    def sure_signal(self) -> float:
+        """G where the lower end of its 80% one-sided interval is positive, else 0."""
+        low = quantile(self.replicates[:, 0], 1 - CAUTION, self.num)
+        return self.signal if low > 0 else 0.0
 
     def intervals(self) -> dict[str, Interval]:
         """The four with 95% intervals: bootstrap over directions, expanded percentiles."""
@@ -257,7 +273,9 @@ class ZerothRate:
         one_step: best for one step.
         stable: half of what is stable.
         reach: rate at which the largest step seen leaves what was measured.
-        limited_by: "horizon", "stability", "reach", or "no signal".
+        drift: rate at which the weights wander as far as they may; infinite for fresh weights.
+        limited_by: "horizon", "stability", "reach", "drift", or "no signal".
+        signal: G it was computed with: 0 where there is none for sure.
         curvature: τ_K it was computed with.
         noise: S / b.
         decrease: expected of the first step.
@@ -270,7 +288,9 @@ class ZerothRate:
     one_step: float
     stable: float
     reach: float
+    drift: float
     limited_by: str
+    signal: float
     curvature: float
     noise: float
     decrease: Interval
@@ -286,6 +306,7 @@ def zeroth_rate(
     num_steps: int,
     trusted_to: float,
     num_directions: int = 1,
+    pretrained_scale: float = 0.0,
 ) -> ZerothRate:
     """The rate of a block from its moments.
 
@@ -295,9 +316,11 @@ def zeroth_rate(
         num_steps: moves of the block in the run.
         trusted_to: how far along a direction the loss was seen to be a parabola.
         num_directions: K.
+        pretrained_scale: root mean square of the weights, where they were trained before; 0: fresh.
     """
     replicates = found.replicates
     bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
+    signal = found.sure_signal
     noise = found.row_noise / batch_rows
     # Never below what the spread of the curvatures leaves open.
     curvature = quantile(bends, CAUTION, found.num)
@@ -308,24 +331,30 @@ def zeroth_rate(
     wanted = best_constant_rate(
         num_steps,
         loss=found.loss,
-        signal=found.signal,
+        signal=signal,
         noise=max(noise, 1e-30),
         curvature=curvature,
     )
+    size = max(found.signal, 0.0) + noise
+    drift = math.inf
+    if pretrained_scale > 0 and size > 0:
+        allowed = (FAR if signal > 0 else NEAR) * pretrained_scale
+        drift = allowed / math.sqrt(num_steps * size / num_directions)
     if found.largest_slope == 0:  # no direction moves the loss: neither does the block
         wanted = 0.0
-    limits = {"no signal" if found.signal <= 0 else "horizon": wanted}
-    limits |= {"stability": stable, "reach": reach}
+    limits = {"no signal" if signal <= 0 else "horizon": wanted}
+    limits |= {"stability": stable, "reach": reach, "drift": drift}
     limited_by = min(limits, key=lambda name: limits[name])
     rate = limits[limited_by]
-    size = max(found.signal, 0.0) + noise
     one_step = max(found.signal, 0.0) / (size * curvature) if size > 0 else 0.0
     return ZerothRate(
         rate=rate,
         one_step=one_step,
         stable=stable,
         reach=reach,
+        drift=drift,
         limited_by=limited_by,
+        signal=signal,
         curvature=curvature,
         noise=noise,
         decrease=_decrease_of(found, rate, bends, batch_rows),
@@ -345,8 +374,9 @@ def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
     Args:
         points: moments with the rate that follows from each.
     """
-    top = min(max(z.rate for _, z in points), *(min(z.stable, z.reach) for _, z in points))
-    if all(found.signal <= 0 for found, _ in points) or top <= 0:
+    ends = (min(z.stable, z.reach, z.drift) for _, z in points)
+    top = min(max(z.rate for _, z in points), *ends)
+    if all(z.signal <= 0 for _, z in points) or top <= 0:
         return min(top, *(z.rate for _, z in points))
     rates = top * np.logspace(-_DECADES, 0, _NUM_RATES)
     left = np.zeros_like(rates)
@@ -355,7 +385,7 @@ def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
             rates,
             z.num_steps,
             loss=found.loss,
-            signal=found.signal,
+            signal=z.signal,
             noise=z.noise,
             curvature=z.curvature,
         )
