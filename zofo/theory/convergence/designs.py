@@ -32,7 +32,7 @@ class Scale:
         num_draws: directions of a seed where estimates are looked at alone.
     """
 
-    num_seeds: int = 32
+    num_seeds: int = 24
     shorter: int = 0
     keep: int = 99
     per_octave: int = 2
@@ -73,8 +73,8 @@ NETWORK: Final = {"num_samples": 8, "hidden": 4, "inputs": 4, "target_noise": 1.
 
 def order(scale: Scale) -> list[Any]:
     """Both blocks by exact gradients, in each order of the samples."""
-    epochs = doubling(16, 32768, scale)
-    rates = Rates(-16, -1, scale.per_octave)
+    epochs = doubling(16, 16384, scale)
+    rates = Rates(-15, -1, scale.per_octave)
     cells = []
     for variant, samplings, options in (
         (
@@ -141,7 +141,7 @@ def _network(experiment: str, setting: Setting, rates: Rates, scale: Scale) -> l
             NETWORK,
             replace(setting, sampling=sampling),
             rates,
-            doubling(16, 8192, scale),
+            doubling(16, 4096, scale),
             scale.num_seeds,
         )
         for sampling in ("reshuffle", "with-replacement")
@@ -159,7 +159,7 @@ def zeroth(scale: Scale) -> list[Any]:
             options,
             replace(ZEROTH, sampling=sampling),
             Rates(-14, -2, scale.per_octave),
-            doubling(16, 16384, scale),
+            doubling(16, 8192, scale),
             scale.num_seeds,
         )
         for sampling in ("reshuffle", "shuffle-once", "with-replacement")
@@ -288,7 +288,7 @@ def eps(scale: Scale) -> list[Any]:
             doubling(512, 2048, scale),
             scale.num_seeds,
         )
-        for d in (8, 16, 32, 64, 128)[: scale.keep]
+        for d in (8, 16, 32, 64)[: scale.keep]
         for k in range(-8, 2, 1 if scale.keep > 9 else 3)
     ]
 
