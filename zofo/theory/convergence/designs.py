@@ -75,19 +75,13 @@ def order(scale: Scale) -> list[Any]:
     """Both blocks by exact gradients, in each order of the samples."""
     epochs = doubling(16, 16384, scale)
     rates = Rates(-15, -1, scale.per_octave)
+    variants: tuple[tuple[str, tuple[Sampling, ...], dict[str, Any]], ...] = (
+        ("curvature", ("reshuffle", "shuffle-once", "with-replacement"), CURVATURE),
+        ("gradient", ("reshuffle", "with-replacement"), {}),
+    )
     cells = []
-    for variant, samplings, options in (
-        (
-            "curvature",
-            ("reshuffle", "shuffle-once", "with-replacement"),
-            quadratic(4, flat(6), flat(2), noise_x=10.0, noise_y=10.0, **CURVATURE),
-        ),
-        (
-            "gradient",
-            ("reshuffle", "with-replacement"),
-            quadratic(4, flat(6), flat(2), noise_x=10.0, noise_y=10.0),
-        ),
-    ):
+    for variant, samplings, spread in variants:
+        options = quadratic(4, flat(6), flat(2), noise_x=10.0, noise_y=10.0, **spread)
         cells += [
             Cell(
                 "order",

@@ -137,7 +137,7 @@ def interval(samples: np.ndarray, note: str = "") -> Interval:
     return Interval(float(samples[0]), float(low), float(high), note)
 
 
-def exponent(x: Sequence[float], log_y: np.ndarray, note: str = "") -> Interval:
+def exponent(x: Sequence[float] | np.ndarray, log_y: np.ndarray, note: str = "") -> Interval:
     """The exponent of a power law, over the window and over its upper half.
 
     Args:

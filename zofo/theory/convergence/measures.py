@@ -105,7 +105,7 @@ class Study:
             result.cache[key] = tune(
                 values_of(result, part), rates[:, column], self.weights(result)
             )
-        return result.cache[key]  # type: ignore[no-any-return]
+        return result.cache[key]
 
 
 def values_of(result: Result, part: str) -> np.ndarray:
@@ -115,7 +115,7 @@ def values_of(result: Result, part: str) -> np.ndarray:
     return result.arrays["last" if part == "last" else f"mean_{part}"]
 
 
-def series_of(name: str, x: Sequence[float], log_y: np.ndarray) -> Series:
+def series_of(name: str, x: Sequence[float] | np.ndarray, log_y: np.ndarray) -> Series:
     """Points with intervals from log_y, [points, resamples]."""
     ends = [interval(row) for row in np.exp(log_y)]
     return Series(

@@ -6,6 +6,7 @@ Slow, and what the vectorised engine is tested against: nothing of it is used he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,5 +97,5 @@ def _one(
         if epoch < checkpoints[-1]:
             for index in sampler:
                 sample = torch.tensor(index)
-                optimizer.step(lambda sample=sample: model(sample))
+                optimizer.step(partial(model, sample))
     return found

@@ -167,7 +167,7 @@ def summary_of(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) 
     """What was found, as plain values; NaN and infinite are null."""
     from zofo.environment import environment
 
-    return _plain(  # type: ignore[no-any-return]
+    return _plain(
         {
             "scale": dataclasses.asdict(plan.scale),
             "engine": plan.engine,

@@ -147,7 +147,7 @@ class Problem(ABC):
 
     def hessian(self, w: Tensor) -> Tensor:
         """∇²f at one point by autograd: [d_x + d_y, d_x + d_y]."""
-        return torch.autograd.functional.hessian(self.value, w)  # type: ignore[return-value]
+        return torch.autograd.functional.hessian(self.value, w)
 
     def majoriser_margin(self, w: Tensor) -> float:
         """How far the diagonal majoriser holds at one point.
