@@ -497,7 +497,7 @@ def convergence(
         str, typer.Option(help="compiled, or optimizer: zofo.HybridOptimizer itself, slow.")
     ] = "compiled",
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds of every cell; default: 32, 6 with --quick.")
+        int | None, typer.Option(help="Seeds of every cell; default: 24, 6 with --quick.")
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from zofo.theory.convergence.claims import Claim
 CLAIMS: Final[tuple[Claim, ...]] = (
     *claims_on_order.order(),
     *claims_on_order.order_n(),
+    *claims_on_order.last(),
     *claims_on_order.zeroth(),
     *claims_on_order.samples(),
     *claims_on_rates.dimension(),

@@ -213,7 +213,7 @@ def growth() -> list[Claim]:
         Claim(
             f"cap-in-ell-{order}",
             "growth",
-            f"{words}: the largest base rate falls as 1 / ℓ_x of the start, up to a logarithm",
+            f"{words}: the largest base rate falls as (ln ℓ) / ℓ, ℓ = ℓ_x of the start",
             PAPER + "; arXiv 2306.01264",
             measures.across,
             {
@@ -222,15 +222,16 @@ def growth() -> list[Claim]:
                 "of": "cap",
                 "part": "x",
                 "per": _ell_at_start,
-                "x_title": "ℓ_x(‖∇f‖) at the start",
+                "x_title": "ℓ / ln ℓ, ℓ = ℓ_x(‖∇f‖) at the start",
             },
-            "ℓ^-1",
-            {"ℓ^0": 0.0, "ℓ^-1": -1.0},
+            "-1",
+            {"0": 0.0, "-1/2": -0.5, "-1": -1.0},
         )
         for order, words in (("first", "Exact gradients"), ("zeroth", "Differences"))
     ]
 
 
 def _ell_at_start(start: float) -> float:
-    """1 + ‖∇f‖ of four coordinates that all stand at `start` under φ'' = 1 + |φ'|."""
-    return 1 + 2 * float(np.expm1(start))
+    """ℓ / ln ℓ, ℓ = 1 + ‖∇f‖ of four coordinates that all stand at `start`, φ'' = 1 + |φ'|."""
+    ell = 1 + 2 * float(np.expm1(start))
+    return ell / float(np.log(ell))

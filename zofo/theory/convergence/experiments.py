@@ -44,8 +44,15 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
         "order-n",
         "Number of samples, exact gradients",
         "Which power of n goes with which order?",
-        "Both blocks by their gradients, n = 4 to 16 samples of the same variance.",
+        "Both blocks by their gradients, 4 to 32 samples of the same variance.",
         designs.order_n,
+    ),
+    Experiment(
+        "last",
+        "The last epoch, strongly convex, exact gradients",
+        "Are the known rates of strongly convex sums seen where they should be?",
+        "‖∇f‖² at the end of a run, not the mean over it, at the best rate for each T.",
+        designs.last,
     ),
     Experiment(
         "zeroth",

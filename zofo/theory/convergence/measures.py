@@ -145,7 +145,7 @@ def in_epochs(
     last: int = 6,
     name: str = "measured",
 ) -> Measured:
-    """Exponent in T of the tuned value or rate of one cell, over its last checkpoints."""
+    """Exponent in T of the best value or rate of one cell, over its last checkpoints."""
     result = study.one(experiment, where)
     tuned = study.tuned(result, part)
     window = slice(-last, None)

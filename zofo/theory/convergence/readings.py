@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from zofo.theory.convergence.fits import Interval, at_rates, exponent, interval
 from zofo.theory.convergence.measures import Measured, Study, series_of, values_of
+
+_SHARE: Final = 0.25
 
 
 def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
@@ -48,7 +50,8 @@ def reading(
 ) -> Measured:
     """Exponent in n of the epochs to ε when rates follow c / (√T n^power).
 
-    c is the best for the smallest n at one checkpoint; ε² is what the smallest n reaches with it at
+    c is a quarter of the best for the smallest n at one checkpoint, so that what is to be descended
+    rules and both readings are at their ease; ε² is what the smallest n reaches with it at
     another.
 
     Args:
@@ -65,7 +68,7 @@ def reading(
     smallest = results[0]
     num_0 = float(smallest.cell.labels["n"])
     rate_0 = float(np.exp(study.tuned(smallest, "all").log_rate[calibrated, 0]))
-    c = rate_0 * float(smallest.checkpoints[calibrated]) ** 0.5 * num_0**power
+    c = _SHARE * rate_0 * float(smallest.checkpoints[calibrated]) ** 0.5 * num_0**power
     rows, xs, log_target = [], [], None
     for result in results:
         num, x = float(result.cell.labels["n"]), result.checkpoints

@@ -5,8 +5,8 @@ Slow, and what the vectorised engine is tested against: nothing of it is used he
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,5 +96,6 @@ def _one(
         sums = [total + part for total, part in zip(sums, now, strict=True)]
         if epoch < checkpoints[-1]:
             for index in sampler:
-                optimizer.step(functools.partial(model, torch.tensor(index)))
+                sample = torch.tensor(index)
+                optimizer.step(partial(model, sample))
     return found
