@@ -1,4 +1,4 @@
-"""Charts as plain SVG: curves with bands, labelled at their ends; means with intervals.
+"""Charts as plain SVG: curves with bands, labelled at their ends; means with intervals; points.
 
 No dependency; the colours follow the reader's light or dark scheme.
 """
@@ -6,7 +6,7 @@ No dependency; the colours follow the reader's light or dark scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -174,6 +174,107 @@ def interval_chart(title: str, x_label: str, rows: Sequence[Interval]) -> str:
             parts.append(f'<line class="line c1" {ends}/>')
         parts.append(f'<circle class="t1" cx="{x_at(row.mean)}" cy="{y}" r="4.5"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Points on logarithmic axes.
+
+    Attributes:
+        title: above it.
+        groups: label -> points, in the order of their colours from the second on.
+        lines: label -> a curve through them.
+    """
+
+    title: str
+    groups: Mapping[str, Points]
+    lines: Mapping[str, Points]
+
+
+def scatter_panels(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> str:
+    """Panels side by side, each with its own x axis and one y axis for all, logarithmic both."""
+    side, left, top, height = 250, 70, 76, 420
+    width, bottom = left + side * len(panels) + 20, height - 52
+    ys = [y for panel in panels for points in panel.groups.values() for _, y in points]
+    y_low, y_high = _decades(ys)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.groups))
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{round(x, 1)}" y="{round(y, 1)}" {more}>{escape(words)}</text>'
+
+    def y_at(y: float) -> float:
+        share = (math.log10(y) - y_low) / (y_high - y_low)
+        return round(bottom - share * (bottom - top), 1)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        text(16, 22, title, 'class="title"'),
+    ]
+    for i, label in enumerate(labels):
+        x = 22 + 110 * i
+        parts += [_mark(x, 42, i + 1), text(x + 10, 46, label, f'class="t{i + 1}"')]
+    powers = range(y_low, y_high + 1)
+    for power in powers:
+        parts += [
+            f'<line class="grid" x1="{left}" x2="{left + side * len(panels) - 16}" '
+            f'y1="{y_at(10.0**power)}" y2="{y_at(10.0**power)}"/>',
+            text(left - 8, y_at(10.0**power) + 4, f"{10.0**power:g}", 'text-anchor="end"'),
+        ]
+    for place, panel in enumerate(panels):
+        begin, end = left + side * place, left + side * (place + 1) - 16
+        xs = [math.log10(x) for points in panel.groups.values() for x, _ in points]
+        x_low, x_high = min(xs), max(xs)
+        margin = 0.06 * (x_high - x_low or 1.0)
+        x_low, x_high = x_low - margin, x_high + margin
+
+        def x_at(x: float, a: float = begin, b: float = end, c: float = x_low, d: float = x_high):
+            return round(a + (math.log10(x) - c) / (d - c) * (b - a), 1)
+
+        parts.append(text((begin + end) / 2, top - 8, panel.title, 'text-anchor="middle"'))
+        for x in _log_ticks(10**x_low, 10**x_high):
+            parts.append(text(x_at(x), bottom + 18, f"{x:g}", 'text-anchor="middle"'))
+        frame = f"M{begin},{top} V{bottom} H{end}"
+        parts.append(f'<path class="axis line" d="{frame}" stroke-width="1"/>')
+        for label, curve in panel.lines.items():
+            path = " ".join(
+                f"{x_at(x)},{min(max(y_at(y), top), bottom)}" for x, y in curve if y > 0
+            )
+            colour = labels.index(label) + 1
+            parts.append(f'<polyline class="line c{colour}" points="{path}"/>')
+        for label, points in panel.groups.items():
+            colour = labels.index(label) + 1
+            parts += [_mark(x_at(x), y_at(y), colour) for x, y in points]
+    parts += [
+        text((left + width) / 2, height - 10, x_label, 'text-anchor="middle"'),
+        text(0, 0, y_label, f'text-anchor="middle" transform="translate(16 {(top + bottom) / 2}) '
+             'rotate(-90)"'),
+    ]  # fmt: skip
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _mark(x: float, y: float, colour: int) -> str:
+    """A circle; a square for every second colour, for those who do not see colours."""
+    if colour % 2:
+        return f'<circle class="t{colour}" cx="{x}" cy="{y}" r="3.6" fill-opacity="0.8"/>'
+    corner = f'x="{round(x - 3.4, 1)}" y="{round(y - 3.4, 1)}"'
+    return f'<rect class="t{colour}" {corner} width="6.8" height="6.8" fill-opacity="0.8"/>'
+
+
+def _decades(values: Sequence[float]) -> tuple[int, int]:
+    """Powers of 10 around the values, at least one apart."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return low, max(high, low + 1)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of 10, with 3 or 2 and 5 of each where there would be few; else even numbers."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [f * 10.0**k for k in decades for f in factors if low <= f * 10.0**k <= high]
+        if len(found) >= 3:
+            return found
+    return ticks(low, high)[::2]
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from zofo.files import write_json
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -82,6 +84,55 @@ def test_a_curve_leaves_the_chart_at_its_top(svg):
     assert ends[0] == ends[1]
     with pytest.raises(ValueError, match="7 series"):
         svg.line_chart("t", "x", "y", [series[0]] * 7)
+
+
+def test_points_are_drawn_on_logarithmic_axes(svg):
+    groups = {"base": [(0.01, 1.0), (0.1, 10.0), (1.0, 100.0)], "adapter": [(0.1, 1.0)]}
+    panels = [svg.Panel("a & b", groups, {"base": [(0.01, 1.0), (1.0, 100.0)]})]
+    narrow = svg.Panel("narrow", {"base": [(5.0, 3.0), (6.0, 4.0)]}, {})
+    root = ElementTree.fromstring(svg.scatter_panels("t", "x", "y", [*panels, narrow]))
+    circles = [n for n in root.iter(f"{SVG}circle") if n.get("class") == "t1"]
+    (x0, y0), (x1, y1), (x2, y2) = [
+        (float(n.get("cx")), float(n.get("cy"))) for n in circles[1:4]
+    ]  # the first is the legend's
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert y1 < y0
+    words = [node.text for node in root.iter(f"{SVG}text")]
+    assert {"a & b", "narrow", "base", "adapter", "0.1", "100"} <= set(words)
+    assert any(word.startswith(("5.", "6")) for word in words)  # ticks of the narrow panel
+
+
+def test_figure_1_and_tables_of_smoothness(svg, monkeypatch, tmp_path, capsys):
+    import smoothness_figures
+
+    from zofo.theory.summary import summarise
+
+    points = [
+        {
+            "kind": "path",
+            "step": step,
+            "grad_norm": {"full": 2.0**step},
+            "step_norm": {"full": 1.0, "base": 0.5, "adapter": 0.5},
+            "gradient": {"base": {"norm": 3.0 + 2**step}, "adapter": {"norm": 1.0 + step}},
+            "alone": [{"gamma": 1.0, "base": 2.0, "adapter": 1.0}],
+            "whole": [{"gamma": 1.0, "base": 1.0, "adapter": 0.5, "full": 1.0}],
+            "floor": {"base": 0.0, "adapter": 0.0},
+        }
+        for step in range(12)
+    ]
+    config = {"model": {"name": "tiny"}, "adapter": {"type": "lora"}, "method": "hybrid"}
+    write_json(tmp_path / "run" / "smoothness.json", summarise(points, config, {}))
+    smoothness_figures.main([str(tmp_path / "run"), "--to", str(tmp_path / "f")])
+    assert {p.name for p in tmp_path.glob("*.svg")} == {
+        f"f-{kind}.svg" for kind in ("gradient", "alone", "whole")
+    }
+    root = ElementTree.fromstring((tmp_path / "f-gradient.svg").read_text())
+    assert len([n for n in root.iter(f"{SVG}circle") if n.get("class") == "t1"]) == 12 + 1
+    assert "| tiny, lora | gradient | base | × 2.05e+03 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        smoothness_figures.main([str(tmp_path), "--to", str(tmp_path / "g")])
+    sys.modules.pop("smoothness_figures")
 
 
 def test_a_studys_figures(svg, monkeypatch, tmp_path):
