@@ -51,6 +51,21 @@ def test_cells_are_combinations_that_make_sense(write):
     assert len({run.id for run in grid.search}) == len(grid.search)
 
 
+@pytest.mark.parametrize("rate", [1e-4, "1e-4", [1e-4], ["1e-4"]])
+def test_one_rate_is_a_grid(write, rate):
+    # YAML reads 1e-4, without a dot, as text.
+    grid = expand(load_spec(write(methods=["fo-peft"], rates=[{"adapter_lr": rate}])))
+    assert list(grid.rates.values()) == [(Pair(None, 1e-4),)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"), [("auto", "auto"), ("fast", "valid number"), (-1, "at least 0")]
+)
+def test_rates_that_are_none(write, rate, message):
+    with pytest.raises(UserError, match=message):
+        load_spec(write(methods=["fo-peft"], rates=[{"adapter_lr": rate}]))
+
+
 def test_names_say_what_runs(write):
     grid = expand(load_spec(write(methods=["hybrid", "zo-ft"])))
     assert [run.id for run in grid.search] == [

@@ -90,6 +90,8 @@ class Rates(Where):
     @field_validator("base_lr", "adapter_lr", "tied", mode="before")
     @classmethod
     def _are_not_auto(cls, value: Any) -> Any:
+        if isinstance(value, str | int | float):
+            value = [value]  # one rate is a grid too
         if isinstance(value, list) and AUTO in value:
             raise ValueError(_NO_AUTO)
         return value
