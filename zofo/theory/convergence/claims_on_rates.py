@@ -214,7 +214,7 @@ def growth() -> list[Claim]:
             f"cap-in-ell-{order}",
             "growth",
             f"{words}: the largest base rate falls as (ln ℓ) / ℓ, ℓ = ℓ_x of the start",
-            PAPER + "; arXiv 2306.01264",
+            OURS,
             measures.across,
             {
                 "where": {"base": order},
