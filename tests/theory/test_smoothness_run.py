@@ -99,8 +99,11 @@ def test_the_page_and_the_report_show_the_fits(measured, tmp_path):
         assert row["exponent"][1] == pytest.approx(fit["power"]["exponent"]["value"])
     assert len(page.table("An eigenvalue lies within")) == 4
     assert {"figure-one", "steps", "spectra"} <= page.data["figures"]["light"].keys()
-    done = CliRunner().invoke(app, ["report", str(folder), "--to", str(tmp_path / "r.html")])
+    targets = ["--to", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "r.md")]
+    done = CliRunner().invoke(app, ["report", str(folder), *targets])
     assert done.exit_code == 0, done.output
+    lines = (tmp_path / "r.md").read_text().split("### Smoothness along the run")[1].splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(rows) + 2  # and the heading
     report = read_page(tmp_path / "r.html")
     assert len(report.table("Fits to the path of each run")) == len(rows)
     assert "0|gradient" in report.data["figures"]["dark"]["smoothness"]

@@ -12,7 +12,7 @@ from typing import Final
 
 from zofo.files import write_text
 from zofo.report.document import check_target
-from zofo.report.page import Report
+from zofo.report.page import Report, smoothness_of
 from zofo.report.tables import Table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
@@ -46,6 +46,8 @@ def check_markdown_target(to: str | Path) -> None:
 
 def render_markdown(report: Report) -> str:
     """The Markdown as text."""
+    from zofo.theory.tables import smoothness_table
+
     comparison, verdict = report.comparison, report.verdict
     parts = [MARK, f"**{escape(verdict.sentence)}**"]
     if verdict.notes:
@@ -57,6 +59,10 @@ def render_markdown(report: Report) -> str:
     ]
     if comparison.ranks is not None:
         sections.append(("Ranks over tasks", rank_table(comparison.ranks)))
+    smoothness = smoothness_of(report.runs)
+    paths = smoothness_table(smoothness, dict.fromkeys(smoothness, ""))
+    if paths is not None:
+        sections.append(("Smoothness along the run", paths))
     for title, table in sections:
         if table.rows:
             parts += [f"### {title}", _markdown(table)]

@@ -112,7 +112,7 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
         "no_ranks": comparison.no_ranks,
         "rank_table": None if comparison.ranks is None else rank_table(comparison.ranks),
         "unwell": _nonempty(run_table(unwell, links, comparison.left_out)),
-        "smoothness": smoothness_table(_smoothness(runs), links),
+        "smoothness": smoothness_table(smoothness_of(runs), links),
         "all_runs": run_table(rows, links, comparison.left_out),
         "figures": figures["light"],
         "configuration": _options(runs.configs, ("output_dir",)),
@@ -141,7 +141,7 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
         "curves": curve_figures(comparison, report.runs, theme),
         "rates": rates,
         "ratios": ratios,
-        "smoothness": path_figures(_smoothness(report.runs), theme),
+        "smoothness": path_figures(smoothness_of(report.runs), theme),
     }
     estimate = report.verdict.estimate
     if estimate is not None:
@@ -150,7 +150,7 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
     return {name: choices for name, choices in found.items() if choices.figures}
 
 
-def _smoothness(runs: Runs) -> dict[str, dict[str, Any]]:
+def smoothness_of(runs: Runs) -> dict[str, dict[str, Any]]:
     """Run -> what `zofo smoothness` found, of those that have it."""
     from zofo.theory.tables import read_summary
 
