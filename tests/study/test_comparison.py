@@ -176,6 +176,20 @@ def test_the_verdict_over_pairs_counts_them(tmp_path):
     assert "1 won, 0 lost, 1 tied" in " ".join(verdict.notes)
 
 
+def test_adapters_of_one_task_do_not_make_its_seeds_more(tmp_path):
+    gains = [-0.01, -0.05, -0.02]
+    for adapter in ("lora", "prompt", "prefix"):
+        write_pair(tmp_path / adapter, gains, adapter=adapter)
+    pairs = compare(read_runs([tmp_path / a for a in ("lora", "prompt", "prefix")])).pairs
+    together, alone = judge(pairs), judge(compared(tmp_path / "lora").pairs)
+    assert together.estimate is not None
+    assert alone.estimate is not None
+    assert len(pairs) == 3
+    assert together.estimate.mean == pytest.approx(alone.estimate.mean)
+    assert together.estimate.low == pytest.approx(alone.estimate.low)
+    assert together.outcome == alone.outcome == "undecided"
+
+
 def test_a_difference_between_guesses_is_called_that(tmp_path):
     write_pair(tmp_path, [0.05, 0.06, 0.055], base=0.4)
     assert "neither method reaches more than the majority" in " ".join(

@@ -81,20 +81,51 @@ def test_outcomes(differences, outcome):
     assert outcome_of(mean_interval([-d for d in differences])) == swapped
 
 
-def test_the_mean_over_two_pairs_is_welchs_interval():
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_the_mean_over_two_tasks_is_welchs_interval():
     a, b = [0.1, 0.2, 0.4, 0.1], [-0.3, -0.1, -0.2]
     # The mean of a and b is half of a − (−b).
     welch = stats.ttest_ind(a, [-x for x in b], equal_var=False).confidence_interval(0.95)
-    found = mean_over_pairs([a, b])
+    found = mean_over_pairs([by_seed(*a), by_seed(*b)], ["sst2", "cb"])
     assert found.mean == pytest.approx((np.mean(a) + np.mean(b)) / 2)
     assert (found.low, found.high) == pytest.approx((welch.low / 2, welch.high / 2))
 
 
+def test_pairs_of_one_task_are_one_observation_a_seed():
+    pair = by_seed(0.1, 0.2, 0.4)
+    alone = mean_interval([0.1, 0.2, 0.4])
+    for copies in (2, 5):  # saying it again makes it no surer
+        found = mean_over_pairs([pair] * copies, ["cb"] * copies)
+        assert (found.mean, found.low, found.high) == pytest.approx(
+            (alone.mean, alone.low, alone.high)
+        )
+    other = {2: -0.3, 0: 0.0, 1: 0.3}  # matched by seed, not by place
+    found = mean_over_pairs([pair, other], ["cb", "cb"])
+    means = mean_interval([0.05, 0.25, 0.05])
+    assert (found.low, found.high) == pytest.approx((means.low, means.high))
+
+
+def test_the_interval_holds_the_mean_where_pairs_share_their_seeds():
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(600):
+        shared = generator.normal(0, 0.02, (2, 4))  # of a task's seeds, whatever the adapter
+        pairs = [by_seed(*(shared[task] + generator.normal(0, 0.01, 4))) for task in (0, 0, 0, 1)]
+        found = mean_over_pairs(pairs, [0, 0, 0, 1])
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 600 <= 0.98
+
+
 def test_pairs_without_spread_or_with_single_seeds():
-    assert mean_over_pairs([[0.1, 0.2, 0.3]]) == mean_interval([0.1, 0.2, 0.3])
-    assert mean_over_pairs([[0.1], [0.2, 0.3]]).low is None
-    assert mean_over_pairs([[0.1, 0.2], [0.2, 0.3]]).low is not None  # two degrees of freedom
-    still = mean_over_pairs([[0.1, 0.1], [0.3, 0.3]])
+    assert mean_over_pairs([by_seed(0.1, 0.2, 0.3)], ["a"]) == mean_interval([0.1, 0.2, 0.3])
+    assert mean_over_pairs([by_seed(0.1), by_seed(0.2, 0.3)], ["a", "b"]).low is None
+    two = [by_seed(0.1, 0.2), by_seed(0.2, 0.3)]
+    assert mean_over_pairs(two, ["a", "b"]).low is not None  # two degrees of freedom
+    assert mean_over_pairs(two, ["a", "a"]).low is None  # one
+    still = mean_over_pairs([by_seed(0.1, 0.1), by_seed(0.3, 0.3)], ["a", "b"])
     assert (still.low, still.high) == (pytest.approx(0.2), pytest.approx(0.2))
 
 

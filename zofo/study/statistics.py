@@ -1,7 +1,7 @@
 """Means with intervals, paired differences, ranks over tasks, costs to reach a loss.
 
-What is random here is the seed: of the adapter, of the order of the rows, of the directions. An
-interval says where the mean over more seeds would lie, on the same rows of the same task.
+What is random here is the seed: of the rows that are drawn, of their order, of the adapter, of the
+directions. An interval says where the mean over more seeds would lie, on the same task.
 
 Few seeds are the rule. One or two give no interval: two points say next to nothing of their
 spread. Three to nineteen give Student's t, because a bootstrap of so few values is too narrow
@@ -12,13 +12,15 @@ References:
     Efron, Better bootstrap confidence intervals, JASA 82, 1987.
     Welch, The generalization of Student's problem, Biometrika 34, 1947; Satterthwaite, Biometrics
     Bulletin 2, 1946.
+    Liang, Zeger, Longitudinal data analysis using generalized linear models, Biometrika 73, 1986
+    (the variance of a sum of dependent observations, by clusters).
     Demšar, Statistical comparisons of classifiers over multiple data sets, JMLR 7, 2006.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -149,31 +151,47 @@ def outcome_of(estimate: Estimate) -> Outcome:
     return "win" if estimate.low > 0 else "loss"
 
 
-def mean_over_pairs(differences: Sequence[Sequence[float]]) -> Estimate:
+def mean_over_pairs(
+    differences: Sequence[Mapping[int, float]], blocks: Sequence[Hashable]
+) -> Estimate:
     """Mean of the pairs' mean differences, each pair counting the same, with its 95% interval.
 
-    The interval is over the seeds within the pairs, for these pairs (Welch and Satterthwaite); it
-    does not speak of other tasks. One pair alone is `mean_interval`'s.
+    Pairs of one block share their rows seed by seed, so their differences are not independent: a
+    seed of a block is one observation, the sum of what its pairs say. Blocks are independent, and
+    their variances are put together as Welch and Satterthwaite do. The interval speaks of these
+    pairs, not of other tasks. One pair alone is `mean_interval`'s.
 
     Args:
-        differences: one sequence a pair, one value a seed. A pair with a single seed leaves no
-            interval, nor do all pairs with fewer than two degrees of freedom between them.
+        differences: of each pair, seed -> difference.
+        blocks: of each pair, what it shares rows with: its task.
+
+    Returns:
+        The estimate; without an interval where a block has a single seed, or all blocks together
+        have fewer than two degrees of freedom.
     """
     if len(differences) == 1:
-        return mean_interval(differences[0])
-    samples = [np.asarray(values, dtype=np.float64) for values in differences]
-    num = sum(len(sample) for sample in samples)
-    mean = float(np.mean([sample.mean() for sample in samples]))
-    freedom = sum(len(sample) - 1 for sample in samples)
-    if min(len(sample) for sample in samples) < 2 or freedom < MIN_FOR_INTERVAL - 1:
+        return mean_interval(list(differences[0].values()))
+    num = sum(len(pair) for pair in differences)
+    means = [float(np.mean(list(pair.values()))) for pair in differences]
+    mean = float(np.mean(means))
+    said: dict[Hashable, dict[int, float]] = {}
+    for pair, center, block in zip(differences, means, blocks, strict=True):
+        of_block = said.setdefault(block, {})
+        for seed, value in pair.items():
+            of_block[seed] = of_block.get(seed, 0.0) + (value - center) / len(pair)
+    freedom = [len(of_block) - 1 for of_block in said.values()]
+    if min(freedom) < 1 or sum(freedom) < MIN_FOR_INTERVAL - 1:
         return Estimate(mean, None, None, num, "none")
-    parts = [float(s.var(ddof=1)) / len(s) for s in samples]
+    parts = [
+        sum(value**2 for value in of_block.values()) * len(of_block) / (len(of_block) - 1)
+        for of_block in said.values()
+    ]
     if sum(parts) == 0:
         return Estimate(mean, mean, mean, num, "t")
     effective = sum(parts) ** 2 / sum(
-        part**2 / (len(s) - 1) for part, s in zip(parts, samples, strict=True)
+        part**2 / free for part, free in zip(parts, freedom, strict=True)
     )
-    half = _t_quantile(effective) * math.sqrt(sum(parts)) / len(samples)
+    half = _t_quantile(effective) * math.sqrt(sum(parts)) / len(differences)
     return Estimate(mean, mean - half, mean + half, num, "t")
 
 
