@@ -34,6 +34,7 @@ def values(folder, model, rows, *more):
         "batch_size=4",
         "num_threads=1",
         "device=cpu",
+        "measure_test=true",
         f"output_dir={folder}",
         "smoothness.rows=4",
         "smoothness.every=1",
