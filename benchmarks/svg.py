@@ -130,7 +130,8 @@ def line_chart(
         for curve in one.curves:
             parts.append(f'<polyline class="line c{colour}" points="{path(curve)}"/>')
     ends = [_end(one) for one in series]
-    for colour, y in zip(range(len(series)), _apart([y_at(y) for y in ends]), strict=True):
+    heights = _apart([y_at(y) for y in ends], lowest=bottom - 6)
+    for colour, y in zip(range(len(series)), heights, strict=True):
         parts.append(text(right + 10, y + 4, series[colour].label, f'class="t{colour}"'))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -292,10 +293,13 @@ def _end(series: Series) -> float:
     return (series.band[-1][1] + series.band[-1][2]) / 2
 
 
-def _apart(heights: Sequence[float], gap: float = 17) -> list[float]:
-    """The heights in their order, moved down where two labels would overlap."""
+def _apart(heights: Sequence[float], gap: float = 17, lowest: float = math.inf) -> list[float]:
+    """The heights in their order, moved down where labels would overlap, up from below `lowest`."""
     placed = list(heights)
     order = sorted(range(len(placed)), key=lambda i: placed[i])
     for before, after in pairwise(order):
         placed[after] = max(placed[after], placed[before] + gap)
+    for i in reversed(order):
+        placed[i] = min(placed[i], lowest)
+        lowest = placed[i] - gap
     return placed
