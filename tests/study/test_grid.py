@@ -59,7 +59,8 @@ def test_one_rate_is_a_grid(write, rate):
 
 
 @pytest.mark.parametrize(
-    ("rate", "message"), [("auto", "auto"), ("fast", "valid number"), (-1, "at least 0")]
+    ("rate", "message"),
+    [("auto", "auto"), ("fast", "valid number"), (-1, "at least 0"), (True, "valid list")],
 )
 def test_rates_that_are_none(write, rate, message):
     with pytest.raises(UserError, match=message):

@@ -122,6 +122,8 @@ def test_the_interval_holds_the_mean_where_pairs_share_their_seeds():
 def test_pairs_without_spread_or_with_single_seeds():
     assert mean_over_pairs([by_seed(0.1, 0.2, 0.3)], ["a"]) == mean_interval([0.1, 0.2, 0.3])
     assert mean_over_pairs([by_seed(0.1), by_seed(0.2, 0.3)], ["a", "b"]).low is None
+    # A single seed shows no spread, also where its task has more.
+    assert mean_over_pairs([by_seed(0.1), by_seed(0.2, 0.3, 0.5)], ["a", "a"]).low is None
     two = [by_seed(0.1, 0.2), by_seed(0.2, 0.3)]
     assert mean_over_pairs(two, ["a", "b"]).low is not None  # two degrees of freedom
     assert mean_over_pairs(two, ["a", "a"]).low is None  # one

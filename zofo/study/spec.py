@@ -89,8 +89,8 @@ class Rates(Where):
 
     @field_validator("base_lr", "adapter_lr", "tied", mode="before")
     @classmethod
-    def _are_not_auto(cls, value: Any) -> Any:
-        if isinstance(value, str | int | float):
+    def _are_grids(cls, value: Any) -> Any:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
             value = [value]  # one rate is a grid too
         if isinstance(value, list) and AUTO in value:
             raise ValueError(_NO_AUTO)

@@ -166,7 +166,7 @@ def mean_over_pairs(
         blocks: of each pair, what it shares rows with: its task.
 
     Returns:
-        The estimate; without an interval where a block has a single seed, or all blocks together
+        The estimate; without an interval where a pair has a single seed, or all blocks together
         have fewer than two degrees of freedom.
     """
     if len(differences) == 1:
@@ -180,7 +180,7 @@ def mean_over_pairs(
         for seed, value in pair.items():
             of_block[seed] = of_block.get(seed, 0.0) + (value - center) / len(pair)
     freedom = [len(of_block) - 1 for of_block in said.values()]
-    if min(freedom) < 1 or sum(freedom) < MIN_FOR_INTERVAL - 1:
+    if min(map(len, differences)) < 2 or sum(freedom) < MIN_FOR_INTERVAL - 1:
         return Estimate(mean, None, None, num, "none")
     parts = [
         sum(value**2 for value in of_block.values()) * len(of_block) / (len(of_block) - 1)
