@@ -1,5 +1,7 @@
 """The plateau of eps: closed forms on made-up ladders, and real losses in three dtypes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -169,3 +171,26 @@ def test_the_advised_radius_is_near_the_best_in_every_dtype(dtype, estimator):
         assert found.exists
         assert error < 0.05
     assert probe.cost <= 3 * 2 * 9 + 3
+
+
+@pytest.mark.parametrize("estimator", ["forward", "central"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_rungs_where_the_loss_overflows_do_not_count(estimator, bad):
+    """Losses of 16 bits beyond the range: the plateau below them is what it is without them."""
+    eps = np.geomspace(1e-4, 10, 6)
+    rounding = np.array([1e-6, -1e-6, 1e-6])
+    slopes, curvatures = np.array([1.0, -2.0, 1.5]), np.array([1.0, 2.0, 0.5])
+
+    def losses(sign):
+        h = sign * eps[:, None]
+        return 1 + h * slopes + h**2 * curvatures / 2 + h**3 + sign * rounding
+
+    ahead, behind = losses(1), losses(-1)
+    ahead[4:], behind[4:] = bad, bad
+    at = np.ones(3)
+    found = plateau(Ladder(eps, ahead, behind, at), estimator)
+    without = plateau(Ladder(eps[:4], ahead[:4], behind[:4], at), estimator)
+    assert found.eps == pytest.approx(without.eps)
+    assert found.exists == without.exists
+    assert math.isfinite(found.error)
+    assert found.eps < eps[4]

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from zofo.errors import UserError
 from zofo.theory.bootstrap import interval, resamples
 from zofo.theory.caps import cap, epochs_to
 from zofo.theory.curvature import Directions
@@ -176,11 +177,70 @@ def test_a_loss_that_does_not_depend_on_the_block_leaves_it_where_it_is():
     assert found.rate == 0
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_rate_is_stable_however_few_directions(seed):
-    directions = measured(EIGENVALUES, GRADIENT, 0.5, num=4, seed=seed, loss=10.0)
-    found = advised(directions, trusted_to=math.inf)
-    assert is_stable(found.rate, EIGENVALUES)
+ONE_LARGE = np.array([10.0] + [0.01] * 49)
+
+
+@pytest.mark.parametrize("num_directions", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("eigenvalues", "gradient"),
+    [
+        (EIGENVALUES, GRADIENT),
+        (ONE_LARGE, np.array([1.0] + [0.0] * 49)),
+        # Nothing of the largest curvature shows along the gradient.
+        (ONE_LARGE, np.array([0.0] + [0.3] * 49)),
+    ],
+)
+@pytest.mark.parametrize("num", [6, 4000])
+def test_the_rate_is_stable(eigenvalues, gradient, num, num_directions):
+    """With six directions at 80%, which one large eigenvalue alone uses up, else always."""
+
+    def holds(seed):
+        directions = measured(eigenvalues, gradient, 0.5, num=num, seed=seed, loss=10.0)
+        found = advised(directions, trusted_to=math.inf, num_directions=num_directions)
+        return is_stable(found.rate, eigenvalues, num_directions)
+
+    if num == 6:
+        at_least = 98 if eigenvalues is EIGENVALUES else 70
+        assert sum(map(holds, range(100))) >= at_least
+    else:
+        assert holds(0)
+
+
+def test_curvature_along_the_gradient_of_an_indefinite_hessian():
+    eigenvalues = np.array([10.0] * 10 + [-9.95] * 10)
+    gradient = np.array([1.0] * 10 + [0.0] * 10)
+    found = moments(measured(eigenvalues, gradient, 1e-6, num=20_000))
+    assert found.trace == pytest.approx(0.5, abs=1.0)
+    assert found.rayleigh == pytest.approx(10, rel=0.1)
+    assert found.careful_largest >= 10
+
+
+def test_curvature_along_the_gradient_is_unbiased_for_few_directions():
+    """One weight, curvature 3 along it beside 100 that is always there."""
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(4000):
+        v = generator.normal(size=(6, 1))
+        curvatures = 100 + 3.0 * v[:, 0] ** 2
+        slopes = np.repeat(v, 2, axis=1)
+        found.append(moments(Directions(slopes, curvatures, np.ones(6), 1, 1e-3)))
+    size = np.mean([m.mean_square for m in found])
+    shared = np.mean([m.rayleigh * m.mean_square for m in found])
+    assert shared / size == pytest.approx(3.0, rel=0.05)
+
+
+def test_the_spread_of_curvatures_is_the_frobenius_norm():
+    found = moments(measured(EIGENVALUES, GRADIENT, 3.0, num=20_000))
+    assert found.spread == pytest.approx(np.linalg.norm(EIGENVALUES), rel=0.05)
+    assert EIGENVALUES.max() <= found.careful_largest <= 1.2 * np.linalg.norm(EIGENVALUES)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_along_a_direction_is_refused(bad):
+    directions = measured(EIGENVALUES, GRADIENT, 3.0, num=6)
+    directions.curvatures[2] = bad
+    with pytest.raises(UserError, match="1 of 6 directions"):
+        moments(directions)
 
 
 def test_pretrained_weights_wander_less_where_nothing_is_gained():

@@ -89,6 +89,51 @@ def test_equal_groups_keep_one_rate():
     assert any("overlap" in split.reason for split in found)
 
 
+@pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.3), (1.0, 1.0), (0.1, 1.0)])
+def test_six_equal_groups_keep_one_rate_however_noisy_their_rows(signal, noise):
+    """The rows' noise is taken off a mean of squares that is uncertain itself."""
+    groups = {name: [f"{name}.0.weight"] for name in "abcdef"}
+    num_false = 0
+    for seed in range(60):
+        found = {
+            name: moments(
+                measured(
+                    np.full(30, 1.0),
+                    np.full(30, np.sqrt(signal / 30)),
+                    8 * noise,
+                    num=4,
+                    seed=1000 * seed + i,
+                ),
+                seed=i,
+            )
+            for i, name in enumerate(groups)
+        }
+        num_false += bool(split_rates(found, groups, batch_rows=8, rate=1e-3).rates)
+    assert num_false <= 2
+
+
+@pytest.mark.parametrize("num_directions", [1, 8])
+def test_a_groups_bend_is_that_of_its_share_of_the_scalar(num_directions):
+    """Of G equal groups with curvature along their gradients only; by Monte Carlo."""
+    num_groups, d, curvature = 5, 4, 3.0
+    generator = np.random.default_rng(0)
+    v = generator.normal(size=(100_000, num_directions, num_groups, d))
+    scalars = v[:, :, :, 0].sum(axis=2)
+    step = (scalars[:, :, None, None] * v).mean(axis=1)
+    bent = (curvature * step[:, 0, 0] ** 2).mean() / num_groups
+    eigenvalues, gradient = np.array([curvature, 0, 0, 0]), np.array([1.0, 0, 0, 0])
+    names = [f"g{i}" for i in range(num_groups)]
+    found = split_rates(
+        {n: moments(measured(eigenvalues, gradient, 1e-9, num=20_000, seed=1)) for n in names},
+        {n: [f"{n}.weight"] for n in names},
+        batch_rows=8,
+        rate=1e-3,
+        num_directions=num_directions,
+    )
+    # η_g = G_g / (E s² τ_g)
+    assert 1 / (num_groups * found.groups["g0"].value) == pytest.approx(bent, rel=0.1)
+
+
 def test_a_split_bends_the_loss_as_the_one_rate_does():
     measured_parts = parts((1.0, 100.0), (1.0, 1.0), num=40)
     found = split_rates(measured_parts, GROUPS, batch_rows=8, rate=1e-3)

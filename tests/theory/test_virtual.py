@@ -12,6 +12,7 @@ from zofo.theory.probe import Probe, untouched
 from zofo.theory.virtual import (
     MAX_RATES,
     RATIO,
+    Beginning,
     VirtualRun,
     num_virtual_steps,
     search_rate,
@@ -25,7 +26,7 @@ def made_up(best, *, noise=0.01, blows_up_at=math.inf, flat=False):
 
     def train(rate):
         tried.append(rate)
-        start = np.full(40, 1.0)
+        start = Beginning(np.full(40, 1.0), (1.0,) * 10)
         if rate >= blows_up_at:
             return VirtualRun(rate, (1.0, 2.0), np.empty(0), start)
         level = 1.0 if flat else 0.5 + 0.2 * math.log10(rate / best) ** 2
@@ -73,7 +74,12 @@ def test_a_rate_whose_loss_swings_is_no_equal_of_the_best():
         generator = np.random.default_rng(round(1e6 * rate))
         swing = 50.0 if rate > 0.02 else 0.01
         held = 1 + swing * generator.exponential(size=40) * generator.choice([0.0, 4.0], size=40)
-        return VirtualRun(rate, tuple(1 + swing * generator.random(10)), held, np.full(40, 1.0))
+        return VirtualRun(
+            rate,
+            tuple(1 + swing * generator.random(10)),
+            held,
+            Beginning(np.full(40, 1.0), (1.0,) * 10),
+        )
 
     assert search_rate(train, start=1e-2, num_steps=10, horizon=10).best < 0.02
 
@@ -83,9 +89,36 @@ def test_rates_that_only_do_harm_are_left_for_smaller_ones():
 
     def train(rate):
         level = 1.0 if rate < 2e-3 else 1.04
-        return VirtualRun(rate, (level,) * 10, np.full(40, level), np.full(40, 1.0))
+        start = Beginning(np.full(40, 1.0), (1.0,) * 10)
+        return VirtualRun(rate, (level,) * 10, np.full(40, level), start)
 
-    assert search_rate(train, start=1e-2, num_steps=10, horizon=10).best < 2e-3
+    found = search_rate(train, start=1e-2, num_steps=10, horizon=10)
+    assert found.best < 2e-3
+    assert not found.is_below_harm
+
+
+@pytest.mark.parametrize("apart", [1.0, 1.015, 1.03, 1.5])
+def test_harm_is_seen_on_the_same_rows(apart):
+    """Fresh batches with other losses than the held-aside rows, as rows and dropout have it."""
+
+    def train(rate):
+        level = 2.0 - 0.2 * min(rate, 1e-2) / 1e-2
+        start = Beginning(np.full(40, 2.0), (2.0 * apart,) * 10)
+        return VirtualRun(rate, (level * apart,) * 10, np.full(40, level), start)
+
+    found = search_rate(train, start=1e-3, num_steps=20, horizon=20)
+    assert found.best >= 1e-2 / RATIO
+    assert not found.is_below_harm
+
+
+def test_where_every_rate_did_harm_that_is_said():
+    def train(rate):
+        start = Beginning(np.full(40, 1.0), (1.0,) * 10)
+        return VirtualRun(rate, (1.1,) * 10, np.full(40, 1.1), start)
+
+    found = search_rate(train, start=1e-2, num_steps=10, horizon=10)
+    assert found.is_below_harm
+    assert found.best < min(run.rate for run in found.runs)
 
 
 def test_the_length_of_a_short_training_follows_the_run():
@@ -111,10 +144,14 @@ def test_a_short_training_lowers_a_quadratic_and_repeats_itself():
     first, second = run(), run()
     assert first.losses == second.losses
     assert np.array_equal(first.held, second.held)
-    assert first.decrease > 0.5 * (float(first.start.mean()) - 0.5)
+    assert first.decrease > 0.5 * (float(first.start.held.mean()) - 0.5)
+    # Before its first step a run sees what it is compared with.
+    assert first.losses[0] == first.start.fresh[0]
+    assert len(first.start.fresh) == 8
     assert torch.equal(model.adapter, before)
-    # Two micro-batches of two forward-equivalents a step, and the held-aside rows twice.
-    assert probe.cost == pytest.approx(2 * (8 * 2 * 2 + 2 * len(probe.held) / 8))
+    # Two micro-batches of two forward-equivalents a step, their losses at the start, and the
+    # held-aside rows twice.
+    assert probe.cost == pytest.approx(2 * (8 * 2 * 2 + 8 * 2 + 2 * len(probe.held) / 8))
 
 
 @pytest.mark.parametrize("is_sign", [False, True])

@@ -107,7 +107,7 @@ def show(advice: Advice, seconds: float) -> None:
             if run.blew_up:
                 runs.add_row(f"{run.rate:.2g}", "not finite", "")
             else:
-                change = f"{run.start.mean():.4f} → {run.held.mean():.4f}"
+                change = f"{run.start.held.mean():.4f} → {run.held.mean():.4f}"
                 runs.add_row(f"{run.rate:.2g}", change, f"{run.score:.4f}")
         console.print(runs)
     for line in (*advice.remarks, *cap_lines(advice)):

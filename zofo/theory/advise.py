@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from zofo.errors import UserError
 from zofo.methods import param_groups
+from zofo.noise import Distribution
 from zofo.perturb import Perturbation
 from zofo.theory.advice import Advice, Setting, remarks_of
 from zofo.theory.caps import cap, epochs_to
@@ -43,6 +44,7 @@ from zofo.theory.rates import (
 from zofo.theory.split import groups_of, split_rates
 from zofo.theory.virtual import (
     RATIO,
+    Beginning,
     FirstRate,
     VirtualRun,
     num_virtual_steps,
@@ -145,7 +147,7 @@ class _Work:
         self.batch_rows = rows * setting.accumulation
         self.start = [p.detach().clone() for p in self.first]
         self.ends: dict[float, list[Tensor]] = {}
-        self.held_at_start: Any = None
+        self.beginning: Beginning | None = None
         self.steps = num_virtual_steps(setting.num_steps)
 
     def run(self) -> Advice:
@@ -183,22 +185,27 @@ class _Work:
         if self.report is not None:
             self.report(what, self.probe.cost)
 
-    def _view(self, names: Sequence[str] | None = None) -> Perturbation:
-        """The model at x + scale · v, with v over some or all weights of the zeroth-order block."""
+    def _view(
+        self, names: Sequence[str] | None = None, *, distribution: Distribution = "gaussian"
+    ) -> Perturbation:
+        """The model at x + scale · v, with v over some or all weights of the zeroth-order block.
+
+        Moments need Gaussian directions: `zofo.theory.rates`.
+        """
         chosen = [self.zeroth[name] for name in (self.zeroth if names is None else names)]
         return Perturbation(
             self.model,
             [parameter for parameter, _ in chosen],
             [tensor for _, tensor in chosen],
             seed=self.seed,
-            distribution=self.setting.distribution,
+            distribution=distribution,
         )
 
     def _eps(self) -> tuple[Plateau, float]:
         weights = [parameter for parameter, _ in self.zeroth.values()]
         ladder = measure_ladder(
             self.probe,
-            self._view(),
+            self._view(distribution=self.setting.distribution),
             scale=self.scale,
             estimator=self.setting.estimator,
             is_16_bit=any(p.element_size() == 2 for p in weights),
@@ -277,7 +284,12 @@ class _Work:
         if advice.split is not None and advice.split.rates:
             assert advice.zeroth_later is not None
             scale = rate / advice.zeroth_later.rate
-            advice.base_lr = {p: _rounded(r * scale) for p, r in advice.split.rates.items()}
+            # All groups move by one s: none may leave what was measured, or wander too far.
+            points = [p for p in (advice.zeroth_start, advice.zeroth_later) if p is not None]
+            most = min(min(p.reach, p.drift) for p in points)
+            advice.base_lr = {
+                p: _rounded(min(r * scale, most)) for p, r in advice.split.rates.items()
+            }
 
     def _search(self, advice: Advice) -> FirstRate:
         setting = self.setting
@@ -296,6 +308,13 @@ class _Work:
         found = search_rate(
             self._train, start=start, num_steps=self.steps, horizon=setting.num_steps
         )
+        if all(run.blew_up for run in found.runs):
+            rates = ", ".join(f"{run.rate:.1e}" for run in found.runs)
+            raise UserError(
+                f"no rate of the {setting.first} can be advised: the loss is not finite within "
+                f"{self.steps} steps at any of {rates}; look at the data and the dtype, or give "
+                f"{setting.first}_lr as a number"
+            )
         if found.best in self.ends:
             self._set(self.ends[found.best])
             advice.along = (along, along_update(self.first, gradient, is_sign=is_sign))
@@ -328,10 +347,10 @@ class _Work:
             accumulation=setting.accumulation,
             max_grad_norm=setting.max_grad_norm,
             is_full=setting.first == "base",
-            start=self.held_at_start,
+            start=self.beginning,
             seed=self.seed % 2**63,
         )
-        self.held_at_start = run.start
+        self.beginning = run.start
         if setting.first == "adapter" and not run.blew_up:
             self.ends[rate] = [p.detach().clone() for p in self.first]
         self._set(self.start)
@@ -371,7 +390,8 @@ class _Work:
             least = max(found.rayleigh, found.trace / found.num_weights)
             smoothness[setting.zeroth] = least, found.num_weights
         if setting.first is not None and advice.along:
-            smoothness[setting.first] = max(a.rayleigh for a in advice.along), None
+            found_along = [a.rayleigh for a in advice.along if math.isfinite(a.rayleigh)]
+            smoothness[setting.first] = max(found_along, default=0.0), None
         for block, (constant, num_weights) in smoothness.items():
             for reading in ("sqrt(Tn)", "sqrt(T)n"):
                 advice.caps[f"{block} {reading}"] = cap(

@@ -144,6 +144,7 @@ def measure_ladder(
         exponents = sorted([*exponents, outer])
 
 
+@np.errstate(invalid="ignore", over="ignore")  # losses may have overflowed
 def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLERANCE) -> Plateau:
     """The plateau of a ladder.
 
@@ -157,18 +158,21 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
         return _no_plateau(eps)
     power = 1 if estimator == "forward" else 2
     best = int(np.argmin(errors))
-    small = errors[: best + 1] * eps[: best + 1]
-    large = errors[best:] / eps[best:] ** power
+    # Where a loss overflowed there is no error to fit, only an end.
+    finite = np.isfinite(errors)
+    first, last = (int(i) for i in np.flatnonzero(finite)[[0, -1]])
+    rungs = np.arange(len(eps))
+    below, above = finite & (rungs < best), finite & (rungs > best)
     # The least error bounds both terms; other rungs belong to the term that they are dominated by.
-    a = float(np.median(small[:-1])) if best > 0 else 0.0
-    b = float(np.median(large[1:])) if best < len(eps) - 1 else 0.0
-    low = a / tol if a > 0 else float(eps[0])
-    high = (tol / b) ** (1 / power) if b > 0 else float(eps[-1])
+    a = float(np.median(errors[below] * eps[below])) if below.any() else 0.0
+    b = float(np.median(errors[above] / eps[above] ** power)) if above.any() else 0.0
+    low = a / tol if a > 0 else float(eps[first])
+    high = (tol / b) ** (1 / power) if b > 0 else float(eps[last])
     middle = math.sqrt(low * high)
     if low > high and a > 0 and b > 0:
         middle = (a / (power * b)) ** (1 / (power + 1))
     # What was not measured is not advised.
-    middle = min(max(middle, float(eps[0])), float(eps[-1]))
+    middle = min(max(middle, float(eps[first])), float(eps[last]))
     error = max(a / middle + b * middle**power, float(errors[best]) if a == 0 or b == 0 else 0.0)
     return Plateau(
         eps=middle,
@@ -176,8 +180,8 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
         high=high,
         error=error,
         rungs=tuple(zip(eps.tolist(), errors.tolist(), strict=True)),
-        is_open_low=a == 0,
-        is_open_high=b == 0,
+        is_open_low=a == 0 and first == 0,
+        is_open_high=b == 0 and last == len(eps) - 1,
         quadratic_to=_quadratic_to(ladder, best),
     )
 
@@ -208,6 +212,7 @@ def weight_scale(weights: Sequence[object]) -> float:
     return math.sqrt(total / max(1, num))
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def _errors(ladder: Ladder, estimator: Estimator) -> np.ndarray:
     """Error of s over its size, by rung, against the central difference where that is steadiest."""
     central, eps = ladder.slopes("central"), ladder.eps

@@ -97,6 +97,11 @@ def reason_of(advice: Advice, key: str) -> str:
         return text
     first = advice.first
     assert first is not None
+    if first.is_below_harm:
+        return (
+            f"{first.best:.2g} is below all of {len(first.runs)} trainings of {first.num_steps} "
+            f"steps, each of which did harm, times √(n/N) = {first.shrinkage:.2f}"
+        )
     return (
         f"{first.best:.2g} is the largest that is not told from the best of "
         f"{len(first.runs)} trainings of {first.num_steps} steps, times √(n/N) = "

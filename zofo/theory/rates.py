@@ -7,7 +7,9 @@ One step x ← x − η s v with s = v·g_B of a batch of b rows, E vvᵀ = I:
     E‖g_B‖² = E s² = G + S / b              S = variance of a row's gradient, summed over weights
 
 For signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes
-A_K = E‖g_B‖² (τ / K + (1 − 1/K) κ). The best single step has η = G / A_K.
+A_K = E‖g_B‖² (τ / K + (1 − 1/K) κ). The best single step has η = G / A_K. Moments are measured
+along Gaussian directions whatever the run's are: signs do not see the diagonal of H, cov(s², vᵀHv)
+is 2 gᵀHg − 2 Σ H_ii g_i² for them, and κ, which decides for large K, would come out too small.
 
 Over N steps a constant rate meets gradients that shrink and noise that stays. With the closure
 G ∝ f, which is what a Polyak–Łojasiewicz function with minimum 0 does at worst, the loss follows
@@ -28,13 +30,15 @@ along the eigenvectors obey, for K Gaussian directions,
 
     m_i ← (1 − 2ηλ_i + (1 + 1/K) η²λ_i²) m_i + (η²/K) Σ_j λ_j² m_j
 
-a diagonal plus a matrix of rank one. All m → 0 exactly if every (K + 1) ηλ_i < 2K and
+a diagonal plus a matrix of rank one. All m with λ_i > 0, and so f, → 0 exactly if every
+(K + 1) ηλ_i < 2K and
 
     Σ_i ηλ_i / (2K − (K + 1) ηλ_i) < 1
 
 for which η (tr H / K + (1 + 1/K) λ_max) < 2 suffices; K = 1: η (tr H + 2 λ_max) < 2. For K = 1 and
 signs with a diagonal H: η tr H < 2, exactly. For signs and any other H the Gaussian condition
-suffices, because E vvᵀMvvᵀ = 2M + tr(M) I − 2 diag(M) lies below the Gaussian's.
+suffices, because E vvᵀMvvᵀ = 2M + tr(M) I − 2 diag(M) lies below the Gaussian's. λ_max is not
+measured, but bounded: λ_max ≤ tr H and λ_max ≤ ‖H‖_F, where Var(vᵀHv) = 2 ‖H‖_F².
 
 References:
     Nesterov and Spokoiny, "Random Gradient-Free Minimization of Convex Functions", 2017 (the second
@@ -50,6 +54,7 @@ from typing import Final
 
 import numpy as np
 
+from zofo.errors import UserError
 from zofo.theory.bootstrap import Interval, interval, quantile, resamples
 from zofo.theory.curvature import Directions
 
@@ -75,9 +80,13 @@ class Moments:
         signal: G = ‖∇f‖².
         row_noise: S: variance of the gradient of one row, summed over the weights.
         trace: mean vᵀHv: tr H.
-        rayleigh: κ, from the covariance of s² and vᵀHv: within [0, trace].
-        replicates: of (signal, row_noise, trace, rayleigh): [resamples, 4].
+        rayleigh: κ, from the covariance of s² and vᵀHv: within [0, trace] where no vᵀHv was
+            negative, so that H may be positive semi-definite, else within [0, largest vᵀHv].
+        spread: ‖H‖_F, from the variance of vᵀHv; at least λ_max.
+        least: smallest vᵀHv that was seen; below 0, H has negative eigenvalues.
+        replicates: of (signal, row_noise, trace, rayleigh, spread): [resamples, 5].
         num: directions.
+        num_rows: of a direction.
         largest_slope: largest |s| of a batch that was seen.
         num_weights: d.
     """
@@ -87,8 +96,11 @@ class Moments:
     row_noise: float
     trace: float
     rayleigh: float
+    spread: float
+    least: float
     replicates: np.ndarray
     num: int
+    num_rows: int
     largest_slope: float
     num_weights: int
 
@@ -98,8 +110,24 @@ class Moments:
         low = quantile(self.replicates[:, 0], 1 - CAUTION, self.num)
         return self.signal if low > 0 else 0.0
 
+    @property
+    def mean_square(self) -> float:
+        """Mean s² of the measured batches: G + S / num_rows."""
+        return self.signal + self.row_noise / self.num_rows
+
+    @property
+    def careful_trace(self) -> float:
+        """The trace at the upper end of its 80% one-sided interval."""
+        return max(quantile(self.replicates[:, 2], CAUTION, self.num), self.trace, 1e-30)
+
+    @property
+    def careful_largest(self) -> float:
+        """A bound of λ_max: ‖H‖_F, and tr H where no vᵀHv was negative, both at the upper end."""
+        spread = max(quantile(self.replicates[:, 4], CAUTION, self.num), self.spread, self.rayleigh)
+        return min(spread, self.careful_trace) if self.least >= 0 else spread
+
     def intervals(self) -> dict[str, Interval]:
-        """The four with 95% intervals: bootstrap over directions, expanded percentiles."""
+        """Signal, noise, trace and κ with 95% intervals: resampled, expanded percentiles."""
         names = ("signal", "row_noise", "trace", "rayleigh")
         return {
             name: interval(getattr(self, name), self.replicates[:, i], self.num)
@@ -110,17 +138,28 @@ class Moments:
 def moments(directions: Directions, *, seed: int = 0) -> Moments:
     """Signal, noise and curvature of a block.
 
-    Signal: the mean over directions of the products of different rows' slopes, unbiased for ‖∇f‖².
+    Signal: the mean over directions of the products of different rows' slopes, unbiased for ‖∇f‖²
+    of the population that the rows are from. (Of the N rows themselves it is too small by S / N.)
 
     Args:
-        directions: at least two, of at least two rows.
+        directions: at least two, Gaussian, of at least two rows.
         seed: of the resampling.
+
+    Raises:
+        UserError: if a loss was not finite.
     """
     slopes, curvatures = directions.slopes, directions.curvatures
+    finite = np.isfinite(slopes).all(axis=1) & np.isfinite(curvatures)
+    if not finite.all():
+        raise UserError(
+            f"the loss is not finite along {np.sum(~finite)} of {len(finite)} directions at "
+            f"distance {directions.radius:.1e}, so no rate can be advised; give the rates as "
+            "numbers, or use a dtype with more range (model.dtype=bfloat16 or float32)"
+        )
     num_rows = slopes.shape[1]
     means, variances = slopes.mean(axis=1), slopes.var(axis=1, ddof=1)
     signals = means**2 - variances / num_rows
-    drawn = resamples(len(means), seed=seed)
+    drawn, least = resamples(len(means), seed=seed), float(curvatures.min())
 
     def statistics(index: np.ndarray) -> np.ndarray:
         signal, noise = signals[index].mean(axis=-1), variances[index].mean(axis=-1)
@@ -128,21 +167,27 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
         squares = means[index] ** 2
         size = squares.mean(axis=-1)
         shared = (squares * curvatures[index]).mean(axis=-1) - size * trace
+        unbiased = index.shape[-1] / (index.shape[-1] - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            rayleigh = np.where(size > 0, shared / (2 * size), 0.0)
-        rayleigh = np.clip(rayleigh, 0.0, np.maximum(trace, 0.0))
-        return np.stack((signal, noise, trace, rayleigh), axis=-1)
+            rayleigh = np.where(size > 0, unbiased * shared / (2 * size), 0.0)
+        largest = trace if least >= 0 else curvatures[index].max(axis=-1)
+        rayleigh = np.clip(rayleigh, 0.0, np.maximum(largest, 0.0))
+        spread = np.sqrt(unbiased * curvatures[index].var(axis=-1) / 2)
+        return np.stack((signal, noise, trace, rayleigh, spread), axis=-1)
 
     replicates = statistics(drawn)
-    signal, noise, trace, rayleigh = replicates[0].tolist()
+    signal, noise, trace, rayleigh, spread = replicates[0].tolist()
     return Moments(
         loss=float(directions.losses.mean()),
         signal=signal,
         row_noise=noise,
         trace=trace,
         rayleigh=rayleigh,
+        spread=spread,
+        least=least,
         replicates=replicates,
         num=len(means),
+        num_rows=num_rows,
         largest_slope=float(np.abs(means).max()),
         num_weights=directions.num_weights,
     )
@@ -151,25 +196,31 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
 def total(parts: Sequence[Moments]) -> Moments:
     """Moments of a block from those of its groups, each perturbed alone.
 
-    Signal, noise and trace add up; κ is weighted by signal, without the terms between groups.
+    Signal, noise and trace add up; κ is weighted by each group's share of E s², without the terms
+    between groups. λ_max of a positive semi-definite H is at most the sum of the groups', and so
+    the spreads add up too.
     """
     stacked = np.stack([part.replicates for part in parts])
     summed = stacked.sum(axis=0)
-    weights = np.maximum(stacked[:, :, 0], 0)
+    rows = np.array([part.num_rows for part in parts])[:, None]
+    weights = np.maximum(stacked[:, :, 0], 0) + stacked[:, :, 1] / rows
     sizes = weights.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(sizes > 0, weights / sizes, 1 / len(parts))
-    summed[:, 3] = np.clip((shares * stacked[:, :, 3]).sum(axis=0), 0, np.maximum(summed[:, 2], 0))
-    signal, noise, trace, rayleigh = summed[0].tolist()
+    summed[:, 3] = (shares * stacked[:, :, 3]).sum(axis=0)
+    signal, noise, trace, rayleigh, spread = summed[0].tolist()
     return Moments(
         loss=float(np.mean([part.loss for part in parts])),
         signal=signal,
         row_noise=noise,
         trace=trace,
         rayleigh=rayleigh,
+        spread=spread,
+        least=min(part.least for part in parts),
         replicates=summed,
         # The smallest group decides how far the percentiles are expanded.
         num=min(part.num for part in parts),
+        num_rows=min(part.num_rows for part in parts),
         largest_slope=math.sqrt(sum(part.largest_slope**2 for part in parts)),
         num_weights=sum(part.num_weights for part in parts),
     )
@@ -271,7 +322,7 @@ class ZerothRate:
     Attributes:
         rate: advised.
         one_step: best for one step.
-        stable: half of what is stable.
+        stable: half of what is stable, for curvature that stays as it was measured.
         reach: rate at which the largest step seen leaves what was measured.
         drift: rate at which the weights wander as far as they may; infinite for fresh weights.
         limited_by: "horizon", "stability", "reach", "drift", or "no signal".
@@ -325,8 +376,7 @@ def zeroth_rate(
     # Never below what the spread of the curvatures leaves open.
     curvature = quantile(bends, CAUTION, found.num)
     curvature = max(curvature, float(bends[0]), 1e-30)
-    trace = max(quantile(replicates[:, 2], CAUTION, found.num), found.trace, 1e-30)
-    stable = 0.5 * stable_rate(trace, min(trace, max(found.rayleigh, 0.0)), num_directions)
+    stable = 0.5 * stable_rate(found.careful_trace, found.careful_largest, num_directions)
     reach = trusted_to / found.largest_slope if found.largest_slope > 0 else math.inf
     wanted = best_constant_rate(
         num_steps,

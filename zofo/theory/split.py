@@ -3,13 +3,16 @@ r"""Rates by group of modules: proposed only where groups of the base are told a
 All groups share one scalar s, so with rates η_g one step has, up to terms between groups,
 
     E f(x⁺) − f = −Σ_g η_g G_g + ½ E s² Σ_g η_g² τ_g         E s² of the whole block
+    τ_g = tr H_gg / K + (1 + 1/K) κ_g (G_g + S_g / b) / E s²
 
-which is least at η_g = G_g / (E s² τ_g): a group with much gradient and little curvature may move
-more. The best decrease is ½ Σ_g G_g² / (E s² τ_g); of one rate for all, ½ (Σ G_g)² / (E s² Σ τ_g).
-The first is never the smaller (Cauchy-Schwarz).
+since only the group's share of s goes with its own directions. It is least at
+η_g = G_g / (E s² τ_g): a group with much gradient and little curvature may move more. The best
+decrease is ½ Σ_g G_g² / (E s² τ_g); of one rate for all, ½ (Σ G_g)² / (E s² Σ τ_g). The first is
+never the smaller (Cauchy-Schwarz).
 
-G_g is a mean of few squares. Resampling four squares does not show how far such a mean may be off,
-so an interval of η_g reaches at least as far as that of a mean of n squared normals, χ²_n / n.
+G_g is a mean of few squares, less the rows' noise: G_g = mean s² − S_g / b. Resampling four squares
+does not show how far their mean may be off, so an interval of η_g reaches at least as far as that
+of a mean of n squared normals, χ²_n / n, does for mean s².
 
 A group's name is a set of shell patterns, the names of its weights with numbers replaced by `*`, as
 `base_lr` takes them.
@@ -124,18 +127,20 @@ def split_rates(
         num_directions: K.
     """
     replicates = {name: part.replicates for name, part in parts.items()}
-    size = sum(np.maximum(r[:, 0], 0) + r[:, 1] / batch_rows for r in replicates.values())
+    sizes = {n: np.maximum(r[:, 0], 0) + r[:, 1] / batch_rows for n, r in replicates.items()}
+    size = np.maximum(sum(sizes.values()), 1e-300)
     bends = {
-        name: np.asarray(bend(r[:, 2], r[:, 3], num_directions)) for name, r in replicates.items()
+        n: np.asarray(bend(r[:, 2], r[:, 3] * sizes[n] / size, num_directions))
+        for n, r in replicates.items()
     }
-    best: dict[str, np.ndarray] = {}
-    for name, r in replicates.items():
-        num = parts[name].num
-        # As for the block: never below what the spread of the curvatures leaves open.
-        careful = max(quantile(bends[name], CAUTION, num), 1e-30)
-        best[name] = np.maximum(r[:, 0], 0) / (size * np.maximum(bends[name], careful / 2))
-    intervals = {name: _interval_of(values, parts[name].num) for name, values in best.items()}
     careful_bends = {n: max(quantile(b, CAUTION, parts[n].num), 1e-30) for n, b in bends.items()}
+    intervals: dict[str, Interval] = {}
+    for name, r in replicates.items():
+        # As for the block: never below what the spread of the curvatures leaves open.
+        scales = size * np.maximum(bends[name], careful_bends[name] / 2)
+        rates_of_step = np.maximum(r[:, 0], 0) / scales
+        found = interval(float(rates_of_step[0]), rates_of_step, parts[name].num)
+        intervals[name] = _reach(found, parts[name], float(scales[0]))
     signals = {n: max(part.signal, 0.0) for n, part in parts.items()}
     apart = sum(signals[n] ** 2 / careful_bends[n] for n in parts)
     together = sum(signals.values()) ** 2 / sum(careful_bends.values())
@@ -164,11 +169,13 @@ def split_rates(
     return Split(rates, intervals, gain, f"{low} and {high} lie apart")
 
 
-def _interval_of(replicates: np.ndarray, num: int) -> Interval:
-    """The hull of the bootstrap's interval and of that of a mean of squared normals."""
+def _reach(found: Interval, part: Moments, scale: float) -> Interval:
+    """The hull of an interval of G / scale and of what a mean of squared normals leaves open."""
     from scipy.stats import chi2
 
-    value = float(replicates[0])
-    found = interval(value, replicates, num)
-    low, high = (value * num / float(chi2.ppf(p, num)) for p in (1 - _TAIL, _TAIL))
-    return Interval(value, min(found.low, low), max(found.high, high))
+    noise = part.row_noise / part.num_rows
+    low, high = (
+        max(part.mean_square * part.num / float(chi2.ppf(p, part.num)) - noise, 0.0) / scale
+        for p in (1 - _TAIL, _TAIL)
+    )
+    return Interval(found.value, min(found.low, low), max(found.high, high))

@@ -9,7 +9,8 @@ put back.
     score of a rate = ½ (mean loss of the last half's fresh batches + loss on held-aside rows)
 
 The loss of a batch before the step that uses it is a held-out loss that costs nothing. With common
-batches two rates are compared row by row.
+batches two rates are compared row by row. Whether a rate does harm is seen against the same rows
+under the same masks at the weights of the beginning, evaluated once for all rates.
 
 From n to N steps: where the distance to go decides, the best rate shrinks like 1 / N; where the
 curvature decides it stays; where noise decides, it shrinks like 1 / √N. √(n / N) is taken, the
@@ -44,6 +45,19 @@ twice what 48 rows leave open where losses are near ln 2 (MiniLM, rotten-tomatoe
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """Losses at the weights that every short training starts from.
+
+    Attributes:
+        held: of the held-aside rows, [rows].
+        fresh: of the batches that the steps will see, under their masks, [steps].
+    """
+
+    held: np.ndarray
+    fresh: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class VirtualRun:
     """A short training.
 
@@ -51,13 +65,13 @@ class VirtualRun:
         rate: of the block.
         losses: of each step's fresh batch before the step, [steps]; short if it blew up.
         held: losses of the held-aside rows at the end, [rows]; empty if it blew up.
-        start: losses of the held-aside rows before, [rows].
+        start: losses of the same rows and batches at the beginning.
     """
 
     rate: float
     losses: tuple[float, ...]
     held: np.ndarray
-    start: np.ndarray
+    start: Beginning
 
     @property
     def blew_up(self) -> bool:
@@ -77,13 +91,15 @@ class VirtualRun:
         """Whether it left the held-aside rows, or went through fresh ones, worse than it began."""
         if self.blew_up:
             return True
-        begin = float(self.start.mean())
-        return max(float(self.held.mean()), float(np.mean(self.losses))) > (1 + _HARM) * begin
+        held, fresh = float(self.held.mean()), float(np.mean(self.losses))
+        return held > (1 + _HARM) * float(self.start.held.mean()) or fresh > (1 + _HARM) * float(
+            np.mean(self.start.fresh)
+        )
 
     @property
     def decrease(self) -> float:
         """Of the loss on the held-aside rows."""
-        return -math.inf if self.blew_up else float(self.start.mean() - self.held.mean())
+        return -math.inf if self.blew_up else float(self.start.held.mean() - self.held.mean())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -91,7 +107,8 @@ class VirtualRun:
         return {
             "rate": self.rate,
             "losses": list(self.losses),
-            "held_before": float(self.start.mean()),
+            "losses_at_the_start": list(self.start.fresh),
+            "held_before": float(self.start.held.mean()),
             "held_after": held,
             "score": None if self.blew_up else self.score,
         }
@@ -103,7 +120,8 @@ class FirstRate:
 
     Attributes:
         rate: advised.
-        best: of the harmless short trainings, the largest that is not told apart from the best.
+        best: of the harmless short trainings, the largest that is not told apart from the best;
+            below all of them where each did harm.
         start: where the ladder began.
         shrinkage: rate / best: √(n / N).
         runs: by rate, ascending.
@@ -119,6 +137,11 @@ class FirstRate:
     num_steps: int
     moved: bool
 
+    @property
+    def is_below_harm(self) -> bool:
+        """Whether every rate that was tried did harm."""
+        return all(run.is_harmful for run in self.runs)
+
 
 def virtual_training(
     probe: Probe,
@@ -130,7 +153,7 @@ def virtual_training(
     accumulation: int = 1,
     max_grad_norm: float | None = None,
     is_full: bool = False,
-    start: np.ndarray | None = None,
+    start: Beginning | None = None,
     seed: int = 0,
 ) -> VirtualRun:
     """Train a block for a few steps, from and back to where it stands only in the caller's hands.
@@ -144,12 +167,13 @@ def virtual_training(
         accumulation: micro-batches a step.
         max_grad_norm: clipping, as in the run.
         is_full: whether every weight has a gradient, for the cost.
-        start: losses of the held-aside rows at the beginning, if known.
+        start: losses at the beginning, if known.
         seed: of the dropout masks.
     """
+    if start is None:
+        start = beginning(probe, num_steps=num_steps, accumulation=accumulation, seed=seed)
     torch.manual_seed(seed)
     probe.rewind()
-    before = _held(probe) if start is None else start
     stepper = optimizer(parameters, rate)
     losses: list[float] = []
     for _ in range(num_steps):
@@ -160,7 +184,7 @@ def virtual_training(
             for _ in range(accumulation)
         )
         if not math.isfinite(loss):
-            return VirtualRun(rate, tuple(losses), np.empty(0), before)
+            return VirtualRun(rate, tuple(losses), np.empty(0), start)
         losses.append(loss)
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -169,7 +193,19 @@ def virtual_training(
     held = _held(probe)
     if not np.isfinite(held).all():
         held = np.empty(0)
-    return VirtualRun(rate, tuple(losses), held, before)
+    return VirtualRun(rate, tuple(losses), held, start)
+
+
+def beginning(probe: Probe, *, num_steps: int, accumulation: int = 1, seed: int = 0) -> Beginning:
+    """Losses of a short training's rows where the model stands; arguments as there."""
+    held = _held(probe)
+    torch.manual_seed(seed)
+    probe.rewind()
+    fresh = tuple(
+        math.fsum(probe.batch_loss(probe.draw())[0] for _ in range(accumulation)) / accumulation
+        for _ in range(num_steps)
+    )
+    return Beginning(held, fresh)
 
 
 def search_rate(
@@ -250,14 +286,14 @@ def _is_worse(run: VirtualRun, than: VirtualRun) -> bool:
     both = (run.held - than.held, fresh)
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
     # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
-    margin = min(_WORSE * 0.5 * math.hypot(*errors), _HARM * float(than.start.mean()))
+    margin = min(_WORSE * 0.5 * math.hypot(*errors), _HARM * float(than.start.held.mean()))
     return run.score - than.score > margin
 
 
 def _has_moved(run: VirtualRun) -> bool:
     if run.blew_up:
         return False
-    change = run.start - run.held
+    change = run.start.held - run.held
     return bool(change.mean() > _WORSE * change.std(ddof=1) / math.sqrt(len(change)))
 
 
