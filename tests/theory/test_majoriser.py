@@ -6,6 +6,9 @@ import torch
 from tests.theory.dense import Quadratic, blocks_of_quadratic, objective_of, symmetric
 from zofo.theory.hessian import BlockHessian
 from zofo.theory.majoriser import check_majoriser
+from zofo.theory.measure import measure_point
+from zofo.theory.options import SmoothnessOptions
+from zofo.theory.records import Records
 
 DOUBLE = torch.zeros(1, dtype=torch.float64)
 SIZES = {"base": 12, "adapter": 5}
@@ -45,6 +48,27 @@ def test_blocks_that_do_not_couple_are_majorised_by_their_norms():
     )
     found = check_majoriser(hessian, SIZES, norms(hessian), DOUBLE, num_steps=17)
     assert found.kappa == pytest.approx(1.0)
+
+
+def test_norms_that_lanczos_has_not_reached_refute_nothing():
+    """Blocks that do not couple, with dense ends: with residuals D is never refuted."""
+    for seed in range(6):
+        blocks = [
+            torch.randn(n, n, generator=torch.Generator().manual_seed(10 * seed + n)).double()
+            for n in (80, 60)
+        ]
+        hessian = torch.block_diag(*[(b + b.T) / (2 * len(b)) ** 0.5 for b in blocks])
+        model = Quadratic(hessian, 80)
+        records = Records()
+        measure_point(
+            objective_of(model),
+            blocks_of_quadratic(model),
+            SmoothnessOptions(lanczos_steps=10, probes=2, directions=0, seed=seed),
+            records,
+            0,
+        )
+        (found,) = records.of("majoriser")
+        assert found["verdict"] != "refuted"
 
 
 def test_convex_coupling_costs_at_most_a_factor_of_two():

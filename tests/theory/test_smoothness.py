@@ -11,6 +11,7 @@ from tests.training import Recorder, history, trainer_for, untimed_logs
 from zofo.errors import UserError
 from zofo.theory.objective import norm, objective_of_trainer
 from zofo.theory.smoothness import SmoothnessRecorder, local_constants
+from zofo.theory.summary import series_of
 
 HESSIAN = symmetric([-2.0, 0.1, 0.5, 1.0, 3.0, 20.0])
 
@@ -59,6 +60,22 @@ def test_a_block_that_stands_still_has_no_constant():
     assert found["alone"][0]["adapter"] == pytest.approx(
         float((HESSIAN[4:, 4:] @ torch.ones(2).double()).norm() / 2**0.5)
     )
+    rounding = {"base": 1e-3, "adapter": 1e-3}
+    told = local_constants(
+        objective_of(model), blocks_of_quadratic(model), before, after, rounding=rounding
+    )
+    # Over the whole step rounding shows in the block that stood still as well.
+    length = told["step_norm"]["full"]
+    assert "base" not in told["floor"]
+    assert told["floor_whole"] == pytest.approx(
+        {b: 1e-3 * told["grad_norm"][b] / length for b in rounding}
+    )
+    point = {**told, "step": 0, "whole": [{**told["whole"][0], "base": 5e-3}]}
+    point["grad_norm"] = {**point["grad_norm"], "full": 1.0}
+    point["floor_whole"]["base"] = 1e-3
+    assert series_of([point], "whole", "base") == []
+    point["floor_whole"]["base"] = 1e-4
+    assert series_of([point], "whole", "base") == [(0, 1.0, 5e-3)]
     still = local_constants(objective_of(model), blocks_of_quadratic(model), before, before)
     assert still["whole"] == []
 

@@ -58,8 +58,8 @@ class MajoriserTest:
     def verdict(self) -> str:
         """Whether D majorises the Hessian, both signs, at this point.
 
-        "refuted" is certain: a vector with |vᵀHv| > vᵀDv is at hand, as Ritz values are quotients
-        of vectors. "confirmed" says that Lanczos found none up to its own error.
+        "refuted" is certain of this D: a vector with |vᵀHv| > vᵀDv is at hand, as Ritz values are
+        quotients of vectors. "confirmed" says that Lanczos found none up to its own error.
         """
         if self.kappa > 1.0 + 1e-6:
             return "refuted"

@@ -65,7 +65,8 @@ def local_constants(
     Returns:
         `loss`; `grad_norm` and `step_norm`, by block and "full"; `whole` and `alone`, an entry a γ;
         `gradient`: block -> `norm` ‖H_bb g_b‖/‖g_b‖ and `curvature` gᵀ_b H_bb g_b/‖g_b‖²; `floor`.
-        A block that did not move has None.
+        A block that did not move has None. `floor_whole`: likewise for `whole`, over the length of
+        the whole step; a part of the base has the relative error of the base.
     """
     mains = {name: block for name, block in blocks.items() if not block.is_part}
     parts = {name: block for name, block in blocks.items() if block.is_part}
@@ -128,10 +129,18 @@ def local_constants(
         found["alone"].append(alone)
     if rounding is not None and lengths["full"]:
         smallest = min(gammas)
+        errors = {
+            name: rounding["base" if block.is_part else name] * found["grad_norm"][name]
+            for name, block in blocks.items()
+            if block.is_part or name in rounding
+        }
         found["floor"] = {
-            name: rounding[name] * found["grad_norm"][name] / (smallest * lengths[name])
-            for name in mains
-            if lengths[name] and name in rounding
+            name: error / (smallest * lengths[name])
+            for name, error in errors.items()
+            if lengths[name] and name in mains
+        }
+        found["floor_whole"] = {
+            name: error / (smallest * lengths["full"]) for name, error in errors.items()
         }
     return found
 

@@ -6,6 +6,9 @@
     tr H = E[vᵀHv],  ‖H‖_F² = E‖Hv‖²        v of random signs (Hutchinson)
     tr H = tr QᵀHQ + E[vᵀPHPv]              Q spans H times probes, P = I − QQᵀ (Hutch++)
 
+In floating point nothing is known better than to a rounding of the largest value: u max |θ| is
+added to every residual, u the spacing of the vectors' dtype at 1.
+
 A fixed number of Lanczos steps costs what was said before and always answers, with an error bound
 for every Ritz value; `converged_extremes` asks scipy's `eigsh` (ARPACK) for a tolerance instead.
 A Ritz value never lies beyond the spectrum: top is approached from below, bottom from above.
@@ -45,7 +48,7 @@ class Ritz:
 
     Attributes:
         values: Ritz values, ascending, [steps].
-        residuals: an eigenvalue lies within this of the value, [steps].
+        residuals: an eigenvalue lies within this of the value, rounding included, [steps].
         weights: share of each value in the density, adding up to 1, [steps].
         curvature: vᵀHv of the start v, whose entries are ±1.
         squared_norm: ‖Hv‖².
@@ -161,9 +164,10 @@ def lanczos(
             break
         previous, vector = vector, image / beta
     values, vectors = eigh_tridiagonal(np.asarray(alphas), np.asarray(betas[:-1]))
+    rounding = torch.finfo(start.dtype).eps * np.abs(values).max(initial=0.0)
     return Ritz(
         values,
-        betas[-1] * np.abs(vectors[-1]),
+        betas[-1] * np.abs(vectors[-1]) + rounding,
         vectors[0] ** 2,
         curvature,
         squared_norm,
@@ -192,7 +196,7 @@ def measure_spectrum(
             apart from the bulk and converge in ten to thirty.
         num_starts: starts.
         num_probes: products for the trace; the starts' own first products count among those of
-            "hutchinson".
+            "hutchinson". Hutch++ has an interval from 9 on.
         method: "hutchinson" or "hutch++", which wins where few eigenvalues carry the trace.
         seed: of the probes.
         memory_bytes: up to which Lanczos keeps its vectors.

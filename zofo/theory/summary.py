@@ -43,10 +43,8 @@ def series_of(
         else:
             values = [entry.get(block) for entry in point[kind]]
             value = max((v for v in values if v), default=None)
-            floor = (point.get("floor") or {}).get(block) or 0.0
-            if kind == "whole":
-                lengths = point["step_norm"]
-                floor *= lengths.get(block, 0.0) / lengths["full"] if lengths["full"] else 0.0
+            floors = "floor_whole" if kind == "whole" else "floor"
+            floor = (point.get(floors) or {}).get(block) or 0.0
         if value and u and value > ABOVE_ROUNDING * floor:
             found.append((int(point["step"]), float(u), float(value)))
     return found
