@@ -414,8 +414,9 @@ def _check(config: RunConfig) -> list[str]:
     asked = [k for k in config.auto_keys if k == "eps" or _moves_by_differences(config, k)]
     if asked and config.zo_objective != "loss":
         problems.append(
-            f"{' and '.join(asked)} is auto, which measures the training loss, and zo_objective is "
-            f"{config.zo_objective}; give a number"
+            f"{' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} auto, which measures the "
+            f"training loss, and zo_objective is {config.zo_objective}; give a number, or set "
+            "zo_objective=loss"
         )
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given; keep one")

@@ -69,6 +69,30 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
+    """Why nothing could be written there, so that it can be said before any work; None if it can.
+
+    Args:
+        path: of a file that is to be written, or of a folder; neither need exist.
+        is_folder: whether it is a folder.
+    """
+    there = path
+    try:
+        if is_folder and path.is_file():
+            return f"{path} is a file; name a folder"
+        if not is_folder and path.is_dir():
+            return f"{path} is a folder; name a file"
+        candidates = [path.absolute(), *path.absolute().parents][0 if is_folder else 1 :]
+        there = next(folder for folder in candidates if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except NotADirectoryError:
+        return f"{path} cannot be written, since {there} is a file; choose another folder"
+    except OSError as error:
+        reason = error.strerror or error
+        return f"{path} cannot be written in {there} ({reason}); choose another folder"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:

@@ -32,7 +32,7 @@ from zofo.config import AUTO, AUTO_KEYS, RunConfig, share_of
 from zofo.environment import check_device, environment, peak_memory_bytes
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.evaluate import Metrics, evaluate
-from zofo.files import fingerprint, write_json, write_text
+from zofo.files import fingerprint, problem_of_target, write_json, write_text
 from zofo.generation import writer_for
 from zofo.interrupt import StopOnSignal
 from zofo.methods import METHODS, split_parameters
@@ -328,7 +328,7 @@ def new_folder(config: RunConfig) -> Path:
     """The run folder: the configured one, which must be new or empty, or a numbered default.
 
     Raises:
-        UserError: if it holds something.
+        UserError: if it holds something, or cannot be written.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir).expanduser()
@@ -337,6 +337,9 @@ def new_folder(config: RunConfig) -> Path:
                 f"output_dir {folder} exists and is not empty; choose another, remove it, or "
                 f"continue it with 'zofo train --resume {folder}'"
             )
+        problem = problem_of_target(folder, is_folder=True)
+        if problem is not None:
+            raise UserError(f"output_dir {problem}")
         return folder
     name = f"{config.task.name}-{config.method}"
     if config.adapter.label != "none":

@@ -143,7 +143,20 @@ def test_caps_are_shown_and_applied_when_asked():
     }
     assert applied.base_lr <= 1.01 * applied.caps["base sqrt(Tn)"].rate
     assert applied.base_lr < ignored.base_lr
+    assert applied.base_lr == float(f"{applied.base_lr:.2g}")
+    assert "base" in applied.capped
+    assert not ignored.capped
     assert "cap" in " ".join(lines_of(ignored))
+    # What is expected is expected of the rate that is advised.
+    assert 0 <= applied.progress.value < ignored.progress.value
+    assert "the theorem's cap; without it" in " ".join(lines_of(applied))
+
+
+def test_a_cap_that_cannot_be_computed_is_said():
+    model = Quadratic([-1.0] * 12, [1.0, 5.0], start=0.1)
+    advice = ask(model, caps="apply")
+    assert "base" not in advice.capped
+    assert "cannot be computed" in " ".join(lines_of(advice))
 
 
 def test_the_cost_is_counted_and_a_small_part_of_a_grid():

@@ -89,7 +89,9 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 
     arguments = ("growth", "--quick", "--seeds", 3, "--to", tmp_path)
     monkeypatch.setattr(storage, "finish", stop_at_third)
-    assert convergence(*arguments).exit_code == 130
+    stopped = convergence(*arguments)
+    assert stopped.exit_code == 130
+    assert "the same command goes on" in stopped.output + (stopped.stderr or "")
     assert len(list((tmp_path / "cells").iterdir())) == 2
     assert convergence(*arguments).exit_code == 0
     assert num == 3 + 4
@@ -102,7 +104,10 @@ def test_a_cell_of_another_definition_or_a_damaged_one_is_run_again(tmp_path):
     assert storage.read(tmp_path, cell, "optimizer") is None
     other = make_plan(tmp_path, ["growth"], quick=True, num_seeds=4).cells()[0]
     assert storage.read(tmp_path, other, "compiled") is None
-    storage.path_of(tmp_path, cell).write_bytes(b"damaged")
+    # One does not take the other's place.
+    storage.finish(tmp_path, other, "compiled")
+    assert storage.read(tmp_path, cell, "compiled") is not None
+    storage.path_of(tmp_path, cell, "compiled").write_bytes(b"damaged")
     assert storage.read(tmp_path, cell, "compiled") is None
 
 
@@ -142,6 +147,14 @@ def test_wrong_input_is_said_before_anything_runs(arguments, said, tmp_path):
     assert done.exit_code == 2
     assert said in done.output + (done.stderr or "")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(storage, "finish", lambda *args: pytest.fail("ran a cell"))
+    done = convergence("growth", "--quick", "--to", tmp_path / "file" / "study")
+    assert done.exit_code == 2
+    assert "is a file" in done.output + (done.stderr or "")
 
 
 def test_the_list_of_experiments():

@@ -1,6 +1,7 @@
 """`auto` in a run: resolved before it begins, written as numbers, and no trace besides."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,10 +157,14 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
     [
         (["--caps", "perhaps"], "choose ignore or apply"),
         (["--target", "-1"], "positive"),
-        (["zo_objective=accuracy"], "give a number"),
+        (["zo_objective=accuracy"], "zo_objective=loss"),
+        (["--json", str(Path(__file__) / "advice.json")], "is a file"),
+        (["--json", str(Path(__file__).parent)], "is a folder"),
     ],
 )
-def test_wrong_options_are_one_message(reviews, decoder_folder, more, words):
+def test_wrong_options_are_one_message(reviews, decoder_folder, more, words, monkeypatch):
+    """Before anything is measured."""
+    monkeypatch.setattr("zofo.cli.advising.advise_on", lambda *a, **k: pytest.fail("measured"))
     done = advise_command(reviews, decoder_folder, *more)
     assert done.exit_code == 2
     assert words in done.output
@@ -175,3 +180,18 @@ def test_half_precision(tmp_path, reviews, decoder_folder):
     assert found.base_lr >= 0
     assert next(prepared.model.parameters()).dtype == torch.bfloat16
     assert advice.plateau is not None
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "--dry-run"]])
+def test_a_run_folder_that_cannot_be_written_is_said_before_the_advice(
+    reviews, decoder_folder, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("zofo.theory.resolve.advise", lambda *a, **k: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    config = config_for(tmp_path, reviews, decoder_folder, *ALL)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    folder = tmp_path / "file" / "run"
+    done = CliRunner().invoke(app, [*command, str(path), f"output_dir={folder}"])
+    assert done.exit_code == 2
+    assert "is a file" in done.output

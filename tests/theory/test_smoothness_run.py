@@ -1,6 +1,8 @@
 """`zofo smoothness` on a tiny model: what it leaves, what it skips, what the report shows."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,86 @@ def test_every_problem_is_said_at_once():
     assert "float32" in half.output
     assert half.exit_code == 2
     assert load_config(overrides=["steps=3"]).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("smoothness={rows: 3}", "smoothness.KEY=VALUE"),
+        ("smoothness=3", "smoothness.KEY=VALUE"),
+        ("smoothness.rows=true", "smoothness.rows is True"),
+        ("smoothness.gammas=[true]", "smoothness.gammas"),
+        ("smoothness.gammas=0.5", "a list, such as [0.5, 1]"),
+        ("smoothness.gammas=[]", "at least one number"),
+        ("smoothness.gammas=[2]", "(0, 1]"),
+        ("base_lr=auto", "base_lr is auto"),
+    ],
+)
+def test_a_wrong_option_is_named(argument, words):
+    # Another is said with it.
+    done = run("smoothness.probes=0", argument)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+    assert "smoothness.probes" in done.output
+
+
+def test_whole_numbers_are_points_on_a_step():
+    assert load_smoothness(overrides=["smoothness.gammas=[1]"])[1].gammas == [1.0]
+
+
+def test_a_damaged_folder_is_one_message(tmp_path):
+    for text in ("smoothness: {rows: 0, foo: 1}", "smoothness: 3"):
+        (tmp_path / "smoothness.yaml").write_text(text)
+        done = run("--resume", tmp_path)
+        assert done.exit_code == 2
+        assert "smoothness" in done.output
+        assert not isinstance(done.exception, ValueError)
+    assert "does not exist" in run("--resume", tmp_path / "none").output
+
+
+def test_a_plan_refuses_what_the_run_would_and_counts_the_rows_there_are(
+    measured, tmp_path, decoder_folder
+):
+    _, rows, _ = measured
+    (tmp_path / "file").touch()
+    arguments = values(tmp_path / "file" / "run", decoder_folder, rows)
+    done = run(*arguments, "--dry-run")
+    assert done.exit_code == 2
+    assert "is a file" in done.output
+    done = run(
+        *values(tmp_path / "new", decoder_folder, rows), "smoothness.rows=10000", "--dry-run"
+    )
+    assert done.exit_code == 0, done.output
+    assert "10000 rows" not in done.output
+
+
+def test_one_signal_stops_between_measurements(measured, tmp_path, decoder_folder, monkeypatch):
+    """While the start is measured; continued, it is the measurement that it would have been."""
+    whole, rows, _ = measured
+    import zofo.theory.measure as measure
+
+    real, calls = measure.measure_spectrum, []
+
+    def signalled(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(measure, "measure_spectrum", signalled)
+    done = run(*values(tmp_path / "run", decoder_folder, rows))
+    assert done.exit_code == 130, done.output
+    assert len(calls) == 1
+    lines = (tmp_path / "run" / "smoothness.jsonl").read_text()
+    assert lines.count('"spectrum"') == 1
+    done = run("--resume", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found, expected = (read_json(f / "smoothness.json") for f in (tmp_path / "run", whole))
+    for kind in ("path", "spectra", "directional", "majoriser"):
+        assert {(r["step"], r.get("block")) for r in found[kind]} == {
+            (r["step"], r.get("block")) for r in expected[kind]
+        }
+        assert found[kind] == expected[kind]
 
 
 def _split(arguments):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from zofo.adapter_types import ADAPTER_TYPES
 from zofo.errors import UserError
+from zofo.files import problem_of_target
 
 CONTENDERS: Final = (
     "forward",
@@ -192,9 +192,5 @@ def _problems(settings: Settings) -> list[str]:
 
 def _problems_of_file(path: Path) -> list[str]:
     """A benchmark takes minutes: what would keep its file from being written is said before."""
-    if path.is_dir():
-        return [f"the JSON file {path} is a folder; name a file"]
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return [f"the JSON file {path} cannot be written in {parent}; choose another folder"]
-    return []
+    problem = problem_of_target(path)
+    return [] if problem is None else [f"the JSON file {problem}"]

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from zofo.config import AUTO, RunConfig, load_config
+from zofo.config import AUTO, RunConfig, idle_options, load_config
 from zofo.errors import UserError
-from zofo.files import write_json
+from zofo.files import problem_of_target, write_json
+from zofo.methods import METHODS
 from zofo.progress import new_progress
 from zofo.run import prepare
 from zofo.theory.advice import Advice
@@ -36,8 +37,13 @@ def advise(
         raise UserError(f"--caps is {caps!r}; choose ignore or apply")
     if target is not None and not 0 < target < float("inf"):
         raise UserError(f"--target is {target:g}; it must be a positive norm of the gradient")
+    problem = None if json_file is None else problem_of_target(json_file)
+    if problem is not None:
+        raise UserError(f"the JSON file {problem}")
     chosen: Any = caps or ("ignore" if target is None else "apply")
     config = everything_auto(load_config(path, overrides))
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     began = time.monotonic()
@@ -53,9 +59,9 @@ def advise(
             report=lambda what, cost: progress.update(task, text=what),
         )
     seconds = time.monotonic() - began
+    show(advice, seconds)
     if json_file is not None:
         write_json(json_file, {**as_json(advice), "seconds": round(seconds, 3)})
-    show(advice, seconds)
 
 
 def everything_auto(config: RunConfig) -> RunConfig:
@@ -66,6 +72,12 @@ def everything_auto(config: RunConfig) -> RunConfig:
     Raises:
         UserError: if the zeroth-order block follows accuracy or F1.
     """
+    orders = METHODS[config.method]
+    if config.zo_objective != "loss" and "zeroth" in (orders.base, orders.adapter):
+        raise UserError(
+            f"zo_objective is {config.zo_objective}, and the advice measures the training "
+            "loss; set zo_objective=loss to be advised for that, or choose rates by hand"
+        )
     values = config.model_dump()
     for key in ("base_lr", "adapter_lr", "eps"):
         if not isinstance(values[key], dict):

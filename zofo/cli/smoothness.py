@@ -17,7 +17,7 @@ from zofo.config import RunConfig, idle_options
 from zofo.files import read_json
 from zofo.interrupt import StopOnSignal, TrainingInterrupt
 from zofo.report.tables import Table
-from zofo.theory.measure import PAGE_FILE, measure_run, saved_options
+from zofo.theory.measure import PAGE_FILE, measure_run, new_folder, saved_options
 from zofo.theory.options import (
     SmoothnessOptions,
     load_smoothness,
@@ -58,7 +58,9 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     from zofo.theory.blocks import blocks_of
 
     config, options = load_smoothness(path, overrides)
+    new_folder(config)  # says now what would keep the run from being written
     plan = make_plan(config)
+    options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
     model = empty_model(
         base.name,

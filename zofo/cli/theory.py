@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from zofo.cli.app import EXIT_INTERRUPTED
 from zofo.cli.reporting import printable
 from zofo.theory.convergence.claims import CONFIRMED, REFUTED, Finding
 from zofo.theory.convergence.experiments import EXPERIMENTS
@@ -35,7 +37,11 @@ def convergence(
     if show_list:
         console.print(_experiments(plan.scale))
         return
-    found = run(plan, Console(stderr=True))
+    try:
+        found = run(plan, Console(stderr=True))
+    except KeyboardInterrupt:
+        print("interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     show(found, console)
     print(f"values: {to / JSON_NAME}")
     print(f"page: {to / PAGE_NAME}")

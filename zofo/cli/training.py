@@ -41,9 +41,11 @@ def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     """Print what a run would do."""
     from zofo.plan import make_plan
+    from zofo.run import new_folder
 
     config = load_config(path, overrides)
     _warn(config)
+    new_folder(config)  # says now what would keep the run from being written
     plan = make_plan(config)
     console = Console(highlight=False)
     console.print(config.to_yaml(), markup=False)

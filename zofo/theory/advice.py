@@ -110,7 +110,8 @@ class Advice:
         split: rates by group; None where groups were not measured.
         first: of the first-order block; None where its rate was given.
         along: of the first-order block: along its first update, at the start and later.
-        caps: block and reading -> the theorem's cap.
+        caps: block and reading -> the theorem's cap; infinite where no curvature was found.
+        capped: blocks whose rate a cap has lowered.
         progress: expected decrease of the loss by the zeroth-order part over the run.
         cost: forward-equivalents that the advice took.
         remarks: sentences, most important first.
@@ -129,6 +130,7 @@ class Advice:
     first: FirstRate | None = None
     along: tuple[AlongUpdate, ...] = ()
     caps: dict[str, Cap] = field(default_factory=dict)
+    capped: list[str] = field(default_factory=list)
     progress: Interval | None = None
     cost: float = 0.0
     remarks: list[str] = field(default_factory=list)

@@ -28,6 +28,7 @@ from zofo.methods import param_groups
 from zofo.noise import Distribution
 from zofo.perturb import Perturbation
 from zofo.theory.advice import Advice, Setting, remarks_of
+from zofo.theory.bootstrap import Interval
 from zofo.theory.caps import cap, epochs_to
 from zofo.theory.curvature import AlongUpdate, along_update, measure_directions
 from zofo.theory.eps import Plateau, measure_ladder, plateau, weight_scale
@@ -270,13 +271,7 @@ class _Work:
             )
             later = advice.at_later
         rate = _rounded(rate)
-        advice.progress = progress_at(
-            later,
-            rate,
-            batch_rows=self.batch_rows,
-            num_steps=self.moves,
-            num_directions=self.setting.num_directions,
-        )
+        advice.progress = self._progress(later, rate)
         if self.setting.zeroth == "adapter":
             advice.adapter_lr = rate
             return
@@ -290,6 +285,15 @@ class _Work:
             advice.base_lr = {
                 p: _rounded(min(r * scale, most)) for p, r in advice.split.rates.items()
             }
+
+    def _progress(self, found: Moments, rate: float) -> Interval:
+        return progress_at(
+            found,
+            rate,
+            batch_rows=self.batch_rows,
+            num_steps=self.moves,
+            num_directions=self.setting.num_directions,
+        )
 
     def _search(self, advice: Advice) -> FirstRate:
         setting = self.setting
@@ -401,16 +405,27 @@ class _Work:
                     num_weights=num_weights,
                     reading=reading,
                 )
-            if setting.caps == "apply" and setting.asks(block):
-                _apply(advice, block, advice.caps[f"{block} sqrt(Tn)"].rate)
+            limit = advice.caps[f"{block} sqrt(Tn)"].rate
+            if setting.caps == "apply" and setting.asks(block) and _apply(advice, block, limit):
+                advice.capped.append(block)
+                if block == setting.zeroth and found is not None:
+                    advice.progress = self._progress(found, _rounded_down(limit))
 
 
-def _apply(advice: Advice, block: str, limit: float) -> None:
+def _apply(advice: Advice, block: str, limit: float) -> bool:
+    """Lower a block's rates to a limit; whether any was above it."""
     rate = getattr(advice, f"{block}_lr")
-    if isinstance(rate, dict):
-        setattr(advice, f"{block}_lr", {k: min(r, limit) for k, r in rate.items()})
-    elif rate is not None:
-        setattr(advice, f"{block}_lr", min(rate, limit))
+    rates = list(rate.values()) if isinstance(rate, dict) else [rate]
+    if rate is None or max(rates) <= limit:
+        return False
+    limit = _rounded_down(limit)
+    lowered = [min(r, limit) for r in rates]
+    setattr(
+        advice,
+        f"{block}_lr",
+        dict(zip(rate, lowered, strict=True)) if isinstance(rate, dict) else lowered[0],
+    )
+    return True
 
 
 def _own_seed(seed: int) -> int:
@@ -421,3 +436,9 @@ def _own_seed(seed: int) -> int:
 def _rounded(value: float) -> float:
     """Two digits: more would claim what was not measured."""
     return float(f"{value:.2g}")
+
+
+def _rounded_down(value: float) -> float:
+    """Likewise, but not above it."""
+    power = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return _rounded(math.floor(value / power) * power)

@@ -22,10 +22,10 @@ import yaml
 from rich.console import Console
 from transformers import TrainerCallback
 
-from zofo.config import RunConfig, load_config
+from zofo.config import RunConfig
 from zofo.errors import UserError
 from zofo.files import write_json, write_text
-from zofo.interrupt import StopOnSignal
+from zofo.interrupt import StopOnSignal, TrainingInterrupt
 from zofo.methods import apply_method
 from zofo.resume import is_finished
 from zofo.run import Prepared, prepare, train
@@ -33,12 +33,11 @@ from zofo.theory.blocks import Block, blocks_of
 from zofo.theory.directional import directional_curvature
 from zofo.theory.majoriser import check_majoriser
 from zofo.theory.objective import Objective, objective_of_trainer
-from zofo.theory.options import SmoothnessOptions, path_steps, point_steps
+from zofo.theory.options import SmoothnessOptions, load_smoothness, path_steps, point_steps
 from zofo.theory.records import Records, finite
 from zofo.theory.smoothness import SmoothnessRecorder
 from zofo.theory.spectrum import measure_spectrum
 from zofo.theory.summary import FILE, summarise
-from zofo.yaml_files import read_yaml
 
 OPTIONS_FILE: Final = "smoothness.yaml"
 RECORDS_FILE: Final = "smoothness.jsonl"
@@ -70,6 +69,7 @@ def measure_point(
     seed: int = 0,
     distribution: Any = "rademacher",
     say: Callable[[str], Any] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Measure spectra, directional curvature and the majoriser at the present weights.
 
@@ -83,8 +83,12 @@ def measure_point(
         seed: of the run: with it the directions are those of the run's step.
         distribution: of the directions.
         say: told of each measurement.
+        should_stop: asked before each measurement; those that are left out are made when the run
+            is continued.
     """
     for name, block in blocks.items():
+        if should_stop():
+            return
         if options.lanczos_steps and not records.has("spectrum", step, name):
             from zofo.theory.hessian import BlockHessian
 
@@ -126,12 +130,12 @@ def measure_point(
                 f"step {step}, {name}: eigenvalues {found.bottom.value:.3g} to "
                 f"{found.top.value:.3g}, trace {found.trace.mean:.3g}"
             )
-        if options.directions and not records.has("directional", step, name):
+        if options.directions and not should_stop() and not records.has("directional", step, name):
             _measure_directions(
                 objective, name, block, options, records, step, eps, seed, distribution
             )
     mains = {name: block for name, block in blocks.items() if not block.is_part}
-    tests = options.majoriser and options.lanczos_steps and len(mains) > 1
+    tests = options.majoriser and options.lanczos_steps and len(mains) > 1 and not should_stop()
     if tests and not records.has("majoriser", step):
         _test_majoriser(objective, mains, options, records, step, say)
 
@@ -241,6 +245,7 @@ class PointRecorder(TrainerCallback):
         options: as for `measure_point`.
         records: likewise.
         say: likewise.
+        stop: asked before each measurement.
     """
 
     def __init__(
@@ -251,13 +256,20 @@ class PointRecorder(TrainerCallback):
         options: SmoothnessOptions,
         records: Records,
         say: Callable[[str], Any],
+        stop: StopOnSignal | None = None,
     ) -> None:
         self.trainer, self.objective, self.steps = trainer, objective, set(steps)
-        self.options, self.records, self.say = options, records, say
+        self.options, self.records, self.say, self.stop = options, records, say, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start."""
+        """Measure the start.
+
+        Raises:
+            TrainingInterrupt: if asked to stop: before a step there is nothing to save.
+        """
         self._measure(state.global_step)
+        if self.stop is not None and self.stop.signum is not None:
+            raise TrainingInterrupt(self.stop.signum)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure after a step."""
@@ -278,6 +290,7 @@ class PointRecorder(TrainerCallback):
                 seed=optimizer.seed,
                 distribution=optimizer.distribution,
                 say=self.say,
+                should_stop=lambda: self.stop is not None and self.stop.signum is not None,
             )
 
 
@@ -374,7 +387,13 @@ def _train(
             on_point=told,
         )
         points = PointRecorder(
-            trainer, objective, point_steps(options, steps), options, records, say
+            trainer,
+            objective,
+            point_steps(options, steps),
+            options,
+            records,
+            say,
+            stop,
         )
         return [recorder, points]
 
@@ -459,11 +478,11 @@ def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
         UserError: if it is no folder of `zofo smoothness`.
     """
     path = folder / OPTIONS_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; name a folder of zofo smoothness to continue")
     if not path.is_file():
         raise UserError(f"{folder} holds no {OPTIONS_FILE}, so there is nothing to continue")
-    values = read_yaml(path)
-    options = SmoothnessOptions.model_validate(values.pop("smoothness", {}))
-    return load_config(values=values), options
+    return load_smoothness(path)
 
 
 def _write_options(folder: Path, config: RunConfig, options: SmoothnessOptions) -> None:

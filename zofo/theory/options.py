@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from zofo.config import RunConfig, apply_override, join_problems, load_config
 from zofo.errors import UserError
@@ -32,10 +33,12 @@ _MEASUREMENTS_OF_A_PATH: Final = 30
 class SmoothnessOptions(BaseModel):
     """The section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: bool = Field(True, description="measure along a training run; false: at the start only")
-    rows: int = Field(16, ge=1, description="training rows that f is the mean loss of")
+    rows: int = Field(
+        16, ge=1, description="training rows that f is the mean loss of; all where there are fewer"
+    )
     row_batch: int | None = Field(
         None,
         ge=1,
@@ -45,7 +48,7 @@ class SmoothnessOptions(BaseModel):
         None, ge=1, description="steps between measurements of the path; default: 30 in the run"
     )
     gammas: list[float] = Field(
-        [1.0], min_length=1, description="points on a step, in (0, 1]; the largest constant counts"
+        [1.0], description="points on a step, in (0, 1]; the largest constant counts"
     )
     along_gradient: bool = Field(True, description="the blocks along their own gradients too")
     split: Literal["none", "layer", "type"] = Field(
@@ -67,6 +70,13 @@ class SmoothnessOptions(BaseModel):
     majoriser: bool = Field(True, description="test the diagonal majoriser at each point")
     memory_mib: int = Field(4096, ge=1, description="up to which Lanczos keeps its vectors")
     seed: int = Field(0, ge=0, lt=2**32, description="of rows and probes")
+
+    @field_validator("gammas")
+    @classmethod
+    def _check_gammas(cls, gammas: list[float]) -> list[float]:
+        if not gammas or not all(0 < gamma <= 1 for gamma in gammas):
+            raise PydanticCustomError("gammas", "needs at least one number, all in (0, 1]")
+        return gammas
 
     @property
     def memory_bytes(self) -> int:
@@ -90,7 +100,8 @@ def load_smoothness(
     values = {} if path is None else read_yaml(Path(path))
     section = values.pop(SECTION, None) or {}
     own = [o for o in overrides if o.strip().startswith(f"{SECTION}.")]
-    problems: list[str] = []
+    whole = [o for o in overrides if o.strip().startswith(f"{SECTION}=")]
+    problems = [f"{o.strip()!r} sets a whole section; write {SECTION}.KEY=VALUE" for o in whole]
     if not isinstance(section, Mapping):
         problems.append(f"{SECTION} is {section!r}; it takes keys and values of its own")
         section = {}
@@ -102,15 +113,14 @@ def load_smoothness(
         options = SmoothnessOptions.model_validate(holder[SECTION])
     except ValidationError as error:
         problems += [_in_words(e) for e in error.errors()]
-    if not all(0 < g <= 1 for g in options.gammas):
-        problems.append(f"{SECTION}.gammas is {options.gammas}; they must lie in (0, 1]")
     try:
         config = load_config(
-            overrides=[o for o in overrides if o not in own], values=values or None
+            overrides=[o for o in overrides if o not in (*own, *whole)], values=values or None
         )
         if config.auto_keys:
             problems.append(
-                f"{' and '.join(config.auto_keys)} is auto; take the numbers that zofo advise gives"
+                f"{' and '.join(config.auto_keys)} {'is' if len(config.auto_keys) == 1 else 'are'} "
+                "auto; take the numbers that zofo advise gives"
             )
         if config.model.dtype != "float32" and (options.train or options.lanczos_steps):
             problems.append(
@@ -185,4 +195,6 @@ def _in_words(error: Any) -> str:
         hint = f"did you mean {SECTION}.{near[0]}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {key}; {hint}"
     message = error["msg"].replace("Input should be ", "must be ")
+    if error["type"] == "list_type":
+        message = "must be a list, such as [0.5, 1]"
     return f"{key} is {error['input']!r}; it {message}"

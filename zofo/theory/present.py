@@ -50,6 +50,7 @@ def as_json(advice: Advice) -> dict[str, Any]:
             "along": [{**asdict(a), "rayleigh": a.rayleigh} for a in advice.along],
         },
         "caps": {name: asdict(found) for name, found in advice.caps.items()},
+        "capped": advice.capped,
         "setting": asdict(setting),
     }
     return _plain(value)
@@ -73,6 +74,12 @@ def lines_of(advice: Advice) -> list[str]:
 
 def reason_of(advice: Advice, key: str) -> str:
     """What a number rests on."""
+    if key.removesuffix("_lr") in advice.capped:
+        return f"the theorem's cap; without it: {_reason_of(advice, key)}"
+    return _reason_of(advice, key)
+
+
+def _reason_of(advice: Advice, key: str) -> str:
     if key == "eps":
         found = advice.plateau
         assert found is not None
@@ -115,13 +122,19 @@ def cap_lines(advice: Advice) -> list[str]:
     for block in ("base", "adapter"):
         caps = {name: c for name, c in advice.caps.items() if name.startswith(f"{block} ")}
         rate = getattr(advice, f"{block}_lr")
-        if not caps or rate is None or all(math.isinf(c.rate) for c in caps.values()):
+        if not caps or rate is None:
+            continue
+        if all(math.isinf(c.rate) for c in caps.values()):
+            lines.append(
+                f"the theorem's cap of {block}_lr cannot be computed, since no positive curvature "
+                "was measured; it lowers nothing"
+            )
             continue
         top = max(rate.values()) if isinstance(rate, dict) else rate
         shown = ", ".join(f"{c.rate:.1e} with {c.reading}" for c in caps.values())
         least = min(c.rate for c in caps.values())
         text = f"the theorem's cap of {block}_lr with c = 1: {shown}"
-        if top > 2 * least:
+        if top > 2 * least and block not in advice.capped:
             text += f"; it is worst case, {top / least:.0f} times below the advised rate"
         done = "applied" if advice.setting.caps == "apply" else "not applied"
         lines.append(f"{text} ({done})")

@@ -1,7 +1,8 @@
 """A cell of the study: one problem in one setting, over a grid of rates and some seeds.
 
 A finished cell is one file (safetensors: exact, whole or not at all) that carries what it was made
-of, so a study that was stopped goes on with the cells that are missing or whose definition changed.
+of, so a study that was stopped goes on with the cells that are missing. The digest of all of it is
+in the file's name: the same cell with other seeds or another engine is another file.
 """
 
 from __future__ import annotations
@@ -150,9 +151,9 @@ def digest_of(cell: Any, engine_name: str) -> str:
     return json_digest({"cell": asdict(cell), "engine": engine_name, "format": FORMAT})
 
 
-def path_of(folder: Path, cell: Any) -> Path:
+def path_of(folder: Path, cell: Any, engine_name: str) -> Path:
     """Where a cell's file lies."""
-    return folder / "cells" / f"{cell.name}.safetensors"
+    return folder / "cells" / f"{cell.name},{digest_of(cell, engine_name)[:8]}.safetensors"
 
 
 def finish(
@@ -176,14 +177,14 @@ def finish(
         "elapsed_s": f"{elapsed:.3f}",
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
-    write_tensors(path_of(folder, cell), tensors, metadata)
+    write_tensors(path_of(folder, cell, engine_name), tensors, metadata)
     return Result(cell, arrays, elapsed, engine_name)
 
 
 def read(folder: Path, cell: Any, engine_name: Engine) -> Result | None:
     """A finished cell; None if it is not there, is damaged, or was made of something else."""
     try:
-        tensors, metadata = read_tensors(path_of(folder, cell))
+        tensors, metadata = read_tensors(path_of(folder, cell, engine_name))
     except UserError:
         return None
     if metadata.get("digest") != digest_of(cell, engine_name):

@@ -37,7 +37,8 @@ def claimed_text(finding: Finding) -> str:
     """The candidate that is claimed, or the range."""
     claim = finding.claim
     if isinstance(claim.claimed, str):
-        return f"{claim.claimed.split(' (')[0]}: {claim.candidates[claim.claimed]:.3g}"
+        name, value = claim.claimed.split(" (")[0], f"{claim.candidates[claim.claimed]:.3g}"
+        return value if name == value else f"{name}: {value}"
     low, high = claim.claimed
     if high == float("inf"):
         return f"above {low:g}"

@@ -1,7 +1,7 @@
 """The study from end to end: cells that are missing, then claims, JSON and page.
 
-A folder holds `cells/` (one file a finished cell), `convergence.json` and `convergence.html`. A
-study that was stopped goes on where it was.
+A folder holds `cells/` (one file a finished cell), `convergence.json` and `convergence.html`, which
+cover the experiments of the last command. A study that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from zofo.errors import UserError
-from zofo.files import write_json
+from zofo.files import problem_of_target, write_json
 from zofo.theory.convergence import cells as storage
 from zofo.theory.convergence.cells import ENGINES, Engine, Result
 from zofo.theory.convergence.claim_table import CLAIMS
@@ -88,8 +88,9 @@ def make_plan(
     if num_seeds is not None and num_seeds < 3:
         wrong.append(f"seeds is {num_seeds}; an interval needs at least 3")
     target = Path(folder).expanduser()
-    if target.exists() and not target.is_dir():
-        wrong.append(f"{target} is a file; name a folder")
+    problem = problem_of_target(target, is_folder=True)
+    if problem is not None:
+        wrong.append(problem)
     if wrong:
         raise UserError("; ".join(wrong))
     scale = QUICK if quick else FULL
