@@ -569,7 +569,7 @@ def test_hostile_yaml(tmp_path, text):
 def test_configurations_that_are_no_text(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"steps: \xff\xfe\n")
     refused(lambda: load_config(tmp_path / "run.yaml"), "cannot be read")
-    refused(lambda: load_config(tmp_path), "cannot be read")
+    refused(lambda: load_config(tmp_path), "is a folder")
 
 
 # The command line.

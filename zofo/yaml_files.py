@@ -42,6 +42,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"the configuration {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"the configuration {path} is a folder; name a YAML file, or continue a folder with "
+            "--resume"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the configuration {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
