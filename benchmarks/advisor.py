@@ -28,11 +28,10 @@ from typing import Any
 
 COMBINATIONS = (
     "minilm:lora:rotten-tomatoes",
+    "minilm:lora:sst2",
     "minilm:prompt:rotten-tomatoes",
     "smollm2-135m:lora:rotten-tomatoes",
     "smollm2-135m:prompt:rotten-tomatoes",
-    "smollm2-135m:prefix:rotten-tomatoes",
-    "smollm2-135m:lora:boolq",
 )
 BASE_LR = (1e-6, 1e-5, 1e-4, 1e-3)
 ADAPTER_LR = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -170,6 +170,7 @@ def test_without_positive_curvature_the_rate_stays_within_what_was_seen(eigenval
     assert found.limited_by == "reach"
     slopes = np.abs(measured(eigenvalues, GRADIENT, 0.5, num=6).slopes.mean(axis=1))
     assert found.rate * slopes.max() == pytest.approx(0.1)
+    assert math.isinf(found.one_step)
 
 
 def test_a_loss_that_does_not_depend_on_the_block_leaves_it_where_it_is():

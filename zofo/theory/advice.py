@@ -154,10 +154,13 @@ def remarks_of(advice: Advice) -> list[str]:
             f"{later.loss:.3g} in {setting.num_steps} steps"
         )
         if advice.is_hopeless:
+            most = advice.progress.high
+            what = "is not expected to lower the loss"
+            if most > 0:
+                what = f"is expected to lower the loss by less than {most:.2g}"
             what = (
-                f"hopeless: the zeroth-order part is expected to lower the loss by less than "
-                f"{max(advice.progress.high, 0):.2g} of {later.loss:.3g} in {setting.num_steps} "
-                f"steps ({advice.progress:.2g})"
+                f"hopeless: the zeroth-order part {what} of {later.loss:.3g} in "
+                f"{setting.num_steps} steps ({advice.progress:.2g})"
             )
             if setting.method == "hybrid":
                 what += "; method fo-peft costs a third less"

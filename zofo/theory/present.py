@@ -96,9 +96,10 @@ def _reason_of(advice: Advice, key: str) -> str:
         text = f"{advice.zeroth_start.rate:.2g} at the start ({advice.zeroth_start.limited_by})"
         if advice.zeroth_later is not None:
             text += f", {found_rate.rate:.2g} later ({found_rate.limited_by})"
-        text += (
-            f"; best for one step {found_rate.one_step:.2g}, stable below {found_rate.stable:.2g}"
-        )
+        if math.isfinite(found_rate.one_step):
+            text += f"; best for one step {found_rate.one_step:.2g}"
+        if math.isfinite(found_rate.stable):
+            text += f"; half of the stable rate {found_rate.stable:.2g}"
         if advice.split is not None and advice.split.rates and isinstance(advice.base_lr, dict):
             text += f"; by groups, because {advice.split.reason}"
         return text

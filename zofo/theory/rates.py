@@ -118,7 +118,7 @@ class Moments:
     @property
     def careful_trace(self) -> float:
         """The trace at the upper end of its 80% one-sided interval."""
-        return max(quantile(self.replicates[:, 2], CAUTION, self.num), self.trace, 1e-30)
+        return max(quantile(self.replicates[:, 2], CAUTION, self.num), self.trace, 0.0)
 
     @property
     def careful_largest(self) -> float:
@@ -321,7 +321,7 @@ class ZerothRate:
 
     Attributes:
         rate: advised.
-        one_step: best for one step.
+        one_step: best for one step; infinite where curvature is not told from 0 or negative.
         stable: half of what is stable, for curvature that stays as it was measured.
         reach: rate at which the largest step seen leaves what was measured.
         drift: rate at which the weights wander as far as they may; infinite for fresh weights.
@@ -396,7 +396,9 @@ def zeroth_rate(
     limits |= {"stability": stable, "reach": reach, "drift": drift}
     limited_by = min(limits, key=lambda name: limits[name])
     rate = limits[limited_by]
-    one_step = max(found.signal, 0.0) / (size * curvature) if size > 0 else 0.0
+    one_step = 0.0
+    if size > 0 and found.signal > 0:
+        one_step = found.signal / (size * curvature) if curvature > 1e-30 else math.inf
     return ZerothRate(
         rate=rate,
         one_step=one_step,
