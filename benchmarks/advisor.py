@@ -29,6 +29,7 @@ from typing import Any
 COMBINATIONS = (
     "minilm:lora:rotten-tomatoes",
     "minilm:lora:sst2",
+    "minilm:lora:cb",
     "minilm:prompt:rotten-tomatoes",
     "smollm2-135m:lora:rotten-tomatoes",
     "smollm2-135m:prompt:rotten-tomatoes",
