@@ -142,7 +142,9 @@ def test_micro_batches_are_averaged(tmp_path):
         trainer.train()
         found += history(trainer, "projected_grad")
     assert abs(found[1]) > 1e-4
-    assert found[0] == pytest.approx(found[1])
+    # Three equal losses, averaged: the same but for their rounding, which the difference over eps
+    # makes larger.
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # In a run.
