@@ -105,7 +105,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _of_auto(config: RunConfig) -> list[str]:
     asked = config.auto_keys
-    what = "measured before the run, for 60 to 300 forward-equivalents more"
+    what = "measured before the run, for 60 to 370 forward-equivalents more"
     return [f"{', '.join(asked)}: {what}; zofo advise shows them"] if asked else []
 
 
