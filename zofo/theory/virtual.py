@@ -9,8 +9,10 @@ put back.
     score of a rate = ½ (mean loss of the last half's fresh batches + loss on held-aside rows)
 
 The loss of a batch before the step that uses it is a held-out loss that costs nothing. With common
-batches two rates are compared row by row. Whether a rate does harm is seen against the same rows
-under the same masks at the weights of the beginning, evaluated once for all rates.
+batches two rates are compared row by row. Whether a rate does harm is seen in its score, against
+the same rows under the same masks at the weights of the beginning, evaluated once for all rates.
+The first half counts for nothing: Adam's first steps are signs, and a loss that rises under them
+and comes back is how the larger of two good rates begins.
 
 From n to N steps: where the distance to go decides, the best rate shrinks like 1 / N; where the
 curvature decides it stays; where noise decides, it shrinks like 1 / √N. √(n / N) is taken, the
@@ -39,9 +41,12 @@ RATIO: Final = 10**0.5
 MAX_RATES: Final = 5
 _WORSE: Final = 2.0
 """Standard errors of the paired difference by which a rate must be worse to be told apart."""
-_HARM: Final = 0.02
-"""Share of the loss at the start by which a rate is worse, or harmful, however uncertain that is:
+_SHARE: Final = 0.02
+"""Share of the loss at the start by which a rate is worse than another, however uncertain that is:
 twice what 48 rows leave open where losses are near ln 2 (MiniLM, rotten-tomatoes)."""
+_HARM: Final = 0.05
+"""Share of the loss at the start by which a rate is worse than standing still: what the same rows
+leave open, in one standard error, at rates that move the shares of the classes to and fro."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,17 @@ class Beginning:
 
     Attributes:
         held: of the held-aside rows, [rows].
-        fresh: of the batches that the steps will see, under their masks, [steps].
+        fresh: of the batches that the last half's steps will see, under their masks,
+            [steps - steps // 2].
     """
 
     held: np.ndarray
     fresh: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Of a training that does not move."""
+        return 0.5 * (float(np.mean(self.fresh)) + float(self.held.mean()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class VirtualRun:
         rate: of the block.
         losses: of each step's fresh batch before the step, [steps]; short if it blew up.
         held: losses of the held-aside rows at the end, [rows]; empty if it blew up.
-        start: losses of the same rows and batches at the beginning.
+        start: losses of the same rows, and of the last half's batches, at the beginning.
     """
 
     rate: float
@@ -83,18 +94,17 @@ class VirtualRun:
         """Lower is better; infinite if it blew up."""
         if self.blew_up:
             return math.inf
-        half = self.losses[len(self.losses) // 2 :]
-        return 0.5 * (float(np.mean(half)) + float(self.held.mean()))
+        return 0.5 * (float(np.mean(self.last_half)) + float(self.held.mean()))
+
+    @property
+    def last_half(self) -> tuple[float, ...]:
+        """Losses of the fresh batches that count, [steps - steps // 2]."""
+        return self.losses[len(self.losses) // 2 :]
 
     @property
     def is_harmful(self) -> bool:
-        """Whether it left the held-aside rows, or went through fresh ones, worse than it began."""
-        if self.blew_up:
-            return True
-        held, fresh = float(self.held.mean()), float(np.mean(self.losses))
-        return held > (1 + _HARM) * float(self.start.held.mean()) or fresh > (1 + _HARM) * float(
-            np.mean(self.start.fresh)
-        )
+        """Whether standing still would have been better, beyond what few rows leave open."""
+        return self.score > (1 + _HARM) * self.start.score
 
     @property
     def decrease(self) -> float:
@@ -172,11 +182,11 @@ def virtual_training(
     """
     if start is None:
         start = beginning(probe, num_steps=num_steps, accumulation=accumulation, seed=seed)
-    torch.manual_seed(seed)
     probe.rewind()
     stepper = optimizer(parameters, rate)
     losses: list[float] = []
-    for _ in range(num_steps):
+    for step in range(num_steps):
+        _seed_masks(seed, step)
         stepper.zero_grad()
         share = 1 / accumulation
         loss = math.fsum(
@@ -199,13 +209,14 @@ def virtual_training(
 def beginning(probe: Probe, *, num_steps: int, accumulation: int = 1, seed: int = 0) -> Beginning:
     """Losses of a short training's rows where the model stands; arguments as there."""
     held = _held(probe)
-    torch.manual_seed(seed)
     probe.rewind()
-    fresh = tuple(
-        math.fsum(probe.batch_loss(probe.draw())[0] for _ in range(accumulation)) / accumulation
-        for _ in range(num_steps)
-    )
-    return Beginning(held, fresh)
+    fresh: list[float] = []
+    for step in range(num_steps):
+        rows = [probe.draw() for _ in range(accumulation)]
+        if step >= num_steps // 2:
+            _seed_masks(seed, step)
+            fresh.append(math.fsum(probe.batch_loss(part)[0] for part in rows) / accumulation)
+    return Beginning(held, tuple(fresh))
 
 
 def search_rate(
@@ -257,8 +268,13 @@ def search_rate(
 
 
 def num_virtual_steps(horizon: int) -> int:
-    """n: a tenth of the run, from 5 to 20 steps."""
-    return max(5, min(20, horizon // 10))
+    """n: a fifth of the run, from 5 to 50 steps."""
+    return max(5, min(50, horizon // 5))
+
+
+def _seed_masks(seed: int, step: int) -> None:
+    """Dropout masks of a step, the same at every rate and where the model stood."""
+    torch.manual_seed((seed + step) % 2**63)
 
 
 def _held(probe: Probe) -> np.ndarray:
@@ -281,12 +297,11 @@ def _is_worse(run: VirtualRun, than: VirtualRun) -> bool:
         return True
     if than.blew_up:
         return False
-    half = len(run.losses) // 2
-    fresh = np.array(run.losses[half:]) - np.array(than.losses[half:])
+    fresh = np.array(run.last_half) - np.array(than.last_half)
     both = (run.held - than.held, fresh)
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
     # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
-    margin = min(_WORSE * 0.5 * math.hypot(*errors), _HARM * float(than.start.held.mean()))
+    margin = min(_WORSE * 0.5 * math.hypot(*errors), _SHARE * float(than.start.held.mean()))
     return run.score - than.score > margin
 
 
