@@ -120,6 +120,22 @@ def test_a_loss_that_rises_and_comes_back_is_no_harm(last_half, is_harmful):
     assert run.is_harmful == is_harmful
 
 
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_only_a_rate_that_has_moved_is_better_than_others(gain):
+    """A larger rate that is 3% worse: lost to one that learns, not to one that stands still."""
+
+    def train(rate):
+        generator = np.random.default_rng(round(1e6 * rate))
+        level = 1.03 if rate > 2e-2 else 1.0 - gain
+        start = Beginning(np.full(40, 1.0), (1.0,) * 5)
+        held = level + (0.01 if rate < 0.05 else 2.0) * np.abs(generator.normal(size=40))
+        return VirtualRun(rate, (level,) * 10, held, start)
+
+    found = search_rate(train, start=1e-2, num_steps=10, horizon=10)
+    assert (found.best > 2e-2) == (gain == 0)
+    assert found.best < 0.05
+
+
 def test_of_rates_that_rise_and_come_back_the_largest_is_taken():
     def train(rate):
         start = Beginning(np.full(40, 1.0), (1.0,) * 5)

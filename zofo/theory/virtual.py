@@ -16,8 +16,9 @@ and comes back is how the larger of two good rates begins.
 
 From n to N steps: where the distance to go decides, the best rate shrinks like 1 / N; where the
 curvature decides it stays; where noise decides, it shrinks like 1 / √N. √(n / N) is taken, the
-middle one, applied to the largest rate that is not told apart from the best and does no harm: where
-nothing has moved yet, that is all that can be said.
+middle one, applied to the largest rate that is not told apart from the best and does no harm. Where
+the best has not moved beyond noise it is told apart from none: what does no harm is all that can be
+said.
 
 References:
     Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3 (a range test).
@@ -250,7 +251,7 @@ def search_rate(
         low, high = min(runs), max(runs)
         best = min(safe, key=lambda rung: (safe[rung].score, rung)) if safe else low
         # Up first: a rate that is too large shows at once, one that is too small never does.
-        if high in safe and not _is_worse(runs[high], runs[best]):
+        if high in safe and _is_equal(runs[high], runs[best]):
             at(high + 1)
         elif best == low:
             at(low - 1)
@@ -260,7 +261,7 @@ def search_rate(
     shrinkage = math.sqrt(min(1.0, num_steps / max(1, horizon)))
     if harmless:
         best_run = min(harmless, key=lambda run: (run.score, run.rate))
-        tied = max(run.rate for run in harmless if not _is_worse(run, best_run))
+        tied = max(run.rate for run in harmless if _is_equal(run, best_run))
     else:
         tied = min(run.rate for run in runs.values()) / RATIO
     moved = any(_has_moved(run) for run in runs.values())
@@ -289,20 +290,16 @@ def _held(probe: Probe) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def _is_worse(run: VirtualRun, than: VirtualRun) -> bool:
-    """Whether a rate is told apart from a better one: by held-aside rows, or by fresh batches."""
-    if run is than:
-        return False
-    if run.blew_up:
+def _is_equal(run: VirtualRun, best: VirtualRun) -> bool:
+    """Whether a harmless rate is not told apart from the best harmless one."""
+    if run is best or not _has_moved(best):
         return True
-    if than.blew_up:
-        return False
-    fresh = np.array(run.last_half) - np.array(than.last_half)
-    both = (run.held - than.held, fresh)
+    fresh = np.array(run.last_half) - np.array(best.last_half)
+    both = (run.held - best.held, fresh)
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
     # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
-    margin = min(_WORSE * 0.5 * math.hypot(*errors), _SHARE * float(than.start.held.mean()))
-    return run.score - than.score > margin
+    margin = min(_WORSE * 0.5 * math.hypot(*errors), _SHARE * best.start.score)
+    return run.score - best.score <= margin
 
 
 def _has_moved(run: VirtualRun) -> bool:
