@@ -99,14 +99,20 @@ def make_plan(config: RunConfig) -> Plan:
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
         num_rows=_num_rows(splits),
         max_tokens=max(row.length for part in rows.values() for row in part),
-        notes=(*splits.notes, *_of_auto(config)),
+        notes=(*splits.notes, *_of_auto(config, len(rows["train"]))),
     )
 
 
-def _of_auto(config: RunConfig) -> list[str]:
+def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
     asked = config.auto_keys
-    what = "measured before the run, for 60 to 370 forward-equivalents more"
-    return [f"{', '.join(asked)}: {what}; zofo advise shows them"] if asked else []
+    if not asked:
+        return []
+    from zofo.theory.advise import most_forwards
+    from zofo.theory.resolve import setting_of
+
+    most = most_forwards(setting_of(config, num_rows))
+    what = f"measured before the run, for at most {most} forward-equivalents more"
+    return [f"{', '.join(asked)}: {what}; zofo advise shows them"]
 
 
 def _device(config: RunConfig) -> str:

@@ -1,5 +1,6 @@
 """The advisor on small problems: nothing is touched, everything repeats, nothing diverges."""
 
+import contextlib
 import copy
 import math
 
@@ -11,7 +12,7 @@ from tests.theory.small import Logistic, Quadratic, batch_of, loss, train
 from zofo.errors import UserError
 from zofo.estimator import GeneratorState
 from zofo.theory.advice import Setting
-from zofo.theory.advise import advise
+from zofo.theory.advise import advise, most_forwards
 from zofo.theory.present import as_json, lines_of
 
 
@@ -172,6 +173,29 @@ def test_the_cost_is_counted_and_a_small_part_of_a_grid():
     advice = advise(model, counted, batch_of, model.num_rows, setting)
     assert advice.cost == pytest.approx(math.fsum(calls))
     assert advice.cost < 0.1 * 16 * setting.forwards_of_run
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"])
+@pytest.mark.parametrize(
+    "given", [{}, {"eps": 1e-4}, {"adapter_lr": 1e-2}, {"base_lr": 1e-4, "accumulation": 2}]
+)
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(4, 20), (8, 150)])
+def test_what_it_may_cost_is_known_before(method, given, batch_size, num_steps):
+    """Harm at every rate costs the most: the last of them is trained at again."""
+    model = Logistic()
+    if method in ("fo-ft", "zo-ft"):
+        model.requires_grad_(True)
+        given = {k: None if k == "adapter_lr" else v for k, v in given.items()}
+        given.setdefault("adapter_lr", None)
+    options = {"batch_size": batch_size, "num_steps": num_steps, **given}
+    setting = Setting(method=method, usual_rate=1e-2, **options)
+    most = most_forwards(setting)
+    cost = advise(model, loss, batch_of, model.num_rows, setting).cost
+    assert cost <= most
+    assert most <= max(3 * cost, cost + 100)
+    rough = Setting(method=method, usual_rate=3e3, optimizer="sgd", max_grad_norm=None, **options)
+    with contextlib.suppress(UserError):  # no rate can be advised
+        assert advise(model, loss, batch_of, model.num_rows, rough).cost <= most
 
 
 def test_too_few_rows_and_losses_that_are_not_finite_are_refused():

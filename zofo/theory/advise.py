@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zofo.errors import UserError
-from zofo.methods import param_groups
+from zofo.methods import METHODS, param_groups
 from zofo.noise import Distribution
 from zofo.perturb import Perturbation
 from zofo.theory.advice import Advice, Setting, remarks_of
 from zofo.theory.bootstrap import Interval
 from zofo.theory.caps import cap, epochs_to
 from zofo.theory.curvature import AlongUpdate, along_update, measure_directions
+from zofo.theory.eps import MOST_FORWARDS as LADDER_FORWARDS
 from zofo.theory.eps import Plateau, measure_ladder, plateau, weight_scale
-from zofo.theory.probe import LossAndRows, Probe, untouched
+from zofo.theory.probe import NUM_HELD, LossAndRows, Probe, untouched
 from zofo.theory.rates import (
     Moments,
     ZerothRate,
@@ -42,8 +43,9 @@ from zofo.theory.rates import (
     total,
     zeroth_rate,
 )
-from zofo.theory.split import groups_of, split_rates
+from zofo.theory.split import NUM_KINDS, groups_of, split_rates
 from zofo.theory.virtual import (
+    MAX_RATES,
     RATIO,
     Beginning,
     FirstRate,
@@ -102,6 +104,35 @@ def advise(
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def most_forwards(setting: Setting) -> int:
+    """Forward-equivalents that an advice costs at the most; a small model or set costs less.
+
+    Args:
+        setting: the run.
+
+    Returns:
+        Forwards of a micro-batch, a backward counted as in the run.
+    """
+    zeroth, first = setting.zeroth, setting.first
+    gradient = METHODS[setting.method].forwards_per_gradient
+    steps, held = num_virtual_steps(setting.num_steps), math.ceil(NUM_HELD / setting.batch_size)
+    training = steps * setting.accumulation * gradient + held
+    at_the_start = (steps - steps // 2) * setting.accumulation + held
+    most = 0
+    if zeroth is not None and (setting.asks(zeroth) or setting.eps == "auto"):
+        most += LADDER_FORWARDS
+    if setting.asks(first):
+        # Curvature along the update at both ends: two gradients of two batches each.
+        most += MAX_RATES * training + at_the_start + 8 * gradient
+    if setting.asks(zeroth):
+        most += 3 * NUM_DIRECTIONS
+        if first is not None:
+            most += 3 * max(NUM_DIRECTIONS, NUM_KINDS * DIRECTIONS_A_GROUP)
+            # At the end of a short training that the search need not have made.
+            most += training if setting.asks(first) else training + at_the_start
+    return most
 
 
 class _Work:

@@ -32,6 +32,10 @@ TOLERANCE: Final = 0.1
 """Choice: a hundredth of the estimate's variance."""
 _RATIO: Final = 10 ** (2 / 3)
 _MAX_STEPS_OUT: Final = 3
+_NUM_RUNGS: Final = 6
+_NUM_DIRECTIONS: Final = 3
+MOST_FORWARDS: Final = _NUM_DIRECTIONS * (1 + 2 * (_NUM_RUNGS + _MAX_STEPS_OUT))
+"""Of a ladder."""
 """Rungs that the ladder grows at an end where the error is still falling."""
 
 
@@ -96,8 +100,8 @@ def measure_ladder(
     *,
     scale: float,
     estimator: Estimator = "forward",
-    num_directions: int = 3,
-    num_rungs: int = 6,
+    num_directions: int = _NUM_DIRECTIONS,
+    num_rungs: int = _NUM_RUNGS,
     is_16_bit: bool = False,
 ) -> Ladder:
     """Evaluate the loss on a ladder of ε; it grows where the least error is at one of its ends.

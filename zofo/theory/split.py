@@ -45,6 +45,8 @@ _KINDS: Final = (
     ("mlp", r"mlp|ffn|feed_forward|intermediate|output\.dense|fc1|fc2|DenseReluDense"),
 )
 
+NUM_KINDS: Final = len(_KINDS) + 1
+
 
 @dataclass(frozen=True)
 class Split:
