@@ -174,7 +174,7 @@ def remarks_of(advice: Advice) -> list[str]:
         )
     if advice.first is not None and not advice.first.moved:
         found.append(
-            f"no rate lowered the loss on held-aside rows within {advice.first.num_steps} steps "
-            "beyond its noise; the first-order rate rests on what does no harm"
+            "the best harmless rate did not lower the loss beyond its noise within "
+            f"{advice.first.num_steps} steps; the first-order rate rests on what does no harm"
         )
     return found

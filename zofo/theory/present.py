@@ -110,8 +110,9 @@ def _reason_of(advice: Advice, key: str) -> str:
             f"{first.best:.2g} is below all of {len(first.runs)} trainings of {first.num_steps} "
             f"steps, each of which did harm, times √(n/N) = {first.shrinkage:.2f}"
         )
+    what = "not told from the best" if first.moved else "harmless"
     return (
-        f"{first.best:.2g} is the largest that is not told from the best of "
+        f"{first.best:.2g} is the largest that is {what} of "
         f"{len(first.runs)} trainings of {first.num_steps} steps, times √(n/N) = "
         f"{first.shrinkage:.2f}"
     )

@@ -137,7 +137,7 @@ class FirstRate:
         shrinkage: rate / best: √(n / N).
         runs: by rate, ascending.
         num_steps: of a short training.
-        moved: whether some rate lowered the loss on held-aside rows beyond its noise.
+        moved: whether the best harmless one lowered the loss on held-aside rows beyond its noise.
     """
 
     rate: float
@@ -262,9 +262,9 @@ def search_rate(
     if harmless:
         best_run = min(harmless, key=lambda run: (run.score, run.rate))
         tied = max(run.rate for run in harmless if _is_equal(run, best_run))
+        moved = _has_moved(best_run)
     else:
-        tied = min(run.rate for run in runs.values()) / RATIO
-    moved = any(_has_moved(run) for run in runs.values())
+        tied, moved = min(run.rate for run in runs.values()) / RATIO, False
     return FirstRate(tied * shrinkage, tied, start, shrinkage, _ordered(runs), num_steps, moved)
 
 
