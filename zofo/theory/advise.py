@@ -1,4 +1,4 @@
-r"""Rates and smoothing radius for a run, from a few dozen forwards and backwards.
+r"""Rates and smoothing radius for a run, from a few hundred forwards and backwards.
 
     1  ladder of ε along directions of the zeroth-order block      eps       zofo.theory.eps
     2  slopes and curvatures along directions, at the start        moments   zofo.theory.rates
