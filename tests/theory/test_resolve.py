@@ -152,6 +152,8 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
     for text in ("base_lr", "adapter_lr", "eps", "tr H", "forward-equivalents"):
         assert text in done.output
     assert saved["cost"]["forward_equivalents"] > 0
+    # What a training that does not move scores stands above the trainings.
+    assert re.search(r"│ 0 +│ \d+\.\d{4} +│ \d+\.\d{4} +│", done.output)
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,15 @@ def show(advice: Advice, seconds: float) -> None:
         console.print(measured)
     if advice.first is not None:
         runs = Table("rate", "loss, held aside", "score", title="short trainings")
+        still = advice.first.runs[0].start
+        runs.add_row("0", f"{still.held.mean():.4f}", f"{still.score:.4f}")
         for run in advice.first.runs:
             if run.blew_up:
                 runs.add_row(f"{run.rate:.2g}", "not finite", "")
             else:
                 change = f"{run.start.held.mean():.4f} → {run.held.mean():.4f}"
-                runs.add_row(f"{run.rate:.2g}", change, f"{run.score:.4f}")
+                score = f"{run.score:.4f}, harm" if run.is_harmful else f"{run.score:.4f}"
+                runs.add_row(f"{run.rate:.2g}", change, score)
         console.print(runs)
     for line in (*advice.remarks, *cap_lines(advice)):
         console.print(line, markup=False, soft_wrap=True)
