@@ -114,7 +114,7 @@ def test_rates_and_eps_may_be_auto():
         ("steps=auto", "steps is auto; only base_lr, adapter_lr, eps can be"),
         ("max_grad_norm=auto", "max_grad_norm is auto; only"),
         ("base_lr={'*q*': auto}", r"base_lr\.\*q\* is 'auto'; it must be a number"),
-        ("eps=automatic", "eps is 'automatic'"),
+        ("eps=automatic", "eps is 'automatic'; it must be a valid number, or auto"),
         ("adapter_lr=-1", "adapter_lr is -1; it must be greater than or equal to 0"),
     ],
 )

@@ -370,6 +370,8 @@ def describe_problem(error: Any) -> str:
         choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(error["input"], choices, n=1)
         text += f" (did you mean {near[0]}?)" if near else ""
+    if key in AUTO_KEYS and error["type"] in ("float_parsing", "float_type"):
+        text += ", or auto"
     return text
 
 
