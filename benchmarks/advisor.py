@@ -61,8 +61,8 @@ class Results:
     """Finished runs, by name, in a file that is written whole after each."""
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        from zofo.disk.files import read_json
         from zofo.errors import UserError
-        from zofo.files import read_json
 
         self.path, self.setting = path, setting
         self.runs: dict[str, dict[str, Any]] = {}
@@ -74,7 +74,7 @@ class Results:
 
     def add(self, name: str, run: dict[str, Any]) -> None:
         """Note a finished run."""
-        from zofo.files import write_json
+        from zofo.disk.files import write_json
 
         self.runs[name] = run
         write_json(self.path, {"setting": self.setting, "runs": self.runs})
@@ -88,10 +88,10 @@ def train(args: argparse.Namespace, combination: str, rates: dict[str, Any], see
     """One run; what is left of it is its dev loss, its cost, and its advice."""
     from rich.console import Console
 
-    from zofo.config import load_config
+    from zofo.config.schema import load_config
+    from zofo.disk.files import read_json
     from zofo.errors import TrainingStoppedError
-    from zofo.files import read_json
-    from zofo.run import train as run
+    from zofo.run.train import train as run
 
     model, adapter, task = combination.rsplit(":", 2)
     folder = Path(tempfile.mkdtemp(prefix="zofo-advisor-"))
@@ -167,7 +167,7 @@ def winner(args: Any, results: Results, combination: str, grid: Any) -> dict[str
 
 
 def show(args: argparse.Namespace, results: Results) -> None:
-    from zofo.study.statistics import paired_difference
+    from zofo.statistics.estimates import paired_difference
 
     grid_pairs = [
         ({"base_lr": b, "adapter_lr": a, "eps": GRID_EPS}, 0)

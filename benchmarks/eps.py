@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zofo import HybridOptimizer, Perturbation, param_groups, split_parameters
-from zofo.models import DTYPES, load_model
+from zofo.models.loading import DTYPES, load_model
 from zofo.noise import direction
 from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, Encoder, objective_loss

@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 
 def config_of(args: argparse.Namespace, variant: str, rate: float, seed: int) -> Any:
-    from zofo.config import load_config
+    from zofo.config.schema import load_config
 
     train, dev, test = args.rows
     adapter: dict[str, Any] = {"type": args.adapter}
@@ -102,7 +102,7 @@ def batches(config: Any, prepared: Any) -> Iterator[dict[str, Any]]:
 def model_without_dropout(config: Any) -> tuple[Any, Any]:
     from torch import nn
 
-    from zofo.run import prepare
+    from zofo.run.train import prepare
 
     prepared = prepare(config)
     model: Any = prepared.model
@@ -116,9 +116,9 @@ def train(config: Any, budget: float) -> dict[str, float]:
     import torch
 
     from zofo import HybridOptimizer, ZerothLoss, param_groups
-    from zofo.evaluate import evaluate
-    from zofo.methods import METHODS
-    from zofo.part import num_rows_of
+    from zofo.optim.methods import METHODS
+    from zofo.optim.part import num_rows_of
+    from zofo.scoring.evaluate import evaluate
     from zofo.tasks.encode import first_examples, objective_losses
 
     prepared, model = model_without_dropout(config)
@@ -234,7 +234,7 @@ def estimate(args: argparse.Namespace) -> None:
     import torch
 
     from zofo import HybridOptimizer, param_groups
-    from zofo.methods import split_parameters
+    from zofo.optim.methods import split_parameters
     from zofo.tasks.encode import objective_losses
 
     args.model = args.estimate

@@ -35,9 +35,9 @@ from svg import Series, line_chart
 from torch import Tensor, nn
 
 from zofo import HybridOptimizer, ReshufflingSampler, param_groups, split_parameters
-from zofo.evaluate import evaluate
-from zofo.models import load_model
+from zofo.models.loading import load_model
 from zofo.noise import combine
+from zofo.scoring.evaluate import evaluate
 from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoded, Encoder, objective_loss
 

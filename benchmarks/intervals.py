@@ -2,7 +2,7 @@
 
     python benchmarks/intervals.py
 
-Normal samples; what zofo/study/statistics.py takes at which number of seeds rests on this.
+Normal samples; what zofo/statistics/estimates.py takes at which number of seeds rests on this.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from zofo import HybridOptimizer, param_groups, split_parameters
-from zofo.adapters import create_adapter
-from zofo.models import load_model
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_model
 from zofo.noise.cpu import Call
-from zofo.trajectory import Update
+from zofo.optim.trajectory import Update
 
 
 def parse() -> argparse.Namespace:

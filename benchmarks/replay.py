@@ -12,8 +12,8 @@ import time
 import torch
 
 from zofo import Trajectory, split_parameters
-from zofo.models import load_model
-from zofo.trajectory import GroupSpec, Update
+from zofo.models.loading import load_model
+from zofo.optim.trajectory import GroupSpec, Update
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from svg import Panel, scatter_panels
 
-from zofo.files import write_text
-from zofo.theory.summary import SERIES, series_of
-from zofo.theory.tables import read_summary
+from zofo.disk.files import write_text
+from zofo.smoothness.summary import SERIES, series_of
+from zofo.smoothness.tables import read_summary
 
 TITLES = {
     "gradient": "Curvature of each block along its own gradient",

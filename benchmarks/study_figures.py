@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 from svg import Interval, Series, interval_chart, line_chart
 
-from zofo.files import write_text
+from zofo.disk.files import write_text
 from zofo.report.page import Report, make_report
-from zofo.study.comparison import Group
+from zofo.results.comparison import Group
 
 METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft", "hybrid-tied")
 """In the order of their colours."""

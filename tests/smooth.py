@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from zofo.methods import param_groups, split_parameters
 from zofo.noise import direction
-from zofo.optim import HybridOptimizer
+from zofo.optim.methods import param_groups, split_parameters
+from zofo.optim.optimizer import HybridOptimizer
 
 SEED = 2**63 + 11
 

@@ -7,12 +7,12 @@ import torch
 
 from tests import zoo
 from tests.test_matrix import PAGE, TABLE
-from zofo.adapter_types import ADAPTER_TYPES, KINDS
-from zofo.adapters import create_adapter
-from zofo.config import AdapterConfig, idle_options, load_config
+from zofo.config.schema import AdapterConfig, idle_options, load_config
 from zofo.errors import UserError
-from zofo.methods import split_parameters
-from zofo.models import empty_model, load_model
+from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import empty_model, load_model
+from zofo.optim.methods import split_parameters
 
 KIND_OF = {
     "lora": "LORA",

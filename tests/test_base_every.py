@@ -20,11 +20,11 @@ from tests.smooth import (
     rows,
 )
 from tests.training import Rows, history, trainer_for, untimed_logs
-from zofo.config import idle_options, load_config
+from zofo.config.schema import idle_options, load_config
 from zofo.errors import UserError
-from zofo.methods import split_parameters
-from zofo.run import forward_equivalents
-from zofo.trajectory import Trajectory
+from zofo.optim.methods import split_parameters
+from zofo.optim.trajectory import Trajectory
+from zofo.run.train import forward_equivalents
 
 
 def test_the_base_moves_in_every_kth_step_from_the_first():
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_repeatable_is_refused_after_a_resume_between(tmp_pat
     """The check waits for the first step that measures."""
     trainer_for(tmp_path, base_every=3, save_strategy="steps", save_steps=1, max_steps=2).train()
 
-    from zofo.trainer import HybridTrainer
+    from zofo.trainer.mixin import HybridTrainer
 
     class Counting(HybridTrainer):
         calls = 0

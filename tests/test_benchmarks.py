@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zofo.files import write_json
+from zofo.disk.files import write_json
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -106,7 +106,7 @@ def test_points_are_drawn_on_logarithmic_axes(svg):
 def test_figure_1_and_tables_of_smoothness(svg, monkeypatch, tmp_path, capsys):
     import smoothness_figures
 
-    from zofo.theory.summary import summarise
+    from zofo.smoothness.summary import summarise
 
     points = [
         {

@@ -9,12 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from zofo.artifact import load
-from zofo.card import write_card
-from zofo.config import load_config
-from zofo.manifest import BaseModel
-from zofo.methods import METHODS
-from zofo.run import train
+from zofo.config.schema import load_config
+from zofo.optim.methods import METHODS
+from zofo.run.train import train
+from zofo.saved.artifact import load
+from zofo.saved.card import write_card
+from zofo.saved.manifest import BaseSpec
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def summary_of(method, **changes):
 def test_every_method(tmp_path, method):
     path = write_card(
         tmp_path,
-        base=BaseModel("smollm2-135m"),
+        base=BaseSpec("smollm2-135m"),
         task={"name": "sst2", "train": None},
         num_rows={"train": 3, "dev": 2, "test": 9},
         summary=summary_of(method),
@@ -115,7 +115,7 @@ def test_names_of_models_and_data(tmp_path, monkeypatch, name, train, base, data
     (tmp_path / "data" / "talks.jsonl").touch()
     path = write_card(
         tmp_path,
-        base=BaseModel(base),
+        base=BaseSpec(base),
         task={"name": name, "train": train},
         num_rows={"train": 3, "dev": 2, "test": 9},
         summary=summary_of("hybrid"),

@@ -14,11 +14,11 @@ from tests.training import (
     arguments,
     trainer_for,
 )
-from zofo.checkpoint import ORIGINAL_BASE_FILE, TRAJECTORY_FILE, load_checkpoint
 from zofo.errors import UserError
-from zofo.methods import split_parameters
-from zofo.trainer import HybridTrainer
-from zofo.trajectory import Trajectory
+from zofo.optim.methods import split_parameters
+from zofo.optim.trajectory import Trajectory
+from zofo.trainer.base_history import ORIGINAL_BASE_FILE, TRAJECTORY_FILE, load_checkpoint
+from zofo.trainer.mixin import HybridTrainer
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

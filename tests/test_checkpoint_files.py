@@ -12,7 +12,8 @@ import torch
 
 from tests.conftest import assert_same_bits, bits, build
 from tests.training import trainer_for, untimed_logs
-from zofo.checkpoint_files import (
+from zofo.errors import UserError
+from zofo.saved.checkpoint_folders import (
     LIST_FILE,
     checkpoints,
     find_damage,
@@ -21,7 +22,6 @@ from zofo.checkpoint_files import (
     rotate,
     writing_folder,
 )
-from zofo.errors import UserError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-import zofo.clock
-from zofo.clock import TrainingClock
+import zofo.run.clock
+from zofo.run.clock import TrainingClock
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def now(monkeypatch):
         value = 100.0
 
     time = Time()
-    monkeypatch.setattr(zofo.clock.time, "monotonic", lambda: time.value)
+    monkeypatch.setattr(zofo.run.clock.time, "monotonic", lambda: time.value)
     return time
 
 

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from zofo.config import RunConfig, idle_options, load_config
+from zofo.config.schema import RunConfig, idle_options, load_config
 from zofo.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tests.tasks.hub_rows import make_row, write_rows
 from zofo.cli.app import app
-from zofo.config import load_config
-from zofo.theory.options import load_smoothness
+from zofo.config.schema import load_config
+from zofo.smoothness.options import load_smoothness
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 RUNS = [

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from zofo.config import AdapterConfig, ModelConfig, RunConfig, load_config
-from zofo.study.table import COLUMNS, CURVE_COLUMNS
+from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig, load_config
+from zofo.results.table import COLUMNS, CURVE_COLUMNS
+from zofo.smoothness.options import SmoothnessOptions, load_smoothness
 from zofo.tasks import task_names
-from zofo.tasks.builtin import BUILTIN
+from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.spec import TaskSpec
-from zofo.theory.options import SmoothnessOptions, load_smoothness
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

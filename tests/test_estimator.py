@@ -8,10 +8,10 @@ from scipy import stats
 from torch import nn
 
 from tests.conftest import CASES, batch_for, build, loss_of
-from zofo.estimator import GeneratorState, forwards_per_direction, projected_gradients
-from zofo.methods import split_parameters
 from zofo.noise import DISTRIBUTIONS, direction
-from zofo.perturb import Perturbation
+from zofo.optim.estimator import GeneratorState, forwards_per_direction, projected_gradients
+from zofo.optim.methods import split_parameters
+from zofo.perturb.view import Perturbation
 
 SEED, STEP = 20_260_601, 4
 NUM_DIRECTIONS = 1500

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zofo.evaluate import (
+from zofo.models.loading import load_model
+from zofo.scoring.evaluate import (
     auc_interval,
     bootstrap_interval,
     classification_metrics,
@@ -12,8 +13,7 @@ from zofo.evaluate import (
     predict_scores,
     wilson_interval,
 )
-from zofo.generation import Writer
-from zofo.models import load_model
+from zofo.scoring.generate import Writer
 from zofo.tasks.answers import Answers, squad_words
 from zofo.tasks.encode import Collator, Encoder
 from zofo.tasks.spec import Completion, Example

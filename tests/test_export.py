@@ -14,21 +14,21 @@ from rich.console import Console
 import zofo
 from tests.conftest import ADAPTERS, ARCHITECTURES, ENCODERS, LORA_TARGETS, build
 from tests.tiny import make_tokenizer
-from zofo import export_check
-from zofo.artifact import BaseModel, load, save_artifact
-from zofo.config import load_config
+from zofo.config.schema import load_config
+from zofo.disk.files import fingerprint
 from zofo.errors import UserError
-from zofo.evaluate import predict_scores
-from zofo.export import export_model
-from zofo.export_card import EXPORT_FILE
-from zofo.files import fingerprint
-from zofo.methods import METHODS, split_parameters
-from zofo.models import DTYPES, quiet
-from zofo.opening import open_source
-from zofo.run import train
+from zofo.models.loading import DTYPES, quiet
+from zofo.optim.methods import METHODS, split_parameters
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update
+from zofo.run.train import train
+from zofo.saved import export_check
+from zofo.saved.artifact import BaseSpec, load, save_artifact
+from zofo.saved.export import export_model
+from zofo.saved.export_card import EXPORT_FILE
+from zofo.saved.source import open_source
+from zofo.scoring.evaluate import predict_scores
 from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoder
-from zofo.trajectory import GroupSpec, Trajectory, Update
 
 QUIET = Console(quiet=True)
 CASES = [
@@ -122,7 +122,7 @@ def test_other_architectures_and_adapters(tmp_path, architecture, adapter):
     task = "SEQ_CLS" if architecture in ENCODERS else "CAUSAL_LM"
     build(architecture, None).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    base = BaseModel(str(tmp_path / "base"), head=head)
+    base = BaseSpec(str(tmp_path / "base"), head=head)
     shared = {"task_type": task, "init_lora_weights": False}
     shared["fan_in_fan_out"] = architecture == "gpt2"
     targets = LORA_TARGETS[architecture]
@@ -292,12 +292,12 @@ def test_a_folder_that_is_not_the_model_is_refused(tmp_path, trained, monkeypatc
 
         monkeypatch.setattr(hf.LlamaForCausalLM, "save_pretrained", damaged)
     elif where == "logits":
-        monkeypatch.setattr("zofo.export.tolerance_of", lambda *_: 1e-12)
+        monkeypatch.setattr("zofo.saved.export.tolerance_of", lambda *_: 1e-12)
         run = trained(adapter="prefix", dtype="bfloat16")
     else:
         other = hf.AutoTokenizer.from_pretrained(open_source(run).base.name)
         other.add_tokens(["film"])
-        monkeypatch.setattr("zofo.opening.Source.plain_tokenizer", lambda _: other)
+        monkeypatch.setattr("zofo.saved.source.Source.plain_tokenizer", lambda _: other)
     words = {"disk": "model.norm.weight", "logits": "logits differ", "tokenizer": "splits"}[where]
     with pytest.raises(UserError, match=words):
         export_model(run, tmp_path / "plain", dtype="float32")
@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_the_model_is_refused(tmp_path, trained, monkeypatc
 
 
 def test_refused_before_anything_is_loaded(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr("zofo.opening.Source.load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("zofo.saved.source.Source.load", lambda _: pytest.fail("loaded"))
     run = trained()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")

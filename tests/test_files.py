@@ -2,7 +2,7 @@
 
 import pytest
 
-from zofo.files import problem_of_target
+from zofo.disk.files import problem_of_target
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

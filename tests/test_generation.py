@@ -5,9 +5,9 @@ import torch
 from rich.console import Console
 
 from tests.conftest import build
-from zofo.adapters import create_adapter
-from zofo.generation import Writer
-from zofo.models import load_model
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_model
+from zofo.scoring.generate import Writer
 
 QUIET = Console(quiet=True)
 WORDS = ["the film is", "a dull, lifeless and badly acted mess", "great", "What is the capital of"]

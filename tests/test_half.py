@@ -8,12 +8,12 @@ from scipy import stats
 from torch import nn
 
 from tests.conftest import ADAPTERS, batch_for, build, loss_of
-from zofo.adapters import create_adapter
-from zofo.estimator import projected_gradients
-from zofo.methods import split_parameters
-from zofo.models import load_model
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_model
 from zofo.noise import combine, direction
-from zofo.perturb import Perturbation
+from zofo.optim.estimator import projected_gradients
+from zofo.optim.methods import split_parameters
+from zofo.perturb.view import Perturbation
 
 HALVES = [torch.bfloat16, torch.float16]
 SEED = 20_261_125

@@ -11,10 +11,10 @@ import pytest
 
 import zofo
 from tests.conftest import build
-from zofo.artifact import BaseModel, load, save_artifact
 from zofo.errors import UserError
-from zofo.hub import looks_like_hub_id
-from zofo.trajectory import TRAJECTORY_FILE
+from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.saved.artifact import BaseSpec, load, save_artifact
+from zofo.saved.hub import looks_like_hub_id
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def artefact(tmp_path, decoder_folder):
     """An untrained adapter on the tiny decoder."""
-    from zofo.adapters import create_adapter
+    from zofo.models.adapters import create_adapter
 
-    base = BaseModel(decoder_folder)
+    base = BaseSpec(decoder_folder)
     model, tokenizer = base.load()
     model = create_adapter(model, "lora", tokenizer=tokenizer)
     return save_artifact(tmp_path / "artefact", model, base=base, method="fo-peft")
@@ -113,5 +113,5 @@ def test_offline_for_real(monkeypatch, tmp_path):
 def test_a_method_that_moves_the_base_needs_its_history(tmp_path):
     for method, message in (("hybrid", "trajectory"), ("zo-ft", "trajectory")):
         with pytest.raises(UserError, match=message):
-            save_artifact(tmp_path, build("llama"), base=BaseModel("x"), method=method)
+            save_artifact(tmp_path, build("llama"), base=BaseSpec("x"), method=method)
     assert not (tmp_path / TRAJECTORY_FILE).exists()

@@ -9,13 +9,13 @@ import transformers as hf
 from rich.console import Console
 
 from tests.conftest import assert_same_bits
-from zofo.artifact import load
-from zofo.config import load_config
+from zofo.config.schema import load_config
 from zofo.errors import UserError
-from zofo.export import export_model
-from zofo.inspection import inspect, replay_base, verify
-from zofo.methods import METHODS, split_parameters
-from zofo.run import train
+from zofo.optim.methods import METHODS, split_parameters
+from zofo.run.train import train
+from zofo.saved.artifact import load
+from zofo.saved.export import export_model
+from zofo.saved.inspect import inspect, replay_base, verify
 
 KINDS = ["run", "artefact", "checkpoint", "export"]
 
@@ -136,7 +136,7 @@ def test_another_base_is_told(tmp_path, place, decoder_folder):
     base = tmp_path / "base"
     shutil.copytree(decoder_folder, base)
     folder = place("artefact")
-    from zofo.manifest import write_header
+    from zofo.saved.manifest import write_header
 
     header = json.loads((folder / "zofo.json").read_text())
     values = {k: header[k] for k in ("method", "base", "base_fingerprint", "task", "labels")}

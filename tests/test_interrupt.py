@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from tests.conftest import assert_same_bits, bits, build
 from tests.training import trainer_for, untimed_logs
-from zofo.checkpoint_files import checkpoints, find_damage
-from zofo.interrupt import StopOnSignal, TrainingInterrupt
+from zofo.saved.checkpoint_folders import checkpoints, find_damage
+from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
 
 CHANGES = {"save_strategy": "steps", "save_steps": 5, "max_steps": 8, "logging_steps": 3}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}

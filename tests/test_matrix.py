@@ -14,11 +14,11 @@ import torch
 from tests import zoo
 from tests.conftest import assert_same_bits, bits, loss_of
 from tests.test_perturb import really_perturbed, view_of
-from zofo.adapter_types import KINDS
-from zofo.adapters import create_adapter
 from zofo.errors import UserError
-from zofo.methods import METHODS, apply_method, param_groups, split_parameters
-from zofo.optim import HybridOptimizer
+from zofo.models.adapter_kinds import KINDS
+from zofo.models.adapters import create_adapter
+from zofo.optim.methods import METHODS, apply_method, param_groups, split_parameters
+from zofo.optim.optimizer import HybridOptimizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 CELLS = ("yes", "random", "no")
@@ -201,7 +201,7 @@ def bits_of_plain_sgd(architecture):
 @pytest.mark.parametrize("architecture", ["deberta-v3", *zoo.OTHERS])
 def test_weights_that_their_parent_reads_are_swapped_for_its_call(monkeypatch, architecture):
     """As if none were small enough to be swapped for the whole forward."""
-    monkeypatch.setattr("zofo.owners._SMALL_BYTES", 0)
+    monkeypatch.setattr("zofo.perturb.owners._SMALL_BYTES", 0)
     model = zoo.bare(architecture)
     apply_method(model, "zo-ft")  # torch's convolutions round otherwise where a gradient is due
     check_view(model, architecture)

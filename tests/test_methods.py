@@ -22,7 +22,7 @@ from tests.conftest import (
     loss_of,
 )
 from zofo.errors import UserError
-from zofo.methods import (
+from zofo.optim.methods import (
     ADAPTER_TENSORS_FROM,
     METHODS,
     apply_method,
@@ -30,7 +30,7 @@ from zofo.methods import (
     param_groups,
     split_parameters,
 )
-from zofo.optim import HybridOptimizer
+from zofo.optim.optimizer import HybridOptimizer
 
 TABLE = {
     "hybrid": ("zeroth", "first"),

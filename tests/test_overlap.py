@@ -11,18 +11,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import zofo.overlap
-import zofo.scratch
+import zofo.perturb.overlap
+import zofo.perturb.scratch
 from tests.conftest import assert_same_bits, batch_for, bits, build, loss_of
 from tests.streams import FakeStreams
 from tests.test_perturb import Nested
 from tests.training import trainer_for
 from zofo import HybridOptimizer, param_groups
-from zofo.config import idle_options, load_config
-from zofo.methods import split_parameters
-from zofo.overlap import Overlap, SideStream
-from zofo.perturb import Perturbation
-from zofo.run import train
+from zofo.config.schema import idle_options, load_config
+from zofo.optim.methods import split_parameters
+from zofo.perturb.overlap import Overlap, SideStream
+from zofo.perturb.view import Perturbation
+from zofo.run.train import train
 
 CASES = [(a, b) for a in ("llama", "opt", "gpt2", "bert") for b in ("lora", "prefix")]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,15 +31,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def streams(monkeypatch):
     """The CPU as a device with streams."""
-    found, prepare = FakeStreams(), zofo.scratch.prepare
+    found, prepare = FakeStreams(), zofo.perturb.scratch.prepare
 
     def prepare_kernel(weights, outs, **options):
         run = prepare(weights, outs, **options)
         return lambda *point: found.launch(lambda: run(*point), weights, outs)
 
-    monkeypatch.setattr(zofo.scratch, "prepare", prepare_kernel)
-    monkeypatch.setattr(zofo.overlap, "streams_of", lambda device_type: found)
-    monkeypatch.setattr(zofo.perturb, "streams_of", lambda device_type: found)
+    monkeypatch.setattr(zofo.perturb.scratch, "prepare", prepare_kernel)
+    monkeypatch.setattr(zofo.perturb.overlap, "streams_of", lambda device_type: found)
+    monkeypatch.setattr(zofo.perturb.view, "streams_of", lambda device_type: found)
     return found
 
 
@@ -324,7 +324,7 @@ def test_a_mistake_is_seen(streams, monkeypatch, mistake, is_watched):
 
 
 def test_without_streams_it_is_said_once_and_does_nothing():
-    zofo.overlap._say_without_streams.cache_clear()
+    zofo.perturb.overlap._say_without_streams.cache_clear()
     model, x = layers_of(3), torch.randn(2, 8)
     plain, ahead = both_views(model)
     expected = plainly(plain, lambda: model(x))
@@ -338,10 +338,10 @@ def test_without_streams_it_is_said_once_and_does_nothing():
 
 def test_cuda_is_a_device_with_streams():
     """Whatever else it has: what `SideStream` calls is there."""
-    found = zofo.overlap.streams_of("cuda")
+    found = zofo.perturb.overlap.streams_of("cuda")
     assert all(callable(getattr(found, name)) for name in ("Stream", "current_stream", "stream"))
     assert callable(found.Stream.wait_stream)
-    assert zofo.overlap.streams_of("mps") is None
+    assert zofo.perturb.overlap.streams_of("mps") is None
 
 
 def test_a_trainer_hands_it_on(streams, tmp_path):

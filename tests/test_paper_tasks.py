@@ -7,15 +7,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.tasks.hub_rows import make_row, write_folder
-from zofo.artifact import Artifact, BaseModel, load
 from zofo.cli.app import app
-from zofo.config import load_config
-from zofo.models import load_model
-from zofo.plan import make_plan
-from zofo.predict import predict
-from zofo.run import evaluate_artifact, train
+from zofo.config.schema import load_config
+from zofo.models.loading import load_model
+from zofo.run.plan import make_plan
+from zofo.run.train import evaluate_artifact, train
+from zofo.saved.artifact import Artifact, BaseSpec, load
+from zofo.scoring.predict import predict
 from zofo.tasks import TaskSpec
-from zofo.tasks.builtin import BUILTIN
+from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.rows import Table
 
 SHORT = ["steps=2", "batch_size=4", "task.num_train=12", "task.num_dev=8"]
@@ -63,7 +63,7 @@ def test_encoders_are_no_choosers(tmp_path, encoder_folder):
 @pytest.mark.parametrize("task", ["winogrande", "copa", "wsc", "boolq"])
 def test_predictions_need_no_labels(task, decoder_folder):
     model, tokenizer = load_model(decoder_folder)
-    artifact = Artifact(model.eval(), tokenizer, BaseModel(decoder_folder), "none", None, ())
+    artifact = Artifact(model.eval(), tokenizer, BaseSpec(decoder_folder), "none", None, ())
     rows = [
         {k: v for k, v in make_row(task, i).items() if k not in BUILTIN[task].labels}
         for i in range(3)

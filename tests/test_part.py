@@ -15,17 +15,17 @@ from tests.conftest import assert_same_bits, batch_for, bits, build
 from tests.smooth import Net, base_of, optimizer_for, rows
 from tests.test_trainer_trl import preferences, sft, tokenizer
 from tests.training import Rows, history, plain_options, trainer_for
-from zofo.config import idle_options, load_config
+from zofo.config.schema import idle_options, load_config
 from zofo.errors import UserError
-from zofo.estimator import GeneratorState
-from zofo.methods import split_parameters
-from zofo.part import num_rows_of, split_rows
-from zofo.plan import make_plan
-from zofo.run import forward_equivalents, resumed_config, train
+from zofo.optim.estimator import GeneratorState
+from zofo.optim.methods import split_parameters
+from zofo.optim.part import num_rows_of, split_rows
+from zofo.optim.trajectory import Trajectory
+from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.run.plan import make_plan
+from zofo.run.train import forward_equivalents, resumed_config, train
 from zofo.tasks.encode import Collator, Encoded, first_examples, objective_losses
-from zofo.trainer import HybridMixin, HybridOptions, HybridTrainer
-from zofo.trajectory import Trajectory
-from zofo.zeroth_loss import ZerothLoss
+from zofo.trainer.mixin import HybridMixin, HybridOptions, HybridTrainer
 
 QUIET = Console(quiet=True)
 

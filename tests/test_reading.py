@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import zofo.trajectory
+import zofo.optim.trajectory
 from tests.conftest import assert_same_bits, batch_for, bits, build, loss_of
 from zofo import HybridOptimizer, param_groups
 
@@ -74,7 +74,7 @@ def test_the_host_does_not_wait_for_the_step_it_queues(monkeypatch, estimator):
     optimizer = optimizer_of(model, late=True, self_check=False, estimator=estimator, **options)
     optimizer.step(lambda: model(ids))
     # The CPU's kernels take their coefficients from the host.
-    monkeypatch.setattr(zofo.trajectory, "combine_many", lambda *args, **kwargs: None)
+    monkeypatch.setattr(zofo.optim.trajectory, "combine_many", lambda *args, **kwargs: None)
     for _ in range(3):
         with NoWaiting():
             optimizer.step(lambda: model(ids))

@@ -12,7 +12,7 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from zofo.errors import UserError
-from zofo.reshuffle import SAMPLINGS, ReshufflingSampler, epoch_order
+from zofo.optim.reshuffle import SAMPLINGS, ReshufflingSampler, epoch_order
 
 NUM_SAMPLES = 23
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from tests.training import untimed_metrics
 from zofo.cli.app import app
-from zofo.config import AdapterConfig, ModelConfig, RunConfig, load_config
-from zofo.resume import FREE, differences, is_finished, newest_checkpoint, resumed_config
-from zofo.run import train
+from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig, load_config
+from zofo.run.resume import FREE, differences, is_finished, newest_checkpoint, resumed_config
+from zofo.run.train import train
 from zofo.tasks.spec import TaskSpec
 
 
@@ -184,9 +184,9 @@ def test_a_full_disk_in_the_middle_of_a_run(run, finished, monkeypatch):
 
 
 def test_a_run_folder_that_vanishes_is_one_error(run, monkeypatch):
-    import zofo.task_trainer
+    import zofo.run.task_trainer
 
-    real = zofo.task_trainer.TaskTrainer.compute_loss
+    real = zofo.run.task_trainer.TaskTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
         shutil.rmtree(run, ignore_errors=True)
@@ -194,7 +194,7 @@ def test_a_run_folder_that_vanishes_is_one_error(run, monkeypatch):
 
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    monkeypatch.setattr(zofo.task_trainer.TaskTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(zofo.run.task_trainer.TaskTrainer, "compute_loss", compute_loss)
     done = invoke("train", "--resume", run)
     assert done.exit_code == 2
     assert "metrics.jsonl: No such file" in done.stderr

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from tests.conftest import assert_same_bits
 from tests.training import untimed_metrics
-from zofo.artifact import load
-from zofo.config import load_config
+from zofo.config.schema import load_config
 from zofo.errors import UserError
-from zofo.methods import METHODS, split_parameters
-from zofo.plan import make_plan
-from zofo.run import evaluate_artifact, forward_equivalents, resumed_config, train
+from zofo.optim.methods import METHODS, split_parameters
+from zofo.run.plan import make_plan
+from zofo.run.train import evaluate_artifact, forward_equivalents, resumed_config, train
+from zofo.saved.artifact import load
 
 QUIET = Console(quiet=True)
 
@@ -167,7 +167,7 @@ def test_an_encoder_is_no_writer(tmp_path, encoder_folder):
 def test_a_plan_counts_what_a_run_has(tmp_path, reviews, decoder_folder):
     config = config_for(tmp_path / "run", reviews, decoder_folder, "base_lr={'*q_proj*': 1e-4}")
     plan = make_plan(config)
-    from zofo.run import prepare
+    from zofo.run.train import prepare
 
     blocks = split_parameters(prepare(config).model)
     total = sum(p.numel() for p in blocks.base.values())

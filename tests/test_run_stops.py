@@ -6,9 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from zofo.config import load_config
+from zofo.config.schema import load_config
 from zofo.errors import TrainingStoppedError
-from zofo.run import newest_checkpoint, train
+from zofo.run.train import newest_checkpoint, train
 
 QUIET = Console(quiet=True)
 
@@ -16,15 +16,15 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of the fourth training step is not a number."""
-    import zofo.task_trainer
+    import zofo.run.task_trainer
 
-    real = zofo.task_trainer.TaskTrainer.compute_loss
+    real = zofo.run.task_trainer.TaskTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
         loss = real(self, *args, **kwargs)
         return loss * torch.nan if self.state.global_step == 3 else loss
 
-    monkeypatch.setattr(zofo.task_trainer.TaskTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(zofo.run.task_trainer.TaskTrainer, "compute_loss", compute_loss)
 
 
 def config(tmp_path, decoder_folder, *more):
@@ -51,7 +51,7 @@ def test_a_run_stops_at_a_loss_that_is_not_finite(tmp_path, decoder_folder, pois
         train(config(tmp_path, decoder_folder), console=QUIET)
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
-    from zofo.trajectory import Trajectory
+    from zofo.optim.trajectory import Trajectory
 
     trajectory, _ = Trajectory.load(checkpoint / "base_trajectory.safetensors")
     assert [row[0].step for row in trajectory.updates] == [0, 1, 2]
@@ -68,10 +68,10 @@ def test_a_runs_metrics_say_what_moved(tmp_path, decoder_folder):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss" in line]
     assert len(steps) == 6
-    from zofo.run import prepare
+    from zofo.run.train import prepare
 
     prepared = prepare(config(tmp_path, decoder_folder, f"output_dir={tmp_path / 'b'}"))
-    from zofo.methods import split_parameters
+    from zofo.optim.methods import split_parameters
 
     d = sum(p.numel() for p in split_parameters(prepared.model).base.values())
     for line in steps:

@@ -13,21 +13,21 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests import zoo
-from zofo.adapter_types import KINDS
-from zofo.adapters import create_adapter
-from zofo.artifact import load
 from zofo.cli.app import app
-from zofo.config import load_config
+from zofo.config.schema import load_config
 from zofo.errors import UserError
-from zofo.evaluate import evaluate, predict_scores
-from zofo.export import export_model
-from zofo.generation import Writer
-from zofo.inspection import inspect
-from zofo.inspection import verify as checks_of
-from zofo.methods import METHODS
-from zofo.models import empty_model, head_of, load_model, quiet
-from zofo.plan import make_plan
-from zofo.run import evaluate_artifact, train
+from zofo.models.adapter_kinds import KINDS
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import empty_model, head_of, load_model, quiet
+from zofo.optim.methods import METHODS
+from zofo.run.plan import make_plan
+from zofo.run.train import evaluate_artifact, train
+from zofo.saved.artifact import load
+from zofo.saved.export import export_model
+from zofo.saved.inspect import inspect
+from zofo.saved.inspect import verify as checks_of
+from zofo.scoring.evaluate import evaluate, predict_scores
+from zofo.scoring.generate import Writer
 from zofo.tasks import TaskSpec
 from zofo.tasks.encode import (
     Collator,

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from zofo.adapters import create_adapter
-from zofo.methods import split_parameters
-from zofo.models import empty_model
-from zofo.trajectory import GroupSpec, Trajectory, Update
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import empty_model
+from zofo.optim.methods import split_parameters
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 
 pytestmark = pytest.mark.slow  # the alias is converted on its first use
 

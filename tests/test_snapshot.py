@@ -10,8 +10,8 @@ import torch
 from tests.conftest import assert_same_bits, bits, build
 from tests.test_checkpoint import Kill, KilledError
 from tests.training import trainer_for, untimed_logs
-from zofo.snapshot import SNAPSHOT_FILE
-from zofo.trajectory import Trajectory
+from zofo.optim.trajectory import Trajectory
+from zofo.trainer.snapshot import SNAPSHOT_FILE
 
 CHANGES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "snapshot_every": 3}
 

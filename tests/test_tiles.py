@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.conftest import assert_same_bits, bits
 from zofo.noise import combine
-from zofo.perturb import Perturbation
-from zofo.tiles import ROWS, TiledLinear, is_tileable
+from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
+from zofo.perturb.view import Perturbation
 
 OUT = 8 * ROWS + 100  # the last tile is not a whole one
 

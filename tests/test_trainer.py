@@ -20,10 +20,10 @@ from tests.training import (
     trainer_for,
 )
 from zofo.errors import UserError
-from zofo.methods import METHODS, param_groups, split_parameters
-from zofo.optim import HybridOptimizer
-from zofo.reshuffle import ReshufflingSampler, epoch_order
-from zofo.trainer import HybridArguments, HybridOptions, HybridTrainer
+from zofo.optim.methods import METHODS, param_groups, split_parameters
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.reshuffle import ReshufflingSampler, epoch_order
+from zofo.trainer.mixin import HybridArguments, HybridOptions, HybridTrainer
 
 # --- the same algorithm --------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ from tests.conftest import VOCABULARY, assert_same_bits, batch_for, bits, build
 from tests.test_perturb import really_perturbed, view_of
 from tests.training import SEED, history, plain_options
 from zofo.errors import UserError
-from zofo.methods import split_parameters
-from zofo.reshuffle import ReshufflingSampler
-from zofo.trainer import HybridMixin, HybridOptions
+from zofo.optim.methods import split_parameters
+from zofo.optim.reshuffle import ReshufflingSampler
+from zofo.trainer.mixin import HybridMixin, HybridOptions
 
 NUM_ROWS = 12
 OPTIONS = HybridOptions(base_lr=1e-3)

@@ -9,12 +9,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.conftest import assert_same_bits, batch_for, build, loss_of
+from zofo.disk.files import write_tensors
 from zofo.errors import UserError
-from zofo.files import write_tensors
-from zofo.methods import param_groups, split_parameters
 from zofo.noise import DISTRIBUTIONS, direction
-from zofo.optim import HybridOptimizer
-from zofo.trajectory import GroupSpec, Trajectory, Update
+from zofo.optim.methods import param_groups, split_parameters
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 
 NUM_STEPS = 6
 PER_MODULE = {"*layers.0*": 1e-3, "lm_head*": 0.0, "*.weight": 3e-4}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zofo.noise import combine
-from zofo.watch import Watch
+from zofo.trainer.watch import Watch
 
 
 def watch(dtype=torch.float32, eps=1e-3):

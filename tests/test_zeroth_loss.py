@@ -22,19 +22,19 @@ from tests.smooth import (
     rows,
 )
 from tests.training import history, trainer_for
-from zofo.config import idle_options, load_config
+from zofo.config.schema import idle_options, load_config
 from zofo.errors import UserError
-from zofo.generation import Writer, writer_for
-from zofo.methods import split_parameters
-from zofo.models import load_model
+from zofo.models.loading import load_model
 from zofo.noise import direction
-from zofo.plan import make_plan
-from zofo.run import prepare, resumed_config, train
-from zofo.task_trainer import TaskTrainer, build_trainer
+from zofo.optim.methods import split_parameters
+from zofo.optim.trajectory import Trajectory
+from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.run.plan import make_plan
+from zofo.run.task_trainer import TaskTrainer, build_trainer
+from zofo.run.train import prepare, resumed_config, train
+from zofo.scoring.generate import Writer, writer_for
 from zofo.tasks.encode import candidate_scores
-from zofo.trainer import HybridTrainer
-from zofo.trajectory import Trajectory
-from zofo.zeroth_loss import ZerothLoss
+from zofo.trainer.mixin import HybridTrainer
 
 QUIET = Console(quiet=True)
 
@@ -211,7 +211,7 @@ class Spied(TaskTrainer):
 
 def spied_step(config, monkeypatch):
     """A trainer after one step, its micro-batch, and the model as it was at any x + scale v."""
-    monkeypatch.setattr("zofo.task_trainer.TaskTrainer", Spied)
+    monkeypatch.setattr("zofo.run.task_trainer.TaskTrainer", Spied)
     prepared = prepare(config)
     trainer = build_trainer(
         config,

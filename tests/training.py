@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from tests.conftest import VOCABULARY, bits, build
-from zofo.trainer import HybridArguments, HybridTrainer
+from zofo.trainer.mixin import HybridArguments, HybridTrainer
 
 SEED = 3
 

@@ -11,58 +11,58 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zofo.adapters import create_adapter as create_adapter
-    from zofo.artifact import BaseModel as BaseModel
-    from zofo.artifact import load as load
-    from zofo.artifact import save_artifact as save_artifact
-    from zofo.checkpoint import load_checkpoint as load_checkpoint
     from zofo.errors import UserError as UserError
-    from zofo.export import export_model as export_model
-    from zofo.export_card import Exported as Exported
-    from zofo.hub import push_to_hub as push_to_hub
-    from zofo.interrupt import StopOnSignal as StopOnSignal
-    from zofo.interrupt import TrainingInterrupt as TrainingInterrupt
-    from zofo.methods import METHODS as METHODS
-    from zofo.methods import param_groups as param_groups
-    from zofo.methods import split_parameters as split_parameters
-    from zofo.models import load_model as load_model
-    from zofo.optim import HybridOptimizer as HybridOptimizer
-    from zofo.perturb import Perturbation as Perturbation
-    from zofo.perturb import SelfCheckError as SelfCheckError
-    from zofo.reshuffle import ReshufflingSampler as ReshufflingSampler
-    from zofo.trainer import HybridArguments as HybridArguments
-    from zofo.trainer import HybridMixin as HybridMixin
-    from zofo.trainer import HybridOptions as HybridOptions
-    from zofo.trainer import HybridTrainer as HybridTrainer
-    from zofo.trajectory import Trajectory as Trajectory
-    from zofo.zeroth_loss import ZerothLoss as ZerothLoss
+    from zofo.models.adapters import create_adapter as create_adapter
+    from zofo.models.loading import load_model as load_model
+    from zofo.optim.methods import METHODS as METHODS
+    from zofo.optim.methods import param_groups as param_groups
+    from zofo.optim.methods import split_parameters as split_parameters
+    from zofo.optim.optimizer import HybridOptimizer as HybridOptimizer
+    from zofo.optim.reshuffle import ReshufflingSampler as ReshufflingSampler
+    from zofo.optim.trajectory import Trajectory as Trajectory
+    from zofo.optim.zeroth_loss import ZerothLoss as ZerothLoss
+    from zofo.perturb.view import Perturbation as Perturbation
+    from zofo.perturb.view import SelfCheckError as SelfCheckError
+    from zofo.saved.artifact import BaseSpec as BaseSpec
+    from zofo.saved.artifact import load as load
+    from zofo.saved.artifact import save_artifact as save_artifact
+    from zofo.saved.export import export_model as export_model
+    from zofo.saved.export_card import Exported as Exported
+    from zofo.saved.hub import push_to_hub as push_to_hub
+    from zofo.trainer.base_history import load_checkpoint as load_checkpoint
+    from zofo.trainer.interrupt import StopOnSignal as StopOnSignal
+    from zofo.trainer.interrupt import TrainingInterrupt as TrainingInterrupt
+    from zofo.trainer.mixin import HybridArguments as HybridArguments
+    from zofo.trainer.mixin import HybridMixin as HybridMixin
+    from zofo.trainer.mixin import HybridOptions as HybridOptions
+    from zofo.trainer.mixin import HybridTrainer as HybridTrainer
 
 _HOMES = {
-    "BaseModel": "artifact",
-    "Exported": "export_card",
-    "METHODS": "methods",
-    "HybridArguments": "trainer",
-    "HybridMixin": "trainer",
-    "HybridOptimizer": "optim",
-    "HybridOptions": "trainer",
-    "HybridTrainer": "trainer",
-    "Perturbation": "perturb",
-    "ReshufflingSampler": "reshuffle",
-    "SelfCheckError": "perturb",
-    "StopOnSignal": "interrupt",
-    "TrainingInterrupt": "interrupt",
-    "Trajectory": "trajectory",
+    "BaseSpec": "saved.artifact",
+    "Exported": "saved.export_card",
+    "METHODS": "optim.methods",
+    "HybridArguments": "trainer.mixin",
+    "HybridMixin": "trainer.mixin",
+    "HybridOptimizer": "optim.optimizer",
+    "HybridOptions": "trainer.mixin",
+    "HybridTrainer": "trainer.mixin",
+    "Perturbation": "perturb.view",
+    "ReshufflingSampler": "optim.reshuffle",
+    "SelfCheckError": "perturb.view",
+    "StopOnSignal": "trainer.interrupt",
+    "TrainingInterrupt": "trainer.interrupt",
+    "Trajectory": "optim.trajectory",
     "UserError": "errors",
-    "ZerothLoss": "zeroth_loss",
-    "create_adapter": "adapters",
-    "export_model": "export",
-    "load": "artifact",
-    "load_checkpoint": "checkpoint",
-    "load_model": "models",
-    "param_groups": "methods",
-    "push_to_hub": "hub",
-    "save_artifact": "artifact",
-    "split_parameters": "methods",
+    "ZerothLoss": "optim.zeroth_loss",
+    "create_adapter": "models.adapters",
+    "export_model": "saved.export",
+    "load": "saved.artifact",
+    "load_checkpoint": "trainer.base_history",
+    "load_model": "models.loading",
+    "param_groups": "optim.methods",
+    "push_to_hub": "saved.hub",
+    "save_artifact": "saved.artifact",
+    "split_parameters": "optim.methods",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-import zofo.overlap
-from zofo.adapter_types import KINDS as ADAPTERS
+import zofo.perturb.overlap
 from zofo.bench.contenders import EPS, RATE
 from zofo.bench.contenders import KINDS as ALL_KINDS
 from zofo.bench.models import Workbench, model_facts
 from zofo.bench.settings import CONTENDERS, Settings, contenders_on
-from zofo.config import RunConfig
+from zofo.config.schema import RunConfig
 from zofo.errors import UserError
-from zofo.methods import split_parameters
-from zofo.run import forward_equivalents
+from zofo.models.adapter_kinds import KINDS as ADAPTERS
+from zofo.optim.methods import split_parameters
+from zofo.run.train import forward_equivalents
 
 SETTINGS = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,))
 KINDS = {name: ALL_KINDS[name] for name in contenders_on("cpu")}
@@ -53,7 +53,7 @@ def test_overlap_is_the_hybrid_step_and_for_cuda(bench):
     contender = ALL_KINDS["hybrid-overlap"](other, BIG)
     assert contender.optimizer.perturbation.overlap
     assert contender.forward_equivalents == KINDS["hybrid"].forward_equivalents
-    zofo.overlap._say_without_streams.cache_clear()
+    zofo.perturb.overlap._say_without_streams.cache_clear()
     with pytest.warns(UserWarning, match="no effect on cpu"):
         one_step(contender)
     assert not differ(copies(bench.base), other.base)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from zofo import environment
-from zofo.cli import looking
+from zofo.cli import doctor as looking
 from zofo.cli.app import app
 from zofo.noise import backends, cpu
 

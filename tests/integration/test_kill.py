@@ -19,15 +19,15 @@ import torch
 
 from tests.conftest import assert_same_bits
 from tests.training import untimed_metrics
-from zofo.artifact import load
-from zofo.methods import split_parameters
-from zofo.resume import is_finished, newest_checkpoint, resumed_config
-from zofo.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.optim.methods import split_parameters
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
+from zofo.saved.artifact import load
 
 STEPS = 24
 ADAPTER = "adapter_model.safetensors"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run", "zofo.cli.training", "peft", "tests.training"])
+_context.set_forkserver_preload(["zofo.run.train", "zofo.cli.train", "peft", "tests.training"])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from scipy import stats
 
 from tests.noise.test_noise import PUBLISHED
 from zofo import noise
-from zofo.cli import looking
+from zofo.cli import doctor as looking
 from zofo.noise import (
     backends,
     combine,

@@ -15,8 +15,8 @@ from scipy import stats
 from tests.report.pages import read_page
 from tests.study.folders import write_run, write_study
 from zofo.errors import UserError
+from zofo.pages.look import THEMES
 from zofo.report import write_report
-from zofo.report.look import THEMES
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'{{7*7}}<b>"
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from tests.report.pages import read_page
 from tests.study.folders import write_run, write_study
 from zofo.cli.app import app
-from zofo.cli.reporting import printable, show
-from zofo.config import load_config
+from zofo.cli.report import printable, show
+from zofo.config.schema import load_config
 from zofo.report.page import make_report
-from zofo.run import train
-from zofo.study.table import read_runs
+from zofo.results.table import read_runs
+from zofo.run.train import train
 
 
 def run(*arguments):

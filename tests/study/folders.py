@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from zofo.config import RunConfig
+from zofo.config.schema import RunConfig
 
 FULL = ("fo-ft", "zo-ft")
 COST = {"hybrid": 3.0, "fo-peft": 2.0, "zo-peft": 2.0, "fo-ft": 3.0, "zo-ft": 2.0}

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from tests.study.folders import write_run
-from zofo.study.comparison import compare
-from zofo.study.table import read_runs
-from zofo.study.verdict import judge
+from zofo.results.comparison import compare
+from zofo.results.table import read_runs
+from zofo.results.verdict import judge
 
 
 def compared(folder):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.study.tiny_study import values
-from zofo.config import load_config
+from zofo.config.schema import load_config
 from zofo.errors import UserError
-from zofo.run import forward_equivalents
+from zofo.run.train import forward_equivalents
 from zofo.study.grid import Cell, Pair, expand, rate_text, steps_within
 from zofo.study.spec import StudySpec, differences, load_spec, presets
 from zofo.tasks import task_names

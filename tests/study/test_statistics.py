@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from zofo.study.statistics import (
+from zofo.statistics.estimates import (
     cost_to_reach,
     mean_interval,
     mean_over_pairs,

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from tests.study.tiny_study import write_rows
-from zofo.cli.training import _show
-from zofo.config import load_config
+from zofo.cli.train import _show
+from zofo.config.schema import load_config
 from zofo.errors import TrainingStoppedError
-from zofo.run import train
-from zofo.stopping import is_hopeless, stop_reason
+from zofo.run.stopping import is_hopeless, stop_reason
+from zofo.run.train import train
 from zofo.study.measure import main
 
 QUIET = Console(quiet=True)

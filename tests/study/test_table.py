@@ -7,8 +7,8 @@ import pytest
 
 from tests.study.folders import COST, write_run, write_study
 from zofo.errors import UserError
-from zofo.study.comparison import compare
-from zofo.study.table import COLUMNS, CURVE_COLUMNS, find_runs, read_runs
+from zofo.results.comparison import compare
+from zofo.results.table import COLUMNS, CURVE_COLUMNS, find_runs, read_runs
 
 
 def row_of(*paths):

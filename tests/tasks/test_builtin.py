@@ -6,8 +6,8 @@ import pytest
 from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_folder, write_rows
 from zofo.errors import UserError
 from zofo.tasks import TaskSpec, load_splits, used_options
-from zofo.tasks.builtin import BUILTIN
-from zofo.tasks.family import examples
+from zofo.tasks.families.family import examples
+from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.rows import Table, read_table
 from zofo.tasks.splits import separate
 
@@ -266,7 +266,7 @@ def test_the_hub_is_asked_for_the_subset_and_the_labelled_split(monkeypatch):
         asked.append((source, subset, split))
         raise UserError("enough")
 
-    monkeypatch.setattr("zofo.tasks.builtin.read_table", read)
+    monkeypatch.setattr("zofo.tasks.families.table.read_table", read)
     for name in ("wsc", "trec"):
         with pytest.raises(UserError, match="enough"):
             load_splits(TaskSpec(name=name))

@@ -3,9 +3,9 @@ import torch
 
 from tests.conftest import build
 from tests.tiny import make_tokenizer
-from zofo.adapters import create_adapter
 from zofo.errors import UserError
-from zofo.models import load_model
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_model
 from zofo.tasks.encode import Collator, Encoder, candidate_scores, objective_loss, token_scores
 from zofo.tasks.spec import Completion, Example
 

@@ -7,7 +7,7 @@ from tests.tiny import make_tokenizer
 from zofo.errors import UserError
 from zofo.tasks import Answers, TaskSpec, load_splits
 from zofo.tasks.encode import Encoder, encoder_for
-from zofo.tasks.passages import answers_in
+from zofo.tasks.families.passages import answers_in
 
 
 def squad_row(i):

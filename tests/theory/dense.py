@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import batch_for, build
-from zofo.theory.blocks import Block
-from zofo.theory.objective import Objective
+from zofo.smoothness.blocks import Block
+from zofo.smoothness.objective import Objective
 
 
 class Quadratic(nn.Module):

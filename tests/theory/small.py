@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zofo.methods import param_groups
-from zofo.optim import HybridOptimizer
-from zofo.reshuffle import epoch_order
+from zofo.optim.methods import param_groups
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.reshuffle import epoch_order
 
 
 class Quadratic(nn.Module):

@@ -9,11 +9,11 @@ import torch
 
 from tests.conftest import assert_same_bits, batch_for, bits, build
 from tests.theory.small import Logistic, Quadratic, batch_of, loss, train
+from zofo.advice.advise import advise, most_forwards
+from zofo.advice.present import as_json, lines_of
+from zofo.advice.setting import Setting
 from zofo.errors import UserError
-from zofo.estimator import GeneratorState
-from zofo.theory.advice import Setting
-from zofo.theory.advise import advise, most_forwards
-from zofo.theory.present import as_json, lines_of
+from zofo.optim.estimator import GeneratorState
 
 
 def quadratic(seed=0, **more):
@@ -266,8 +266,8 @@ def test_rates_by_group_leave_neither_what_was_measured_nor_how_far_weights_may_
     monkeypatch,
 ):
     """Whatever a split says."""
-    from zofo.theory import advise as module
-    from zofo.theory.split import Split
+    from zofo.advice import advise as module
+    from zofo.advice.groups import Split
 
     monkeypatch.setattr(module, "groups_of", lambda names: {"a": names, "b": names})
     monkeypatch.setattr(

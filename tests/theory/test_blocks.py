@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import ARCHITECTURES, build
 from zofo.errors import UserError
-from zofo.theory.blocks import blocks_of, layer_of, type_of
+from zofo.smoothness.blocks import blocks_of, layer_of, type_of
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from zofo.cli.app import app
-from zofo.theory.convergence import cells as storage
-from zofo.theory.convergence.claim_table import CLAIMS
-from zofo.theory.convergence.experiments import EXPERIMENTS, FULL, QUICK
-from zofo.theory.convergence.run import make_plan
+from zofo.convergence import cells as storage
+from zofo.convergence.experiments.claim_table import CLAIMS
+from zofo.convergence.experiments.table import EXPERIMENTS, FULL, QUICK
+from zofo.convergence.run import make_plan
 
 runner = CliRunner()
 

@@ -6,9 +6,9 @@ import torch
 from tests.conftest import assert_same_bits, bits
 from tests.theory.dense import Quadratic, dense_hessian, objective_of, symmetric, tiny_objective
 from zofo.noise import direction
-from zofo.perturb import Perturbation
-from zofo.theory.blocks import blocks_of
-from zofo.theory.directional import directional_curvature
+from zofo.perturb.view import Perturbation
+from zofo.smoothness.blocks import blocks_of
+from zofo.smoothness.directional import directional_curvature
 
 SEED, STEP = 11, 3
 HESSIAN = symmetric([-2.0, 0.0, 0.5, 1.0, 3.0, 20.0])

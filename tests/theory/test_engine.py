@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from zofo.convergence import engine, kernels, reference
+from zofo.convergence.engine import Setting
+from zofo.convergence.problems import make_problem
 from zofo.noise import direction
-from zofo.reshuffle import SAMPLINGS
-from zofo.theory.convergence import engine, kernels, reference
-from zofo.theory.convergence.engine import Setting
-from zofo.theory.problems import make_problem
+from zofo.optim.reshuffle import SAMPLINGS
 
 SEEDS = (3, 2**63 + 11)
 SMALL = {

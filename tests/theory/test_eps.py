@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from zofo.methods import split_parameters
+from zofo.advice.eps import Ladder, measure_ladder, plateau, weight_scale
+from zofo.advice.probe import Probe
 from zofo.noise import direction
-from zofo.perturb import Perturbation
-from zofo.theory.eps import Ladder, measure_ladder, plateau, weight_scale
-from zofo.theory.probe import Probe
+from zofo.optim.methods import split_parameters
+from zofo.perturb.view import Perturbation
 
 
 def made_up(eps, *, slope=2.0, curvature=500.0, third=0.0, rounding=1e-7, directions=8, seed=0):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from zofo.theory.convergence import claims, fits
-from zofo.theory.convergence.claim_table import CLAIMS
-from zofo.theory.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
-from zofo.theory.convergence.fits import Interval
-from zofo.theory.convergence.readings import epochs_to
+from zofo.convergence import claims, fits
+from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
+from zofo.convergence.experiments.claim_table import CLAIMS
+from zofo.convergence.fits import Interval
+from zofo.convergence.readings import epochs_to
 
 NUM_SEEDS = 24
 T = np.array([16.0, 32, 64, 128, 256, 512])

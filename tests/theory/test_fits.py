@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from zofo.theory.fits import Quantity, below, block_length, envelope, fit_growth, ratio, widening
+from zofo.smoothness.fits import (
+    Quantity,
+    below,
+    block_length,
+    envelope,
+    fit_growth,
+    ratio,
+    widening,
+)
 
 NUM_DRAWS = 120
 

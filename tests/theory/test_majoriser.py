@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.theory.dense import Quadratic, blocks_of_quadratic, objective_of, symmetric
-from zofo.theory.hessian import BlockHessian
-from zofo.theory.majoriser import check_majoriser
-from zofo.theory.measure import measure_point
-from zofo.theory.options import SmoothnessOptions
-from zofo.theory.records import Records
+from zofo.smoothness.hessian import BlockHessian
+from zofo.smoothness.majoriser import check_majoriser
+from zofo.smoothness.measure import measure_point
+from zofo.smoothness.options import SmoothnessOptions
+from zofo.smoothness.records import Records
 
 DOUBLE = torch.zeros(1, dtype=torch.float64)
 SIZES = {"base": 12, "adapter": 5}

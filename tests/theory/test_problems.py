@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from zofo.convergence import kernels
+from zofo.convergence.problems import make_problem
+from zofo.convergence.problems.base import Problem
 from zofo.errors import UserError
-from zofo.theory.convergence import kernels
-from zofo.theory.problems import make_problem
-from zofo.theory.problems.base import Problem
 
 FLAT = {"kind": "flat", "num": 3, "curvature": 2.0}
 SPECIMENS = {

@@ -6,11 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from zofo.errors import UserError
-from zofo.theory.bootstrap import interval, resamples
-from zofo.theory.caps import cap, epochs_to
-from zofo.theory.curvature import Directions
-from zofo.theory.rates import (
+from zofo.advice.caps import cap, epochs_to
+from zofo.advice.curvature import Directions
+from zofo.advice.rates import (
     FAR,
     NEAR,
     best_constant_rate,
@@ -22,6 +20,8 @@ from zofo.theory.rates import (
     total,
     zeroth_rate,
 )
+from zofo.errors import UserError
+from zofo.statistics.resampling import interval, resamples
 
 
 def measured(eigenvalues, gradient, row_noise, *, num=2000, rows=8, seed=0, loss=1.0, signs=False):

@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from tests.conftest import assert_same_bits, bits
 from tests.test_run import config_for
-from zofo.artifact import load
 from zofo.cli.app import app
-from zofo.config import idle_options, load_config
+from zofo.config.schema import idle_options, load_config
 from zofo.errors import UserError
-from zofo.plan import make_plan
-from zofo.resume import resumed_config
-from zofo.run import prepare, train
+from zofo.run.auto import resolve, setting_of
+from zofo.run.plan import make_plan
+from zofo.run.resume import resumed_config
+from zofo.run.train import prepare, train
+from zofo.saved.artifact import load
 from zofo.study.spec import load_spec
-from zofo.theory.resolve import resolve, setting_of
 
 QUIET = Console(quiet=True)
 ALL = ("base_lr=auto", "adapter_lr=auto", "eps=auto")
@@ -168,7 +168,7 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
 )
 def test_wrong_options_are_one_message(reviews, decoder_folder, more, words, monkeypatch):
     """Before anything is measured."""
-    monkeypatch.setattr("zofo.cli.advising.advise_on", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("zofo.cli.advise.advise_on", lambda *a, **k: pytest.fail("measured"))
     done = advise_command(reviews, decoder_folder, *more)
     assert done.exit_code == 2
     assert words in done.output
@@ -190,7 +190,7 @@ def test_half_precision(tmp_path, reviews, decoder_folder):
 def test_a_run_folder_that_cannot_be_written_is_said_before_the_advice(
     reviews, decoder_folder, command, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("zofo.theory.resolve.advise", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("zofo.run.auto.advise", lambda *a, **k: pytest.fail("measured"))
     (tmp_path / "file").touch()
     config = config_for(tmp_path, reviews, decoder_folder, *ALL)
     path = tmp_path / "config.yaml"

@@ -9,9 +9,9 @@ from tests.conftest import assert_same_bits, bits, build
 from tests.theory.dense import Quadratic, blocks_of_quadratic, objective_of, symmetric
 from tests.training import Recorder, history, trainer_for, untimed_logs
 from zofo.errors import UserError
-from zofo.theory.objective import norm, objective_of_trainer
-from zofo.theory.smoothness import SmoothnessRecorder, local_constants
-from zofo.theory.summary import series_of
+from zofo.smoothness.objective import norm, objective_of_trainer
+from zofo.smoothness.path import SmoothnessRecorder, local_constants
+from zofo.smoothness.summary import series_of
 
 HESSIAN = symmetric([-2.0, 0.1, 0.5, 1.0, 3.0, 20.0])
 

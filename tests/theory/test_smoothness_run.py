@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from tests.report.pages import read_page
 from tests.study.tiny_study import write_rows
 from zofo.cli.app import app
-from zofo.config import load_config
-from zofo.files import read_json
-from zofo.run import train
-from zofo.theory.options import load_smoothness, planned_forwards, point_steps
+from zofo.config.schema import load_config
+from zofo.disk.files import read_json
+from zofo.run.train import train
+from zofo.smoothness.options import load_smoothness, planned_forwards, point_steps
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smoothness.yaml"
 
@@ -126,7 +126,7 @@ def test_what_is_there_is_not_measured_again(measured):
 def test_an_interrupted_measurement_goes_on(tmp_path, decoder_folder, measured, monkeypatch):
     _, rows, _ = measured
     arguments = values(tmp_path / "run", decoder_folder, rows, "smoothness.train=false")
-    import zofo.theory.measure as measure
+    import zofo.smoothness.measure as measure
 
     real = measure.check_majoriser
 
@@ -269,7 +269,7 @@ def test_a_plan_refuses_what_the_run_would_and_counts_the_rows_there_are(
 def test_one_signal_stops_between_measurements(measured, tmp_path, decoder_folder, monkeypatch):
     """While the start is measured; continued, it is the measurement that it would have been."""
     whole, rows, _ = measured
-    import zofo.theory.measure as measure
+    import zofo.smoothness.measure as measure
 
     real, calls = measure.measure_spectrum, []
 

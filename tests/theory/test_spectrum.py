@@ -15,9 +15,9 @@ from tests.theory.dense import (
     symmetric,
     tiny_objective,
 )
-from zofo.theory.blocks import blocks_of
-from zofo.theory.hessian import BlockHessian
-from zofo.theory.spectrum import (
+from zofo.smoothness.blocks import blocks_of
+from zofo.smoothness.hessian import BlockHessian
+from zofo.smoothness.spectrum import (
     converged_extremes,
     density,
     hutchpp,
@@ -188,7 +188,7 @@ def test_eigenvalues_of_a_tiny_transformer_with_lora():
 
 
 def test_products_are_curvlinops_own():
-    from zofo.theory.hessian import HessianLinearOperator
+    from zofo.smoothness.hessian import HessianLinearOperator
 
     model, objective = tiny_objective("bert", "lora")
     parameters = blocks_of(model)["adapter"].parameters

@@ -7,9 +7,9 @@ import pytest
 
 from tests.conftest import ARCHITECTURES, build
 from tests.theory.test_rates import measured
-from zofo.methods import param_groups, split_parameters
-from zofo.theory.rates import moments
-from zofo.theory.split import groups_of, kind_of, pattern_of, patterns_of, split_rates
+from zofo.advice.groups import groups_of, kind_of, pattern_of, patterns_of, split_rates
+from zofo.advice.rates import moments
+from zofo.optim.methods import param_groups, split_parameters
 
 
 @pytest.mark.parametrize(

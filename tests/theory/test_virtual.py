@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.theory.small import Quadratic, batch_of, loss
-from zofo.theory.curvature import along_update
-from zofo.theory.probe import Probe, untouched
-from zofo.theory.virtual import (
+from zofo.advice.curvature import along_update
+from zofo.advice.probe import Probe, untouched
+from zofo.advice.short_trainings import (
     MAX_RATES,
     RATIO,
     Beginning,

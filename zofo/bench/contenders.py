@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from zofo.bench.models import Workbench
-from zofo.estimator import Estimator, GeneratorState, forwards_per_direction
-from zofo.methods import get_method, param_groups
-from zofo.optim import HybridOptimizer
+from zofo.optim.estimator import Estimator, GeneratorState, forwards_per_direction
+from zofo.optim.methods import get_method, param_groups
+from zofo.optim.optimizer import HybridOptimizer
 
 RATE: Final = 1e-9
 """Learning rate of every block: all the work of an update, next to none of its effect."""

@@ -71,9 +71,9 @@ def model_facts(settings: Settings) -> ModelFacts:
     Raises:
         UserError: if it cannot be found, is no decoder, or takes fewer tokens a row.
     """
-    from zofo.adapters import create_adapter
-    from zofo.methods import split_parameters
-    from zofo.models import empty_model
+    from zofo.models.adapters import create_adapter
+    from zofo.models.loading import empty_model
+    from zofo.optim.methods import split_parameters
 
     if settings.model.startswith("random:"):
         model = _random_model(settings.model, settings.dtype, "meta")
@@ -106,7 +106,7 @@ class Workbench:
     """
 
     def __init__(self, settings: Settings) -> None:
-        from zofo.models import load_model
+        from zofo.models.loading import load_model
 
         self.settings = settings
         self.device = torch.device(settings.device)
@@ -124,7 +124,7 @@ class Workbench:
     @cached_property
     def adapted(self) -> Any:
         """A second tree of modules, with an adapter, over the parameters of `plain`."""
-        from zofo.adapters import create_adapter
+        from zofo.models.adapters import create_adapter
 
         shared = (*self.plain.parameters(), *self.plain.buffers())
         tree = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
@@ -138,7 +138,7 @@ class Workbench:
     @property
     def adapter(self) -> list[nn.Parameter]:
         """The weights of the adapter."""
-        from zofo.methods import split_parameters
+        from zofo.optim.methods import split_parameters
 
         return list(split_parameters(self.adapted).adapter.values())
 
@@ -150,7 +150,7 @@ class Workbench:
 def _random_model(name: str, dtype: str, device: str) -> Any:
     import transformers as hf
 
-    from zofo.models import DTYPES
+    from zofo.models.loading import DTYPES
 
     config = hf.LlamaConfig(
         **RANDOM[name.removeprefix("random:")],  # type: ignore[arg-type]

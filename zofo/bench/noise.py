@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zofo.bench.settings import Settings
-from zofo.models import DTYPES
+from zofo.models.loading import DTYPES
 from zofo.noise import combine
 
 _C: Final = 1e-3

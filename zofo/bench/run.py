@@ -15,7 +15,7 @@ from zofo.bench.settings import Settings
 from zofo.bench.timing import time_rounds, warm_up
 from zofo.environment import environment
 from zofo.errors import UserError
-from zofo.progress import new_progress
+from zofo.run.display import new_progress
 
 _REPEATS_ON_ACCELERATOR = 20
 """Kernel calls between two waits, where a launch takes as long as a small kernel."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from zofo.adapter_types import ADAPTER_TYPES
+from zofo.disk.files import problem_of_target
 from zofo.errors import UserError
-from zofo.files import problem_of_target
+from zofo.models.adapter_kinds import ADAPTER_TYPES
 
 CONTENDERS: Final = (
     "forward",
@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
         model: alias, hub id, folder, or `random:SIZE`.
-        adapter: of the contenders that have one; any of `zofo.adapter_types.KINDS`.
+        adapter: of the contenders that have one; any of `zofo.models.adapter_kinds.KINDS`.
         batch: rows.
         length: tokens a row; at least 2, so that there is one to predict.
         dtype: of the base, and of the weight that the noise kernels work on.
@@ -169,7 +169,7 @@ def _no_such(kind: str, value: str, known: tuple[str, ...]) -> str:
 
 def _problems(settings: Settings) -> list[str]:
     from zofo.bench.models import RANDOM
-    from zofo.models import DTYPES
+    from zofo.models.loading import DTYPES
     from zofo.noise import DISTRIBUTIONS
 
     found = []

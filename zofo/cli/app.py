@@ -120,8 +120,8 @@ def train(
 
     zofo train task=classification task.train=reviews.csv model=smollm2-135m
     """
-    from zofo.cli.training import resume as resume_run
-    from zofo.cli.training import show_plan, start
+    from zofo.cli.train import resume as resume_run
+    from zofo.cli.train import show_plan, start
 
     path, overrides = split_arguments(arguments)
     if resume is not None:
@@ -149,7 +149,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model, or a plain one, on a task's held-out rows."""
-    from zofo.cli.using import evaluate as evaluate_target
+    from zofo.cli.use import evaluate as evaluate_target
 
     evaluate_target(target, list(overrides or []), split, as_json)
 
@@ -184,7 +184,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict labels with their probabilities, or write completions, one JSON object a row."""
-    from zofo.cli.using import predict as predict_rows
+    from zofo.cli.use import predict as predict_rows
 
     predict_rows(target, list(texts or []), file, output, list(option or []), max_new_tokens)
 
@@ -217,7 +217,7 @@ def study(
 
     zofo study studies/laptop --status
     """
-    from zofo.cli.studying import show_plan, show_status, start
+    from zofo.cli.study import show_plan, show_status, start
 
     given = list(overrides or [])
     if dry_run:
@@ -256,7 +256,7 @@ def advise(
 
     zofo advise task=boolq adapter=prompt steps=500 --json advice.json
     """
-    from zofo.cli.advising import advise as show_advice
+    from zofo.cli.advise import advise as show_advice
 
     path, overrides = split_arguments(arguments)
     show_advice(path, overrides, caps=caps, target=target, split=split, json_file=json_file)
@@ -266,7 +266,7 @@ def advise(
 @reports_errors
 def doctor() -> None:
     """Show the environment: versions, devices, embedded models and data, what is missing."""
-    from zofo.cli.looking import doctor as is_sound
+    from zofo.cli.doctor import doctor as is_sound
 
     if not is_sound():
         raise typer.Exit(1)
@@ -282,7 +282,7 @@ def tasks(
     ] = None,
 ) -> None:
     """List the tasks, or show one: prompt, candidates, rows of each class."""
-    from zofo.cli.looking import tasks as show_tasks
+    from zofo.cli.doctor import tasks as show_tasks
 
     show_tasks(name, list(overrides or []))
 
@@ -305,7 +305,7 @@ def export(
 
     zofo export runs/rotten-tomatoes-hybrid-lora --to plain --dtype bfloat16
     """
-    from zofo.cli.keeping import export as export_folder
+    from zofo.cli.saved import export as export_folder
 
     export_folder(folder, to, dtype, max_shard_size, trust_remote_code)
 
@@ -317,7 +317,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder is, whether it is whole, and which base it belongs to."""
-    from zofo.cli.keeping import info as show_info
+    from zofo.cli.saved import info as show_info
 
     show_info(path, as_json)
 
@@ -338,7 +338,7 @@ def replay(
     ] = False,
 ) -> None:
     """Write the base as it was after some updates, without adapter, as a Hugging Face folder."""
-    from zofo.cli.keeping import replay as replay_to
+    from zofo.cli.saved import replay as replay_to
 
     replay_to(path, step, to, dtype, max_shard_size, trust_remote_code)
 
@@ -353,7 +353,7 @@ def verify(
     ] = False,
 ) -> None:
     """Load a folder step by step and print each check; exit code 2 if one fails."""
-    from zofo.cli.keeping import verify as is_sound
+    from zofo.cli.saved import verify as is_sound
 
     if not is_sound(path, trust_remote_code):
         raise typer.Exit(EXIT_USER_ERROR)
@@ -376,7 +376,7 @@ def report(
 
     zofo report runs/rte-hybrid-lora runs/rte-fo-peft-lora --to report.html
     """
-    from zofo.cli.reporting import report as write_page
+    from zofo.cli.report import report as write_page
 
     write_page(runs, to, markdown)
 
@@ -471,8 +471,8 @@ def bench(
         noise=not no_noise,
         json_file=json_file,
     )
-    from zofo.cli.benching import bench as run_bench
-    from zofo.cli.benching import memory_of as print_memory_of
+    from zofo.cli.bench import bench as run_bench
+    from zofo.cli.bench import memory_of as print_memory_of
 
     if memory_of is not None:
         print_memory_of(settings, memory_of)
@@ -507,7 +507,7 @@ def convergence(
 
     zofo convergence order zeroth --quick --to runs/quick
     """
-    from zofo.cli.theory import convergence as run_convergence
+    from zofo.cli.convergence import convergence as run_convergence
 
     run_convergence(list(experiments or []), to, quick, engine, seeds, show_list)
 

@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from zofo.cli.app import EXIT_INTERRUPTED
-from zofo.cli.reporting import printable
-from zofo.config import RunConfig, idle_options
-from zofo.files import read_json
-from zofo.interrupt import StopOnSignal, TrainingInterrupt
+from zofo.cli.report import printable
+from zofo.config.schema import RunConfig, idle_options
+from zofo.disk.files import read_json
 from zofo.report.tables import Table
-from zofo.theory.measure import PAGE_FILE, measure_run, new_folder, saved_options
-from zofo.theory.options import (
+from zofo.smoothness.measure import PAGE_FILE, measure_run, new_folder, saved_options
+from zofo.smoothness.options import (
     SmoothnessOptions,
     load_smoothness,
     path_steps,
     planned_forwards,
     point_steps,
 )
-from zofo.theory.summary import FILE
-from zofo.theory.tables import claims_table, constants_table, fits_table
+from zofo.smoothness.summary import FILE
+from zofo.smoothness.tables import claims_table, constants_table, fits_table
+from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
 
 _PLAIN_WIDTH = 160
 """Columns where no terminal says how wide it is, so that no cell is cut."""
@@ -50,12 +50,12 @@ def resume(folder: Path) -> None:
 
 def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     """Print what would be measured and what it costs."""
-    from zofo.methods import METHODS
-    from zofo.models import empty_model
-    from zofo.plan import make_plan
-    from zofo.run import base_of
+    from zofo.models.loading import empty_model
+    from zofo.optim.methods import METHODS
+    from zofo.run.plan import make_plan
+    from zofo.run.train import base_of
+    from zofo.smoothness.blocks import blocks_of
     from zofo.tasks import load_splits
-    from zofo.theory.blocks import blocks_of
 
     config, options = load_smoothness(path, overrides)
     new_folder(config)  # says now what would keep the run from being written

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from zofo.files import write_text
-from zofo.report.document import check_target
+from zofo.disk.files import write_text
+from zofo.pages.document import check_target
 from zofo.report.page import Report, smoothness_of
 from zofo.report.tables import Table, group_table, pair_table, rank_table, reach_table
 
@@ -46,7 +46,7 @@ def check_markdown_target(to: str | Path) -> None:
 
 def render_markdown(report: Report) -> str:
     """The Markdown as text."""
-    from zofo.theory.tables import smoothness_table
+    from zofo.smoothness.tables import smoothness_table
 
     comparison, verdict = report.comparison, report.verdict
     parts = [MARK, f"**{escape(verdict.sentence)}**"]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from zofo.files import write_text
-from zofo.report.curves import curve_figures
-from zofo.report.document import check_target, json_of, render_document
-from zofo.report.figures import Choices, difference_figure, pareto_figures
-from zofo.report.look import THEMES, template_of
-from zofo.report.rates import rate_figures
+from zofo.disk.files import write_text
+from zofo.pages.document import check_target, json_of, render_document
+from zofo.pages.look import THEMES, template_of
+from zofo.report.curves_figure import curve_figures
+from zofo.report.rates_figure import rate_figures
+from zofo.report.scores_figure import Choices, difference_figure, pareto_figures
 from zofo.report.tables import (
     Table,
     group_table,
@@ -26,9 +26,9 @@ from zofo.report.tables import (
     reach_table,
     run_table,
 )
-from zofo.study.comparison import Comparison, compare
-from zofo.study.table import Runs, read_runs, relative_to
-from zofo.study.verdict import Verdict, judge
+from zofo.results.comparison import Comparison, compare
+from zofo.results.table import Runs, read_runs, relative_to
+from zofo.results.verdict import Verdict, judge
 
 MARK: Final = '<meta name="generator" content="zofo report">'
 _MAX_VALUES: Final = 12
@@ -92,7 +92,7 @@ def render(report: Report, folder: Path) -> str:
 
 
 def _context(report: Report, folder: Path) -> dict[str, Any]:
-    from zofo.theory.tables import smoothness_table
+    from zofo.smoothness.tables import smoothness_table
 
     runs, comparison, verdict = report.runs, report.comparison, report.verdict
     rows: list[Any] = list(runs.table.itertuples())
@@ -132,7 +132,7 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
 
 def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
     """The figures that there is something for, by name."""
-    from zofo.theory.figures import path_figures
+    from zofo.smoothness.figures import path_figures
 
     theme, comparison = THEMES[theme_name], report.comparison
     rates, ratios = rate_figures(comparison.grids, theme)
@@ -152,7 +152,7 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
 
 def smoothness_of(runs: Runs) -> dict[str, dict[str, Any]]:
     """Run -> what `zofo smoothness` found, of those that have it."""
-    from zofo.theory.tables import read_summary
+    from zofo.smoothness.tables import read_summary
 
     rows: list[Any] = list(runs.table.itertuples())
     found = {row.run: read_summary(row.folder) for row in rows}

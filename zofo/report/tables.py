@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zofo.study.comparison import Comparison, Group, Pair, treatment_of
-from zofo.study.statistics import Estimate, Ranks
+from zofo.results.comparison import Comparison, Group, Pair, treatment_of
+from zofo.statistics.estimates import Estimate, Ranks
 
 _MIB = 2**20
 _OUTCOMES = {"win": "won", "loss": "lost", "tie": "tie", "undecided": "undecided"}

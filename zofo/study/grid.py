@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from zofo.config import RunConfig, load_config
+from zofo.config.schema import RunConfig, load_config
 from zofo.errors import UserError
 from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
 
@@ -176,7 +176,7 @@ def config_of(
     Raises:
         UserError: with every problem found.
     """
-    from zofo.methods import METHODS
+    from zofo.optim.methods import METHODS
 
     method = "hybrid" if cell.method == TIED else cell.method
     values: dict[str, Any] = {
@@ -226,7 +226,7 @@ def steps_within(config: RunConfig, budget: float) -> int:
 
 def cost_of(config: RunConfig, steps: int | None = None) -> float:
     """Forward-equivalents of a run's training."""
-    from zofo.run import forward_equivalents
+    from zofo.run.train import forward_equivalents
 
     again = config.model.dtype != "float32"
     return forward_equivalents(config, steps or config.steps or 0, part_again=again)
@@ -244,7 +244,7 @@ def _fits(pattern: Pattern, label: str) -> bool:
 
 def _cells(spec: StudySpec) -> Iterator[Cell]:
     """Every combination that differs, in the order of the axes."""
-    from zofo.methods import METHODS
+    from zofo.optim.methods import METHODS
 
     for model in spec.models:
         for task in spec.tasks:
@@ -260,7 +260,7 @@ def _cells(spec: StudySpec) -> Iterator[Cell]:
 
 def _pairs(spec: StudySpec, cell: Cell) -> tuple[tuple[Pair, ...], list[str]]:
     """The rates to choose from, and what is missing."""
-    from zofo.methods import METHODS
+    from zofo.optim.methods import METHODS
 
     fitting = [rates for rates in spec.rates if matches(rates, cell)]
     orders = METHODS["hybrid" if cell.method == TIED else cell.method]
@@ -320,7 +320,7 @@ def _unsuited(spec: StudySpec, cell: Cell) -> str | None:
 
 
 def _has_classes(task: str) -> bool:
-    from zofo.tasks.builtin import BUILTIN
+    from zofo.tasks.families.table import BUILTIN
 
     if task not in BUILTIN:
         return task not in ("completion", "chat")
@@ -329,7 +329,7 @@ def _has_classes(task: str) -> bool:
 
 def _is_classifier(model: dict[str, Any]) -> bool:
     """Of models that are here; a hub id is looked up when its runs begin."""
-    from zofo.models import ALIASES, head_of
+    from zofo.models.loading import ALIASES, head_of
 
     if model.get("head", "auto") != "auto":
         return model["head"] == "classification"

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from zofo.artifact import Artifact, load
-from zofo.config import RunConfig, load_config
+from zofo.config.schema import RunConfig, load_config
+from zofo.disk.files import read_json, write_json
 from zofo.environment import check_device, default_device
 from zofo.errors import UserError
-from zofo.evaluate import Metrics
-from zofo.files import read_json, write_json
-from zofo.models import load_tokenizer
-from zofo.resume import CONFIG_FILE, RESULT_FILE
-from zofo.run import base_of, evaluate_artifact
+from zofo.models.loading import load_tokenizer
+from zofo.run.resume import CONFIG_FILE, RESULT_FILE
+from zofo.run.train import base_of, evaluate_artifact
+from zofo.saved.artifact import Artifact, load
+from zofo.scoring.evaluate import Metrics
 from zofo.tasks import load_splits
 
 

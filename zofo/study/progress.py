@@ -19,10 +19,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from zofo.progress import _duration
+from zofo.run.display import _duration
 from zofo.study.grid import Cell, Grid, cost_of
+from zofo.study.jobs import Task, all_tasks, run_of, start_error, state_of
 from zofo.study.records import StudyFolder
-from zofo.study.tasks import Task, all_tasks, run_of, start_error, state_of
 
 if TYPE_CHECKING:
     from zofo.study.worker import Job, Worker

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from zofo.disk.files import write_text
 from zofo.errors import UserError
-from zofo.files import write_text
 
 if TYPE_CHECKING:
     from zofo.study.spec import StudySpec

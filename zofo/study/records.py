@@ -20,9 +20,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from zofo.checkpoint_files import checkpoints
-from zofo.files import read_json, write_json, write_text
-from zofo.resume import CONFIG_FILE, RESULT_FILE
+from zofo.disk.files import read_json, write_json, write_text
+from zofo.run.resume import CONFIG_FILE, RESULT_FILE
+from zofo.saved.checkpoint_folders import checkpoints
 from zofo.study.grid import Cell, Grid, Run, as_json
 from zofo.study.select import Choice, DevScore, choose
 from zofo.study.spec import SPEC_FILE

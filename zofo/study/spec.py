@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from zofo.config import (
+from zofo.config.schema import (
     AUTO,
     AdapterConfig,
     ModelConfig,
@@ -29,9 +29,9 @@ from zofo.config import (
     describe_problem,
     join_problems,
 )
+from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
-from zofo.yaml_files import read_yaml
 
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
@@ -399,7 +399,7 @@ def _with_absolute_paths(spec: StudySpec) -> StudySpec:
 
 
 def _absolute(entry: Entry, section: str) -> Entry:
-    from zofo.models import ALIASES
+    from zofo.models.loading import ALIASES
 
     key = SECTIONS[section]
     values = {key: entry} if isinstance(entry, str) else dict(entry)

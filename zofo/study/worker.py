@@ -17,17 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TypeVar
 
-from zofo.checkpoint_files import checkpoints
+from zofo.disk.files import write_json, write_text
 from zofo.errors import UserError
-from zofo.files import write_json, write_text
-from zofo.resume import is_finished
-from zofo.stopping import stop_reason
+from zofo.run.resume import is_finished
+from zofo.run.stopping import stop_reason
+from zofo.saved.checkpoint_folders import checkpoints
 from zofo.study.grid import Grid, Run, config_of
-from zofo.study.process import Child, Lock, was_stopped
-from zofo.study.queue import queue_of
-from zofo.study.records import StudyFolder, is_begun, start_over
-from zofo.study.spec import SPEC_FILE, differences, load_spec
-from zofo.study.tasks import (
+from zofo.study.jobs import (
     START_ERROR_FILE,
     Task,
     all_tasks,
@@ -37,6 +33,10 @@ from zofo.study.tasks import (
     start_of,
     state_of,
 )
+from zofo.study.process import Child, Lock, was_stopped
+from zofo.study.queue import queue_of
+from zofo.study.records import StudyFolder, is_begun, start_over
+from zofo.study.spec import SPEC_FILE, differences, load_spec
 
 T = TypeVar("T")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)

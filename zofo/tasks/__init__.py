@@ -50,21 +50,21 @@ _USED_BY_OWN: Final = {
 
 def task_names() -> tuple[str, ...]:
     """All tasks, built-in ones first."""
-    from zofo.tasks.builtin import BUILTIN
+    from zofo.tasks.families.table import BUILTIN
 
     return (*BUILTIN, *OWN_TASKS)
 
 
 def used_options(name: str) -> set[str]:
     """The options that a task uses, beyond those that all do."""
-    from zofo.tasks.builtin import BUILTIN
+    from zofo.tasks.families.table import BUILTIN
 
     return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
 
 
 def writes_answers(spec: TaskSpec) -> bool:
     """Whether answers are written and scored by F1."""
-    from zofo.tasks.builtin import BUILTIN
+    from zofo.tasks.families.table import BUILTIN
 
     is_built_in = spec.name in BUILTIN and BUILTIN[spec.name].kind == "generation"
     return is_built_in or spec.metric == "f1"
@@ -127,7 +127,9 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
 
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
-    from zofo.tasks import builtin, family, passages, splits
+    from zofo.tasks import splits
+    from zofo.tasks.families import family, passages
+    from zofo.tasks.families import table as builtin
 
     task = builtin.BUILTIN[spec.name]
 

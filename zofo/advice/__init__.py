@@ -1,0 +1,1 @@
+"""Learning rates and smoothing radius from short measurements."""

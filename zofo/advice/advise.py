@@ -1,0 +1,475 @@
+r"""Rates and smoothing radius for a run, from a few hundred forwards and backwards.
+
+    1  ladder of ε along directions of the zeroth-order block      eps       zofo.advice.eps
+    2  slopes and curvatures along directions, at the start        moments   zofo.advice.rates
+    3  short trainings of the first-order block at a few rates     rate      short_trainings
+    4  slopes and curvatures again, where the best of them ended, each group of modules alone
+    5  rates, caps, expected progress, verdict
+
+Hybrid moves its base at points where the adapter has already learnt something, so the base is
+measured at both ends of a short training. The advised rate is the one that the model of a run
+prefers on average over the two, and never above half of what is stable at either.
+
+Weights, buffers, flags and generators are bit for bit what they were afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zofo.advice.caps import cap, epochs_to
+from zofo.advice.curvature import AlongUpdate, along_update, measure_directions
+from zofo.advice.eps import MOST_FORWARDS as LADDER_FORWARDS
+from zofo.advice.eps import Plateau, measure_ladder, plateau, weight_scale
+from zofo.advice.groups import NUM_KINDS, groups_of, split_rates
+from zofo.advice.probe import NUM_HELD, LossAndRows, Probe, untouched
+from zofo.advice.rates import (
+    Moments,
+    ZerothRate,
+    compromise,
+    moments,
+    progress_at,
+    total,
+    zeroth_rate,
+)
+from zofo.advice.setting import Advice, Setting, remarks_of
+from zofo.advice.short_trainings import (
+    MAX_RATES,
+    RATIO,
+    Beginning,
+    FirstRate,
+    VirtualRun,
+    num_virtual_steps,
+    search_rate,
+    virtual_training,
+)
+from zofo.errors import UserError
+from zofo.noise import Distribution
+from zofo.optim.methods import METHODS, param_groups
+from zofo.perturb.view import Perturbation
+from zofo.statistics.resampling import Interval
+
+NUM_DIRECTIONS: Final = 6
+"""At each of the two points; three forwards each."""
+DIRECTIONS_A_GROUP: Final = 4
+MIN_ROWS: Final = 16
+
+
+def advise(
+    model: nn.Module,
+    loss: LossAndRows,
+    batch_of: Callable[[Sequence[int]], Any],
+    num_rows: int,
+    setting: Setting,
+    *,
+    split: bool = True,
+    report: Callable[[str, float], None] | None = None,
+) -> Advice:
+    """Find what the setting leaves "auto".
+
+    Args:
+        model: adapter attached, on its device; left as it was.
+        loss: of a batch, and each row's share in it.
+        batch_of: row indices -> batch.
+        num_rows: of the training set.
+        setting: the run.
+        split: whether to look for rates by group of modules.
+        report: told what begins, and the forward-equivalents so far.
+
+    Returns:
+        The advice; a function of weights, rows and setting alone, on one machine.
+
+    Raises:
+        UserError: if there are fewer rows than anything can be said from, if the loss is not
+            finite, or if the method does not suit the model.
+    """
+    if num_rows < MIN_ROWS:
+        raise UserError(
+            f"the training set has {num_rows} rows; auto needs {MIN_ROWS} at least to tell signal "
+            "from noise: give base_lr, adapter_lr and eps as numbers"
+        )
+    seed = _own_seed(setting.seed)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        work = _Work(model, loss, batch_of, num_rows, setting, seed, split, report)
+        with untouched(model, work.first, seed=seed % 2**63):
+            model.train()
+            return work.run()
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def most_forwards(setting: Setting) -> int:
+    """Forward-equivalents that an advice costs at the most; a small model or set costs less.
+
+    Args:
+        setting: the run.
+
+    Returns:
+        Forwards of a micro-batch, a backward counted as in the run.
+    """
+    zeroth, first = setting.zeroth, setting.first
+    gradient = METHODS[setting.method].forwards_per_gradient
+    steps, held = num_virtual_steps(setting.num_steps), math.ceil(NUM_HELD / setting.batch_size)
+    training = steps * setting.accumulation * gradient + held
+    at_the_start = (steps - steps // 2) * setting.accumulation + held
+    most = 0
+    if zeroth is not None and (setting.asks(zeroth) or setting.eps == "auto"):
+        most += LADDER_FORWARDS
+    if setting.asks(first):
+        # Curvature along the update at both ends: two gradients of two batches each.
+        most += MAX_RATES * training + at_the_start + 8 * gradient
+    if setting.asks(zeroth):
+        most += 3 * NUM_DIRECTIONS
+        if first is not None:
+            most += 3 * max(NUM_DIRECTIONS, NUM_KINDS * DIRECTIONS_A_GROUP)
+            # At the end of a short training that the search need not have made.
+            most += training if setting.asks(first) else training + at_the_start
+    return most
+
+
+class _Work:
+    """The steps of an advice, with what they share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossAndRows,
+        batch_of: Callable[[Sequence[int]], Any],
+        num_rows: int,
+        setting: Setting,
+        seed: int,
+        split: bool,
+        report: Callable[[str, float], None] | None,
+    ) -> None:
+        self.model, self.setting, self.seed, self.wants_split = model, setting, seed, split
+        self.report = report
+        groups = param_groups(
+            model,
+            setting.method,
+            base_lr=setting.base_lr if isinstance(setting.base_lr, dict) else 0.0,
+            adapter_lr=0.0,
+        )
+        self.zeroth: dict[str, tuple[nn.Parameter, int]] = {}
+        self.first: list[nn.Parameter] = []
+        for group in groups:
+            if group["order"] == "first":
+                self.first += group["params"]
+            else:
+                pairs = zip(group["params"], group["tensors"], strict=True)
+                self.zeroth |= dict(zip(group["names"], pairs, strict=True))
+        self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
+        self.probe = Probe(
+            model,
+            loss,
+            batch_of,
+            num_rows=num_rows,
+            batch_size=min(setting.batch_size, num_rows // 2),
+            seed=seed,
+        )
+        self.moves = -(-setting.num_steps // setting.base_every)
+        rows = setting.batch_size if setting.base_rows is None else setting.base_rows
+        self.batch_rows = rows * setting.accumulation
+        self.start = [p.detach().clone() for p in self.first]
+        self.ends: dict[float, list[Tensor]] = {}
+        self.beginning: Beginning | None = None
+        self.steps = num_virtual_steps(setting.num_steps)
+
+    def run(self) -> Advice:
+        setting, advice = self.setting, Advice(self.setting)
+        zeroth, first = setting.zeroth, setting.first
+        advice.base_lr = None if setting.base_lr == "auto" else setting.base_lr
+        advice.adapter_lr = None if setting.adapter_lr == "auto" else setting.adapter_lr
+        advice.eps = None if setting.eps == "auto" or zeroth is None else setting.eps
+        asks_zeroth = setting.asks(zeroth)
+        radius = 0.0
+        if zeroth is not None and (asks_zeroth or setting.eps == "auto"):
+            self._say("eps")
+            advice.plateau, radius = self._eps()
+            advice.eps = _rounded(advice.plateau.eps) if setting.eps == "auto" else setting.eps
+        if asks_zeroth:
+            self._say(f"{zeroth}: curvature")
+            advice.at_start = self._moments(self._view(), radius, NUM_DIRECTIONS, 100)
+        if setting.asks(first):
+            self._say(f"{first}: short trainings")
+            advice.first = self._search(advice)
+            setattr(advice, f"{first}_lr", _rounded(advice.first.rate))
+        if asks_zeroth:
+            if first is not None:
+                self._say(f"{zeroth}: curvature after a short training")
+                self._go_on(advice)
+                advice.at_later = self._later(advice, radius)
+                self._put_back()
+            self._zeroth_rate(advice)
+        advice.cost = self.probe.cost
+        self._caps(advice)
+        advice.remarks = remarks_of(advice)
+        return advice
+
+    def _say(self, what: str) -> None:
+        if self.report is not None:
+            self.report(what, self.probe.cost)
+
+    def _view(
+        self, names: Sequence[str] | None = None, *, distribution: Distribution = "gaussian"
+    ) -> Perturbation:
+        """The model at x + scale · v, with v over some or all weights of the zeroth-order block.
+
+        Moments need Gaussian directions: `zofo.advice.rates`.
+        """
+        chosen = [self.zeroth[name] for name in (self.zeroth if names is None else names)]
+        return Perturbation(
+            self.model,
+            [parameter for parameter, _ in chosen],
+            [tensor for _, tensor in chosen],
+            seed=self.seed,
+            distribution=distribution,
+        )
+
+    def _eps(self) -> tuple[Plateau, float]:
+        weights = [parameter for parameter, _ in self.zeroth.values()]
+        ladder = measure_ladder(
+            self.probe,
+            self._view(distribution=self.setting.distribution),
+            scale=self.scale,
+            estimator=self.setting.estimator,
+            is_16_bit=any(p.element_size() == 2 for p in weights),
+        )
+        if not math.isfinite(float(ladder.at.sum())):
+            raise UserError(
+                "the loss of the untrained model is not finite, so nothing can be advised; look at "
+                "the data and the dtype"
+            )
+        found = plateau(ladder, self.setting.estimator)
+        # Second differences want a larger radius than slopes do.
+        radius = max(found.eps, min(found.high, found.quadratic_to))
+        return found, radius
+
+    def _moments(self, view: Perturbation, radius: float, num: int, first: int) -> Moments:
+        found = measure_directions(self.probe, view, radius=radius, num_directions=num, first=first)
+        return moments(found, seed=self.seed % 2**32)
+
+    def _later(self, advice: Advice, radius: float) -> Moments:
+        groups = {}
+        if self.wants_split and self.setting.zeroth == "base" and self.setting.base_lr == "auto":
+            groups = groups_of(list(self.zeroth))
+        if len(groups) < 2:
+            return self._moments(self._view(), radius, NUM_DIRECTIONS, 200)
+        parts = {}
+        for i, (group, names) in enumerate(groups.items()):
+            view = self._view(names)
+            parts[group] = self._moments(view, radius, DIRECTIONS_A_GROUP, 200 + 20 * i)
+        whole = total(list(parts.values()))
+        rate = self._rate_of(whole, advice)
+        advice.split = split_rates(
+            parts,
+            groups,
+            batch_rows=self.batch_rows,
+            rate=rate.rate,
+            num_directions=self.setting.num_directions,
+        )
+        return whole
+
+    def _rate_of(self, found: Moments, advice: Advice) -> ZerothRate:
+        assert advice.plateau is not None
+        return zeroth_rate(
+            found,
+            batch_rows=self.batch_rows,
+            num_steps=self.moves,
+            trusted_to=advice.plateau.quadratic_to,
+            num_directions=self.setting.num_directions,
+            pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
+        )
+
+    def _zeroth_rate(self, advice: Advice) -> None:
+        assert advice.at_start is not None
+        advice.zeroth_start = self._rate_of(advice.at_start, advice)
+        rate, later = advice.zeroth_start.rate, advice.at_start
+        if advice.at_later is not None:
+            advice.zeroth_later = self._rate_of(advice.at_later, advice)
+            rate = compromise(
+                [
+                    (advice.at_start, advice.zeroth_start),
+                    (advice.at_later, advice.zeroth_later),
+                ]
+            )
+            later = advice.at_later
+        rate = _rounded(rate)
+        advice.progress = self._progress(later, rate)
+        if self.setting.zeroth == "adapter":
+            advice.adapter_lr = rate
+            return
+        advice.base_lr = rate
+        if advice.split is not None and advice.split.rates:
+            assert advice.zeroth_later is not None
+            scale = rate / advice.zeroth_later.rate
+            # All groups move by one s: none may leave what was measured, or wander too far.
+            points = [p for p in (advice.zeroth_start, advice.zeroth_later) if p is not None]
+            most = min(min(p.reach, p.drift) for p in points)
+            advice.base_lr = {
+                p: _rounded(min(r * scale, most)) for p, r in advice.split.rates.items()
+            }
+
+    def _progress(self, found: Moments, rate: float) -> Interval:
+        return progress_at(
+            found,
+            rate,
+            batch_rows=self.batch_rows,
+            num_steps=self.moves,
+            num_directions=self.setting.num_directions,
+        )
+
+    def _search(self, advice: Advice) -> FirstRate:
+        setting = self.setting
+        is_full = setting.first == "base"
+        rows = [self.probe.draw() for _ in range(2)]
+
+        def gradient() -> None:
+            for part in rows:
+                torch.manual_seed(self.seed % 2**63)
+                self.probe.backward(part, is_full=is_full, share=1 / len(rows))
+
+        is_sign = setting.optimizer == "adamw"
+        along = along_update(self.first, gradient, is_sign=is_sign)
+        advice.along = (along,)
+        start = self._start_rate(along)
+        found = search_rate(
+            self._train, start=start, num_steps=self.steps, horizon=setting.num_steps
+        )
+        if all(run.blew_up for run in found.runs):
+            rates = ", ".join(f"{run.rate:.1e}" for run in found.runs)
+            raise UserError(
+                f"no rate of the {setting.first} can be advised: the loss is not finite within "
+                f"{self.steps} steps at any of {rates}; look at the data and the dtype, or give "
+                f"{setting.first}_lr as a number"
+            )
+        if found.best in self.ends:
+            self._set(self.ends[found.best])
+            advice.along = (along, along_update(self.first, gradient, is_sign=is_sign))
+            self._set(self.start)
+        return found
+
+    def _start_rate(self, along: AlongUpdate) -> float:
+        setting = self.setting
+        best = along.best_rate
+        if setting.optimizer == "adamw":
+            usual = setting.usual_rate
+            return min(max(best, usual / RATIO), usual * RATIO) if math.isfinite(best) else usual
+        norm = math.sqrt(max(along.square, 0.0))
+        if not math.isfinite(best):
+            size = weight_scale(self.first) * math.sqrt(sum(p.numel() for p in self.first)) or 1.0
+            best = 0.01 * size / norm if norm > 0 else setting.usual_rate
+        # A gradient that is clipped moves the block by the rate alone.
+        clip = setting.max_grad_norm
+        return best * max(1.0, norm / clip) if clip else best
+
+    def _train(self, rate: float) -> VirtualRun:
+        setting = self.setting
+        self._set(self.start)
+        run = virtual_training(
+            self.probe,
+            self.first,
+            rate,
+            optimizer=self._optimizer,
+            num_steps=self.steps,
+            accumulation=setting.accumulation,
+            max_grad_norm=setting.max_grad_norm,
+            is_full=setting.first == "base",
+            start=self.beginning,
+            seed=self.seed % 2**63,
+        )
+        self.beginning = run.start
+        if setting.first == "adapter" and not run.blew_up:
+            self.ends[rate] = [p.detach().clone() for p in self.first]
+        self._set(self.start)
+        return run
+
+    def _optimizer(self, parameters: Sequence[nn.Parameter], rate: float) -> Optimizer:
+        decay = self.setting.adapter_weight_decay
+        if self.setting.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+    def _go_on(self, advice: Advice) -> None:
+        """Put the first-order block where a short training ended."""
+        rate = advice.first.best if advice.first is not None else float(advice.adapter_lr or 0.0)
+        if rate not in self.ends:
+            self._train(rate)
+        if rate in self.ends:
+            self._set(self.ends[rate])
+
+    def _put_back(self) -> None:
+        self._set(self.start)
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.first, values, strict=True):
+            parameter.copy_(value)
+
+    def _caps(self, advice: Advice) -> None:
+        setting = self.setting
+        batches = max(1, self.probe.num_rows // (setting.batch_size * setting.accumulation))
+        epochs = max(1.0, setting.num_steps / batches)
+        if setting.target is not None:
+            epochs = max(epochs, epochs_to(setting.target, batches=batches))
+        found = advice.at_later or advice.at_start
+        smoothness: dict[str, tuple[float, int | None]] = {}
+        if found is not None and setting.zeroth is not None:
+            least = max(found.rayleigh, found.trace / found.num_weights)
+            smoothness[setting.zeroth] = least, found.num_weights
+        if setting.first is not None and advice.along:
+            found_along = [a.rayleigh for a in advice.along if math.isfinite(a.rayleigh)]
+            smoothness[setting.first] = max(found_along, default=0.0), None
+        for block, (constant, num_weights) in smoothness.items():
+            for reading in ("sqrt(Tn)", "sqrt(T)n"):
+                advice.caps[f"{block} {reading}"] = cap(
+                    constant,
+                    batches=batches,
+                    epochs=epochs,
+                    num_weights=num_weights,
+                    reading=reading,
+                )
+            limit = advice.caps[f"{block} sqrt(Tn)"].rate
+            if setting.caps == "apply" and setting.asks(block) and _apply(advice, block, limit):
+                advice.capped.append(block)
+                if block == setting.zeroth and found is not None:
+                    advice.progress = self._progress(found, _rounded_down(limit))
+
+
+def _apply(advice: Advice, block: str, limit: float) -> bool:
+    """Lower a block's rates to a limit; whether any was above it."""
+    rate = getattr(advice, f"{block}_lr")
+    rates = list(rate.values()) if isinstance(rate, dict) else [rate]
+    if rate is None or max(rates) <= limit:
+        return False
+    limit = _rounded_down(limit)
+    lowered = [min(r, limit) for r in rates]
+    setattr(
+        advice,
+        f"{block}_lr",
+        dict(zip(rate, lowered, strict=True)) if isinstance(rate, dict) else lowered[0],
+    )
+    return True
+
+
+def _own_seed(seed: int) -> int:
+    """Directions and rows of the advice are none of the run's."""
+    return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
+
+
+def _rounded(value: float) -> float:
+    """Two digits: more would claim what was not measured."""
+    return float(f"{value:.2g}")
+
+
+def _rounded_down(value: float) -> float:
+    """Likewise, but not above it."""
+    power = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return _rounded(math.floor(value / power) * power)

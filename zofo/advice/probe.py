@@ -1,0 +1,152 @@
+"""What the advisor may evaluate: losses of rows of the training set, at a cost that it counts.
+
+    forward                  rows / batch_size forward-equivalents
+    forward and backward     that times 2 for an adapter's gradient, times 3 for every weight's
+
+Rows come in one permutation of the training set, drawn from the advisor's own seed: the first are
+held aside, the others are handed out batch by batch. Nothing that is evaluated here leaves a trace:
+the base is perturbed on use, an adapter that moved is put back bit for bit, and so are generators,
+gradients, flags and the mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zofo.optim.estimator import GeneratorState
+from zofo.perturb.view import Perturbation
+
+LossAndRows = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""Model and batch -> the loss, a scalar with its graph, and each row's share, [rows]: the mean of
+the shares is the loss."""
+NUM_HELD: Final = 48
+"""Rows held aside, where a quarter of all is as many."""
+
+
+class Probe:
+    """Evaluations of a model on rows of a training set.
+
+    Args:
+        model: in the mode it trains in.
+        loss: of a batch.
+        batch_of: row indices -> batch.
+        num_rows: of the training set.
+        batch_size: rows of a micro-batch.
+        num_held: rows to hold aside, at most a quarter of all.
+        seed: of the order of the rows, and of dropout masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossAndRows,
+        batch_of: Callable[[Sequence[int]], Any],
+        *,
+        num_rows: int,
+        batch_size: int,
+        num_held: int = NUM_HELD,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.loss, self.batch_of = model, loss, batch_of
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1))))
+        order = generator.permutation(num_rows).tolist()
+        num_held = min(num_held, num_rows // 4)
+        self.held, self.open = order[:num_held], order[num_held:]
+        self.cost = 0.0
+        self._next = 0
+
+    def rewind(self) -> None:
+        """Hand out the same rows again."""
+        self._next = 0
+
+    def draw(self, num: int | None = None) -> list[int]:
+        """The next rows; a training set that is used up begins anew."""
+        num = self.batch_size if num is None else num
+        chosen = [self.open[(self._next + i) % len(self.open)] for i in range(num)]
+        self._next += num
+        return chosen
+
+    def masks(self, direction: int) -> GeneratorState:
+        """Dropout masks for all evaluations along a direction."""
+        torch.manual_seed(self.seed % 2**63 + direction)
+        return GeneratorState.capture()
+
+    @torch.no_grad()
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Each row's loss: float64, [rows], on the CPU."""
+        self.cost += len(indices) / self.batch_size
+        return self.loss(self.model, self.batch_of(indices))[1].detach().double().cpu()
+
+    @torch.no_grad()
+    def batch_loss(self, indices: Sequence[int]) -> tuple[float, np.ndarray]:
+        """The loss as a step computes it, in its own dtype, and each row's share: [rows]."""
+        self.cost += len(indices) / self.batch_size
+        loss, shares = self.loss(self.model, self.batch_of(indices))
+        return float(loss), shares.detach().double().cpu().numpy()
+
+    def seen_at(
+        self,
+        view: Perturbation,
+        scale: float,
+        indices: Sequence[int],
+        *,
+        direction: int,
+        masks: GeneratorState,
+    ) -> tuple[float, np.ndarray]:
+        """`batch_loss` at x + scale · v, under given dropout masks."""
+        with masks.replayed():
+            if scale == 0:
+                return self.batch_loss(indices)
+            # The direction is the step: fresh for each, and none of the run's (the seed differs).
+            with view.at(scale, step=direction):
+                return self.batch_loss(indices)
+
+    def backward(self, indices: Sequence[int], *, is_full: bool, share: float = 1.0) -> float:
+        """Forward and backward of share · loss; gradients add up in the parameters.
+
+        Args:
+            indices: rows of a micro-batch.
+            is_full: whether every weight has a gradient, for the cost.
+            share: factor of the loss.
+        """
+        self.cost += (3 if is_full else 2) * len(indices) / self.batch_size
+        with torch.enable_grad():
+            loss = self.loss(self.model, self.batch_of(indices))[0]
+            (loss * share).backward()
+        return float(loss.detach())
+
+
+@contextmanager
+def untouched(model: nn.Module, moved: Sequence[nn.Parameter], *, seed: int) -> Iterator[None]:
+    """Within the context a model may be trained a little; afterwards it is as it was.
+
+    Args:
+        model: whose buffers, mode, flags, gradients and generators are put back.
+        moved: parameters that may be written; copied, and put back bit for bit.
+        seed: of torch's generators within the context.
+    """
+    generators = GeneratorState.capture()
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    held: list[tuple[Tensor, Tensor]] = [(p, p.detach().clone()) for p in moved]
+    held += [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        torch.manual_seed(seed)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in held:
+                tensor.copy_(copy)
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        for module, mode in modes:
+            module.training = mode
+        generators.restore()

@@ -1,0 +1,135 @@
+"""`zofo advise`: rates and smoothing radius for a configuration, before it is run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from zofo.advice.present import as_json, cap_lines, reason_of
+from zofo.advice.setting import Advice
+from zofo.config.schema import AUTO, RunConfig, idle_options, load_config
+from zofo.disk.files import problem_of_target, write_json
+from zofo.errors import UserError
+from zofo.optim.methods import METHODS
+from zofo.run.auto import advise_on
+from zofo.run.display import new_progress
+from zofo.run.train import prepare
+
+
+def advise(
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    caps: str | None,
+    target: float | None,
+    split: bool,
+    json_file: Path | None,
+) -> None:
+    """Print what a run should take, and why."""
+    if caps not in (None, "ignore", "apply"):
+        raise UserError(f"--caps is {caps!r}; choose ignore or apply")
+    if target is not None and not 0 < target < float("inf"):
+        raise UserError(f"--target is {target:g}; it must be a positive norm of the gradient")
+    problem = None if json_file is None else problem_of_target(json_file)
+    if problem is not None:
+        raise UserError(f"the JSON file {problem}")
+    chosen: Any = caps or ("ignore" if target is None else "apply")
+    config = everything_auto(load_config(path, overrides))
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    began = time.monotonic()
+    prepared = prepare(config)
+    with new_progress(Console(stderr=True), "") as progress:
+        task = progress.add_task("advice", total=None, text="")
+        advice = advise_on(
+            config,
+            prepared,
+            caps=chosen,
+            target=target,
+            split=split,
+            report=lambda what, cost: progress.update(task, text=what),
+        )
+    seconds = time.monotonic() - began
+    show(advice, seconds)
+    if json_file is not None:
+        write_json(json_file, {**as_json(advice), "seconds": round(seconds, 3)})
+
+
+def everything_auto(config: RunConfig) -> RunConfig:
+    """All that the method moves by is asked for, whatever the configuration says.
+
+    A map of rates stays, since which weights it freezes is a decision.
+
+    Raises:
+        UserError: if the zeroth-order block follows accuracy or F1.
+    """
+    orders = METHODS[config.method]
+    if config.zo_objective != "loss" and "zeroth" in (orders.base, orders.adapter):
+        raise UserError(
+            f"zo_objective is {config.zo_objective}, and the advice measures the training "
+            "loss; set zo_objective=loss to be advised for that, or choose rates by hand"
+        )
+    values = config.model_dump()
+    for key in ("base_lr", "adapter_lr", "eps"):
+        if not isinstance(values[key], dict):
+            values[key] = AUTO
+    if config.method in ("fo-ft", "zo-ft"):
+        del values["adapter"]
+    if values["steps"] is None:
+        del values["steps"]
+    return load_config(values=values)
+
+
+def show(advice: Advice, seconds: float) -> None:
+    """The advice as tables and sentences."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    setting = advice.setting
+    table = Table("key", "value", "because", title=f"advice for {setting.num_steps} steps")
+    for key in ("base_lr", "adapter_lr", "eps"):
+        value = getattr(advice, key)
+        if getattr(setting, key) != AUTO or value is None:
+            continue
+        if isinstance(value, dict):
+            text = "\n".join(f"{pattern}: {rate:g}" for pattern, rate in value.items())
+        else:
+            text = f"{value:g}"
+        table.add_row(key, text, reason_of(advice, key))
+    console.print(table)
+    if advice.at_start is not None:
+        measured = Table(
+            "zeroth-order block", "‖∇f‖²", "row noise S", "tr H", "κ", title="measured"
+        )
+        for name, found in (("at the start", advice.at_start), ("later", advice.at_later)):
+            if found is not None:
+                cells = found.intervals().values()
+                measured.add_row(name, *(f"{cell:.2g}" for cell in cells))
+        console.print(measured)
+    if advice.first is not None:
+        runs = Table("rate", "loss, held aside", "score", title="short trainings")
+        still = advice.first.runs[0].start
+        runs.add_row("0", f"{still.held.mean():.4f}", f"{still.score:.4f}")
+        for run in advice.first.runs:
+            if run.blew_up:
+                runs.add_row(f"{run.rate:.2g}", "not finite", "")
+            else:
+                change = f"{run.start.held.mean():.4f} → {run.held.mean():.4f}"
+                score = f"{run.score:.4f}, harm" if run.is_harmful else f"{run.score:.4f}"
+                runs.add_row(f"{run.rate:.2g}", change, score)
+        console.print(runs)
+    for line in (*advice.remarks, *cap_lines(advice)):
+        console.print(line, markup=False, soft_wrap=True)
+    share = advice.cost / setting.forwards_of_run
+    console.print(
+        f"{advice.cost:.0f} forward-equivalents, {share:.0%} of the run's "
+        f"{setting.forwards_of_run:.0f}; {seconds:.0f} s",
+        soft_wrap=True,
+    )

@@ -1,0 +1,143 @@
+"""`zofo study`: work on a grid of runs, look how far it is, or only plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zofo.errors import UserError
+from zofo.study.grid import Grid, expand
+from zofo.study.jobs import all_tasks
+from zofo.study.progress import (
+    Costs,
+    StudyDisplay,
+    Summary,
+    seconds_per_forward,
+    summarize,
+    table_of,
+)
+from zofo.study.queue import DATABASE_FILE, queue_of
+from zofo.study.records import StudyFolder
+from zofo.study.spec import SPEC_FILE, load_spec
+from zofo.study.worker import Worker
+
+_NUM_SHOWN = 5
+_PLAIN_WIDTH = 100
+
+
+def start(
+    name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
+) -> None:
+    """Work on a study until it is done; exits with 1 if something failed."""
+    spec = load_spec(name, overrides)
+    folder = Path(spec.output)
+    if join and not (folder / SPEC_FILE).is_file():
+        raise UserError(f"there is no study in {folder} to join; start it without --join")
+    grid = expand(spec)
+    console = Console(stderr=True)
+    for reason, num in grid.dropped.items():
+        console.print(f"left out: {num} cells, {reason}", highlight=False, soft_wrap=True)
+    display = StudyDisplay(grid, console)
+    worker = Worker(grid, num_workers, display)
+    try:
+        worker.run(retry_failed=retry_failed)
+    finally:
+        display.close()
+    if worker.signum is not None:
+        print(f"interrupted; continue with: zofo study {folder}", file=sys.stderr)
+        raise typer.Exit(128 + worker.signum)
+    summary = _summary(grid)
+    _print(summary)
+    print(f"results in {folder / 'results.json'}, choices in {folder / 'selection.json'}")
+    print(f"figures and statistics: zofo report {folder}")
+    if summary.failed:
+        print("try what failed again with: zofo study --retry-failed", folder, file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def show_status(name: str, overrides: Sequence[str]) -> None:
+    """Print how far a study is."""
+    spec = load_spec(name, overrides)
+    folder = Path(spec.output)
+    if not (folder / SPEC_FILE).is_file():
+        raise UserError(f"there is no study in {folder} yet; start it with: zofo study {name}")
+    grid = expand(load_spec(folder))
+    _print(_summary(grid))
+
+
+def show_plan(name: str, overrides: Sequence[str]) -> None:
+    """Print what a study would do."""
+    spec = load_spec(name, overrides)
+    grid = expand(spec)
+    console = _console()
+    costs = Costs(grid)
+    table = Table("method", "cells", "searches", "other seeds", "steps", title=spec.name)
+    for method in spec.methods:
+        cells = [cell for cell in grid.rates if cell.method == method]
+        if cells:
+            steps = {str(grid.config(r).steps) for r in grid.search if r.cell in cells[:1]}
+            pairs = sum(len(grid.rates[cell]) for cell in cells)
+            searches = pairs * len(spec.choosing_seeds)
+            others = len(cells) * len(grid.other_seeds)
+            table.add_row(method, *map(str, (len(cells), searches, others)), ", ".join(steps))
+    console.print(table)
+    for reason, num in grid.dropped.items():
+        console.print(f"left out: {num} cells, {reason}")
+    total = costs.total()
+    console.print(
+        f"{grid.num_runs} runs in {len(grid.rates)} cells, {len(grid.starts)} untrained models, "
+        f"about {total:,.0f} forward-equivalents of training, evaluations apart"
+    )
+    folder = StudyFolder(grid)
+    found = [r for r in map(folder.record, grid.search) if r is not None]
+    pace = seconds_per_forward(found).get(())
+    console.print(
+        "no run has been timed yet, so the hours are not known"
+        if pace is None
+        else f"about {pace * total / 3600:.1f} hours of one worker ({pace:.3g} s a forward)"
+    )
+    for run in grid.search[:_NUM_SHOWN]:
+        console.print(run.id, markup=False)
+    more = len(grid.search) - _NUM_SHOWN
+    console.print(f"... and {more} searches more; the first of all:" if more > 0 else "the first:")
+    console.print(grid.config(grid.search[0]).to_yaml(), markup=False)
+
+
+def _summary(grid: Grid) -> Summary:
+    """From the files, and from the queue where it is at hand."""
+    folder = StudyFolder(grid)
+    folder.choices()
+    return summarize(folder, Costs(grid), all_tasks(grid), _running(folder))
+
+
+def _running(folder: StudyFolder) -> list[str]:
+    spec = folder.grid.spec
+    if spec.storage is None and not (folder.path / DATABASE_FILE).exists():
+        return []
+    queue = queue_of(spec)
+    try:
+        return list(queue.workers())
+    finally:
+        queue.close()
+
+
+def _print(summary: Summary) -> None:
+    console = _console()
+    console.print(table_of(summary, len(summary.running)))
+    for name in summary.running:
+        console.print(f"running: {name}", markup=False, soft_wrap=True)
+    for name, error in summary.failed.items():
+        console.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
+    if summary.num_unchosen:
+        console.print(
+            f"{summary.num_unchosen} cells have no rates: of every pair a run failed or was stopped"
+        )
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)

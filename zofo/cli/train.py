@@ -1,0 +1,142 @@
+"""`zofo train`: start, continue, or only plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zofo.cli.app import EXIT_INTERRUPTED
+from zofo.config.schema import RunConfig, idle_options, load_config
+from zofo.run.resume import RESULT_FILE, is_finished, newest_checkpoint, resumed_config
+from zofo.run.train import Result, train
+from zofo.scoring.evaluate import Metrics
+from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+
+_SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
+
+
+def start(path: Path | None, overrides: Sequence[str]) -> None:
+    """Run a configuration."""
+    config = load_config(path, overrides)
+    _warn(config)
+    _run(config, None)
+
+
+def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
+    """Continue a run folder from its newest whole checkpoint."""
+    config = resumed_config(folder, path, overrides)
+    if is_finished(folder):
+        print(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
+        return
+    _run(config, folder)
+
+
+def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
+    """Print what a run would do."""
+    from zofo.run.plan import make_plan
+    from zofo.run.train import new_folder
+
+    config = load_config(path, overrides)
+    _warn(config)
+    new_folder(config)  # says now what would keep the run from being written
+    plan = make_plan(config)
+    console = Console(highlight=False)
+    console.print(config.to_yaml(), markup=False)
+    table = Table("block", "order", "moves", "parameters", title="parameters")
+    for block, (order, moved, total) in plan.num_parameters.items():
+        if total:
+            table.add_row(block, order, f"{moved:,}", f"{total:,}")
+    console.print(table)
+    memory = Table("what", "MiB", title="memory")
+    for what, size in plan.memory_bytes.items():
+        memory.add_row(what, f"{size / 2**20:,.1f}")
+    memory.add_row("sum", f"{sum(plan.memory_bytes.values()) / 2**20:,.1f}")
+    console.print(memory)
+    rows = ", ".join(f"{num} {part}" for part, num in plan.num_rows.items())
+    console.print(f"rows: {rows}; longest sequence {plan.max_tokens} tokens")
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(
+        f"{plan.steps} steps, about {plan.forward_equivalents:,} forward-equivalents of "
+        f"{config.batch_size} rows, evaluations apart"
+    )
+
+
+def _warn(config: RunConfig) -> None:
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _run(config: RunConfig, folder: Path | None) -> None:
+    progress = Console(stderr=True)
+    started: list[Path] = []
+    try:
+        result = train(
+            config, resume=folder, console=progress, on_start=started.append, stop=StopOnSignal()
+        )
+    except KeyboardInterrupt as error:
+        print(_how_to_continue(started[0] if started else folder), file=sys.stderr)
+        code = error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
+        raise typer.Exit(code) from None
+    _show(result)
+
+
+def _how_to_continue(folder: Path | None) -> str:
+    if folder is None:
+        return "interrupted before anything was written"
+    checkpoint = newest_checkpoint(folder)
+    held = "no checkpoint yet" if checkpoint is None else f"{checkpoint} is whole"
+    return f"interrupted; {held}. Continue with: zofo train --resume {shlex.quote(str(folder))}"
+
+
+def _show(result: Result) -> None:
+    console = Console(highlight=False)
+    if result.before is not None and result.after is not None:
+        console.print(_table(result.before, result.after))
+    cost = result.cost
+    console.print(
+        f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "
+        f"{cost['train_s']:.0f} s, peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    console.print(f"run       {result.folder}", soft_wrap=True)
+    console.print(
+        f"artefact  {result.folder / 'artifact'} ({cost['artifact_bytes'] / 2**20:.1f} MiB)",
+        soft_wrap=True,
+    )
+    console.print(f"in Python zofo.load({str(result.folder)!r}).model", soft_wrap=True)
+    console.print(f"plain     zofo export {result.folder} --to DIR", soft_wrap=True)
+
+
+def _table(before: Metrics, after: Metrics) -> Table:
+    table = Table("test", "before", "after", title=f"{after.num_rows} held-out rows")
+    for name in _SHOWN:
+        cells = _cell(before, name), _cell(after, name)
+        if cells[1]:
+            table.add_row(_title(name, after), *cells)
+    if after.majority is not None:
+        rate = f"{after.majority:.3f}"
+        table.add_row("majority class", rate, rate)
+    return table
+
+
+def _title(name: str, metrics: Metrics) -> str:
+    titles = {"auc": "AUC", "f1": "F1", "exact_match": "exact match"}
+    if name in titles:
+        return titles[name]
+    return "token accuracy" if name == "accuracy" and metrics.perplexity is not None else name
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    values = dataclasses.asdict(metrics)
+    if values[name] is None:
+        return ""
+    text = f"{values[name]:.3f}"
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    return text if low is None else f"{text}  [{low:.3f}, {high:.3f}]"

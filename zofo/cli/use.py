@@ -1,0 +1,136 @@
+"""`zofo eval` and `zofo predict`: a trained model, or a plain one, on rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from zofo.config.schema import RunConfig, load_config
+from zofo.disk.files import write_text
+from zofo.environment import check_device, default_device
+from zofo.errors import UserError
+from zofo.models.loading import head_of
+from zofo.run.display import new_progress, replay_bar
+from zofo.saved.artifact import HEADER_FILE, Artifact, BaseSpec, find_artifact, load
+from zofo.tasks.rows import read_table
+
+
+def evaluate(target: str, overrides: Sequence[str], split: str, as_json: bool) -> None:
+    """Print the scores of a model on one part of a task."""
+    from zofo.run.train import evaluate_artifact
+
+    if split not in ("train", "dev", "test"):
+        raise UserError(f"split is {split!r}; choose train, dev or test")
+    artifact, config = _open(target, overrides)
+    with new_progress(Console(stderr=True), "rows") as progress:
+        task = progress.add_task("scoring", total=None, text="")
+        metrics = evaluate_artifact(
+            artifact,
+            config.task,
+            seed=config.seed,
+            part=split,
+            batch_size=config.eval_batch_size,
+            progress=lambda num: progress.advance(task, num),
+        )
+    values = metrics.as_dict()
+    if as_json:
+        print(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
+        return
+    print(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
+    for name in ("f1", "exact_match", "accuracy", "auc", "majority", "loss", "perplexity"):
+        if name in values:
+            interval = (
+                f"  [{values[f'{name}_low']:.4f}, {values[f'{name}_high']:.4f}]"
+                if f"{name}_low" in values
+                else ""
+            )
+            print(f"  {name:<11}{values[name]:.4f}{interval}")
+
+
+def predict(
+    target: str,
+    texts: Sequence[str],
+    file: Path | None,
+    output: Path | None,
+    options: Sequence[str],
+    max_new_tokens: int | None,
+) -> None:
+    """Write one JSON object a row."""
+    from zofo.scoring.predict import predict as predictions
+    from zofo.scoring.predict import table_of_texts
+
+    if bool(texts) == (file is not None):
+        raise UserError("give texts to predict, or --file with rows: one of the two")
+    table = read_table(str(file)) if file is not None else None
+    artifact, config = _open(target, options)
+    if table is None:
+        table = table_of_texts(config.task, texts)
+    lines = []
+    with new_progress(Console(stderr=True), "rows") as progress:
+        task = progress.add_task("predicting", total=len(table.rows), text="")
+        for prediction in predictions(
+            artifact,
+            config.task,
+            table,
+            batch_size=config.eval_batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=lambda num: progress.advance(task, num),
+        ):
+            lines.append(json.dumps(prediction, ensure_ascii=False))
+    text = "".join(f"{line}\n" for line in lines)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(output, text)
+        print(f"{len(lines)} predictions in {output}", file=sys.stderr)
+
+
+def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
+    """The model, and the configuration that says task, seed, batch size and device."""
+    folder = Path(target).expanduser()
+    is_artifact = any((f / HEADER_FILE).is_file() for f in (folder, folder / "artifact"))
+    if not is_artifact and folder.is_dir() and not (folder / "config.json").exists():
+        find_artifact(folder)  # says what is missing
+    values: dict[str, Any] = {} if is_artifact else {"model": target}
+    if is_artifact:
+        from zofo.saved.artifact import read_header
+
+        header = read_header(find_artifact(folder))
+        values = {"seed": header["base"]["seed"], "task": header["task"] or {}}
+        own = values["task"].get("name")
+        pairs = [override.partition("=") for override in given]
+        if any(key in ("task", "task.name") and name != own for key, _, name in pairs):
+            values["task"] = {}  # sizes and files of one task mean nothing in another
+    config = load_config(values=values, overrides=given)
+    check_device(config.device)
+    device = default_device() if config.device == "auto" else config.device
+    if is_artifact:
+        trusted = config.model.trust_remote_code
+        with replay_bar(Console(stderr=True)) as bar:
+            loaded = load(folder, device=device, trust_remote_code=trusted, progress=bar)
+        return loaded, config
+    model = config.model
+    head = model.head if model.head != "auto" else head_of(model.name, revision=model.revision)
+    if head == "classification":
+        raise UserError(
+            f"{target} is an encoder, whose classification head is untrained; give a run folder "
+            "or an artefact"
+        )
+    base = BaseSpec(
+        model.name,
+        head=head,
+        dtype=model.dtype,
+        seed=config.seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )
+    plain, tokenizer = base.load()
+    plain.to(device)
+    plain.eval()
+    return Artifact(plain, tokenizer, base, "none", None, ()), config

@@ -1,0 +1,193 @@
+"""A cell of the study: one problem in one setting, over a grid of rates and some seeds.
+
+A finished cell is one file (safetensors: exact, whole or not at all) that carries what it was made
+of, so a study that was stopped goes on with the cells that are missing. The digest of all of it is
+in the file's name: the same cell with other seeds or another engine is another file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from zofo.convergence import engine, reference
+from zofo.convergence.engine import Setting
+from zofo.convergence.problems import make_problem
+from zofo.disk.files import json_digest, read_tensors, write_tensors
+from zofo.errors import UserError
+
+Engine = Literal["compiled", "optimizer"]
+ENGINES: Final = {"compiled": engine.run, "optimizer": reference.run}
+FORMAT: Final = 1
+"""Raised whenever a cell's numbers would come out otherwise."""
+
+Labels = Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A grid of learning rates, even on a logarithmic scale.
+
+    Attributes:
+        low, high: exponents of 2, both ends included.
+        per_octave: rates for each factor of 2.
+        times_x: η_x is this many times the rate.
+        times_y: η_y likewise.
+        high_y: if given, η_x and η_y vary apart: η_x from 2^low to 2^high, η_y from 2^low to
+            2^high_y.
+    """
+
+    low: float
+    high: float
+    per_octave: int = 2
+    times_x: float = 1.0
+    times_y: float = 1.0
+    high_y: float | None = None
+
+    def _axis(self, high: float) -> list[float]:
+        num = round((high - self.low) * self.per_octave) + 1
+        return [2.0 ** (self.low + i / self.per_octave) for i in range(num)]
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """(η_x, η_y), ascending."""
+        if self.high_y is None:
+            return [(r * self.times_x, r * self.times_y) for r in self._axis(self.high)]
+        return [(a, b) for a in self._axis(self.high) for b in self._axis(self.high_y)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run.
+
+    Attributes:
+        experiment: that it belongs to.
+        labels: what varies within the experiment, name -> value.
+        problem: name in `PROBLEMS`.
+        options: the problem's.
+        setting: how it is run.
+        rates: the grid.
+        checkpoints: numbers of epochs T, ascending.
+        num_seeds: seeds 0, 1, ...
+    """
+
+    experiment: str
+    labels: Labels
+    problem: str
+    options: Mapping[str, Any]
+    setting: Setting
+    rates: Rates
+    checkpoints: tuple[int, ...]
+    num_seeds: int
+
+    @property
+    def name(self) -> str:
+        """Experiment and labels, fit for a file."""
+        parts = [self.experiment, *(f"{key}={value}" for key, value in self.labels.items())]
+        return ",".join(parts)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of one run."""
+        return self.checkpoints[-1] * int(self.options.get("num_samples", 8))
+
+    def run(
+        self, engine_name: Engine, on_progress: Callable[[float], None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run it: arrays by name, `mean_x`, `mean_y` and `last` [T, rates, seeds], `rates`."""
+        pairs = self.rates.pairs()
+        total = self.checkpoints[-1]
+        problem = make_problem(self.problem, **self.options)
+        traces = ENGINES[engine_name](
+            problem,
+            self.setting,
+            pairs,
+            range(self.num_seeds),
+            self.checkpoints,
+            on_epoch=None if on_progress is None else lambda epoch: on_progress(epoch / total),
+        )
+        start = problem.gradient(problem.start()).square()
+        return {
+            "mean_x": traces.mean_x,
+            "mean_y": traces.mean_y,
+            "last": traces.last,
+            "rates": np.array(pairs),
+            "checkpoints": np.array(self.checkpoints),
+            "start": np.array([float(part.sum()) for part in problem.split(start)]),
+        }
+
+
+@dataclass
+class Result:
+    """A finished cell.
+
+    Attributes:
+        cell: what was run.
+        arrays: what `run` gave.
+        elapsed_s: how long it took.
+        engine: which engine.
+    """
+
+    cell: Any
+    arrays: dict[str, np.ndarray]
+    elapsed_s: float = 0.0
+    engine: str = "compiled"
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> np.ndarray:
+        """T, ascending."""
+        return self.arrays["checkpoints"]
+
+
+def digest_of(cell: Any, engine_name: str) -> str:
+    """What a cell's file must have been made of."""
+    return json_digest({"cell": asdict(cell), "engine": engine_name, "format": FORMAT})
+
+
+def path_of(folder: Path, cell: Any, engine_name: str) -> Path:
+    """Where a cell's file lies."""
+    return folder / "cells" / f"{cell.name},{digest_of(cell, engine_name)[:8]}.safetensors"
+
+
+def finish(
+    folder: Path,
+    cell: Any,
+    engine_name: Engine,
+    on_progress: Callable[[float], None] | None = None,
+) -> Result:
+    """Run a cell and write its file.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    began = time.monotonic()
+    arrays = cell.run(engine_name, on_progress)
+    elapsed = time.monotonic() - began
+    metadata = {
+        "digest": digest_of(cell, engine_name),
+        "cell": json.dumps(asdict(cell)),
+        "engine": engine_name,
+        "elapsed_s": f"{elapsed:.3f}",
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    write_tensors(path_of(folder, cell, engine_name), tensors, metadata)
+    return Result(cell, arrays, elapsed, engine_name)
+
+
+def read(folder: Path, cell: Any, engine_name: Engine) -> Result | None:
+    """A finished cell; None if it is not there, is damaged, or was made of something else."""
+    try:
+        tensors, metadata = read_tensors(path_of(folder, cell, engine_name))
+    except UserError:
+        return None
+    if metadata.get("digest") != digest_of(cell, engine_name):
+        return None
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Result(cell, arrays, float(metadata["elapsed_s"]), engine_name)

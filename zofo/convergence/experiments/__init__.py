@@ -1,0 +1,1 @@
+"""The experiments of the convergence study: design and claims of each."""

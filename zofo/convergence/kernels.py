@@ -1,0 +1,372 @@
+"""The hybrid step compiled: many seeds and many rates of one problem in one loop.
+
+The losses and gradients are those of the problems' own torch code, to rounding: `Problem.compiled`
+hands over what is needed as plain numbers. Directions are drawn by zofo's noise kernels at the
+addresses that `zofo.HybridOptimizer` uses; all rates of a seed share them.
+"""
+
+# Numba reads these functions' types from their arguments.
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, check-untyped-defs=False
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from zofo.convergence.problems.base import GROWING, LOGISTIC, QUADRATIC
+from zofo.noise import kernels as noise
+
+_LINEAR, _EXPONENTIAL = 0, 1
+
+
+@numba.njit(cache=True)
+def _law_value(law, z):
+    kind, l0, a, p = law
+    if kind == _LINEAR:
+        t = a * abs(z)
+        return l0 / (a * a) * (math.expm1(t) - t)
+    if kind == _EXPONENTIAL:
+        half = math.sinh(a * z / 2)
+        return 2 * l0 / (a * a) * half * half
+    return 0.5 * l0 * z * z + a / p * abs(z) ** p
+
+
+@numba.njit(cache=True)
+def _law_slope(law, z):
+    kind, l0, a, p = law
+    sign = 1.0 if z > 0 else (-1.0 if z < 0 else 0.0)
+    if kind == _LINEAR:
+        return l0 / a * sign * math.expm1(a * abs(z))
+    if kind == _EXPONENTIAL:
+        return l0 / a * math.sinh(a * z)
+    return l0 * z + a * sign * abs(z) ** (p - 1)
+
+
+@numba.njit(cache=True)
+def _residual(params, row, w, d_x, projected, activation):
+    """The network's forward: fills Vᵀ z and the activations."""
+    hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
+    v = d_x + hidden * rank
+    for r in range(rank):
+        projected[r] = 0.0
+        for m in range(inputs):
+            projected[r] += w[v + m * rank + r] * row[m]
+    out = 0.0
+    for k in range(hidden):
+        before = 0.0
+        for m in range(inputs):
+            before += w[k * inputs + m] * row[m]
+        for r in range(rank):
+            before += w[d_x + k * rank + r] * projected[r]
+        activation[k] = math.tanh(before)
+        out += params[5 + k] * activation[k]
+    return out - row[inputs]
+
+
+@numba.njit(cache=True)
+def loss_of(kind, d_x, params, row, w, scratch):
+    """f_i(w)."""
+    d, total = w.size, 0.0
+    if kind == QUADRATIC:
+        scale, linear = row[0], 0.0
+        for j in range(d):
+            total += params[1 + j] * w[j] * w[j]
+            linear += row[1 + j] * w[j]
+        total = 0.5 * total
+        if params[0] != 0:
+            cross = 0.0
+            for j in range(min(d_x, d - d_x)):
+                cross += w[j] * w[d_x + j]
+            total += params[0] * cross
+        return scale * total + linear
+    if kind == GROWING:
+        law_x = (params[0], params[1], params[2], params[3])
+        law_y = (params[4], params[5], params[6], params[7])
+        for j in range(d):
+            total += _law_value(law_x if j < d_x else law_y, w[j]) + row[j] * w[j]
+        return total
+    if kind == LOGISTIC:
+        margin = 0.0
+        for j in range(d):
+            margin += row[j] * w[j]
+            square = w[j] * w[j]
+            total += square if params[1] != 0 else square / (1 + square)
+        loss = (
+            math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
+        )
+        return loss + 0.5 * params[0] * total
+    half = scratch.size // 2
+    residual = _residual(params, row, w, d_x, scratch[:half], scratch[half:])
+    x2, y2 = 0.0, 0.0
+    for j in range(d_x):
+        x2 += w[j] * w[j]
+    for j in range(d_x, d):
+        y2 += w[j] * w[j]
+    return 0.5 * residual * residual + 0.5 * params[3] * x2 + 0.25 * params[4] * y2 * y2
+
+
+@numba.njit(cache=True)
+def gradient_of(kind, d_x, params, row, w, scratch, begin, out):
+    """∇f_i(w) from coordinate `begin` on, which is 0 or d_x, into out."""
+    d = w.size
+    if kind == QUADRATIC:
+        for j in range(begin, d):
+            out[j] = row[0] * (params[1 + j] * w[j]) + row[1 + j]
+        if params[0] != 0:
+            for j in range(min(d_x, d - d_x)):
+                if begin == 0:
+                    out[j] += row[0] * params[0] * w[d_x + j]
+                out[d_x + j] += row[0] * params[0] * w[j]
+    elif kind == GROWING:
+        law_x = (params[0], params[1], params[2], params[3])
+        law_y = (params[4], params[5], params[6], params[7])
+        for j in range(begin, d):
+            out[j] = _law_slope(law_x if j < d_x else law_y, w[j]) + row[j]
+    elif kind == LOGISTIC:
+        margin = 0.0
+        for j in range(d):
+            margin += row[j] * w[j]
+        factor = -1 / (1 + math.exp(margin))
+        for j in range(begin, d):
+            bent = 1 + w[j] * w[j]
+            pull = w[j] if params[1] != 0 else w[j] / (bent * bent)
+            out[j] = params[0] * pull + factor * row[j]
+    else:
+        _network_gradient(d_x, params, row, w, scratch, begin, out)
+
+
+@numba.njit(cache=True)
+def _network_gradient(d_x, params, row, w, scratch, begin, out):
+    hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
+    half, v = scratch.size // 2, d_x + hidden * rank
+    projected, activation = scratch[:half], scratch[half:]
+    residual = _residual(params, row, w, d_x, projected, activation)
+    y2 = 0.0
+    for j in range(d_x, w.size):
+        y2 += w[j] * w[j]
+    for j in range(d_x, w.size):
+        out[j] = params[4] * y2 * w[j]
+    for k in range(hidden):
+        delta = residual * params[5 + k] * (1 - activation[k] * activation[k])
+        if begin == 0:
+            for m in range(inputs):
+                out[k * inputs + m] = delta * row[m] + params[3] * w[k * inputs + m]
+        for r in range(rank):
+            out[d_x + k * rank + r] += delta * projected[r]
+            back = w[d_x + k * rank + r] * delta
+            for m in range(inputs):
+                out[v + m * rank + r] += row[m] * back
+
+
+@numba.njit(cache=True)
+def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
+    """∇f(w) into out."""
+    begin = np.int64(0)
+    if mean_row.size > 0:
+        gradient_of(kind, d_x, params, mean_row, w, scratch, begin, out)
+        return
+    out[:] = 0
+    for i in range(len(data)):
+        gradient_of(kind, d_x, params, data[i], w, scratch, begin, part)
+        for j in range(w.size):
+            out[j] += part[j] / len(data)
+
+
+@numba.njit(cache=True)
+def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
+    """Write ‖∇_x f‖² and ‖∇_y f‖² of every point that is not lost; mark those beyond the limit."""
+    d = points.shape[2]
+    out, part, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)
+    for q in range(points.shape[0]):
+        for s in range(points.shape[1]):
+            if lost[q, s]:
+                continue
+            whole_gradient(kind, d_x, params, data, mean_row, points[q, s], scratch, part, out)
+            x2, y2 = 0.0, 0.0
+            for j in range(d_x):
+                x2 += out[j] * out[j]
+            for j in range(d_x, d):
+                y2 += out[j] * out[j]
+            squares[0, q, s], squares[1, q, s] = x2, y2
+            if not x2 + y2 < limit:
+                lost[q, s] = True
+
+
+@numba.njit(cache=True)
+def draw(out, words, values, seed, step, num_directions, is_gaussian):
+    """Directions of one step: out [directions, d_x]."""
+    zero, one = np.uint64(0), np.float64(1)
+    out[:] = 0
+    for k in range(num_directions):
+        index = np.uint64(k)
+        if is_gaussian:
+            noise._add_gaussian(
+                out[k], words, values, 0, out.shape[1], one, seed, step, index, zero
+            )
+        else:
+            noise._add_rademacher(out[k], words, 0, out.shape[1], one, seed, step, index, zero)
+
+
+@numba.njit(cache=True)
+def move(
+    kind,
+    d_x,
+    params,
+    data,
+    points,
+    lost,
+    lr_x,
+    lr_y,
+    seeds,
+    order,
+    first_step,
+    is_zeroth,
+    is_central,
+    is_gaussian,
+    num_directions,
+    eps,
+):
+    """One epoch, in place: points [rates, seeds, d], order [seeds, n]."""
+    num_rates, num_seeds, d = points.shape
+    begin = d_x if is_zeroth else 0
+    gradient, away, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)
+    directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
+    words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
+    for s in range(num_seeds):
+        for i in range(order.shape[1]):
+            row = data[order[s, i]]
+            if is_zeroth:
+                step = np.uint64(first_step + i)
+                draw(directions, words, values, seeds[s], step, num_directions, is_gaussian)
+            for q in range(num_rates):
+                if lost[q, s]:
+                    continue
+                w = points[q, s]
+                gradient_of(kind, d_x, params, row, w, scratch, begin, gradient)
+                if is_zeroth:
+                    _along(
+                        kind, d_x, params, row, w, scratch, directions, is_central, eps, away,
+                        lr_x[q], delta,
+                    )  # fmt: skip
+                    for j in range(d_x):
+                        w[j] = w[j] + delta[j]
+                else:
+                    for j in range(d_x):
+                        w[j] = w[j] - lr_x[q] * gradient[j]
+                for j in range(d_x, d):
+                    w[j] = w[j] - lr_y[q] * gradient[j]
+
+
+@numba.njit(cache=True)
+def move_quadratic(
+    d_x,
+    params,
+    data,
+    points,
+    lost,
+    lr_x,
+    lr_y,
+    seeds,
+    order,
+    first_step,
+    is_central,
+    is_gaussian,
+    num_directions,
+    eps,
+):
+    """`move` of quadratics with a zeroth-order base: the same numbers without calls, 4 × faster."""
+    num_rates, num_seeds, d = points.shape
+    shared, coupling = min(d_x, d - d_x), params[0]
+    directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
+    words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
+    w, away, gradient = np.empty(d), np.empty(d), np.empty(d)
+    for s in range(num_seeds):
+        for i in range(order.shape[1]):
+            sample = order[s, i]
+            scale = data[sample, 0]
+            step = np.uint64(first_step + i)
+            draw(directions, words, values, seeds[s], step, num_directions, is_gaussian)
+            for q in range(num_rates):
+                if lost[q, s]:
+                    continue
+                for j in range(d):
+                    w[j] = points[q, s, j]
+                    away[j] = w[j]
+                for j in range(d_x, d):
+                    gradient[j] = scale * (params[1 + j] * w[j]) + data[sample, 1 + j]
+                if coupling != 0:
+                    for j in range(shared):
+                        gradient[d_x + j] += scale * coupling * w[j]
+                loss = 0.0
+                if not is_central:
+                    loss = _quadratic(params, data, sample, w, coupling, shared, d_x)
+                for j in range(d_x):
+                    delta[j] = 0.0
+                for k in range(num_directions):
+                    for j in range(d_x):
+                        away[j] = w[j] + eps * directions[k, j]
+                    ahead = _quadratic(params, data, sample, away, coupling, shared, d_x)
+                    if is_central:
+                        for j in range(d_x):
+                            away[j] = w[j] - eps * directions[k, j]
+                        behind = _quadratic(params, data, sample, away, coupling, shared, d_x)
+                        scalar = (ahead - behind) / (2 * eps)
+                    else:
+                        scalar = (ahead - loss) / eps
+                    coefficient = -lr_x[q] * scalar / num_directions
+                    for j in range(d_x):
+                        delta[j] += coefficient * directions[k, j]
+                for j in range(d_x):
+                    points[q, s, j] = w[j] + delta[j]
+                for j in range(d_x, d):
+                    points[q, s, j] = w[j] - lr_y[q] * gradient[j]
+
+
+@numba.njit(cache=True, inline="always")
+def _quadratic(params, data, sample, w, coupling, shared, d_x):
+    total, linear = 0.0, 0.0
+    for j in range(w.size):
+        total += params[1 + j] * w[j] * w[j]
+        linear += data[sample, 1 + j] * w[j]
+    total = 0.5 * total
+    if coupling != 0:
+        cross = 0.0
+        for j in range(shared):
+            cross += w[j] * w[d_x + j]
+        total += coupling * cross
+    return data[sample, 0] * total + linear
+
+
+@numba.njit(cache=True)
+def _along(kind, d_x, params, row, w, scratch, directions, is_central, eps, away, lr, delta):
+    """The base's step −(lr / K) Σ_k s_k v_k into delta."""
+    loss = 0.0 if is_central else loss_of(kind, d_x, params, row, w, scratch)
+    away[:] = w
+    delta[:] = 0
+    num_directions = directions.shape[0]
+    for k in range(num_directions):
+        v = directions[k]
+        for j in range(d_x):
+            away[j] = w[j] + eps * v[j]
+        ahead = loss_of(kind, d_x, params, row, away, scratch)
+        if is_central:
+            for j in range(d_x):
+                away[j] = w[j] - eps * v[j]
+            behind = loss_of(kind, d_x, params, row, away, scratch)
+            scalar = (ahead - behind) / (2 * eps)
+        else:
+            scalar = (ahead - loss) / eps
+        coefficient = -lr * scalar / num_directions
+        for j in range(d_x):
+            delta[j] += coefficient * v[j]
+
+
+@numba.njit(cache=True)
+def draw_many(num, d_x, seed, is_gaussian):
+    """The first direction of `num` steps: [num, d_x]."""
+    out = np.empty((num, 1, d_x))
+    words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
+    for t in range(num):
+        draw(out[t], words, values, seed, np.uint64(t), 1, is_gaussian)
+    return out[:, 0]

@@ -1,0 +1,217 @@
+"""The study from end to end: cells that are missing, then claims, JSON and page.
+
+A folder holds `cells/` (one file a finished cell), `convergence.json` and `convergence.html`, which
+cover the experiments of the last command. A study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from zofo.convergence import cells as storage
+from zofo.convergence.cells import ENGINES, Engine, Result
+from zofo.convergence.claims import Finding, findings
+from zofo.convergence.experiments.claim_table import CLAIMS
+from zofo.convergence.experiments.table import EXPERIMENTS, FULL, QUICK, Experiment, Scale
+from zofo.convergence.measures import Study
+from zofo.disk.files import problem_of_target, write_json
+from zofo.errors import UserError
+
+JSON_NAME: Final = "convergence.json"
+PAGE_NAME: Final = "convergence.html"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        folder: where.
+        experiments: which.
+        scale: how much.
+        engine: "compiled", or "optimizer" for `zofo.HybridOptimizer` itself.
+    """
+
+    folder: Path
+    experiments: tuple[Experiment, ...]
+    scale: Scale
+    engine: Engine
+
+    def cells(self) -> list[Any]:
+        """All cells, in order."""
+        return [cell for e in self.experiments for cell in e.build(self.scale)]
+
+
+def make_plan(
+    folder: str | Path,
+    names: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    engine: str = "compiled",
+    num_seeds: int | None = None,
+) -> Plan:
+    """Check what was asked for.
+
+    Args:
+        folder: of the study.
+        names: experiments; empty: all.
+        quick: few seeds, epochs and rates: for trying out, not for conclusions.
+        engine: "compiled" or "optimizer".
+        num_seeds: instead of the scale's.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: for values outside their ranges, all of them at once.
+    """
+    known = {e.name: e for e in EXPERIMENTS}
+    wrong = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            wrong.append(
+                f"experiment {name!r} does not exist{hint}; choose from {', '.join(known)}"
+            )
+    if engine not in ENGINES:
+        wrong.append(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
+    if num_seeds is not None and num_seeds < 3:
+        wrong.append(f"seeds is {num_seeds}; an interval needs at least 3")
+    target = Path(folder).expanduser()
+    problem = problem_of_target(target, is_folder=True)
+    if problem is not None:
+        wrong.append(problem)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    scale = QUICK if quick else FULL
+    if num_seeds is not None:
+        scale = dataclasses.replace(scale, num_seeds=num_seeds)
+    chosen = tuple(e for e in EXPERIMENTS if not names or e.name in names)
+    return Plan(target, chosen, scale, engine)  # type: ignore[arg-type]
+
+
+def run(plan: Plan, console: Console) -> list[Finding]:
+    """Run what is missing, judge the claims, write JSON and page.
+
+    Args:
+        plan: checked.
+        console: for the progress.
+
+    Returns:
+        What was found, a claim each.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    results = _results(plan, console)
+    study = Study(results)
+    names = {e.name for e in plan.experiments}
+    found = findings(study, [claim for claim in CLAIMS if claim.experiment in names])
+    write_json(plan.folder / JSON_NAME, summary_of(plan, results, found))
+    from zofo.convergence.page import write_page
+
+    write_page(plan, results, found, plan.folder / PAGE_NAME)
+    return found
+
+
+def _results(plan: Plan, console: Console) -> list[Result]:
+    from zofo.run.display import new_progress
+
+    every = plan.cells()
+    done = [storage.read(plan.folder, cell, plan.engine) for cell in every]
+    num = sum(result is not None for result in done)
+    if num:
+        console.print(f"{num} of {len(every)} cells are there already", highlight=False)
+    progress = new_progress(console, "cells")
+    task = progress.add_task("convergence", total=len(every), completed=num, text="")
+    if console.is_terminal:
+        progress.start()
+    results: list[Result] = []
+    try:
+        for place, (cell, known) in enumerate(zip(every, done, strict=True)):
+            if known is not None:
+                results.append(known)
+                continue
+            said = 0.0
+
+            def show(share: float, name: str = cell.name) -> None:
+                nonlocal said
+                if time.monotonic() - said > 0.2:
+                    said = time.monotonic()
+                    progress.update(task, text=f"{name} {share:.0%}")
+
+            results.append(
+                storage.finish(
+                    plan.folder, cell, plan.engine, show if console.is_terminal else None
+                )
+            )
+            progress.update(task, advance=1)
+            if not console.is_terminal:
+                line = f"{place + 1}/{len(every)} {cell.name}: {results[-1].elapsed_s:.1f} s"
+                console.print(line, highlight=False, soft_wrap=True)
+    finally:
+        progress.stop()
+    return results
+
+
+def summary_of(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) -> dict[str, Any]:
+    """What was found, as plain values; NaN and infinite are null."""
+    from zofo.environment import environment
+
+    return _plain(
+        {
+            "scale": dataclasses.asdict(plan.scale),
+            "engine": plan.engine,
+            "environment": environment(),
+            "elapsed_s": sum(result.elapsed_s for result in results),
+            "experiments": [
+                {
+                    "name": e.name,
+                    "title": e.title,
+                    "question": e.question,
+                    "design": e.design,
+                    "num_cells": sum(r.cell.experiment == e.name for r in results),
+                }
+                for e in plan.experiments
+            ],
+            "claims": [_claim(finding) for finding in found],
+        }
+    )
+
+
+def _claim(finding: Finding) -> dict[str, Any]:
+    claim, measured = finding.claim, finding.measured
+    return {
+        "name": claim.name,
+        "experiment": claim.experiment,
+        "statement": claim.statement,
+        "source": claim.source,
+        "claimed": claim.claimed,
+        "candidates": dict(claim.candidates),
+        "measured": dataclasses.asdict(measured.interval),
+        "outcome": finding.outcome,
+        "reason": finding.reason,
+        "x_title": measured.x_title,
+        "y_title": measured.y_title,
+        "series": [dataclasses.asdict(series) for series in measured.series],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

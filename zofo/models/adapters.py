@@ -1,0 +1,331 @@
+"""PEFT adapters by name, or any configuration of `peft` from a file.
+
+Initial values follow the paper where peft's do not (`zofo.models.initial_values`). LoRA: r 8,
+alpha 16, on query and value, as there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from zofo.disk.files import refusing
+from zofo.errors import UserError
+from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
+from zofo.models.initial_values import set_initial_values, takes
+from zofo.models.loading import Head, quiet
+
+_TASK_TYPES: Final = {
+    "causal-lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+_PAPERS_TARGETS: Final = {
+    "lora": ("q_proj", "v_proj"),
+    "ia3": ("k_proj", "v_proj", "down_proj"),
+}
+"""For architectures that peft does not know: the paper's, and those that peft gives Llama."""
+_PEFTS_ERRORS: Final = (
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    NotImplementedError,
+)
+
+
+def create_adapter(
+    model: nn.Module,
+    type: str = "lora",
+    *,
+    head: Head = "causal-lm",
+    tokenizer: Any = None,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] | None = None,
+    num_virtual_tokens: int | None = None,
+    init_text: str | None = None,
+    config_file: str | Path | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Attach an adapter.
+
+    Args:
+        model: the base; changed in place by tuners such as LoRA.
+        type: a name in `zofo.models.adapter_kinds.KINDS`; ignored when `config_file` is given.
+        head: the head of the model.
+        tokenizer: for `init_text`.
+        r: rank of LoRA and its kin.
+        alpha: LoRA's and DoRA's scale is alpha / r, rsLoRA's alpha / sqrt(r).
+        dropout: on the input of LoRA and its kin.
+        targets: names of the modules that get LoRA, its kin or IA3: ends of module names,
+            "all-linear", or None for peft's choice for this architecture. Each must match at least
+            one linear module.
+        num_virtual_tokens: length of prefix (default 5), prompt or p-tuning (default 10).
+        init_text: text whose tokens (prompt) or activations (prefix) are the initial values;
+            default: tokens drawn from the vocabulary by `seed`.
+        config_file: JSON or YAML of a `peft.PeftConfig`, with its `peft_type`.
+        seed: of the initial values; global generators are left alone.
+
+    Raises:
+        UserError: for an unknown type, a target that matches nothing, an unreadable file, or an
+            adapter that peft cannot attach to this model or run on it.
+    """
+    import peft
+
+    task = peft.TaskType(_TASK_TYPES[head])
+    num = num_virtual_tokens or getattr(KINDS.get(type), "num_virtual_tokens", None) or 0
+    if config_file is not None:
+        config = _config_from_file(Path(config_file), task)
+        if getattr(config, "target_modules", None):
+            _check_targets(model, config.target_modules)
+    elif type in ("lora", "dora", "rslora"):
+        resolved = _targets(model, targets)
+        config = peft.LoraConfig(
+            task_type=task,
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=resolved,
+            fan_in_fan_out=_are_transposed(model, resolved),
+            use_dora=type == "dora",
+            use_rslora=type == "rslora",
+        )
+    elif type == "ia3":
+        resolved = _targets(model, targets, "ia3")
+        config = peft.IA3Config(
+            task_type=task,
+            target_modules=resolved,
+            feedforward_modules=_feedforward_of(model, resolved),
+            fan_in_fan_out=_are_transposed(model, resolved),
+        )
+    elif type in KINDS:
+        config = _prompt_config(model, type, task, num)
+    else:
+        raise UserError(f"adapter type is {type!r}; choose one of {', '.join(ADAPTER_TYPES)}")
+    if getattr(config, "is_prompt_learning", False):
+        _require_cache(model, config)
+
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(model, config)
+            if config_file is None and type in ("prefix", "prompt"):
+                set_initial_values(adapted, type, num, tokenizer=tokenizer, init_text=init_text)
+            if config.is_prompt_learning:
+                _try_out(adapted)
+        except UserError:
+            raise
+        except _PEFTS_ERRORS as error:
+            raise UserError(
+                f"peft cannot attach {_kind_of(config)} to {model.__class__.__name__}: {error}; "
+                "choose another adapter, such as lora"
+            ) from error
+    return adapted
+
+
+def _kind_of(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _prompt_config(model: nn.Module, type: str, task: Any, num: int) -> Any:
+    """Of prefix, prompt and p-tuning, in the sizes that the model has and not those peft infers."""
+    import peft
+
+    config: Any = model.config
+    is_pair = bool(getattr(config, "is_encoder_decoder", False))
+    values: dict[str, Any] = {"task_type": task, "num_virtual_tokens": num}
+    if type != "prefix":
+        values["token_dim"] = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        if is_pair:
+            # peft's default makes a second prompt for the decoder and does not use it.
+            values["num_transformer_submodules"] = 1
+        return (peft.PromptTuningConfig if type == "prompt" else peft.PromptEncoderConfig)(**values)
+    if is_pair:
+        values["num_layers"] = _first(config, "num_decoder_layers", "decoder_layers")
+        heads = _first(config, "decoder_attention_heads", "num_heads", "num_attention_heads")
+        values["num_attention_heads"] = heads
+        if hasattr(config, "d_kv"):  # T5's heads need not add up to the width
+            values["token_dim"] = heads * config.d_kv
+    return peft.PrefixTuningConfig(**values)
+
+
+def _first(config: Any, *names: str) -> Any:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def _require_cache(model: Any, config: Any) -> None:
+    """Refuse a prefix where the model takes none, before it is attached."""
+    if _kind_of(config) != "PREFIX_TUNING":
+        return
+    if not takes(model, "past_key_values") and not takes(model.base_model, "past_key_values"):
+        raise UserError(
+            f"{model.__class__.__name__} takes no keys and values from outside, so it can have no "
+            "prefix; choose adapter prompt, p-tuning or lora"
+        )
+
+
+@torch.no_grad()
+def _try_out(model: Any) -> None:
+    """One forward of one token: some of peft's limits show only there."""
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings().weight
+    # bitsandbytes packs 4-bit weights for good when they are evaluated without gradients.
+    if embeddings.device.type == "meta" or getattr(base, "is_quantized", False):
+        return
+    ids = torch.ones((1, 1), dtype=torch.long, device=embeddings.device)
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    was_training = model.training
+    model.eval()
+    try:
+        model(**inputs)
+    finally:
+        model.train(was_training)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _matches(name: str, target: str) -> bool:
+    """Peft's rule for lists of names."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _targets(model: nn.Module, targets: str | Sequence[str] | None, kind: str = "lora") -> Any:
+    """As peft wants them: a list of names, a pattern, or "all-linear"."""
+    if targets is None:
+        known = _pefts_targets(model, kind)
+        if isinstance(known, str):  # a pattern
+            _check_targets(model, known)
+            return known
+        targets = list(known)
+    if targets == "all-linear":
+        return targets
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    if not chosen:
+        raise UserError("the adapter's targets are empty; leave them out for the default")
+    _check_targets(model, chosen)
+    return chosen
+
+
+def _pefts_targets(model: nn.Module, kind: str) -> Any:
+    """Peft's choice for the architecture; if it knows none, the paper's if they are there."""
+    from peft.utils import (
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3,
+    )
+    from peft.utils import (
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA,
+    )
+
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    known = (IA3 if kind == "ia3" else LORA).get(model_type)
+    if known is not None:
+        return known
+    ends = {name.rsplit(".", 1)[-1] for name in _linear_names(model)}
+    if ends.issuperset(_PAPERS_TARGETS[kind]):
+        return _PAPERS_TARGETS[kind]
+    raise UserError(
+        f"peft knows no {kind} targets for models of type {model_type!r}; set the adapter's "
+        f"targets to some of {', '.join(sorted(ends))}, or to all-linear"
+    )
+
+
+def _feedforward_of(model: nn.Module, targets: Any) -> list[str]:
+    """Those targets whose input IA3 scales, and not their output."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as KNOWN
+
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    inner = KNOWN.get(model_type, ("down_proj",))
+    if isinstance(targets, str):
+        return list(inner)
+    return [t for t in targets if any(t == name or t.endswith(f".{name}") for name in inner)]
+
+
+def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
+    if targets == "all-linear":
+        return
+    names = _linear_names(model)
+    if isinstance(targets, str):
+        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unmatched = [t for t in targets if not any(_matches(name, t) for name in names)]
+    if unmatched:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise UserError(
+            f"adapter target {', '.join(map(repr, sorted(unmatched)))} matches no linear module of "
+            f"{model.__class__.__name__}; its modules are {', '.join(ends)}"
+        )
+
+
+def _are_transposed(model: nn.Module, targets: Any) -> bool:
+    """GPT-2's Conv1D stores weights as [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    if targets == "all-linear":
+        return any(isinstance(module, Conv1D) for module in model.modules())
+    return any(
+        isinstance(module, Conv1D) and any(_matches(name, t) for t in targets)
+        for name, module in model.named_modules()
+    )
+
+
+def _config_from_file(path: Path, task: Any) -> Any:
+    import yaml
+    from peft import get_peft_config
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the adapter file {path} cannot be read: {error.strerror}") from error
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"the adapter file {path} is not valid {path.suffix[1:]}: {error}"
+        ) from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise UserError(
+            f"the adapter file {path} has no peft_type; it must be a peft configuration, such as "
+            '{"peft_type": "LORA", "r": 8}'
+        )
+    values = {"task_type": str(task.value), **values, "inference_mode": False}
+    try:
+        return get_peft_config(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the adapter file {path} is no valid peft configuration: {error}"
+        ) from error
+
+
+def attach_adapter(model: nn.Module, folder: Path) -> Any:
+    """The model with a saved adapter, as a `PeftModel`.
+
+    Raises:
+        UserError: if the files are damaged, lack tensors, or do not fit the model.
+    """
+    from peft import PeftModel
+
+    problem = f"the adapter in {folder} cannot be attached to this model"
+    with refusing(problem, "copy it again, and load the base that it was trained on"):
+        if not (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError("adapter_config.json is missing")
+        with quiet():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder))

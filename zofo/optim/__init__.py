@@ -1,0 +1,1 @@
+"""The hybrid step: blocks, estimator, optimizer, trajectory."""

@@ -1,0 +1,177 @@
+"""Zeroth-order estimates: differences of the loss along random directions.
+
+    forward:  s_k = (f(w + eps v_k) − f(w)) / eps                   one forward a direction
+    central:  s_k = (f(w + eps v_k) − f(w − eps v_k)) / (2 eps)     two
+
+The gradient's estimate is g = mean_k s_k v_k. All evaluations use one batch and, by replaying the
+generators, the same dropout masks: two losses differ by the perturbation and nothing else.
+
+References:
+    arXiv 2604.09940, the hybrid algorithm's base step (forward difference, one direction).
+    Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023 (central).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zofo.perturb.compiled import has_graphs
+from zofo.perturb.view import Perturbation
+
+Estimator = Literal["forward", "central"]
+ESTIMATORS: Final[tuple[str, ...]] = get_args(Estimator)
+
+
+def forwards_per_direction(estimator: Estimator) -> int:
+    """Extra forwards that one direction costs beyond the unperturbed loss."""
+    return 1 if estimator == "forward" else 2
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """The state of every global generator that a forward may draw dropout masks from."""
+
+    torch_cpu: Tensor
+    accelerator: dict[int, Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls) -> GeneratorState:
+        """Read the states; draws nothing."""
+        accelerator = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            accelerator = dict(enumerate(torch.cuda.get_rng_state_all()))
+        return cls(
+            torch.get_rng_state(),
+            accelerator,
+            np.random.get_state(),
+            random.getstate(),
+        )
+
+    def restore(self) -> None:
+        """Set every generator back to this state."""
+        torch.set_rng_state(self.torch_cpu)
+        for device, state in self.accelerator.items():
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since: no dropout was active."""
+        present = GeneratorState.capture()
+        return (
+            torch.equal(self.torch_cpu, present.torch_cpu)
+            and self.accelerator.keys() == present.accelerator.keys()
+            and all(torch.equal(s, present.accelerator[d]) for d, s in self.accelerator.items())
+            and all(np.array_equal(a, b) for a, b in zip(self.numpy, present.numpy, strict=True))
+            and self.python == present.python
+        )
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within the context the generators start from this state; afterwards as if unused."""
+        present = GeneratorState.capture()
+        self.restore()
+        try:
+            yield
+        finally:
+            present.restore()
+
+
+@torch.no_grad()
+def projected_gradients(
+    closure: Callable[[], Tensor | float],
+    perturbation: Perturbation,
+    loss: Tensor | None,
+    *,
+    eps: float,
+    step: int,
+    num_directions: int = 1,
+    estimator: Estimator = "forward",
+    generators: GeneratorState | None = None,
+    self_check: bool = False,
+    with_graph: bool = False,
+) -> Tensor:
+    """The scalars s_k.
+
+    Args:
+        closure: returns the loss of the batch, a scalar.
+        perturbation: the view of the model at w + eps v.
+        loss: f(w) on the same batch with the same masks; needed by the forward difference.
+        eps: smoothing radius.
+        step: the optimiser step; addresses the directions.
+        num_directions: how many directions.
+        estimator: "forward" or "central".
+        generators: state before f(w) was computed; None: leave the generators alone.
+        self_check: watch the first evaluation for reads around the perturbation. Where something is
+            compiled, which runs eagerly under the watch, it is repeated and compared.
+        with_graph: whether `loss` was computed in gradient mode. In a compiled model so is then
+            what it is compared with: the graph without gradients rounds differently.
+
+    Returns:
+        float64, shape [num_directions], on the loss's device.
+
+    Raises:
+        SelfCheckError: if a weight is read unperturbed.
+    """
+
+    def evaluate(scale: float, direction: int, *, check: bool = False, graph: bool) -> Tensor:
+        replay = generators.replayed() if generators is not None else _untouched()
+        seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
+        with replay, torch.set_grad_enabled(graph), seen:
+            # Copied: a loss that is itself a weight lies in the scratch.
+            return _value(closure()).double().clone()
+
+    graph = with_graph and perturbation.is_compiled
+    if self_check:
+        ahead = evaluate(eps, 0, check=True, graph=False)
+        if has_graphs():
+            expected = perturbation.entered
+            ahead = evaluate(eps, 0, graph=with_graph)
+            perturbation.check_entered(expected)
+    scalars = []
+    for k in range(num_directions):
+        if k > 0 or not self_check:
+            ahead = evaluate(eps, k, graph=graph)
+        if estimator == "forward":
+            if loss is None:
+                raise ValueError("the forward difference needs the unperturbed loss")
+            scalars.append((ahead - loss.detach().double()) / eps)
+        else:
+            scalars.append((ahead - evaluate(-eps, k, graph=graph)) / (2 * eps))
+    return torch.stack(scalars)
+
+
+def unperturbed(
+    closure: Callable[[], Tensor | float],
+    generators: GeneratorState | None,
+    *,
+    with_graph: bool = False,
+) -> Tensor:
+    """The loss as it is, under the masks and in the gradient mode of a perturbed evaluation."""
+    replay = generators.replayed() if generators is not None else _untouched()
+    with replay, torch.set_grad_enabled(with_graph):
+        return _value(closure())
+
+
+def _value(loss: Tensor | float) -> Tensor:
+    return (loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)).detach()
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """The generators are left as they were found, but not replayed."""
+    present = GeneratorState.capture()
+    try:
+        yield
+    finally:
+        present.restore()

@@ -1,0 +1,463 @@
+"""The hybrid step as a torch optimizer.
+
+    loss = f(x, y)                          with gradients for the first-order groups
+    s_k  = differences of f along v_k       no gradients, only zeroth-order groups perturbed
+    x ← (1 − lr_x · decay) x − lr_x mean_k s_k v_k
+    y ← any torch optimizer's step
+
+Both blocks move at the end, from the same point and batch (Jacobi). Every method in
+`zofo.optim.methods.METHODS` is this step with another table of orders.
+
+References:
+    arXiv 2604.09940, the hybrid algorithm. Beyond it: any first-order optimizer for y, several
+    directions, Rademacher directions, central differences, weight decay, rates by module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zofo.errors import UserError
+from zofo.noise import Distribution
+from zofo.optim.estimator import (
+    Estimator,
+    GeneratorState,
+    forwards_per_direction,
+    projected_gradients,
+    unperturbed,
+)
+from zofo.optim.options import check_groups, check_options, optimizer_class
+from zofo.optim.reading import Reading, StepReport, step_unless
+from zofo.optim.reports import PendingStep, Rates, StepLog
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update, move_unread
+from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.perturb.view import Perturbation
+
+
+class HybridOptimizer(Optimizer):
+    """Moves each parameter group by the order it carries.
+
+    Args:
+        groups: as from `zofo.optim.methods.param_groups`: dicts with `params`, `order` ("first" or
+            "zeroth"), `lr`, `weight_decay`, and for zeroth-order groups `names` and `tensors`.
+        model: the module whose forwards the zeroth-order groups are perturbed in.
+        optimizer: what steps the first-order groups: a `torch.optim.Optimizer` class, or the name
+            of one in `torch.optim` ("SGD", "AdamW", ...; case does not matter).
+        optimizer_kwargs: its further arguments.
+        eps: smoothing radius; 1e-3 as in MeZO.
+        estimator: "forward" (the paper's) or "central".
+        num_directions: directions a step; the paper takes 1.
+        distribution: "rademacher" (default by choice: unbiased, and fast) or "gaussian" (paper).
+        base_every: the zeroth-order groups move, and cost forwards, only in steps 0, k, 2k, ...;
+            the paper's is 1.
+        seed: of the directions, in [0, 2^64).
+        max_grad_norm: clip the first-order gradient to this norm; None: do not.
+        replay_dropout: give every evaluation of a step the same dropout masks.
+        self_check: watch the first perturbed forward for weights read around the perturbation.
+        overlap: on CUDA, perturb the next layer while a layer runs; costs the scratch of one layer
+            more. What is computed is the same. Off by default: it has not been timed on a GPU.
+        reads_late: leave a step's scalars on the device and read them a step later, so that the
+            host never waits; None: on CUDA. What is computed is the same. `last_step`,
+            `trajectory` and `state_dict` wait.
+
+    Raises:
+        UserError: for values outside their ranges, all of them at once.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        model: nn.Module,
+        *,
+        optimizer: str | type[Optimizer] = "SGD",
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        eps: float = 1e-3,
+        estimator: Estimator = "forward",
+        num_directions: int = 1,
+        distribution: Distribution = "rademacher",
+        base_every: int = 1,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        replay_dropout: bool = True,
+        self_check: bool = True,
+        overlap: bool = False,
+        reads_late: bool | None = None,
+    ) -> None:
+        check_options(
+            optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
+        )
+        super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
+        check_groups(self.param_groups, base_every)
+        self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
+        self.distribution, self.base_every, self.seed = distribution, base_every, seed
+        self.max_grad_norm, self.replay_dropout = max_grad_norm, replay_dropout
+        self._self_check = self_check
+
+        # The inner optimizer holds the same group dicts and the same state: schedulers and
+        # checkpoints see one optimizer.
+        first = self._groups("first")
+        self.inner = (
+            optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
+        )
+        self._share_state()
+
+        zeroth = self._groups("zeroth")
+        self.perturbation = (
+            Perturbation(
+                model,
+                [p for group in zeroth for p in group["params"]],
+                [t for group in zeroth for t in group["tensors"]],
+                seed=seed,
+                distribution=distribution,
+                overlap=overlap,
+            )
+            if zeroth
+            else None
+        )
+        recorded = tuple(
+            GroupSpec(tuple(group["names"]), tuple(group["tensors"]))
+            for group in zeroth
+            if group.get("block", "base") == "base"
+        )
+        self._log = StepLog(Trajectory(seed, distribution, eps, estimator, recorded))
+        self._reads_late = reads_late
+        self._has_stepped = False
+        self.step_count = 0
+        self.num_forwards: float = 0
+        self._loss: Tensor | None = None
+        self._scalars: Tensor | None = None
+        self._num_forwards: float = 0
+        self._forget_measurements()
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last step did; waits for it."""
+        self._log.read_pending()
+        return self._log.last
+
+    @property
+    def last_read(self) -> StepReport | None:
+        """The newest report that is there without waiting."""
+        return self._log.last
+
+    @property
+    def last_measured(self) -> StepReport | None:
+        """The last step that had projected gradients; waits for it."""
+        self._log.read_pending()
+        return self._log.last_measured
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """How the zeroth-order base has moved; waits for the last step."""
+        self._log.read_pending()
+        return self._log.trajectory
+
+    @trajectory.setter
+    def trajectory(self, trajectory: Trajectory) -> None:
+        self._log.pending, self._log.trajectory = None, trajectory
+
+    @property
+    def zeroth_is_due(self) -> bool:
+        """Whether the step under way measures and moves zeroth-order groups."""
+        return self.perturbation is not None and self.step_count % self.base_every == 0
+
+    @property
+    def evaluates_with_graph(self) -> bool:
+        """Whether perturbed losses are computed as the first-order loss is, for a backward."""
+        is_compiled = self.perturbation is not None and self.perturbation.is_compiled
+        return is_compiled and self.inner is not None
+
+    def measure(
+        self,
+        closure: Callable[[], Tensor],
+        loss: Tensor | None,
+        generators: GeneratorState | None = None,
+        zeroth_loss: ZerothLoss | None = None,
+    ) -> None:
+        """Add one micro-batch's loss differences to the step under way.
+
+        For loops that do forward and backward themselves; `accumulate` does all three.
+
+        Args:
+            closure: returns the micro-batch's loss, scaled as `loss` is.
+            loss: the unperturbed loss of the micro-batch.
+            generators: their state before `loss` was computed; None: masks are not replayed.
+            zeroth_loss: what to evaluate instead of `closure`; None: `closure`.
+        """
+        # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
+        if self.perturbation is not None and self.zeroth_is_due:
+            generators = generators if self.replay_dropout else None
+            evaluations = self.num_directions * forwards_per_direction(self.estimator)
+            instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
+            reference, before = instead.loss, instead.cost_so_far()
+            if zeroth_loss is not None and reference is None and self.estimator == "forward":
+                reference = unperturbed(
+                    instead.closure, generators, with_graph=self.evaluates_with_graph
+                )
+                evaluations += 1
+            scalars = projected_gradients(
+                instead.closure,
+                self.perturbation,
+                reference,
+                eps=self.eps,
+                step=self.step_count,
+                num_directions=self.num_directions,
+                estimator=self.estimator,
+                generators=generators,
+                self_check=self._self_check,
+                with_graph=self.inner is not None,
+            )
+            self._self_check = False
+            if loss is not None:  # one that is not may live elsewhere
+                scalars = scalars.to(loss.device)
+            self._scalars = scalars if self._scalars is None else self._scalars + scalars
+            self._num_forwards += instead.cost_since(before, evaluations)
+        if loss is not None:
+            self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
+
+    def accumulate(
+        self,
+        closure: Callable[[], Tensor],
+        zeroth_loss: Callable[[], ZerothLoss] | None = None,
+    ) -> Tensor:
+        """Forward, backward and loss differences of one micro-batch; moves nothing.
+
+        Args:
+            closure: computes and returns the loss. It must not call backward. With n micro-batches
+                a step it divides its loss by n.
+            zeroth_loss: called after `closure`, says what the differences are taken of and, if
+                `closure` noted it, its unperturbed value; None: of `closure`'s loss.
+
+        Returns:
+            The unperturbed loss, detached.
+        """
+        generators = GeneratorState.capture() if self.zeroth_is_due else None
+        try:
+            with torch.set_grad_enabled(self.inner is not None):
+                loss = closure()
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"the closure returned {type(loss).__name__}; return the loss tensor itself"
+                )
+            if self.inner is not None:
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "the closure's loss has no gradient for the first-order group; return the "
+                        "loss tensor itself, not detached, and let the optimizer run backward"
+                    )
+                loss.backward()
+            is_asked = zeroth_loss is not None and self.zeroth_is_due
+            self.measure(closure, loss, generators, zeroth_loss() if is_asked else None)  # type: ignore[misc]
+        except RuntimeError as error:
+            # A graph used twice, or a backward where the optimizer evaluates without gradients.
+            if any(sign in str(error) for sign in ("second time", "does not require grad")):
+                raise ValueError(
+                    "the closure called backward; it must only return the loss: the optimizer "
+                    "runs backward, and evaluates the closure again without gradients"
+                ) from error
+            raise
+        return loss.detach()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        zeroth_loss: Callable[[], ZerothLoss] | None = None,
+    ) -> Tensor | None:
+        """Move both blocks.
+
+        Args:
+            closure: as for `accumulate`, called first when given (gradients are zeroed before it
+                unless micro-batches were accumulated).
+            zeroth_loss: as for `accumulate`.
+
+        Returns:
+            The unperturbed loss of the closure, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            if self._loss is None:
+                self.zero_grad()
+            with torch.enable_grad():
+                loss = self.accumulate(closure, zeroth_loss)
+        elif self.zeroth_is_due and self._scalars is None:
+            raise ValueError(
+                "nothing was measured for the zeroth-order block; pass a closure to step(), or "
+                "call accumulate(closure) for each micro-batch before it"
+            )
+        if self._is_read_late():
+            self._step_unread()
+        else:
+            self._log.read_pending()
+            self._step_now()
+        self.num_forwards += self._num_forwards
+        self.step_count += 1
+        self._has_stepped = True
+        self._forget_measurements()
+        return loss
+
+    def _step_now(self) -> None:
+        """Read what was measured, then move."""
+        total = None if self._loss is None else float(self._loss)
+        scalars = () if self._scalars is None else tuple(self._scalars.tolist())
+        loss_is_finite = total is None or math.isfinite(total)
+        scalars_are_finite = all(map(math.isfinite, scalars))
+        grad_norm = self._clip()
+        norms: dict[str, float] = {}
+        if loss_is_finite and self.inner is not None:
+            before = [p.clone() for p in self._adapter()]
+            self.inner.step()
+            if before:
+                norms["adapter"] = float(self._distance_from(before))
+        if loss_is_finite and scalars_are_finite and self.zeroth_is_due:
+            for group in self._groups("zeroth"):
+                Update(
+                    self.step_count, scalars, float(group["lr"]), float(group["weight_decay"])
+                ).apply(
+                    group["params"],
+                    group["tensors"],
+                    seed=self.seed,
+                    distribution=self.distribution,
+                )
+        self._log.report(
+            self.step_count,
+            total,
+            scalars,
+            None if grad_norm is None else float(grad_norm),
+            norms,
+            self._num_forwards,
+            self._rates(),
+        )
+
+    def _step_unread(self) -> None:
+        """Move as `_step_now` does; the device decides what is finite."""
+        # Waits for the step before, which this one's forwards stand behind in the device's queue.
+        self._log.read_pending()
+        device = self._measured_on()
+        values: dict[str, Tensor] = {}
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
+        if self._loss is not None:
+            values["loss"] = self._loss
+            is_finite = torch.isfinite(self._loss)
+        grad_norm = self._clip()
+        if grad_norm is not None:
+            values["grad_norm"] = grad_norm
+        counters: list[tuple[Tensor, Tensor]] = []
+        if self.inner is not None:
+            first = [p for group in self._groups("first") for p in group["params"]]
+            states = (v for p in first for v in self.state[p].values() if isinstance(v, Tensor))
+            before = [p.clone() for p in self._adapter()]
+            counters = step_unless(self.inner.step, [*first, *states], is_finite)
+            if before:
+                values["adapter_norm"] = self._distance_from(before)
+        if self._scalars is not None:
+            values["scalars"] = self._scalars
+            is_finite = is_finite & torch.isfinite(self._scalars).all()
+            for group in self._groups("zeroth"):
+                move_unread(
+                    group["params"],
+                    group["tensors"],
+                    torch.where(is_finite, self._scalars, torch.nan),
+                    step=self.step_count,
+                    lr=float(group["lr"]),
+                    weight_decay=float(group["weight_decay"]),
+                    seed=self.seed,
+                    distribution=self.distribution,
+                )
+        self._log.pending = PendingStep(
+            self.step_count,
+            self._num_forwards,
+            self._rates(),
+            Reading(values),
+            tuple(counters),
+        )
+
+    def _is_read_late(self) -> bool:
+        """Not the first step, which may create the first-order optimizer's state."""
+        has_small_first = all(g.get("block") == "adapter" for g in self._groups("first"))
+        device = self._measured_on()
+        if device is None or not self._has_stepped or not has_small_first:
+            return False
+        return device.type == "cuda" if self._reads_late is None else self._reads_late
+
+    def _measured_on(self) -> torch.device | None:
+        measured = self._loss if self._loss is not None else self._scalars
+        return None if measured is None else measured.device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's optimizer state, and the step count that addresses the directions."""
+        return {
+            **super().state_dict(),
+            "zofo": {
+                "step_count": self.step_count,
+                "num_forwards": self.num_forwards,
+                "seed": self.seed,
+                "distribution": self.distribution,
+                "num_directions": self.num_directions,
+                "last_measured": None if self.last_measured is None else asdict(self.last_measured),
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; the weights themselves and the trajectory are restored apart.
+
+        Raises:
+            UserError: if the state was saved with other directions.
+        """
+        own = state_dict["zofo"]
+        for key in ("seed", "distribution", "num_directions"):
+            if own[key] != getattr(self, key):
+                raise UserError(
+                    f"the state was saved with {key} {own[key]!r}, this optimizer has "
+                    f"{getattr(self, key)!r}; its directions would differ: use the saved one"
+                )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
+        self._share_state()
+        self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
+        measured = own.get("last_measured")
+        self._log.pending = None
+        self._log.last_measured = None if measured is None else StepReport(**measured)
+        self._forget_measurements()
+
+    def _rates(self) -> Rates:
+        return tuple(
+            (
+                group.get("block", "base"),
+                sum(p.numel() for p in group["params"]),
+                float(group["lr"]),
+                float(group["weight_decay"]),
+            )
+            for group in self._groups("zeroth")
+        )
+
+    def _adapter(self) -> list[Tensor]:
+        groups = [g for g in self._groups("first") if g.get("block") == "adapter"]
+        return [p for group in groups for p in group["params"]]
+
+    def _distance_from(self, before: list[Tensor]) -> Tensor:
+        moved = torch._foreach_sub(self._adapter(), before)
+        return torch.stack(torch._foreach_norm(moved)).double().norm()
+
+    def _clip(self) -> Tensor | None:
+        if self.max_grad_norm is None or self.inner is None:
+            return None
+        parameters = [p for group in self._groups("first") for p in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+
+    def _groups(self, order: str) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["order"] == order]
+
+    def _share_state(self) -> None:
+        if self.inner is not None:
+            self.inner.state = self.state
+            self.inner.param_groups = self._groups("first")
+
+    def _forget_measurements(self) -> None:
+        self._loss, self._scalars, self._num_forwards = None, None, 0

@@ -1,0 +1,1 @@
+"""The parts that every HTML page of zofo is made of."""

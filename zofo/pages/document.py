@@ -1,0 +1,85 @@
+"""A document: everything in one file, which asks the network for nothing.
+
+Names in run folders are anyone's, so the templates escape every one, the data lie in a block that
+is no script, and a content security policy lets run the page's two scripts (by their digests) and
+load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from zofo.errors import UserError
+
+
+def render_document(template: str, *, mark: str, **context: Any) -> str:
+    """A page as text: a template with styles, scripts and policy.
+
+    Args:
+        template: its name among the assets.
+        mark: the element that tells whose page it is.
+        context: what the template asks for; `data` as from `json_of`.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    assets = resources.files("zofo.pages") / "assets"
+
+    def read(name: str) -> str:
+        return (assets / name).read_text(encoding="utf-8")
+
+    scripts = [text.replace("\r", "") for text in (get_plotlyjs(), read("report.js"))]
+    environment = Environment(
+        loader=FunctionLoader(read),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        **context, mark=mark, policy=_policy(scripts), style=read("report.css"), scripts=scripts
+    )
+
+
+def json_of(value: Any) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def check_target(path: Path, mark: str, option: str = "--to", name: str = "report.html") -> None:
+    """Refuse to replace what is not ours.
+
+    Args:
+        path: where a report is to be written.
+        mark: what an earlier one has in its first 4 KiB.
+        option: of the command, that names the file.
+        name: a good one.
+
+    Raises:
+        UserError: if it is a folder, or a file without the mark.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file, such as {option} {path / name}")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        if mark.encode() not in file.read(4096):
+            raise UserError(f"{path} exists and is no report of zofo; choose another {option}")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    digests = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )

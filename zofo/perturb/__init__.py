@@ -1,0 +1,1 @@
+"""The model seen at x + eps v, without a write to x."""

@@ -1,0 +1,124 @@
+"""Scratch buffers for perturbed weights: kept, and reused by one layer after another.
+
+There is a buffer for each level of nesting, dtype and device, of the size of the largest layer that
+was computed in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from zofo.noise import Distribution, prepare
+from zofo.perturb.owners import Owner
+
+_ALIGNMENT = 64
+
+_Place = tuple[int, torch.dtype, torch.device]
+"""Of a buffer: level, dtype, device."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Perturbed weights of an owner, laid out once: good while the weights stay where they are.
+
+    Attributes:
+        addresses: of the owner's weights.
+        parameters: what stands in their slots meanwhile.
+        compute: fills the parameters, given scale, step and direction.
+    """
+
+    addresses: list[int]
+    parameters: list[nn.Parameter]
+    compute: Callable[[float, int, int], None]
+
+    def put_in(self, owner: Owner) -> None:
+        """Let the owner's modules read it."""
+        for slot, parameter in zip(owner.slots, self.parameters, strict=True):
+            slot.module._parameters[slot.name] = parameter
+        for other, slot in owner.ties:
+            other.module._parameters[other.name] = slot.module._parameters[slot.name]
+
+
+class Scratch:
+    """The buffers of a perturbed view.
+
+    Args:
+        seed: run seed.
+        distribution: of the directions.
+    """
+
+    def __init__(self, seed: int, distribution: Distribution) -> None:
+        self._seed, self._distribution = seed, distribution
+        self._buffers: dict[_Place, Tensor] = {}
+        self._swaps: dict[int, dict[Owner, Swap]] = {}
+
+    def forget_owners(self) -> None:
+        """Keep the buffers only."""
+        self._swaps.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(t.numel() * t.element_size() for t in self._buffers.values())
+
+    def swap_of(self, owner: Owner, level: int) -> Swap:
+        """The owner's swap in the buffers of a level, not yet computed."""
+        swap = self._swaps.get(level, {}).get(owner)
+        if swap is None or swap.addresses != [s.parameter.data_ptr() for s in owner.slots]:
+            swap = self._lay_out(owner, level)
+            self._swaps.setdefault(level, {})[owner] = swap
+        return swap
+
+    def detach(self, output: Any) -> Any:
+        """Copy what a module returns of its own weights: the next layer reuses the buffer."""
+        buffers = {t.untyped_storage().data_ptr() for t in self._buffers.values()}
+
+        def is_scratch(t: Tensor) -> bool:
+            return t.layout == torch.strided and t.untyped_storage().data_ptr() in buffers
+
+        if isinstance(output, Tensor):
+            return output.clone() if is_scratch(output) else output
+        if any(isinstance(t, Tensor) and is_scratch(t) for t in tree_iter(output)):
+            return tree_map_only(Tensor, lambda t: t.clone() if is_scratch(t) else t, output)
+        return output
+
+    def _lay_out(self, owner: Owner, level: int) -> Swap:
+        weights = [slot.parameter for slot in owner.slots]
+        views = self._views(weights, level)
+        return Swap(
+            [weight.data_ptr() for weight in weights],
+            [nn.Parameter(view, requires_grad=False) for view in views],
+            prepare(
+                weights,
+                views,
+                tensors=[slot.tensor for slot in owner.slots],
+                seed=self._seed,
+                distribution=self._distribution,
+            ),
+        )
+
+    def _views(self, weights: list[nn.Parameter], level: int) -> list[Tensor]:
+        """A tensor for each weight, from the buffers of a level."""
+        needed: dict[_Place, int] = {}
+        places = []
+        for weight in weights:
+            place = (level, weight.dtype, weight.device)
+            places.append((place, needed.get(place, 0)))
+            padded = -(-weight.numel() // _ALIGNMENT) * _ALIGNMENT
+            needed[place] = needed.get(place, 0) + padded
+        for place, size in needed.items():
+            if place not in self._buffers or self._buffers[place].numel() < size:
+                # Nothing may hold on to the smaller buffer.
+                self._buffers.pop(place, None)
+                self._swaps.pop(level, None)
+                self._buffers[place] = torch.empty(size, dtype=place[1], device=place[2])
+        return [
+            self._buffers[place][start : start + weight.numel()].view(weight.shape)
+            for weight, (place, start) in zip(weights, places, strict=True)
+        ]

@@ -1,0 +1,221 @@
+"""Figures of scores, as plotly's JSON: hybrid against fo-peft, score against cost.
+
+Every name comes from a run folder and plotly reads a little HTML, so names are escaped.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from zofo.pages.look import MARKS, Theme
+from zofo.results.comparison import Group, Pair, treatment_of
+from zofo.statistics.estimates import Estimate
+
+Figure = dict[str, Any]
+COST_AXES: Final = {
+    "forward_equivalents": ("forward-equivalents", 1.0),
+    "train_s": ("training, s", 1.0),
+    "peak_memory_bytes": ("peak memory, MiB", 2.0**20),
+    "artifact_bytes": ("to store, MiB", 2.0**20),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A figure that has several states.
+
+    Attributes:
+        panels: key -> label of what is shown (a task, a grid).
+        axes: key -> label of the x axis; empty: there is one.
+        figures: "panel" or "panel|axis" -> figure.
+    """
+
+    panels: dict[str, str]
+    axes: dict[str, str]
+    figures: dict[str, Figure]
+
+
+def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> Figure:
+    """Hybrid minus fo-peft: a line a pair with interval and seeds, and the mean of all."""
+    import plotly.graph_objects as go
+
+    labels = [pair_label(pair, pairs) for pair in pairs]
+    colour = theme.methods["hybrid"]
+    figure = go.Figure()
+    xs, ys = [], []
+    for label, pair in zip(labels, pairs, strict=True):
+        xs += [100 * value for value in pair.values.values()]
+        ys += [label] * len(pair.values)
+    figure.add_scatter(
+        x=xs,
+        y=ys,
+        mode="markers",
+        name="one seed",
+        marker={"color": theme.faint, "size": 9, "symbol": "line-ns-open", "line": {"width": 2}},
+        customdata=[seed for pair in pairs for seed in pair.values],
+        hovertemplate="%{y}<br>seed %{customdata}: %{x:+.2f} points<extra></extra>",
+    )
+    estimates = [pair.difference.estimate for pair in pairs]
+    figure.add_scatter(
+        **_with_interval(estimates, "x"),
+        y=labels,
+        mode="markers",
+        name="mean of the seeds, 95% interval",
+        marker={"color": colour, "size": 10},
+        hovertemplate="%{y}<br>%{text} points<extra></extra>",
+        text=[_interval_text(e) for e in estimates],
+    )
+    if len(pairs) > 1:
+        figure.add_scatter(
+            **_with_interval([total], "x"),
+            y=["all pairs"],
+            mode="markers",
+            name="mean of the pairs",
+            marker={"color": theme.text, "size": 13, "symbol": "diamond"},
+            hovertemplate="all pairs<br>%{text} points<extra></extra>",
+            text=[_interval_text(total)],
+        )
+    figure.add_vline(x=0, line={"color": theme.faint, "width": 1.5, "dash": "dot"})
+    rows = [*labels, *(["all pairs"] if len(pairs) > 1 else [])]
+    figure.update_layout(
+        height=130 + 42 * len(rows),
+        xaxis_title="hybrid − fo-peft, points of test accuracy",
+        yaxis={"categoryorder": "array", "categoryarray": rows[::-1], "showgrid": False},
+    )
+    return plain(figure)
+
+
+def pareto_figures(groups: Sequence[Group], theme: Theme) -> Choices:
+    """Score against each cost, a panel a task; a line joins what nothing else beats in both."""
+    panels = list(dict.fromkeys((group.model, group.task) for group in groups))
+    figures = {}
+    for i, panel in enumerate(panels):
+        inside = [g for g in groups if g.is_chosen and (g.model, g.task) == panel]
+        for cost in COST_AXES:
+            figures[f"{i}|{cost}"] = _pareto(inside, groups, cost, theme)
+    return Choices(
+        panel_labels(panels), {key: title for key, (title, _) in COST_AXES.items()}, figures
+    )
+
+
+def _pareto(
+    inside: Sequence[Group],
+    groups: Sequence[Group],
+    cost: str,
+    theme: Theme,
+) -> Figure:
+    import plotly.graph_objects as go
+
+    title, unit = COST_AXES[cost]
+    figure = go.Figure()
+    known = [(g, value / unit) for g in inside if (value := g.costs[cost]) is not None]
+    front = frontier([(x, g.accuracy.mean) for g, x in known])
+    figure.add_scatter(
+        x=[x for x, _ in front],
+        y=[100 * y for _, y in front],
+        mode="lines",
+        name="nothing is both better and cheaper",
+        line={"color": theme.faint, "width": 1.5, "dash": "dot", "shape": "hv"},
+        hoverinfo="skip",
+    )
+    for group, x in known:
+        figure.add_scatter(
+            x=[x],
+            **_with_interval([group.accuracy], "y"),
+            mode="markers",
+            name=html.escape(treatment_of(group, groups), quote=False),
+            marker={**mark_of(group, theme), "size": 12},
+            customdata=[[_interval_text(group.accuracy, signed=False), len(group.seeds)]],
+            hovertemplate=(
+                "%{fullData.name}<br>accuracy %{customdata[0]} %<br>"
+                f"%{{x:,.4~g}} {title}<br>%{{customdata[1]}} seeds<extra></extra>"
+            ),
+        )
+    majority = [100 * g.majority for g in inside if g.majority is not None]
+    if majority:
+        figure.add_hline(
+            y=majority[0],
+            line={"color": theme.faint, "width": 1},
+            annotation={
+                "text": "majority",
+                "font": {"color": theme.faint, "size": 12},
+                "xanchor": "right",
+            },
+            annotation_position="top right",
+        )
+    figure.update_layout(
+        height=420, xaxis_title=title, yaxis_title="test accuracy, %", xaxis_rangemode="tozero"
+    )
+    return plain(figure)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, score), those that no other is at least as good as in both, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
+
+
+def panel_labels(panels: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Number of a (model, task) -> the task, and the model too where there are several."""
+    is_one = len({model for model, _ in panels}) == 1
+    return {
+        str(i): task if is_one else f"{task}, {model}" for i, (model, task) in enumerate(panels)
+    }
+
+
+def pair_label(pair: Pair, pairs: Sequence[Pair]) -> str:
+    """Task of a pair, and whatever else the pairs differ in; escaped."""
+    parts = [pair.hybrid.task]
+    for key in ("model", "adapter", "optimizer"):
+        if len({getattr(other.hybrid, key) for other in pairs}) > 1:
+            parts.append(getattr(pair.hybrid, key))
+    return html.escape(", ".join(parts), quote=False)
+
+
+def mark_of(group: Group, theme: Theme) -> dict[str, Any]:
+    """Symbol and colour of a method."""
+    return {
+        "symbol": MARKS.get(group.method, "circle"),
+        "color": theme.methods.get(group.method, theme.text),
+    }
+
+
+def _with_interval(estimates: Sequence[Estimate], axis: str) -> dict[str, Any]:
+    """Values in percent along an axis, with their intervals."""
+
+    def arm(side: Callable[[Estimate], float | None], sign: int) -> list[float]:
+        ends = [(e.mean, side(e)) for e in estimates]
+        return [0.0 if end is None else 100 * sign * (end - mean) for mean, end in ends]
+
+    return {
+        axis: [100 * e.mean for e in estimates],
+        f"error_{axis}": {
+            "type": "data",
+            "symmetric": False,
+            "array": arm(lambda e: e.high, 1),
+            "arrayminus": arm(lambda e: e.low, -1),
+            "thickness": 2,
+            "width": 5,
+        },
+    }
+
+
+def _interval_text(estimate: Estimate, *, signed: bool = True) -> str:
+    form = "+.2f" if signed else ".2f"
+    text = f"{100 * estimate.mean:{form}}"
+    if estimate.low is None or estimate.high is None:
+        return f"{text} (no interval)"
+    return f"{text} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
+
+
+def plain(figure: Any) -> Figure:
+    """JSON without a template, which the page supplies by theme."""
+    found = figure.to_plotly_json()
+    found["layout"].pop("template", None)
+    return found

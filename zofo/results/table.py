@@ -1,0 +1,385 @@
+"""Run folders as tables: one row a run, one row an evaluation on dev.
+
+Whatever a run folder holds may be missing (the run goes on), cut short (it was killed) or written
+by another version, so nothing here insists: what cannot be read is a blank, and a run that cannot
+be read at all is a row that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from zofo.disk.files import json_digest, read_json
+from zofo.disk.yaml import read_yaml
+from zofo.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIG_FILE: Final = "run.yaml"
+STUDY_FILE: Final = "study.json"
+COLUMNS: Final[dict[str, str]] = {
+    "run": "name of the run, unique in the table",
+    "folder": "where it lies",
+    "study": "name of the study",
+    "stage": "search (of rates), or final: a seed at chosen rates, or a run outside a study",
+    "status": "done, failed, stopped, damaged, or unfinished: no result yet",
+    "error": "why it failed, or cannot be read",
+    "chosen": "whether the study chose its rates",
+    "model": "base",
+    "task": "name, and the file of rows where they are one's own",
+    "method": "hybrid, fo-peft, zo-peft, fo-ft, zo-ft; a study's hybrid-tied has one rate for both",
+    "adapter": "type of the adapter, or the name of its configuration file",
+    "optimizer": "of the first-order block; blank where there is none",
+    "base_lr": "learning rate of the base, a map of several as text; blank where it is frozen",
+    "adapter_lr": "learning rate of the adapter; blank where there is none",
+    "rates": "both as text, by which runs are grouped",
+    "seed": "of the run",
+    "setting": "digest of every other option that can change a result",
+    "steps": "optimiser steps done",
+    "planned_steps": "optimiser steps configured; blank where epochs are",
+    "accuracy": "on the test rows, after training",
+    "accuracy_before": "the same before training",
+    "auc": "on the test rows, after training (two classes)",
+    "majority": "share of the commonest class of the test rows: what guessing reaches",
+    "test_loss": "on the test rows, after training",
+    "num_test": "test rows",
+    "best_dev_loss": "lowest loss on dev",
+    "last_dev_loss": "loss on dev when last measured",
+    "forward_equivalents": "cost of training, in forwards of a micro-batch without gradients",
+    "train_s": "seconds of training, without evaluations and checkpoints",
+    "peak_memory_bytes": "of the process, or of the accelerator",
+    "artifact_bytes": "what is stored to have the trained model, base apart",
+}
+"""What `Runs.table` has, and what it means."""
+CURVE_COLUMNS: Final[dict[str, str]] = {
+    "run": "as in the table of runs",
+    "step": "optimiser steps done",
+    "forward_equivalents": "spent until then",
+    "elapsed_s": "seconds of training until then",
+    "dev_loss": "loss on the dev rows",
+    "dev_accuracy": "accuracy on the dev rows",
+}
+_NUMBERS: Final = (
+    *("adapter_lr", "seed", "steps", "planned_steps", "accuracy", "accuracy_before"),
+    *("auc", "majority", "test_loss", "num_test", "best_dev_loss", "last_dev_loss"),
+    *("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes"),
+)
+APART: Final = frozenset(
+    (
+        *("model.name", "task.name", "task.train", "method", "adapter.type", "adapter.config_file"),
+        *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
+        *("num_threads", "device", "eval_batch_size", "snapshot_every"),
+        *("measure_test", "early_stopping"),
+    )
+)
+"""Options that have a column of their own, or that change no result."""
+_HAS_FIRST_ORDER: Final = ("hybrid", "fo-peft", "fo-ft")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs, read.
+
+    Attributes:
+        table: one row a run, columns as `COLUMNS`.
+        curves: one row an evaluation on dev, columns as `CURVE_COLUMNS`.
+        configs: run -> its resolved configuration, dotted keys.
+        environments: run -> versions and machine, dotted keys.
+    """
+
+    table: pd.DataFrame
+    curves: pd.DataFrame
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_runs(paths: Sequence[str | Path]) -> Runs:
+    """Read run folders.
+
+    Args:
+        paths: run folders, or folders that hold some: a study (in `runs/`), or `runs` itself.
+
+    Raises:
+        UserError: if one of them is no run and holds none.
+    """
+    import pandas as pd
+
+    folders = find_runs(paths)
+    rows: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    configs, environments = {}, {}
+    for name, folder in zip(_names(folders), folders, strict=True):
+        config = _read_config(folder)
+        row, curve = _read_run(folder, config)
+        rows.append({"run": name, "folder": folder, **row})
+        points += [{"run": name, **point} for point in curve]
+        configs[name] = flat(config)
+        environments[name] = flat(_mapping(folder / "environment.json"))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in _NUMBERS:
+        table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
+    curves = pd.DataFrame(points, columns=list(CURVE_COLUMNS))
+    numbers = [column for column in CURVE_COLUMNS if column != "run"]
+    curves[numbers] = curves[numbers].astype(float)
+    return Runs(table, curves, configs, environments)
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The run folders in or at some paths, each once, in the order given.
+
+    Raises:
+        UserError: for a path that is no run and holds none.
+    """
+    if not paths:
+        raise UserError("no runs are named; name run folders, or a study's folder")
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        folder = path.expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{path} is no folder; name run folders, or a study's folder")
+        inside = [folder] if _is_run(folder) else [*_runs_in(folder / "runs"), *_runs_in(folder)]
+        if not inside:
+            raise UserError(
+                f"{path} is no run folder (no {CONFIG_FILE}), and neither it nor {path}/runs holds "
+                "any; name run folders, or a study's folder"
+            )
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [f for f in sorted(folder.iterdir()) if f.is_dir() and _is_run(f)]
+
+
+def _is_run(folder: Path) -> bool:
+    # A run of a study that failed before it began has only the study's word for it.
+    return any((folder / name).is_file() for name in (CONFIG_FILE, STUDY_FILE))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Folder names, with as many parents as tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    length = 1
+    while len(set(names)) < len(names):
+        length += 1
+        names = ["/".join(path.parts[-length:]) for path in paths]
+    return names
+
+
+def _read_run(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's row and its curve."""
+    study = _mapping(folder / STUDY_FILE)
+    is_chosen = study.get("chosen") is True
+    result = _mapping(folder / "result.json")
+    log = list(_log_lines(folder / "metrics.jsonl"))
+    curve = _curve(log)
+    before, after = _inner(result, "test", "before"), _inner(result, "test", "after")
+    is_final = is_chosen and bool(after)
+    cost, last = _inner(result, "cost"), _last_values(log)
+    losses = [point["dev_loss"] for point in curve if point["dev_loss"] is not None]
+    elapsed = last.get("elapsed_s")
+    row = {
+        "study": _text(study.get("study")),
+        # A search at the rates that were chosen becomes the run of its seed: it is scored on test.
+        "stage": "search" if study.get("stage") == "search" and not is_final else "final",
+        "chosen": is_chosen,
+        **_status(folder, study, result, config, last),
+        **_what_ran(config, study),
+        "steps": _number(cost.get("steps", last.get("step"))),
+        "planned_steps": _number(config.get("steps")),
+        "accuracy": _number(after.get("accuracy")),
+        "accuracy_before": _number(before.get("accuracy")),
+        "auc": _number(after.get("auc")),
+        "majority": _number(after.get("majority")),
+        "test_loss": _number(after.get("loss")),
+        "num_test": _number(after.get("num_rows")),
+        "best_dev_loss": min(losses, default=None),
+        "last_dev_loss": losses[-1] if losses else None,
+        "forward_equivalents": _number(
+            cost.get("forward_equivalents", last.get("forward_equivalents"))
+        ),
+        "train_s": _number(cost.get("train_s") if elapsed is None else elapsed),
+        "peak_memory_bytes": _number(cost.get("peak_memory_bytes", last.get("peak_memory_bytes"))),
+        "artifact_bytes": _number(cost.get("artifact_bytes", _size(folder / "artifact"))),
+    }
+    return row, curve
+
+
+def _status(
+    folder: Path,
+    study: Mapping[str, Any],
+    result: Mapping[str, Any],
+    config: Mapping[str, Any],
+    last: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`status` and `error`: what the study says of a run that did not end well, else its files."""
+    said, error = study.get("status"), _text(study.get("error"))
+    if said in ("failed", "stopped"):
+        return {"status": said, "error": error}
+    if not config:
+        return {"status": "damaged", "error": f"{CONFIG_FILE} is missing or cannot be read"}
+    if result:
+        return {"status": "done", "error": ""}
+    if (folder / "result.json").is_file():
+        return {"status": "damaged", "error": "result.json cannot be read"}
+    if last.get("non_finite") == 1 and config.get("on_non_finite") != "skip":
+        return {"status": "stopped", "error": f"loss not finite at step {last.get('step')}"}
+    return {"status": "unfinished", "error": error}
+
+
+def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells runs apart, from the configuration, under the study's names where it has some."""
+    cell, rates = _inner(study, "cell"), _inner(study, "rates")
+    model, task, adapter = (_inner(config, key) for key in ("model", "task", "adapter"))
+    method = _text(config.get("method") or str(cell.get("method", "")).removesuffix("-tied"))
+    name = _text(cell.get("task") or task.get("name"))
+    if task.get("train") and not cell.get("task"):
+        name += f": {Path(_text(task['train'])).name}"
+    kind = _text(cell.get("adapter") or adapter.get("type") or "none")
+    if adapter.get("config_file") and not cell.get("adapter"):
+        kind = Path(_text(adapter["config_file"])).stem
+    base_lr = adapter_lr = None
+    if method in ("hybrid", "fo-ft", "zo-ft"):
+        base_lr = _base_lr(config.get("base_lr", rates.get("base_lr")))
+    if method in ("hybrid", "fo-peft", "zo-peft"):
+        adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
+    has_optimizer = method in _HAS_FIRST_ORDER
+    return {
+        "model": _text(cell.get("model") or model.get("name")),
+        "task": name,
+        "method": _text(cell.get("method") or method),
+        "adapter": kind,
+        "optimizer": _text(config.get("optimizer") or cell.get("optimizer"))
+        if has_optimizer
+        else "",
+        "base_lr": base_lr,
+        "adapter_lr": adapter_lr,
+        "rates": f"{base_lr}, {adapter_lr}",
+        "seed": _number(config.get("seed", study.get("seed"))),
+        "setting": json_digest({k: v for k, v in flat(config).items() if k not in APART})[:8],
+    }
+
+
+def _base_lr(rate: Any) -> float | str | None:
+    if isinstance(rate, Mapping):
+        return ", ".join(f"{key}: {value}" for key, value in rate.items())
+    return _number(rate)
+
+
+def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations on dev; costs from the training entry of the step where they lack them."""
+    at_step: dict[Any, Mapping[str, Any]] = {}
+    for entry in log:
+        if "loss" in entry:
+            at_step[entry.get("step")] = entry
+    points = {}
+    for entry in log:
+        if "eval_loss" not in entry:
+            continue
+        step = _number(entry.get("step"))
+        both = {**at_step.get(entry.get("step"), {}), **entry}
+        points[step] = {
+            "step": step,
+            "forward_equivalents": _number(both.get("forward_equivalents")),
+            "elapsed_s": _number(both.get("elapsed_s")),
+            "dev_loss": _number(entry.get("eval_loss")),
+            "dev_accuracy": _number(entry.get("eval_accuracy")),
+        }
+    return sorted((p for s, p in points.items() if s is not None), key=lambda p: p["step"])
+
+
+def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for entry in log:
+        values |= entry
+    return values
+
+
+def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log, without those that cannot be read: the last may be half written."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration as it was written; empty if it cannot be read.
+
+    Not through `load_config`: a run of another version is still worth a row.
+    """
+    try:
+        return read_yaml(folder / CONFIG_FILE)
+    except UserError:
+        return {}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except UserError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _inner(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    for key in path:
+        inner = values.get(key)
+        values = inner if isinstance(inner, Mapping) else {}
+    return values
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: a diverged run logs "nan"."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _size(folder: Path) -> int | None:
+    if not folder.is_dir():
+        return None
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones; a map of rates stays one value."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and prefix + str(key) != "base_lr":
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def relative_to(folder: Path, start: Path) -> str:
+    """A path from one folder to another, with slashes; absolute where there is none."""
+    try:
+        return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
+    except ValueError:  # another drive
+        return folder.resolve().as_uri()

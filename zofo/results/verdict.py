@@ -1,0 +1,140 @@
+"""Was hybrid worth it: one sentence with its interval, and what keeps it from saying more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zofo.results.comparison import COSTS, Pair
+from zofo.statistics.estimates import Estimate, mean_over_pairs, outcome_of
+
+_COST_WORDS = {
+    "forward_equivalents": "forward-equivalents",
+    "train_s": "seconds of training",
+    "peak_memory_bytes": "peak memory",
+    "artifact_bytes": "bytes to store",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the pairs say together.
+
+    Attributes:
+        outcome: whether hybrid's test accuracy was higher or lower than fo-peft's; undecided where
+            the interval holds 0 or there is none; none where nothing is paired.
+        sentence: the same in words, with interval and number of seeds.
+        notes: cost, pair by pair, and the limits of the sentence.
+        estimate: mean of the pairs' mean differences.
+        counts: win, tie, loss, undecided -> pairs.
+    """
+
+    outcome: Literal["higher", "lower", "undecided", "none"]
+    sentence: str
+    notes: tuple[str, ...]
+    estimate: Estimate | None
+    counts: dict[str, int]
+
+
+def judge(pairs: Sequence[Pair]) -> Verdict:
+    """The verdict on hybrid against fo-peft; never more than the interval bears."""
+    if not pairs:
+        sentence = (
+            "Nothing to compare yet: no hybrid and fo-peft runs of one model, task, adapter, "
+            "optimizer and seed have both finished."
+        )
+        return Verdict("none", sentence, (), None, {})
+    # Pairs of a task have the same rows seed by seed, whatever their model and adapter.
+    estimate = mean_over_pairs([pair.values for pair in pairs], [p.hybrid.task for p in pairs])
+    counts = Counter(pair.difference.outcome for pair in pairs)
+    found = f"{_points(estimate.mean)} of test accuracy"
+    if estimate.low is not None and estimate.high is not None:
+        found += f", 95% interval [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}],"
+    found += f" {_over(pairs)}"
+    outcome: Literal["higher", "lower", "undecided"]
+    match outcome_of(estimate):
+        case "win":
+            outcome, sentence = "higher", f"Hybrid scored higher than fo-peft: {found}."
+        case "loss":
+            outcome, sentence = "lower", f"Hybrid scored lower than fo-peft: {found}."
+        case "tie":
+            outcome = "undecided"
+            sentence = f"Undecided: hybrid − fo-peft is {found}. The interval holds 0."
+        case _:
+            outcome = "undecided"
+            sentence = f"Undecided: hybrid − fo-peft is {found}. Too few seeds for an interval."
+    all_counts = {name: counts.get(name, 0) for name in ("win", "tie", "loss", "undecided")}
+    return Verdict(outcome, sentence, tuple(_notes(pairs, all_counts)), estimate, all_counts)
+
+
+def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:
+    notes = []
+    ratios = {
+        cost: [pair.cost_ratios[cost] for pair in pairs if pair.cost_ratios[cost] is not None]
+        for cost in COSTS
+    }
+    spent = [
+        f"{_range([r for r in ratios[cost] if r is not None], '.2f')}× the {_COST_WORDS[cost]}"
+        for cost in COSTS
+        if ratios[cost]
+    ]
+    if spent:
+        notes.append(f"Hybrid took {_joined(spent)} of fo-peft.")
+    if len(pairs) > 1:
+        notes.append(
+            f"Pair by pair: {counts['win']} won, {counts['loss']} lost, {counts['tie']} tied (the "
+            f"interval holds 0), {counts['undecided']} undecided (too few seeds). By chance alone "
+            f"one pair in twenty is won or lost."
+        )
+    guessing = [pair for pair in pairs if _is_guessing(pair)]
+    if guessing:
+        where = _joined([_name(pair) for pair in guessing])
+        notes.append(
+            f"On {where} neither method reaches more than the majority rate: there the difference "
+            "is one between guesses."
+        )
+    rows = [float(pair.hybrid.num_test) for pair in pairs if pair.hybrid.num_test]
+    if rows:
+        one = [100 / num for num in (max(rows), min(rows))]
+        notes.append(
+            f"Intervals are over seeds. A score is over {_range(rows, '.0f')} test rows: one row "
+            f"is {_range(one, '.2f')} points."
+        )
+    return notes
+
+
+def _is_guessing(pair: Pair) -> bool:
+    majority = pair.hybrid.majority
+    return majority is not None and all(
+        group.accuracy.mean <= majority for group in (pair.hybrid, pair.fo_peft)
+    )
+
+
+def _over(pairs: Sequence[Pair]) -> str:
+    """Over which pairs, with how many seeds."""
+    seeds = [len(pair.difference.seeds) for pair in pairs]
+    num = _range([float(s) for s in seeds], ".0f")
+    word = "seed" if max(seeds) == 1 else "seeds"
+    if len(pairs) == 1:
+        return f"on {_name(pairs[0])} over {num} {word}"
+    return f"on average over {len(pairs)} pairs with {num} {word} each"
+
+
+def _name(pair: Pair) -> str:
+    group = pair.hybrid
+    return f"{group.task} ({group.model}, {group.adapter}, {group.optimizer})"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f} points"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,126 @@
+"""From a run's configuration to one without `auto`: what is asked is measured, then written out.
+
+run.yaml      holds the numbers: resuming and replaying measure nothing
+advise.json   holds what they rest on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from zofo.advice.advise import advise
+from zofo.advice.setting import Advice, Caps, Setting
+from zofo.config.schema import AUTO, AUTO_KEYS, FIRST_ORDER_BASE_LR, RunConfig, share_of
+from zofo.environment import check_device, default_device
+from zofo.errors import UserError
+from zofo.models.adapter_kinds import KINDS
+from zofo.optim.methods import METHODS
+from zofo.run.train import Prepared, num_steps
+from zofo.tasks.encode import losses_and_errors
+
+
+def setting_of(
+    config: RunConfig, num_rows: int, *, caps: Caps = "ignore", target: float | None = None
+) -> Setting:
+    """What the advisor needs to know of a run.
+
+    Args:
+        config: resolved but for `auto`.
+        num_rows: of the training set.
+        caps: whether the theorem's caps are applied.
+        target: ε of the theorem.
+    """
+    kind = KINDS.get(config.adapter.type, KINDS["lora"])
+    is_full = METHODS[config.method].base == "first"
+    share = share_of(config)
+    return Setting(
+        method=config.method,
+        num_steps=num_steps(config, num_rows),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        base_rows=None if share == 1 else round(share * config.batch_size),
+        base_every=config.base_every,
+        optimizer=config.optimizer,
+        adapter_weight_decay=config.adapter_weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        estimator=config.estimator,
+        num_directions=config.num_directions,
+        distribution=config.distribution,
+        eps=config.eps,
+        base_lr=config.base_lr,
+        adapter_lr=config.adapter_lr,
+        usual_rate=FIRST_ORDER_BASE_LR if is_full else kind.lr,
+        seed=config.seed,
+        caps=caps,
+        target=target,
+    )
+
+
+def advise_on(
+    config: RunConfig,
+    prepared: Prepared,
+    *,
+    caps: Caps = "ignore",
+    target: float | None = None,
+    split: bool = True,
+    report: Callable[[str, float], None] | None = None,
+) -> Advice:
+    """The advice on a run.
+
+    Args:
+        config: whose `auto` values are asked for.
+        prepared: its model and rows; the model is put on the run's device, its bits stay.
+        caps: whether the theorem's caps are applied.
+        target: ε of the theorem.
+        split: whether to look for rates by group of modules.
+        report: told what begins, and the forward-equivalents so far.
+
+    Raises:
+        UserError: if the objective has no rows of its own, or there are too few.
+    """
+    check_device(config.device)
+    device = default_device() if config.device == "auto" else config.device
+    prepared.model.to(device)
+    rows = prepared.rows["train"]
+
+    def batch_of(indices: Any) -> dict[str, Tensor]:
+        batch = prepared.collator([rows[i] for i in indices])
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        value, shares, _ = losses_and_errors(model, batch, config.task.objective)
+        return value, shares.detach()
+
+    setting = setting_of(config, len(rows), caps=caps, target=target)
+    return advise(prepared.model, loss, batch_of, len(rows), setting, split=split, report=report)
+
+
+def resolve(
+    config: RunConfig,
+    prepared: Prepared,
+    *,
+    report: Callable[[str, float], None] | None = None,
+) -> tuple[RunConfig, Advice | None]:
+    """The configuration with numbers, and the advice; None where nothing had to be found.
+
+    Args:
+        config: with or without `auto`.
+        prepared: its model and rows.
+        report: as for `advise_on`.
+    """
+    asked = config.auto_keys
+    advice = advise_on(config, prepared, report=report) if asked else None
+    update: dict[str, Any] = {}
+    for key in AUTO_KEYS:
+        if getattr(config, key) != AUTO:
+            continue
+        if key in asked:
+            update[key] = getattr(advice, key)
+            if update[key] is None:
+                raise UserError(f"{key} could not be found; give it as a number")
+        else:  # it moves nothing
+            update[key] = RunConfig.model_fields[key].default
+    return config.model_copy(update=update), advice

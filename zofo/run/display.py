@@ -1,0 +1,188 @@
+"""What a run shows while it goes on, and the metrics it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from zofo.errors import UserError
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "projected_grad": "s {:+.3g}",
+    "learning_rate": "adapter_lr {:.2g}",
+    "base_lr": "base_lr {:.2g}",
+}
+
+
+def new_progress(console: Console, unit: str) -> Progress:
+    """A bar with count, remaining time and a free text."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def replay_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar for replaying, from its first report on: `report(weights done, weights in all)`."""
+    progress = new_progress(console, "M weights")
+    task: TaskID | None = None
+
+    def report(num_done: int, num_weights: int) -> None:
+        nonlocal task
+        if task is None:
+            progress.start()
+            task = progress.add_task("replaying", total=num_weights // 10**6, text="")
+        progress.update(task, completed=num_done // 10**6)
+
+    try:
+        yield report
+    finally:
+        if task is not None:
+            progress.stop()
+
+
+class TrainingDisplay(TrainerCallback):
+    """A live bar on a terminal, a line at each log elsewhere.
+
+    Args:
+        console: where to.
+        rows_per_step: for the samples a second.
+    """
+
+    def __init__(self, console: Console, rows_per_step: int) -> None:
+        self.console, self.rows_per_step = console, rows_per_step
+        self._progress: Progress | None = None
+        self._last: tuple[int, float] | None = None
+        self._text = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self._last = (state.global_step, time.monotonic())
+        if self.console.is_terminal:
+            self._progress = new_progress(self.console, "steps")
+            self._task = self._progress.add_task("training", total=state.max_steps, text="")
+            self._progress.update(self._task, completed=state.global_step)
+            self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show losses, projected gradient, rates, samples a second."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            line = f"step {state.global_step}: dev loss {logs['eval_loss']:.4f}"
+            for name, title in (("accuracy", "accuracy"), ("f1", "F1")):
+                value = logs.get(f"eval_{name}")
+                line += "" if value is None else f", {title} {value:.3f}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+        if "loss" not in logs or self._last is None:
+            return
+        step, now = state.global_step, time.monotonic()
+        done, since = step - self._last[0], now - self._last[1]
+        self._last = (step, now)
+        parts = [form.format(float(logs[key])) for key, form in _SHOWN.items() if key in logs]
+        rate = done * self.rows_per_step / max(since, 1e-9)
+        parts.append(f"{rate:.1f} samples/s")
+        if self._progress is not None:
+            self._progress.update(self._task, text="  ".join(parts))
+            return
+        remaining = (state.max_steps - step) * since / max(done, 1)
+        self.console.print(
+            f"step {step}/{state.max_steps}  "
+            + "  ".join(parts)
+            + f"  {_duration(remaining)} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar, also when training ended by an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a log entry in `metrics.jsonl`.
+
+    A run that is continued writes the entries anew that its checkpoint holds: whatever was lost or
+    logged after that checkpoint, the file ends as that of an uninterrupted run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with the entries of the steps that are done."""
+        from zofo.disk.files import write_text
+
+        done = state.log_history if state.global_step else []
+        write_text(self.path, "".join(_metrics_line(entry["step"], entry) for entry in done))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Append.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_metrics_line(state.global_step, logs or {}))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}. The checkpoints are as they "
+                "were: free space or bring the folder back, and continue the run"
+            ) from error
+
+
+def _metrics_line(step: int, logs: Mapping[str, Any]) -> str:
+    # JSON has no NaN: a value that is not finite is written as text.
+    values = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in logs.items()
+    }
+    return json.dumps({"step": step, **values}) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,196 @@
+"""What a run would do, without weights: parameters by block, memory, cost.
+
+Memory is an estimate: weights, gradients and optimizer states are exact, the scratch is that of the
+largest layer, activations follow Korthikanti et al. (2022), 34 · batch · length · hidden values'
+bytes a layer at two bytes a value, without attention matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zofo.config.schema import AUTO, RunConfig
+from zofo.environment import default_device
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import empty_model, load_tokenizer
+from zofo.optim.methods import METHODS, apply_method, param_groups
+from zofo.perturb.view import Perturbation
+from zofo.run.train import base_of, forward_equivalents, num_steps
+from zofo.tasks import Splits, load_splits
+from zofo.tasks.encode import Encoded, encoder_for
+
+_ACTIVATION_BYTES = 34 / 2
+"""Bytes a layer keeps for each hidden value, over the bytes of a value."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is run.
+
+    Attributes:
+        steps: optimiser steps.
+        forward_equivalents: cost of training, evaluations apart; where answers are written for it,
+            as if all were of the longest.
+        num_parameters: block -> (order, parameters that move, all parameters).
+        memory_bytes: what -> bytes.
+        num_rows: part -> rows.
+        max_tokens: tokens of the longest sequence.
+        notes: what was done to the rows.
+    """
+
+    steps: int
+    forward_equivalents: float
+    num_parameters: dict[str, tuple[str, int, int]]
+    memory_bytes: dict[str, int]
+    num_rows: dict[str, int]
+    max_tokens: int
+    notes: tuple[str, ...]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Read the data, build the model without weights, count.
+
+    Raises:
+        UserError: for anything that a run would refuse.
+    """
+    tokenizer = load_tokenizer(
+        config.model.name,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    base = base_of(config, splits)
+    encoder = encoder_for(tokenizer, base.head, config.task)
+    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    model: Any = empty_model(
+        base.name,
+        head=base.head,  # type: ignore[arg-type]
+        dtype=base.dtype,
+        num_labels=base.num_labels,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+    )
+    config_of_model = model.config
+    if METHODS[config.method].needs_adapter:
+        adapter = config.adapter
+        model = create_adapter(
+            model,
+            adapter.type,
+            head=base.head,  # type: ignore[arg-type]
+            r=adapter.r,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            config_file=adapter.config_file,
+        )
+    steps = num_steps(config, len(rows["train"]))
+    again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
+    return Plan(
+        steps=steps,
+        forward_equivalents=forward_equivalents(
+            config, steps, part_again=again, cost_of_answers=_cost_of_answers(config, rows["train"])
+        ),
+        num_parameters=_parameters(model, config),
+        memory_bytes=_memory(model, config, config_of_model, rows["train"]),
+        num_rows=_num_rows(splits),
+        max_tokens=max(row.length for part in rows.values() for row in part),
+        notes=(*splits.notes, *_of_auto(config, len(rows["train"]))),
+    )
+
+
+def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
+    asked = config.auto_keys
+    if not asked:
+        return []
+    from zofo.advice.advise import most_forwards
+    from zofo.run.auto import setting_of
+
+    most = most_forwards(setting_of(config, num_rows))
+    what = f"measured before the run, for at most {most} forward-equivalents more"
+    return [f"{', '.join(asked)}: {what}; zofo advise shows them"]
+
+
+def _device(config: RunConfig) -> str:
+    return default_device() if config.device == "auto" else config.device
+
+
+def _num_rows(splits: Splits) -> dict[str, int]:
+    return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
+
+
+def _cost_of_answers(config: RunConfig, train: Sequence[Encoded]) -> float:
+    """Tokens of the prompts and of the longest answers, over those of the rows."""
+    if config.zo_objective != "f1":
+        return 1.0
+    written = sum(len(row.prompt) + config.task.max_new_tokens - 1 for row in train)
+    return written / sum(row.length for row in train)
+
+
+def _has_dropout(model: nn.Module, model_config: Any) -> bool:
+    rates = [rate for key, rate in vars(model_config).items() if "drop" in key]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _parameters(model: nn.Module, config: RunConfig) -> dict[str, tuple[str, int, int]]:
+    blocks, method = apply_method(model, config.method), METHODS[config.method]
+    groups = _groups(model, config)
+    counts = {}
+    for block, parameters in (("base", blocks.base), ("adapter", blocks.adapter)):
+        moved = sum(p.numel() for g in groups if g["block"] == block for p in g["params"])
+        total = sum(p.numel() for p in parameters.values())
+        counts[block] = (str(getattr(method, block)), moved, total)
+    return counts
+
+
+def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    return param_groups(
+        model,
+        config.method,
+        base_lr=0.0 if config.base_lr in (None, AUTO) else config.base_lr,  # type: ignore[arg-type]
+        adapter_lr=0.0 if config.adapter_lr in (None, AUTO) else config.adapter_lr,  # type: ignore[arg-type]
+    )
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _memory(
+    model: nn.Module, config: RunConfig, model_config: Any, train: Sequence[Encoded]
+) -> dict[str, int]:
+    groups = _groups(model, config)
+    first = [p for g in groups if g["order"] == "first" for p in g["params"]]
+    zeroth = [g for g in groups if g["order"] == "zeroth"]
+    states = 2 if config.optimizer == "adamw" else 0
+    scratch = 0
+    if zeroth:
+        view = Perturbation(
+            model,
+            [p for g in zeroth for p in g["params"]],
+            [t for g in zeroth for t in g["tensors"]],
+            seed=0,
+            overlap=config.overlap and _device(config) == "cuda",
+        )
+        scratch = view.largest_layer_bytes
+    longest = sorted((row.length * len(row.rows) for row in train), reverse=True)
+    tokens = sum(longest[: config.batch_size])
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
+    hidden = getattr(text, "hidden_size", 0)
+    layers = getattr(text, "num_hidden_layers", 0)
+    if getattr(text, "is_encoder_decoder", False):
+        layers += getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", layers)) or 0
+    value = next(model.parameters()).element_size()
+    kept = 1 if config.gradient_checkpointing or not first else layers
+    return {
+        "weights": _bytes(list(model.parameters())),
+        "gradients": _bytes(first),
+        "optimizer states": states * _bytes(first),
+        "perturbation scratch": scratch,
+        "activations (estimate)": int(_ACTIVATION_BYTES * value * tokens * hidden * kept),
+    }

@@ -1,0 +1,120 @@
+"""Continuing a run folder: with what configuration, from which checkpoint.
+
+A resumed run ends as the uninterrupted one, so whatever would change the result is refused; what
+only changes where it runs and what it shows may differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig, load_config
+from zofo.disk.files import read_json
+from zofo.errors import UserError
+from zofo.saved.checkpoint_folders import newest_whole
+
+CONFIG_FILE: Final = "run.yaml"
+RESULT_FILE: Final = "result.json"
+ADVICE_FILE: Final = "advise.json"
+FREE: Final = frozenset(
+    (
+        "output_dir",
+        "log_every",
+        "report_to",
+        "num_threads",
+        "device",
+        "eval_batch_size",
+        "snapshot_every",
+        "overlap",
+    )
+)
+"""Keys that may differ from the saved run's."""
+
+
+def resumed_config(
+    folder: Path, path: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration to continue a run folder with.
+
+    Args:
+        folder: the run folder.
+        path: a configuration that must agree with the run's; None: the run's own.
+        overrides: "key=value", as for `load_config`.
+
+    Raises:
+        UserError: if it is no run folder, or for every difference that would change the result.
+    """
+    saved_path = folder / CONFIG_FILE
+    if not saved_path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder")
+    saved = load_config(saved_path)
+    if path is None and not overrides:
+        return saved
+    config = load_config(saved_path if path is None else path, overrides)
+    config = _with_advised(config, saved, folder)
+    found = differences(saved, config)
+    if found:
+        lines = "".join(
+            f"\n  - {key}: {_text(then)} -> {_text(now)}" for key, (then, now) in found.items()
+        )
+        raise UserError(
+            f"{folder} was begun with another configuration (saved -> now):{lines}\n"
+            "Leave these out to continue it, or begin a new run with another output_dir"
+        )
+    return config.model_copy(update={"output_dir": saved.output_dir})
+
+
+def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
+    """`auto` stands for the numbers that the run was begun with, if they were found for it."""
+    asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
+    if not asked or not (folder / ADVICE_FILE).is_file():
+        return config
+    found = read_json(folder / ADVICE_FILE)
+    advised = found.get("advised", {}) if isinstance(found, dict) else {}
+    return config.model_copy(update={k: getattr(saved, k) for k in asked if k in advised})
+
+
+def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved, now), of the keys that change what a run comes to."""
+    then, now = _flat(saved.model_dump()), _flat(config.model_dump())
+    keys = dict.fromkeys((*then, *now))
+    return {
+        key: (then.get(key), now.get(key))
+        for key in keys
+        if key not in FREE and then.get(key) != now.get(key)
+    }
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has written its result, which it does last."""
+    try:
+        return isinstance(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(folder: Path, report: Callable[[str], Any] | None = None) -> Path | None:
+    """The checkpoint of the highest step that is whole.
+
+    Args:
+        folder: the run folder.
+        report: told of each damaged one that is passed over.
+    """
+    return newest_whole(folder, report)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and prefix == "" and key in ("model", "adapter", "task"):
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

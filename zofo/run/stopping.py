@@ -1,0 +1,95 @@
+"""Runs that end before their last step, and the record of why.
+
+    early_stopping = m:   from half of the steps on, a dev loss above the one before training by
+                          more than m nats ends the run; so does one that is not finite, at any time
+
+The rule reads the run's own history only, so that it does not matter what else runs beside it. The
+record, `stopped.json`, is written before the last checkpoint: a run that is killed in between is
+not taken for one to be continued.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import TrainerCallback
+
+from zofo.disk.files import read_json, write_json
+
+STOPPED_FILE: Final = "stopped.json"
+
+
+def is_hopeless(loss: float, start: float, margin: float, step: int, num_steps: int) -> bool:
+    """Whether a dev loss ends the run.
+
+    Args:
+        loss: the dev loss after `step` steps.
+        start: the dev loss before training.
+        margin: in nats.
+        step: optimiser steps done.
+        num_steps: of the whole run.
+    """
+    return not math.isfinite(loss) or (2 * step >= num_steps and loss > start + margin)
+
+
+class StopEarly(TrainerCallback):
+    """Applies the rule, and records every early end.
+
+    Args:
+        trainer: whose `watch` stops at a loss that is not finite.
+        folder: the run folder.
+        margin: in nats; None: no rule.
+        start: the dev loss before training; needed with a margin.
+    """
+
+    def __init__(
+        self, trainer: Any, folder: Path, margin: float | None, start: float | None
+    ) -> None:
+        self.trainer, self.folder, self.margin, self.start = trainer, folder, margin, start
+        self.reason: str | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record what the watch has found."""
+        if self.trainer.watch.stopped_at is not None and self.reason is None:
+            self._record(
+                state.global_step,
+                f"stopped at step {self.trainer.watch.stopped_at}: the loss or the projected "
+                "gradient is not finite, and the base was not moved by it",
+            )
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Apply the rule to a dev score."""
+        loss, step = (metrics or {}).get("eval_loss"), state.global_step
+        if self.margin is None or self.start is None or loss is None or step >= state.max_steps:
+            return control
+        if is_hopeless(loss, self.start, self.margin, step, state.max_steps):
+            self._record(
+                step,
+                f"stopped at step {step}: the dev loss is {loss:.4g}, {self.start:.4g} before "
+                f"training, and early_stopping allows {self.margin:g} more",
+            )
+            control.should_training_stop = True
+        return control
+
+    def _record(self, step: int, reason: str) -> None:
+        self.reason = reason
+        write_json(self.folder / STOPPED_FILE, {"step": step, "reason": reason})
+
+
+def stop_reason(folder: Path) -> str | None:
+    """Why a run ended early; None if it did not.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    path = folder / STOPPED_FILE
+    return str(read_json(path)["reason"]) if path.exists() else None

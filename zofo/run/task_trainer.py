@@ -1,0 +1,299 @@
+"""`HybridTrainer` on a task: the loss is its objective, the dev scores are zofo's.
+
+Of accuracy, the first-order pass knows the value at x: a difference costs one forward a direction.
+F1 asks for answers to be written at x too, without dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
+
+from zofo.config.schema import RunConfig
+from zofo.models.loading import quiet
+from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.run.clock import TrainingClock
+from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.scoring.evaluate import evaluate
+from zofo.scoring.generate import Writer
+from zofo.tasks.encode import (
+    Collator,
+    Encoded,
+    first_examples,
+    losses_and_errors,
+)
+from zofo.trainer.mixin import HybridArguments, HybridTrainer
+
+
+class TaskTrainer(HybridTrainer):
+    """`HybridTrainer` on a task: its loss is the task's objective, its dev scores zofo's."""
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: str,
+        kind: str,
+        dev: Sequence[Encoded],
+        collator: Collator,
+        writer: Writer,
+        zo_objective: str = "loss",
+        **kwargs: Any,
+    ) -> None:
+        collate = _keeping_examples(collator) if zo_objective == "f1" else collator
+        super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
+        self.clock = TrainingClock()
+        self.objective: Any = objective
+        self.zo_objective = zo_objective
+        self.kind: Any = kind
+        self.dev, self.collator, self.writer = dev, collator, writer
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The task's training loss."""
+        loss, self._shares, self._errors = losses_and_errors(model, inputs, self.objective)
+        return (loss, {}) if return_outputs else loss
+
+    def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Examples; one of them may have several rows."""
+        return len(inputs["gold"])
+
+    @property
+    def has_zeroth_loss(self) -> bool:
+        """Whether the zeroth-order block follows accuracy or F1."""
+        return self.zo_objective != "loss"
+
+    def whole_batch(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
+    ) -> ZerothLoss:
+        """1 − accuracy or 1 − F1 of all examples."""
+        return self._first(model, inputs, num_items_in_batch, len(inputs["gold"]))
+
+    def batch_part(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
+    ) -> tuple[ZerothLoss, None]:
+        """The first examples, with what the pass just made says of them."""
+        return self._first(model, inputs, num_items_in_batch, num_first), None
+
+    def _first(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num: int
+    ) -> ZerothLoss:
+        batch: Any = self._prepare_inputs(dict(inputs))
+        divisor = self._loss_divisor(num_items_in_batch)
+        if self.zo_objective == "f1":
+            num_tokens = batch["input_ids"].numel()
+            answered = _Answered(self, model, batch["examples"][:num], num_tokens, divisor)
+            return ZerothLoss(answered, answered.cost)
+        is_whole = num == len(batch["gold"])
+        examples, share = (batch, 1.0) if is_whole else first_examples(batch, num)
+        known = self._shares if self.zo_objective == "loss" else self._errors
+        assert known is not None  # the configuration refuses accuracy where nothing is chosen
+
+        def closure() -> Tensor:
+            with self.compute_loss_context_manager():
+                _, shares, errors = losses_and_errors(model, examples, self.objective)
+            wanted = shares if self.zo_objective == "loss" else errors
+            assert wanted is not None
+            return wanted.mean() / divisor
+
+        return ZerothLoss(closure, share, known[:num].mean() / divisor)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores on dev, under Trainer's names."""
+        with self.clock.paused():
+            metrics = evaluate(
+                self.model,  # type: ignore[arg-type]
+                self.dev if eval_dataset is None else eval_dataset,
+                self.collator,
+                kind=self.kind,
+                batch_size=self.args.per_device_eval_batch_size,
+                writer=self.writer,
+            )
+        logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add what training has cost so far, so that every curve can be drawn against it."""
+        if self._hybrid is not None:
+            logs["forward_equivalents"] = self.forward_equivalents
+            logs["elapsed_s"] = self.clock.seconds
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.clock.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _accounts(self) -> dict[str, float]:
+        return super()._accounts() | {"elapsed_s": self.clock.seconds}
+
+    def _restore_accounts(self) -> None:
+        self.clock.start((self._resumed_accounts or {}).get("elapsed_s", 0.0))
+        super()._restore_accounts()
+
+
+class _Answered:
+    """1 − F1 of the answers that a model writes to some examples, divided; and what that cost."""
+
+    def __init__(
+        self,
+        trainer: TaskTrainer,
+        model: nn.Module,
+        examples: Sequence[Encoded],
+        num_tokens: int,
+        divisor: int,
+    ) -> None:
+        self.trainer, self.model, self.examples = trainer, model, examples
+        self.tokens_per_forward, self.divisor = num_tokens, divisor
+        self.num_tokens = 0
+
+    def __call__(self) -> float:
+        with self.trainer.compute_loss_context_manager():
+            written = self.trainer.writer(self.model, [row.prompt for row in self.examples])
+        self.num_tokens += written.num_tokens
+        answers = [row.answers for row in self.examples]
+        scores = [a.f1(text) for a, text in zip(answers, written.texts, strict=True) if a]
+        return (1 - math.fsum(scores) / len(scores)) / self.divisor
+
+    def cost(self) -> float:
+        """Tokens that went through the model so far, over those of a forward."""
+        return self.num_tokens / self.tokens_per_forward
+
+
+def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
+    """The batches hold their examples beside their tensors."""
+    return lambda examples: {**collator(examples), "examples": list(examples)}
+
+
+class _MeasureAtTheEnd(TrainerCallback):
+    """The last step is a candidate for the best, whatever the interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+        return control
+
+
+def _checkpointing(is_wanted: bool) -> dict[str, Any]:
+    """Trainer's argument, under the name that this transformers has for it."""
+    new_name = "activation_checkpointing"
+    has_new = new_name in HybridArguments.__dataclass_fields__
+    return {new_name if has_new else "gradient_checkpointing": True} if is_wanted else {}
+
+
+def close_displays(trainer: TaskTrainer) -> None:
+    """Take the progress bar off the screen, however training ended."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrainingDisplay):
+            callback.close()
+
+
+def build_trainer(
+    config: RunConfig,
+    model: nn.Module,
+    rows: Mapping[str, Sequence[Encoded]],
+    *,
+    kind: str,
+    collator: Collator,
+    writer: Writer,
+    original_base: Callable[[], Mapping[str, Tensor]],
+    total_steps: int,
+    folder: Path,
+    console: Console,
+) -> TaskTrainer:
+    """The trainer of a run; its construction checks method against model.
+
+    Args:
+        config: resolved.
+        model: adapter attached.
+        rows: encoded rows of "train" and "dev".
+        kind: the task's.
+        collator: of the rows.
+        writer: of the answers that F1 is measured on.
+        original_base: as for `HybridMixin`.
+        total_steps: optimiser steps.
+        folder: the run folder.
+        console: for progress.
+    """
+    numbers: Any = config  # of which none is auto
+    every = min(config.eval_every or max(1, total_steps // 4), total_steps)
+    arguments = HybridArguments(
+        output_dir=str(folder),
+        method=config.method,
+        base_lr=numbers.base_lr if numbers.base_lr is not None else 0.0,
+        learning_rate=numbers.adapter_lr or 0.0,
+        optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.adapter_weight_decay,
+        base_weight_decay=config.base_weight_decay,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        eps=numbers.eps,
+        estimator=config.estimator,
+        num_directions=config.num_directions,
+        distribution=config.distribution,
+        base_every=config.base_every,
+        base_batch_fraction=config.base_batch_fraction,
+        replay_dropout=config.replay_dropout,
+        self_check=config.self_check,
+        overlap=config.overlap,
+        on_non_finite=config.on_non_finite,
+        snapshot_every=config.snapshot_every,
+        sampling=config.sampling,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        **_checkpointing(config.gradient_checkpointing),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=config.select_best,
+        metric_for_best_model=f"eval_{config.select_by}",
+        greater_is_better=config.select_by != "loss",
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    with quiet():
+        trainer = TaskTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows["train"],
+            original_base=original_base,
+            objective=config.task.objective,
+            kind=kind,
+            dev=rows["dev"],
+            collator=collator,
+            writer=writer,
+            zo_objective=config.zo_objective,
+            callbacks=[
+                MetricsFile(folder / "metrics.jsonl"),
+                TrainingDisplay(console, config.batch_size * config.accumulation),
+                _MeasureAtTheEnd(),
+            ],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

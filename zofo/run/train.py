@@ -1,0 +1,457 @@
+"""One run: read, measure, train, measure again, save.
+
+run.yaml           the resolved configuration, numbers in place of auto
+advise.json        what these numbers rest on, where some were auto
+environment.json   versions, machine, device
+metrics.jsonl      what was logged, one object a line
+checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
+stopped.json       why it ended before its last step, where it did
+result.json        scores before and after with intervals, cost
+artifact/          what one ships
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback
+
+from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig, share_of
+from zofo.disk.files import fingerprint, problem_of_target, write_json, write_text
+from zofo.environment import check_device, environment, peak_memory_bytes
+from zofo.errors import TrainingStoppedError, UserError
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import head_of, load_tokenizer
+from zofo.optim.methods import METHODS, split_parameters
+from zofo.run.display import new_progress
+from zofo.run.resume import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, newest_checkpoint
+from zofo.run.resume import resumed_config as resumed_config
+from zofo.run.stopping import STOPPED_FILE, StopEarly
+from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
+from zofo.saved.artifact import Artifact, BaseSpec, save_artifact
+from zofo.saved.card import write_card
+from zofo.saved.checkpoint_folders import remove_leftovers
+from zofo.scoring.evaluate import Metrics, evaluate
+from zofo.scoring.generate import writer_for
+from zofo.tasks import Splits, TaskSpec, load_splits
+from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.seen import check_rows, check_tasks
+from zofo.trainer.interrupt import StopOnSignal
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: the run folder.
+        before, after: scores on the test rows; None if they were not to be measured.
+        cost: seconds, forward-equivalents, peak memory, bytes of the artefact.
+    """
+
+    folder: Path
+    before: Metrics | None
+    after: Metrics | None
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, checked, nothing trained yet."""
+
+    base: BaseSpec
+    model: nn.Module
+    tokenizer: Any
+    splits: Splits
+    rows: dict[str, list[Encoded]]
+    collator: Collator
+    base_fingerprint: str
+
+
+def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
+    """The base that a configuration names.
+
+    Raises:
+        UserError: if its head does not suit the model.
+    """
+    model = config.model
+    head = model.head
+    if head == "auto":
+        head = head_of(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if head == "classification" and splits.kind != "classification":
+        raise UserError(
+            f"{model.name} with a classification head cannot do task {config.task.name}, which has "
+            "no fixed classes; choose a decoder, such as smollm2-135m"
+        )
+    return BaseSpec(
+        model.name,
+        head=head,
+        dtype=model.dtype,
+        num_labels=max(2, len(splits.labels)),
+        seed=config.seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read data and model, attach the adapter, encode the rows; trains and writes nothing.
+
+    Raises:
+        UserError: for anything wrong with data, model or adapter.
+    """
+    tokenizer = (
+        load_tokenizer(
+            config.model.name,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if config.task.name == "chat"
+        else None
+    )
+    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    base = base_of(config, splits)
+    model, tokenizer = base.load()
+    if METHODS[config.method].needs_adapter:
+        adapter = config.adapter
+        model = create_adapter(
+            model,
+            adapter.type,
+            head=base.head,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            r=adapter.r,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            init_text=adapter.init_text,
+            config_file=adapter.config_file,
+            seed=config.seed,
+        )
+    encoder = encoder_for(tokenizer, base.head, config.task)
+    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    return Prepared(
+        base,
+        model,
+        tokenizer,
+        splits,
+        rows,
+        Collator(tokenizer.pad_token_id),
+        fingerprint(split_parameters(model).base),
+    )
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: Path | None = None,
+    console: Console | None = None,
+    on_start: Callable[[Path], None] | None = None,
+    stop: StopOnSignal | None = None,
+    watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
+) -> Result:
+    """Run a configuration.
+
+    Args:
+        config: resolved, as from `load_config`.
+        resume: a run folder to continue from its newest checkpoint, else from its beginning.
+        console: where progress goes; default: stderr.
+        on_start: called with the run folder once everything is checked.
+        stop: what handles signals while training.
+        watchers: makes callbacks for the trainer, such as `zofo.smoothness.path`'s.
+
+    Raises:
+        TrainingInterrupt: if `stop` was asked to, after a checkpoint.
+        UserError: before any work, for anything wrong with the configuration, data or folders.
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    check_device(config.device)
+    folder = resume or new_folder(config)
+    prepared = prepare(config)
+    for note in prepared.splits.notes:
+        _note(console, note)
+    base = prepared.base
+    config, advice = _without_auto(config, prepared, console)
+    trainer = build_trainer(
+        config,
+        prepared.model,
+        prepared.rows,
+        kind=prepared.splits.kind,
+        collator=prepared.collator,
+        writer=writer_for(prepared.tokenizer, config.task),
+        original_base=lambda: dict(split_parameters(base.load()[0]).base),
+        total_steps=num_steps(config, len(prepared.rows["train"])),
+        folder=folder,
+        console=console,
+    )
+    checkpoint = None
+    if resume is not None:
+        checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
+        if checkpoint is None:
+            _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
+    _begin_folder(folder, config)
+    if advice is not None:
+        write_json(folder / ADVICE_FILE, advice)
+    if on_start is not None:
+        on_start(folder)
+
+    device = trainer.args.device
+    prepared.model.to(device)
+    before = _measured(prepared, config, console, "test before") if config.measure_test else None
+    dev_before = None
+    if config.early_stopping is not None:
+        dev_before = _measured(prepared, config, console, "dev before")
+    stop_early = StopEarly(
+        trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
+    )
+    trainer.add_callback(stop_early)
+    for watcher in () if watchers is None else watchers(trainer):
+        trainer.add_callback(watcher)
+    began = time.monotonic()
+    if stop is not None:
+        trainer.add_callback(stop)
+    try:
+        with stop or contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        close_displays(trainer)
+    if stop_early.reason is not None:
+        remedy = "on_non_finite=skip" if trainer.watch.stopped_at else "early_stopping=null"
+        raise TrainingStoppedError(
+            f"{stop_early.reason}. The last good step is in {newest_checkpoint(folder)}. Lower "
+            f"base_lr and adapter_lr, or set {remedy}"
+        )
+    trained_s = time.monotonic() - began
+    after = _measured(prepared, config, console, "test after") if config.measure_test else None
+
+    optimizer = trainer._hybrid
+    assert optimizer is not None
+    artifact = save_artifact(
+        folder / "artifact",
+        prepared.model,
+        base=prepared.base,
+        method=config.method,
+        trajectory=optimizer.trajectory if optimizer.trajectory.groups else None,
+        base_fingerprint=prepared.base_fingerprint,
+        tokenizer=prepared.tokenizer,
+        task=config.task.model_dump(),
+        labels=prepared.splits.labels,
+    )
+    cost = {
+        "steps": trainer.state.global_step,
+        "train_s": round(trained_s, 3),
+        "total_s": round(time.monotonic() - started, 3),
+        "forward_equivalents": trainer.forward_equivalents,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+    }
+    result = Result(folder, before, after, cost)
+    best = trainer.state.best_model_checkpoint
+    summary = {
+        "method": config.method,
+        "task": config.task.name,
+        "model": config.model.name,
+        "adapter": config.adapter.label,
+        "seed": config.seed,
+        **_test_scores(before, after),
+        "dev": {
+            **({} if dev_before is None else {"before": dev_before.as_dict()}),
+            "after": _dev_scores(trainer.state, config.select_best),
+        },
+        "best_dev": trainer.state.best_metric,
+        "best_checkpoint": Path(best).name if best else None,
+        "cost": cost,
+        "notes": list(prepared.splits.notes),
+    }
+    write_json(folder / RESULT_FILE, summary)
+    write_card(
+        artifact,
+        base=prepared.base,
+        task=config.task.model_dump(),
+        num_rows={part: len(rows) for part, rows in prepared.rows.items()},
+        summary=summary,
+    )
+    return result
+
+
+def num_steps(config: RunConfig, num_rows: int) -> int:
+    """Optimiser steps of a run on that many training rows."""
+    if config.steps is not None:
+        return config.steps
+    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))
+    return max(1, round(float(config.epochs or 1) * per_epoch))
+
+
+def forward_equivalents(
+    config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
+) -> float:
+    """Cost of training in forwards of one micro-batch without gradients, evaluations apart.
+
+    Args:
+        config: resolved.
+        steps: optimiser steps, of full batches.
+        part_again: whether the unperturbed loss of a part of the batch is evaluated a second time,
+            as with dropout or in half precision.
+        cost_of_answers: of writing an answer to every row of a micro-batch, in forwards of it.
+    """
+    orders = METHODS[config.method]
+    gradient = orders.forwards_per_gradient
+    per_direction = 1 if config.estimator == "forward" else 2
+    moves = "zeroth" in (orders.base, orders.adapter)
+    differences = config.num_directions * per_direction if moves else 0
+    share = share_of(config) if moves else 1
+    again = config.zo_objective == "f1" or (share < 1 and part_again)
+    if moves and again and config.estimator == "forward":
+        differences += 1
+    if config.zo_objective == "f1":
+        share *= cost_of_answers
+    measured_steps = -(-steps // config.base_every)
+    cost = config.accumulation * (steps * max(gradient, 1) + measured_steps * differences * share)
+    return int(cost) if cost == int(cost) else round(cost, 3)
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The run folder: the configured one, which must be new or empty, or a numbered default.
+
+    Raises:
+        UserError: if it holds something, or cannot be written.
+    """
+    if config.output_dir is not None:
+        folder = Path(config.output_dir).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"output_dir {folder} exists and is not empty; choose another, remove it, or "
+                f"continue it with 'zofo train --resume {folder}'"
+            )
+        problem = problem_of_target(folder, is_folder=True)
+        if problem is not None:
+            raise UserError(f"output_dir {problem}")
+        return folder
+    name = f"{config.task.name}-{config.method}"
+    if config.adapter.label != "none":
+        name += f"-{config.adapter.label}"
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def evaluate_artifact(
+    artifact: Artifact,
+    task: TaskSpec,
+    *,
+    seed: int = 0,
+    part: str = "test",
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> Metrics:
+    """Scores of a loaded model on a task's rows.
+
+    Raises:
+        UserError: for data that cannot be read or does not suit the model, or test rows that it
+            was trained on.
+    """
+    if artifact.task is not None:
+        check_tasks(artifact.task["name"], task.name)
+    splits = load_splits(task, seed=seed, tokenizer=artifact.tokenizer)
+    if artifact.base.head == "classification" and len(splits.labels) != artifact.base.num_labels:
+        raise UserError(
+            f"the model tells {artifact.base.num_labels} classes apart, the task has "
+            f"{len(splits.labels)} ({', '.join(splits.labels) or 'none'}); choose the task it was "
+            "trained on"
+        )
+    if artifact.task is not None and part == "test":
+        seeds = (artifact.base.seed, seed)
+        check_rows(artifact.task, task, splits.test, seeds=seeds, tokenizer=artifact.tokenizer)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, task)
+    rows = [encoder(row) for row in splits.part(part)]
+    collator = Collator(artifact.tokenizer.pad_token_id)
+    return evaluate(
+        artifact.model,
+        rows,
+        collator,
+        kind=splits.kind,
+        batch_size=batch_size,
+        progress=progress,
+        writer=writer_for(artifact.tokenizer, task),
+    )
+
+
+def _without_auto(
+    config: RunConfig, prepared: Prepared, console: Console
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """The configuration with numbers, and the advice as JSON."""
+    if not any(getattr(config, key) == AUTO for key in AUTO_KEYS):
+        return config, None
+    from zofo.advice.present import as_json, lines_of
+    from zofo.run.auto import resolve
+
+    began = time.monotonic()
+    with new_progress(console, "") as progress:
+        task = progress.add_task("advice", total=None, text="")
+        config, advice = resolve(
+            config, prepared, report=lambda what, cost: progress.update(task, text=what)
+        )
+    if advice is None:
+        return config, None
+    for line in lines_of(advice):
+        _note(console, line)
+    return config, {**as_json(advice), "seconds": round(time.monotonic() - began, 3)}
+
+
+def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str) -> Metrics:
+    rows = prepared.rows[what.partition(" ")[0]]
+    with new_progress(console, "rows") as progress:
+        task = progress.add_task(what, total=len(rows), text="")
+        return evaluate(
+            prepared.model,
+            rows,
+            prepared.collator,
+            kind=prepared.splits.kind,
+            batch_size=config.eval_batch_size,
+            progress=lambda num: progress.advance(task, num),
+            writer=writer_for(prepared.tokenizer, config.task),
+        )
+
+
+def _test_scores(before: Metrics | None, after: Metrics | None) -> dict[str, Any]:
+    """Nothing at all where the test rows were not to be measured."""
+    if before is None or after is None:
+        return {}
+    return {"test": {"before": before.as_dict(), "after": after.as_dict()}}
+
+
+def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
+    """Those of the model that the run leaves: of the best checkpoint, or of the last step."""
+    measured = {
+        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    }
+    step = state.best_global_step if select_best and state.best_global_step else max(measured)
+    return {"step": step, **measured[step]}
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _begin_folder(folder: Path, config: RunConfig) -> None:
+    remove_leftovers(folder)
+    (folder / STOPPED_FILE).unlink(missing_ok=True)
+    write_text(folder / CONFIG_FILE, config.to_yaml())
+    write_json(folder / "environment.json", environment())

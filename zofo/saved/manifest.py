@@ -1,0 +1,165 @@
+"""`zofo.json`: what an artefact is, and the digest of every file of it.
+
+    format, zofo_version            who can read it
+    method, base, task, labels      how to load it
+    base_fingerprint                which base it belongs to
+    files                           name -> digest of all that loading reads
+    digest                          of all of the above
+
+The digests tell damage and mixed-up files. They are no signature: whoever writes an artefact can
+seal anything. So values are checked like any input, names in `files` are compared with what lies in
+the folder and never used as paths, and remote code is the reader's decision.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final
+
+import pydantic
+from torch import nn
+
+from zofo.disk.files import file_digest, json_digest, read_json, refusing, write_json
+from zofo.errors import UserError
+from zofo.models.loading import HEADS
+from zofo.optim.methods import METHODS
+from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.tasks.spec import TaskSpec
+
+FORMAT_VERSION: Final = 1
+HEADER_FILE: Final = "zofo.json"
+CARD_FILE: Final = "README.md"
+ADAPTER_FOLDER: Final = "adapter"
+MODEL_FOLDER: Final = "model"
+_MAX_LABELS: Final = 1 << 16
+_STRICT: Final = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """The base that an artefact belongs to.
+
+    Attributes:
+        name: hub id, folder or alias.
+        head: "causal-lm", "classification" or "seq2seq".
+        dtype: of the weights.
+        num_labels: classes of a classification head.
+        seed: of a fresh head's initial weights.
+        revision: of a hub id.
+        trust_remote_code: whether it needs code of its own.
+        attn_implementation: as in transformers.
+    """
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
+
+    name: Annotated[str, pydantic.Field(max_length=1024)]
+    head: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(HEADS)})$")] = "causal-lm"
+    dtype: str = "float32"
+    num_labels: Annotated[int, pydantic.Field(ge=1, le=_MAX_LABELS)] = 2
+    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 64)] = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+    @property
+    def runs_remote_code(self) -> bool:
+        """Whether loading it runs code that a repository brings: the model's, or a kernel's."""
+        return self.trust_remote_code or "/" in (self.attn_implementation or "")
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The base as it was before training, and its tokenizer."""
+        from zofo.models.loading import load_model
+
+        return load_model(**vars(self))
+
+
+class _Manifest(pydantic.BaseModel):
+    """The form of `zofo.json`."""
+
+    model_config = _STRICT
+
+    format: int
+    zofo_version: str
+    method: str
+    base: BaseSpec
+    base_fingerprint: str | None
+    task: TaskSpec | None
+    labels: Annotated[list[str], pydantic.Field(max_length=_MAX_LABELS)]
+    files: dict[str, str]
+    digest: str
+
+
+def write_header(folder: Path, values: dict[str, Any]) -> None:
+    """Write `zofo.json` for the files that lie in the folder now."""
+    from zofo import __version__
+
+    header = {
+        "format": FORMAT_VERSION,
+        "zofo_version": __version__,
+        **values,
+        "files": {name: file_digest(path) for name, path in _parts(folder).items()},
+    }
+    write_json(folder / HEADER_FILE, {**header, "digest": json_digest(header)})
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What `zofo.json` says; the other files are not looked at.
+
+    Raises:
+        UserError: if it is damaged or of another version.
+    """
+    path = folder / HEADER_FILE
+    header = read_json(path)
+    with refusing(f"{path} is damaged", "copy the artefact again"):
+        version, method = header["format"], header["method"]
+        if version != FORMAT_VERSION or method not in METHODS:
+            raise UserError(
+                f"{path} has format {version!r:.40} and method {method!r:.40}; this zofo reads "
+                f"format {FORMAT_VERSION}: install the zofo that wrote it"
+            )
+        if header["digest"] != json_digest({k: v for k, v in header.items() if k != "digest"}):
+            raise ValueError("its digest does not fit")
+        _Manifest.model_validate_json(json.dumps(header))
+    return dict(header)
+
+
+def check_files(folder: Path, header: dict[str, Any]) -> None:
+    """Compare the files of an artefact with what its `zofo.json` says of them.
+
+    Raises:
+        UserError: if one is missing, altered, or not part of it.
+    """
+    parts, digests = _parts(folder), header["files"]
+    required = set(digests) | required_files(header["method"])
+    missing, foreign = sorted(required - set(parts)), sorted(set(parts) - set(digests))
+    if missing:
+        raise UserError(f"{folder} lacks {missing[0]!r:.200}; copy the artefact again")
+    if foreign:
+        raise UserError(f"{folder} holds {foreign[0]!r}, which is no part of it; remove it")
+    for name, path in parts.items():
+        if file_digest(path) != digests[name]:
+            raise UserError(f"{path} is damaged or of another run; copy the artefact again")
+
+
+def required_files(method: str) -> set[str]:
+    """What an artefact of a method cannot do without."""
+    names = set()
+    if METHODS[method].needs_adapter:
+        names |= {f"{ADAPTER_FOLDER}/adapter_{n}" for n in ("config.json", "model.safetensors")}
+    if METHODS[method].base == "zeroth":
+        names.add(TRAJECTORY_FILE)
+    if METHODS[method].base == "first":
+        names.add(f"{MODEL_FOLDER}/config.json")
+    return names
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """Name -> path of all that loading may read; the card is for people and may be edited."""
+    paths = [
+        *(folder / ADAPTER_FOLDER).rglob("*"),
+        *(folder / MODEL_FOLDER).rglob("*"),
+        folder / TRAJECTORY_FILE,
+    ]
+    return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}

@@ -1,0 +1,1 @@
+"""Scores, predictions and generated text of a model."""

@@ -1,0 +1,271 @@
+"""Scores on held-out rows, with the uncertainty that their number leaves.
+
+Prediction is the candidate of the highest mean log-likelihood. Accuracy comes with Wilson's 95%
+interval, AUC (two classes) with DeLong's. AUC does not move with a prior for one of the label
+words, which alone can hold a model's accuracy at chance; the majority rate stands beside both.
+Written answers are scored by F1 with a percentile bootstrap over rows, and by exact match.
+
+References:
+    DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988.
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from zofo.scoring.generate import Writer
+from zofo.tasks.encode import (
+    Collator,
+    Encoded,
+    candidate_scores,
+    token_scores,
+)
+from zofo.tasks.spec import Kind
+
+_CONFIDENCE: Final = 0.95
+_NUM_RESAMPLES: Final = 2000
+"""Of the bootstrap: its bounds then move by about a fiftieth of the interval from seed to seed."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What was measured; None where a quantity does not apply to the task.
+
+    Attributes:
+        num_rows: rows measured.
+        loss: mean negative log-likelihood: of the right candidate among the candidates
+            (classification, choice), or a target token (completion, generation), in nats.
+        accuracy, accuracy_low, accuracy_high: share of right predictions and its 95% interval; for
+            completions the share of target tokens that are the model's first choice, no interval.
+        f1, f1_low, f1_high: mean F1 of written answers and its 95% interval (generation).
+        exact_match, exact_match_low, exact_match_high: share of written answers that are right as
+            they stand, and its 95% interval (generation).
+        majority: share of the commonest class: what guessing reaches.
+        auc, auc_low, auc_high: area under the ROC curve and its 95% interval (two classes).
+        perplexity: exp of the loss of completions.
+    """
+
+    num_rows: int
+    loss: float
+    accuracy: float
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    majority: float | None = None
+    auc: float | None = None
+    auc_low: float | None = None
+    auc_high: float | None = None
+    perplexity: float | None = None
+    f1: float | None = None
+    f1_low: float | None = None
+    f1_high: float | None = None
+    exact_match: float | None = None
+    exact_match_low: float | None = None
+    exact_match_high: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """Without what does not apply."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@torch.no_grad()
+def predict_scores(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Scores of every row's candidates: a list of float64 arrays, in the rows' order.
+
+    The model is put into evaluation mode and back. Rows of like length share a batch.
+    """
+    scores: list[np.ndarray | None] = [None] * len(rows)
+    for indices, batch in _batches(model, rows, collator, batch_size, progress):
+        for i, values in zip(indices, candidate_scores(model, batch).double().cpu(), strict=True):
+            num = len(rows[i].targets) or len(values)
+            scores[i] = values[:num].numpy()
+    return [values for values in scores if values is not None]
+
+
+def evaluate(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    *,
+    kind: Kind = "classification",
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+    writer: Writer | None = None,
+) -> Metrics:
+    """Measure a model on rows; the result does not depend on the batch size.
+
+    Args:
+        model: the model, on its device.
+        rows: encoded examples, at least one.
+        collator: the batcher.
+        kind: the task's.
+        batch_size: rows a forward.
+        progress: called with the number of rows just done.
+        writer: writes the answers where kind is "generation".
+    """
+    if kind == "generation":
+        if writer is None:
+            raise ValueError("kind is 'generation', which needs a writer")
+        learnt = _evaluate_completions(model, rows, collator, batch_size, None)
+        prompts = [row.prompt for row in rows]
+        written = writer(model, prompts, batch_size=batch_size, progress=progress)
+        return _with_answers(learnt, rows, written.texts)
+    if kind == "completion":
+        return _evaluate_completions(model, rows, collator, batch_size, progress)
+    scores = predict_scores(model, rows, collator, batch_size=batch_size, progress=progress)
+    return classification_metrics(
+        scores, [row.gold for row in rows], has_classes=kind == "classification"
+    )
+
+
+def classification_metrics(
+    scores: Sequence[np.ndarray], gold: Sequence[int], *, has_classes: bool = True
+) -> Metrics:
+    """Metrics from candidates' scores.
+
+    Args:
+        scores: one array a row.
+        gold: index of the right candidate of each row.
+        has_classes: the candidates are the same classes in every row, so that AUC and the majority
+            rate mean something.
+    """
+    right = sum(int(np.argmax(s)) == g for s, g in zip(scores, gold, strict=True))
+    losses = [float(np.logaddexp.reduce(s) - s[g]) for s, g in zip(scores, gold, strict=True)]
+    low, high = wilson_interval(right, len(gold))
+    auc: tuple[float, float, float] | None = None
+    if has_classes and all(len(s) == 2 for s in scores) and len(set(gold)) == 2:
+        auc = auc_interval([float(s[1] - s[0]) for s in scores], gold)
+    return Metrics(
+        num_rows=len(gold),
+        loss=math.fsum(losses) / len(losses),
+        accuracy=right / len(gold),
+        accuracy_low=low,
+        accuracy_high=high,
+        majority=float(max(np.bincount(gold))) / len(gold) if has_classes else None,
+        auc=auc[0] if auc else None,
+        auc_low=auc[1] if auc else None,
+        auc_high=auc[2] if auc else None,
+    )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, trials).proportion_ci(_CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def auc_interval(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float, float]:
+    """Area under the ROC curve with DeLong's 95% interval, cut to [0, 1].
+
+    Args:
+        scores: higher means class 1.
+        labels: 0 or 1, both present.
+    """
+    from scipy.stats import norm, rankdata
+
+    values, positive = np.asarray(scores), np.asarray(labels) == 1
+    ahead, behind = values[positive], values[~positive]
+    ranks = rankdata(np.concatenate([ahead, behind]))
+    # Placements: the share of the other class that each score beats, ties counting half.
+    above = (ranks[: len(ahead)] - rankdata(ahead)) / len(behind)
+    below = 1 - (ranks[len(ahead) :] - rankdata(behind)) / len(ahead)
+    auc = float(above.mean())
+
+    def variance(placements: np.ndarray) -> float:
+        return float(placements.var(ddof=1)) / len(placements) if len(placements) > 1 else 0.25
+
+    half = float(norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(variance(above) + variance(below))
+    return auc, max(0.0, auc - half), min(1.0, auc + half)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of a mean: percentiles over resampled rows, always the same resamples."""
+    sample = np.asarray(values, dtype=np.float64)
+    generator = np.random.Generator(np.random.Philox(0))
+    means = [
+        generator.choice(sample, len(sample), replace=True).mean() for _ in range(_NUM_RESAMPLES)
+    ]
+    low, high = np.quantile(means, [0.5 - _CONFIDENCE / 2, 0.5 + _CONFIDENCE / 2])
+    return float(low), float(high)
+
+
+def _with_answers(learnt: Metrics, rows: Sequence[Encoded], texts: Sequence[str]) -> Metrics:
+    answers = [row.answers for row in rows]
+    pairs = [(a, text) for a, text in zip(answers, texts, strict=True) if a is not None]
+    shares = [a.f1(text) for a, text in pairs]
+    right = sum(int(a.exact_match(text)) for a, text in pairs)
+    f1_low, f1_high = bootstrap_interval(shares)
+    low, high = wilson_interval(right, len(pairs))
+    return replace(
+        learnt,
+        f1=math.fsum(shares) / len(shares),
+        f1_low=f1_low,
+        f1_high=f1_high,
+        exact_match=right / len(pairs),
+        exact_match_low=low,
+        exact_match_high=high,
+    )
+
+
+@torch.no_grad()
+def _evaluate_completions(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Metrics:
+    """Loss a token over all rows; the share of tokens the model would write itself."""
+    losses, right, num_tokens = [], 0, 0
+    for _, batch in _batches(model, rows, collator, batch_size, progress):
+        tokens = token_scores(model, batch, with_first_choice=True)
+        losses.append(-float(tokens.log_likelihood.double().sum()))
+        assert tokens.is_first_choice is not None
+        right += int(tokens.is_first_choice.sum())
+        num_tokens += len(tokens.log_likelihood)
+    loss = math.fsum(losses) / num_tokens
+    return Metrics(
+        num_rows=len(rows),
+        loss=loss,
+        accuracy=right / num_tokens,
+        perplexity=math.exp(min(loss, 700.0)),
+    )
+
+
+def _batches(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Any:
+    """(indices, batch) in order of length, the longest first: memory runs out early or never."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = collator([rows[i] for i in indices])
+            yield indices, {key: value.to(device) for key, value in batch.items()}
+            if progress is not None:
+                progress(len(indices))
+    finally:
+        model.train(was_training)

@@ -1,0 +1,216 @@
+"""Predictions on rows without labels: the likeliest candidate, or a written completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from zofo.errors import UserError
+from zofo.saved.artifact import Artifact
+from zofo.scoring.evaluate import predict_scores
+from zofo.scoring.generate import Writer
+from zofo.tasks import TaskSpec, writes_answers, writes_text
+from zofo.tasks.answers import Answers
+from zofo.tasks.classify import DEFAULT_TEMPLATE, fill, template_columns
+from zofo.tasks.encode import Collator, encoder_for
+from zofo.tasks.families.family import examples as builtin_examples
+from zofo.tasks.families.passages import answers_in, require_passage_columns
+from zofo.tasks.families.table import BUILTIN
+from zofo.tasks.generate import answer_in, checked_messages
+from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
+from zofo.tasks.spec import Example
+
+
+def table_of_texts(spec: TaskSpec, texts: Sequence[str]) -> Table:
+    """Texts from a command line as rows of the task.
+
+    Raises:
+        UserError: if the task's rows have more than one column.
+    """
+    if spec.name == "chat":
+        rows: list[dict[str, Any]] = [
+            {spec.messages: [{"role": "user", "content": text}]} for text in texts
+        ]
+    elif spec.name == "completion":
+        rows = [{spec.prompt: text} for text in texts]
+    else:
+        columns = _columns(spec)
+        if len(columns) > 1:
+            raise UserError(
+                f"a row of task {spec.name} has several columns; give a file with "
+                f"{', '.join(columns)}"
+            )
+        rows = [{columns[0]: text} for text in texts]
+    return Table(list(enumerate(rows, start=1)), "the command line", {})
+
+
+def predict(
+    artifact: Artifact,
+    spec: TaskSpec,
+    table: Table,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One prediction a row, in the rows' order.
+
+    Args:
+        artifact: the model.
+        spec: the task it was trained on.
+        table: rows; labels are not looked at.
+        batch_size: rows a forward.
+        max_new_tokens: longest text; None: 64, or the task's for answers.
+        progress: called with the number of rows just done.
+
+    Yields:
+        `row`, `prediction`, and for classes `probabilities` by label; for choices `scores`; for
+        answers, where the row has gold ones, `f1` and `exact_match`.
+
+    Raises:
+        UserError: for missing columns, bad rows, or labels that are not known.
+    """
+    if writes_text(spec):
+        if artifact.base.head == "classification":
+            raise UserError(f"{artifact.base.name} has a classification head and writes no text")
+        longest = spec.max_new_tokens if writes_answers(spec) else 64
+        yield from _write(artifact, spec, table, batch_size, max_new_tokens or longest, progress)
+        return
+    labels = _labels(artifact, spec)
+    examples = _examples(spec, table, labels)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
+    scores = predict_scores(
+        artifact.model,
+        [encoder(example) for example in examples],
+        Collator(artifact.tokenizer.pad_token_id),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    for example, values in zip(examples, scores, strict=True):
+        best = int(np.argmax(values))
+        shares = np.exp(values - np.logaddexp.reduce(values)).tolist()
+        if labels:
+            yield {
+                "row": example.row,
+                "prediction": labels[best],
+                "probabilities": dict(zip(labels, shares, strict=True)),
+            }
+        else:
+            yield {
+                "row": example.row,
+                "prediction": example.candidates[best].strip(),
+                "scores": values.tolist(),
+            }
+
+
+def _template(spec: TaskSpec) -> str:
+    """Of the user's own rows."""
+    return spec.template or DEFAULT_TEMPLATE.replace("text", spec.text)
+
+
+def _columns(spec: TaskSpec) -> tuple[str, ...]:
+    if spec.name in BUILTIN:
+        return BUILTIN[spec.name].columns
+    return template_columns(_template(spec))
+
+
+def _labels(artifact: Artifact, spec: TaskSpec) -> tuple[str, ...]:
+    if spec.name == "classification" and not artifact.labels:
+        raise UserError(
+            f"{artifact.base.name} was not trained on labels, so there is nothing to choose from; "
+            "predict with a run folder or an artefact"
+        )
+    if spec.name in BUILTIN:
+        task = BUILTIN[spec.name]
+        return artifact.labels or (task.classes if task.kind == "classification" else ())
+    return artifact.labels
+
+
+def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Example]:
+    if spec.name in BUILTIN:
+        return builtin_examples(
+            BUILTIN[spec.name],
+            table,
+            template=spec.template,
+            verbalizers=spec.verbalizers,
+            is_labelled=False,
+        )
+    template, columns = _template(spec), _columns(spec)
+    require_columns(table, columns, "The task's template names them")
+    candidates = tuple((spec.verbalizers or {}).get(x, f" {x}") for x in labels)
+
+    def convert(number: int, row: dict[str, Any]) -> Example:
+        texts = [text_in(row, column) for column in columns]
+        return Example(fill(template, row), candidates, 0, "\n".join(texts), number)
+
+    return convert_rows(table, convert)
+
+
+def _write(
+    artifact: Artifact,
+    spec: TaskSpec,
+    table: Table,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> Iterator[dict[str, Any]]:
+    if spec.name == "chat":
+        prompts = _chat_prompts(artifact, spec, table)
+    elif spec.name == "completion":
+        require_columns(table, [spec.prompt], "Name yours with task.prompt")
+        prompts = convert_rows(table, lambda _, row: text_in(row, spec.prompt))
+    else:
+        template = spec.template or BUILTIN[spec.name].template
+        require_passage_columns(table, template)
+        prompts = convert_rows(table, lambda _, row: fill(template, row))
+    is_answer = writes_answers(spec)
+    encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
+
+    def ids_of(prompt: str) -> Sequence[int]:
+        if is_answer:  # cut as in training
+            return encoder.prompt(prompt)
+        special = spec.name != "chat"  # a chat template has written them
+        ids: Sequence[int] = artifact.tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        return ids
+
+    writer = Writer(artifact.tokenizer, max_new_tokens, one_line=is_answer)
+    written = writer(
+        artifact.model, [ids_of(p) for p in prompts], batch_size=batch_size, progress=progress
+    )
+    for (number, row), text in zip(table.rows, written.texts, strict=True):
+        answers = _answers(spec, row) if is_answer else None
+        scores = (
+            {"f1": answers.f1(text), "exact_match": answers.exact_match(text)} if answers else {}
+        )
+        yield {"row": number, "prediction": text, **scores}
+
+
+def _answers(spec: TaskSpec, row: dict[str, Any]) -> Answers | None:
+    """What counts as right, where the row says."""
+    try:
+        if spec.name == "completion":
+            return answer_in(row, spec.completion)
+        return answers_in(row, spec.name)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _chat_prompts(artifact: Artifact, spec: TaskSpec, table: Table) -> list[str]:
+    tokenizer, column = artifact.tokenizer, spec.messages
+    require_columns(table, [column], "Name yours with task.messages")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"the tokenizer of {artifact.base.name} has no chat template")
+
+    def convert(number: int, row: dict[str, Any]) -> str:
+        messages = checked_messages(row[column], column, must_end_with_answer=False)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError(f"{column!r} holds no message to answer")
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    return convert_rows(table, convert)

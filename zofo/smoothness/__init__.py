@@ -1,0 +1,1 @@
+"""How smooth a model's loss is, block by block."""

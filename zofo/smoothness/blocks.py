@@ -1,0 +1,115 @@
+"""What is measured apart: base, adapter, and parts of the base by layer or by type of module.
+
+[ H_xx  H_xy ]      the block of a part is that of H_xx with the part's rows and columns
+[ H_yx  H_yy ]
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from torch import nn
+
+from zofo.errors import UserError
+from zofo.optim.methods import split_parameters
+
+Split = Literal["none", "layer", "type"]
+SPLITS: Final[tuple[str, ...]] = get_args(Split)
+_LAYER: Final = re.compile(r"(?:^|\.)(layers?|h|blocks?|block)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some parameters.
+
+    Attributes:
+        name: "base", "adapter", or the name of a part of the base.
+        parameters: canonical name -> parameter.
+        tensors: their direction indices, in the same order.
+        is_part: whether it is a part of the base.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    tensors: tuple[int, ...]
+    is_part: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the block."""
+        return sum(p.numel() for p in self.parameters.values())
+
+
+def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
+    """Name -> block: the base, the adapter where there is one, then the parts of the base.
+
+    Args:
+        model: adapter attached.
+        split: "none"; "layer": embeddings with the output matrix, each layer, the rest; "type": the
+            modules of one place in every layer together.
+
+    Raises:
+        UserError: for another split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
+    found = split_parameters(model)
+    names = sorted(found.base)
+    base = Block(
+        "base", {n: found.base[n] for n in names}, tuple(found.base_index[n] for n in names)
+    )
+    blocks = {"base": base}
+    if found.adapter:
+        own = sorted(found.adapter)
+        blocks["adapter"] = Block(
+            "adapter",
+            {n: found.adapter[n] for n in own},
+            tuple(found.adapter_index[n] for n in own),
+        )
+    if split == "none":
+        return blocks
+    part_of = layer_of if split == "layer" else type_of
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(part_of(name), []).append(name)
+    for part in sorted(parts, key=_in_reading_order):
+        blocks[part] = Block(
+            part,
+            {n: found.base[n] for n in parts[part]},
+            tuple(found.base_index[n] for n in parts[part]),
+            is_part=True,
+        )
+    return blocks
+
+
+def layer_of(name: str) -> str:
+    """The layer of a base parameter: "layer 3", "decoder layer 3", "embeddings", "rest"."""
+    found = _LAYER.search(name)
+    if found is None:
+        return "embeddings" if _is_embedding(name) else "rest"
+    stack = next((s for s in ("encoder", "decoder") if f"{s}.block." in f".{name}"), "")
+    return f"{stack} layer {found.group(2)}".strip()
+
+
+def type_of(name: str) -> str:
+    """The place of a base parameter within its layer: "self_attn.q_proj", "norms", ..."""
+    found = _LAYER.search(name)
+    module = (name[found.end() :] if found else name).rpartition(".")[0]
+    if "norm" in module.lower() or re.search(r"(^|\.)ln_\w+$", module):
+        return "norms"
+    if found is None:
+        return "embeddings" if _is_embedding(name) else "rest"
+    return module or "rest"
+
+
+def _is_embedding(name: str) -> bool:
+    # Tied to the output matrix, the embedding goes by the latter's name.
+    return bool(re.search(r"embed|(^|\.)(wte|wpe|shared|lm_head)\.", name))
+
+
+def _in_reading_order(part: str) -> tuple[int, str, int]:
+    number = re.search(r"\d+$", part)
+    place = {"embeddings": 0, "rest": 2}.get(part, 1)
+    return (place, part.rstrip("0123456789"), int(number.group()) if number else 0)

@@ -1,0 +1,121 @@
+"""What there is to do in a study, in what order, and what has been done: told from its files.
+
+    search   a run that chooses rates                        at once
+    final    another seed at the chosen rates                once the cell's search has ended
+    start    the untrained model's test scores, by seed      once all cells of its task are chosen
+    test     the test scores of a run at the chosen rates    once its run and its start have ended
+
+No test row is scored before every choice on its task and model is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from zofo.disk.files import read_json
+from zofo.errors import UserError
+from zofo.study.grid import Cell, Grid, Run
+from zofo.study.records import StudyFolder
+
+Kind = Literal["search", "final", "start", "test"]
+State = Literal["blocked", "ready", "ended"]
+START_FILE = "test.json"
+START_ERROR_FILE = "failed.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something for a worker to do.
+
+    Attributes:
+        kind: what.
+        model, task, seed: of which runs.
+        cell: of which; None for a start.
+        run: of a search; that of others depends on the choice.
+    """
+
+    kind: Kind
+    model: str
+    task: str
+    seed: int
+    cell: Cell | None = None
+    run: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique in the study."""
+        if self.run is not None:
+            return f"{self.kind} {self.run.id}"
+        place = self.cell.name if self.cell is not None else f"{self.model}_{self.task}"
+        return f"{self.kind} {place}_s{self.seed}"
+
+
+def all_tasks(grid: Grid) -> dict[str, Task]:
+    """Name -> task, in the order in which they are best done."""
+    tasks = [
+        Task("search", run.cell.model, run.cell.task, run.seed, run.cell, run)
+        for run in grid.search
+    ]
+    cells = [(cell.model, cell.task, cell) for cell in grid.rates]
+    tasks += [Task("final", m, t, seed, cell) for m, t, cell in cells for seed in grid.other_seeds]
+    tasks += [Task("start", *start) for start in grid.starts]
+    tasks += [Task("test", m, t, seed, cell) for m, t, cell in cells for seed in grid.spec.seeds]
+    return {task.name: task for task in tasks}
+
+
+def run_of(task: Task, folder: StudyFolder) -> Run | None:
+    """The run that a task is about; None for a start, and before or without a choice."""
+    if task.run is not None or task.cell is None:
+        return task.run
+    return folder.final_run(task.cell, task.seed)
+
+
+def state_of(task: Task, folder: StudyFolder) -> State:
+    """Whether a task can be done; ended is also what has become pointless.
+
+    Args:
+        task: the task.
+        folder: whose choices are up to date.
+    """
+    choices = folder.choices_known
+    run = run_of(task, folder)
+    if task.kind == "start":
+        if start_file(task, folder).exists() or start_error(task, folder) is not None:
+            return "ended"
+        cells = [c for c in folder.grid.rates if (c.model, c.task) == (task.model, task.task)]
+        if any(cell not in choices for cell in cells):
+            return "blocked"
+        return "ready" if any(choices[cell].rates for cell in cells) else "ended"
+    if task.kind != "search" and task.cell not in choices:
+        return "blocked"
+    if run is None:
+        return "ended"
+    has_ended = folder.record(run) is not None
+    if task.kind != "test":
+        return "ended" if has_ended else "ready"
+    if not has_ended:
+        return "blocked"
+    if folder.is_measured(run):
+        return "ended"
+    return "ready" if state_of(start_of(task), folder) == "ended" else "blocked"
+
+
+def start_of(task: Task) -> Task:
+    """The untrained model beside a test."""
+    return Task("start", task.model, task.task, task.seed)
+
+
+def start_file(task: Task, folder: StudyFolder) -> Path:
+    """The test scores of a start."""
+    return folder.start_folder(task.model, task.task, task.seed) / START_FILE
+
+
+def start_error(task: Task, folder: StudyFolder) -> str | None:
+    """Why a start has no scores; None if it has, or none was tried."""
+    path = folder.start_folder(task.model, task.task, task.seed) / START_ERROR_FILE
+    try:
+        return str(read_json(path)["error"]) if path.exists() else None
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,68 @@
+"""The built-in tasks by name, and where their rows are read from.
+
+    task.data_dir   train.jsonl, and validation.jsonl (test.jsonl where the hub's test split has
+                    labels), or another format that rows are read from
+    a package       for the tasks that have one
+    the hub         otherwise
+
+The rows to report on are always the hub's own split, or the package's; only dev is carved. Where
+there is no such split (rotten-tomatoes and piqa from their packages), both are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from zofo.errors import UserError
+from zofo.tasks.families import choices, entailment, passages, questions, sentiment, topics, words
+from zofo.tasks.families.family import BuiltinTask
+from zofo.tasks.rows import SUFFIXES, Table, read_table
+from zofo.tasks.spec import TaskSpec
+
+BUILTIN: Final[Mapping[str, BuiltinTask]] = {
+    **sentiment.TASKS,
+    **topics.TASKS,
+    **entailment.TASKS,
+    **questions.TASKS,
+    **words.TASKS,
+    **choices.TASKS,
+    **passages.TASKS,
+}
+
+
+def builtin_tables(spec: TaskSpec) -> tuple[Table, Table | None]:
+    """Rows to train on (dev is carved from them), and the test rows or None to carve them too.
+
+    Raises:
+        UserError: if the package or files are missing.
+    """
+    task = BUILTIN[spec.name]
+    if spec.data_dir is not None:
+        folder = Path(spec.data_dir).expanduser()
+        train, test = (read_table(str(part_file(folder, p))) for p in ("train", task.hub.test))
+        return train, test
+    if task.embedded is not None:
+        return task.embedded.read()
+    hub = task.hub
+    train = read_table(hub.dataset, subset=hub.subset, split="train")
+    return train, read_table(hub.dataset, subset=hub.subset, split=hub.test)
+
+
+def part_file(folder: Path, part: str) -> Path:
+    """The one file of a part of the data in a folder.
+
+    Raises:
+        UserError: if there is none, or more than one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"task.data_dir {folder} is no folder; give one that holds {part}.jsonl")
+    found = [path for suffix in SUFFIXES if (path := folder / f"{part}{suffix}").is_file()]
+    if not found:
+        others = ", ".join(SUFFIXES[1:])
+        raise UserError(f"task.data_dir {folder} holds no {part}.jsonl (or {others}); add it")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"task.data_dir {folder} holds {names}; keep one of them")
+    return found[0]

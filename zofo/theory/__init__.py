@@ -1,1 +1,0 @@
-"""The theory as working tools: smoothness, advice, problems with known constants, convergence."""

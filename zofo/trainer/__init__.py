@@ -1,0 +1,1 @@
+"""The hybrid step inside transformers.Trainer."""

@@ -1,0 +1,233 @@
+"""What a checkpoint holds of a model whose base moves, and the way back to it.
+
+    adapter_model.safetensors       peft's own
+    prompt_encoder.safetensors      the encoder's parameters, of prompt learning only
+    base_trajectory.safetensors     the base, as the updates that lead to it from the original
+
+The trained base itself is not in it. To go to a checkpoint is to start from the original base and
+replay. Within one run the base has moved on, so going back needs the original: the user's, or a
+copy that is written when training begins and removed when it has ended.
+
+`PeftModel.from_pretrained` would join the adapter to a base that it was not trained with. A mark in
+adapter_config.json makes it warn; `load_checkpoint` does what is meant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zofo.disk.files import (
+    file_digest,
+    fingerprint,
+    read_tensors,
+    refusing,
+    write_json,
+    write_tensors,
+)
+from zofo.errors import UserError
+from zofo.models.adapters import attach_adapter
+from zofo.optim.methods import split_parameters
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.trainer.snapshot import BaseSnapshot
+
+PROMPT_FILE = "prompt_encoder.safetensors"
+ORIGINAL_BASE_FILE = "base_original.safetensors"
+MARK = "zofo_load_with"
+"""Key in adapter_config.json, which peft does not know and warns of."""
+
+
+class BaseHistory:
+    """Where the base of one model came from and has got to.
+
+    A model without peft is saved whole, so its weights need no replay; only the record continues.
+
+    Args:
+        model: the model.
+        optimizer: what moves the base and records how.
+        folder: where the copy of the original goes.
+        original: returns the original base, name -> tensor; None: copy it when told to.
+        snapshot_every: updates between copies of the moved base; None: none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: HybridOptimizer,
+        folder: Path,
+        original: Callable[[], Mapping[str, Tensor]] | None = None,
+        snapshot_every: int | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.original = model, optimizer, original
+        self.base = split_parameters(model).base
+        self.fingerprint: str | None = fingerprint(self.base)
+        self._file = folder / ORIGINAL_BASE_FILE
+        self._num_updates_in_copy: int | None = None
+        self._snapshot = BaseSnapshot(folder, snapshot_every)
+
+    def keep_original(self) -> None:
+        """Write the copy that going back needs, unless it is there or not needed."""
+        if is_peft(self.model) and self.original is None and self._num_updates_in_copy is None:
+            copied = {name: p.detach().cpu().contiguous() for name, p in self.base.items()}
+            write_tensors(self._file, copied, {})
+            self._num_updates_in_copy = len(self.optimizer.trajectory)
+
+    def take_snapshot(self) -> None:
+        """Copy the base as it is now, if that is due."""
+        if is_peft(self.model):
+            self._snapshot.write_if_due(self.base, self.optimizer.trajectory, self.fingerprint)
+
+    def drop_copies(self) -> None:
+        """Remove the copies of the base."""
+        self._snapshot.drop()
+        if self._num_updates_in_copy is not None:
+            self._file.unlink(missing_ok=True)
+            self._num_updates_in_copy = None
+
+    def save(self, folder: Path) -> None:
+        """Mark the adapter as not enough, and write the trajectory that belongs to it."""
+        digests: dict[str, str] = {}
+        for name in getattr(self.model, "peft_config", {}):
+            path = _adapter_folder(folder, name) / "adapter_config.json"
+            if not path.exists():
+                continue
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
+            digests |= _adapter_digests(folder, name)
+        self.optimizer.trajectory.save(
+            folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests
+        )
+
+    def go_to(self, folder: Path) -> None:
+        """Bring the base to where the trajectory in a checkpoint ends.
+
+        Raises:
+            UserError: if the checkpoint is of another run or base, or the original is needed and
+                not at hand.
+        """
+        target, header = Trajectory.load(folder / TRAJECTORY_FILE)
+        present = self.optimizer.trajectory
+        for key in ("seed", "distribution", "groups"):
+            if getattr(target, key) != getattr(present, key):
+                raise UserError(
+                    f"{folder} was trained with another {key} of the base; resume with the options "
+                    "of the saved run"
+                )
+        if is_peft(self.model):
+            start = self._restore_original() if len(present) else 0
+            if target.updates[:start] != present.updates[:start]:
+                raise UserError(f"{folder} belongs to another run than this trainer's base")
+            if not start:
+                original = header.get("base_fingerprint")
+                check_base(self.base, original, str(folder))
+                start = self._snapshot.restore(self.base, target, original)
+            target.replay(self.base, start=start)
+        self.fingerprint = header.get("base_fingerprint")
+        self.optimizer.trajectory = target
+
+    def _restore_original(self) -> int:
+        """Put the original back; returns how many updates it contains."""
+        if self.original is not None:
+            values, num_updates = self.original(), 0
+        elif self._num_updates_in_copy is not None:
+            values, num_updates = read_tensors(self._file)[0], self._num_updates_in_copy
+        else:
+            raise UserError(
+                "this trainer's base has moved since the checkpoint; make a new trainer on the "
+                "base that the run began with, or pass original_base"
+            )
+        for name, parameter in self.base.items():
+            parameter.data.copy_(values[name])
+        return num_updates
+
+
+def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
+    """The trained model of a checkpoint, or of a folder that a hybrid trainer's save_model wrote.
+
+    Args:
+        base: the model that the run began with, without adapter; changed in place.
+        folder: where the adapter and the base's trajectory are.
+
+    Returns:
+        The `PeftModel`, in evaluation mode.
+
+    Raises:
+        UserError: if the folder holds no trajectory, or that of another base or adapter, or is
+            damaged.
+    """
+    folder = Path(folder)
+    trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
+    _check_adapter(folder, header)
+    model = attach_adapter(base, folder)
+    moved = split_parameters(model).base
+    check_base(moved, header.get("base_fingerprint"), str(folder))
+    trajectory.replay(moved)
+    return model.eval()
+
+
+def is_peft(model: Any) -> bool:
+    """Whether peft wraps the model."""
+    return hasattr(model, "peft_config")
+
+
+def save_prompt_encoder(model: Any, folder: Path) -> None:
+    """Write the parameters of a prompt encoder; nothing for other adapters.
+
+    peft saves what the encoder puts out, from which a reparametrised one cannot be trained further.
+    """
+    if is_peft(model) and hasattr(model, "prompt_encoder"):
+        write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Load the active adapter into its parameters in place, values and dtypes as saved.
+
+    Raises:
+        UserError: if its files are damaged, or do not belong to the trajectory beside them.
+    """
+    name = model.active_adapters[0]
+    if (folder / TRAJECTORY_FILE).exists():
+        _check_adapter(folder, Trajectory.load(folder / TRAJECTORY_FILE)[1], name)
+    if (folder / PROMPT_FILE).exists():
+        saved, _ = read_tensors(folder / PROMPT_FILE)
+        with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
+            for key, parameter in split_parameters(model).adapter.items():
+                parameter.data.copy_(saved[key])
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with refusing(f"the adapter in {folder} cannot be loaded"):
+        weights = load_peft_weights(str(_adapter_folder(folder, name)), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def _adapter_folder(folder: Path, name: str) -> Path:
+    """Where peft saves the adapter of that name."""
+    return folder if name == "default" else folder / name
+
+
+def _adapter_digests(folder: Path, name: str) -> dict[str, str]:
+    """File -> digest of all that loading that adapter reads."""
+    adapter = _adapter_folder(folder, name)
+    paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in (*paths, folder / PROMPT_FILE)
+        if path.is_file()
+    }
+
+
+def _check_adapter(folder: Path, header: Mapping[str, Any], name: str = "default") -> None:
+    """Refuse an adapter that is damaged or was not saved with the trajectory beside it."""
+    recorded = header.get("files")
+    for file, digest in _adapter_digests(folder, name).items():
+        if not isinstance(recorded, dict) or recorded.get(file) != digest:
+            raise UserError(
+                f"{folder / file} is damaged or of another run than {TRAJECTORY_FILE} beside it; "
+                "copy the checkpoint again"
+            )

@@ -1,0 +1,257 @@
+"""Hybrid fine-tuning in `transformers.Trainer`'s own loop.
+
+The Trainer's forward and backward stay as they are. After them the mixin evaluates the same
+micro-batch at the perturbed base and hands the difference to `HybridOptimizer`, which Trainer steps
+like any other: logging, schedulers, callbacks, accumulation and `report_to` come with it.
+
+    class HybridSFTTrainer(HybridMixin, trl.SFTTrainer): ...
+
+What is saved and restored stands in `trainer_checkpoints`, what is evaluated in `trainer_losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from zofo.environment import peak_memory_bytes
+from zofo.errors import UserError
+from zofo.optim.estimator import GeneratorState
+from zofo.optim.methods import get_method, param_groups
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.reshuffle import ReshufflingSampler
+from zofo.optim.trajectory import Trajectory
+from zofo.trainer.base_history import BaseHistory
+from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
+from zofo.trainer.checks import check_setup
+from zofo.trainer.losses import BatchLossMixin, metrics_set_aside
+from zofo.trainer.options import HybridArguments as HybridArguments
+from zofo.trainer.options import HybridOptions, read_rates
+from zofo.trainer.watch import StopOnNonFinite
+
+
+class HybridMixin(CheckpointMixin, BatchLossMixin):
+    """Put before any `transformers.Trainer` class: `class T(HybridMixin, SFTTrainer)`.
+
+    The options are read from `args` where it carries them (`HybridArguments`), else from
+    `hybrid=HybridOptions(...)`.
+
+    Args:
+        hybrid: the options, for argument classes that do not carry them.
+        original_base: returns the base as it was before training, name -> tensor; used to go back
+            to the best checkpoint. Default: a copy written beside the checkpoints while needed.
+
+    Raises:
+        UserError: if the method does not fit the model, the arguments or the hardware.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        hybrid: HybridOptions | None = None,
+        original_base: Callable[[], Mapping[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._given_options = hybrid
+        self._original_base = original_base
+        self._hybrid = None
+        self._history = None
+        self._measured_step: int | None = None
+        self._loss_is_checked = False
+        self._base_lr: float | None = None
+        self._checkpoints_folder = None
+        self._resumed_accounts = None
+        super().__init__(*args, **kwargs)
+        check_setup(self, self.hybrid_options)
+        self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
+        self.add_callback(self.watch)  # type: ignore[attr-defined]
+        self.add_callback(RestoreAccounts(self))  # type: ignore[attr-defined]
+
+    @property
+    def hybrid_options(self) -> Any:
+        """The object that carries the hybrid options."""
+        if self._given_options is not None:
+            return self._given_options
+        if hasattr(self.args, "base_lr"):  # type: ignore[attr-defined]
+            return self.args  # type: ignore[attr-defined]
+        raise UserError(
+            f"{type(self.args).__name__} carries no hybrid options; "  # type: ignore[attr-defined]
+            "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
+        )
+
+    @property
+    def hybrid_optimizer(self) -> HybridOptimizer:
+        """The optimizer of both blocks, once training has begun."""
+        assert self._hybrid is not None
+        return self._hybrid
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """How the base has moved; None where it is not of the zeroth order."""
+        return None if self._history is None else self._history.optimizer.trajectory
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base before training; None where it is not of the zeroth order."""
+        return None if self._history is None else self._history.fingerprint
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Cost of training so far, in forwards of one micro-batch without gradients."""
+        optimizer, trainer = self.hybrid_optimizer, self
+        method = get_method(self.hybrid_options.method)
+        num_batches = optimizer.step_count * trainer.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        cost = num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
+        return int(cost) if cost == int(cost) else round(cost, 3)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's hook: one `HybridOptimizer` for both blocks."""
+        trainer: Any = self
+        self._measured_step, self._loss_is_checked = None, False
+        if trainer.optimizer is None:
+            self._hybrid = self._history = None
+            trainer.optimizer = self._new_optimizer(trainer.model if model is None else model)
+        if self._hybrid is None:
+            optimizer = self._hybrid = trainer.optimizer
+            if optimizer.trajectory.groups:
+                folder = Path(trainer.args.output_dir)
+                self._history = BaseHistory(
+                    trainer.model,
+                    optimizer,
+                    folder,
+                    self._original_base,
+                    getattr(self.hybrid_options, "snapshot_every", None),
+                )
+        if self._history is not None and trainer.args.load_best_model_at_end:
+            self._history.keep_original()
+        return trainer.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Trainer's forward and backward, then the loss differences of the same micro-batch."""
+        trainer: Any = self
+        optimizer = self._hybrid
+        assert optimizer is not None
+        if self._measured_step != trainer.state.global_step:
+            # A gradient scaler may have skipped the step before; what it measured is void.
+            optimizer._forget_measurements()
+        self._measured_step = trainer.state.global_step
+        rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
+        self._base_lr = float(rates[0]) if rates else None
+        if not optimizer.zeroth_is_due:
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            optimizer.measure(lambda: loss, loss)
+            return loss
+
+        def closure() -> Tensor:
+            return self._loss_of(model, inputs, num_items_in_batch)
+
+        view = optimizer.perturbation
+        if view is not None and model is not view.model:
+            view.follow(model)  # as accelerate has wrapped it
+        generators = GeneratorState.capture()
+        if optimizer.inner is not None:
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
+        else:
+            model.train()
+            with torch.no_grad():
+                loss = closure().detach()
+        instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
+        with metrics_set_aside(trainer):
+            if self._is_to_be_checked(optimizer):
+                parts = None if instead is None or rest is None else (instead, rest)
+                self._check_losses(loss, model, inputs, num_items_in_batch, generators, parts)
+            self._loss_is_checked = True
+            optimizer.measure(closure, loss, generators, instead)
+        return loss
+
+    def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
+        wanted = self.hybrid_options.self_check and optimizer.replay_dropout
+        return wanted and not self._loss_is_checked
+
+    def _new_optimizer(self, model: Any) -> HybridOptimizer:
+        trainer: Any = self
+        options, args = self.hybrid_options, trainer.args
+        decayed = set(trainer.get_decay_parameter_names(model))
+        chosen = getattr(trainer, "optimizer_cls_and_kwargs", None)
+        inner_class, inner_kwargs = chosen or trainer.get_optimizer_cls_and_kwargs(args, model)
+        is_plain = isinstance(inner_class, type) and not hasattr(inner_class, "eval")
+        if not is_plain or {"params", "model", "optimizer_dict"} & inner_kwargs.keys():
+            raise UserError(
+                f"optim is {args.optim!r}, which makes its own parameter groups or switches "
+                "between training and evaluation; choose a plain one, such as adamw_torch or sgd"
+            )
+        return HybridOptimizer(
+            param_groups(
+                model,
+                options.method,
+                base_lr=read_rates(options.base_lr),
+                adapter_lr=inner_kwargs.get("lr", args.learning_rate),
+                base_weight_decay=options.base_weight_decay,
+                adapter_weight_decay=args.weight_decay,
+                no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
+            ),
+            model,
+            optimizer=inner_class,
+            optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
+            eps=options.eps,
+            estimator=options.estimator,
+            num_directions=options.num_directions,
+            distribution=options.distribution,
+            base_every=getattr(options, "base_every", 1),
+            seed=args.seed if options.zo_seed is None else options.zo_seed,
+            replay_dropout=options.replay_dropout,
+            self_check=options.self_check,
+            overlap=getattr(options, "overlap", False),
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = self
+        dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+        if not hasattr(dataset, "__len__") or strategy != "random":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
+        return ReshufflingSampler(len(dataset), seed=seed, sampling=self.hybrid_options.sampling)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the zeroth-order quantities to the training logs."""
+        optimizer = self._hybrid
+        if optimizer is not None and "loss" in logs and optimizer.last_step is not None:
+            report = optimizer.last_step
+            # Between two moves of the base, the last one is what there is to say about it.
+            measured = optimizer.last_measured
+            if measured is not None:
+                scalars = measured.projected_grad
+                logs["projected_grad"] = sum(scalars) / len(scalars)
+            if self._base_lr is not None:
+                logs["base_lr"] = self._base_lr
+            logs["zo_forwards"] = round(optimizer.num_forwards, 3)
+            logs["forward_equivalents"] = self.forward_equivalents
+            logs["non_finite"] = float(report.non_finite)
+            norms = {} if measured is None else dict(measured.update_norms)
+            norms = {} if report.non_finite else norms
+            for block, norm in (norms | dict(report.update_norms)).items():
+                logs[f"{block}_update_norm"] = norm
+            watch = self.watch.watch
+            if watch is not None and watch.has_own_loss:
+                watch = None
+            if watch and measured is not None and measured.loss and not measured.non_finite:
+                logs["signal_to_rounding"] = watch.signal_to_rounding(
+                    measured.loss, measured.projected_grad
+                )
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)  # type: ignore[attr-defined]
+        if "train_loss" in logs:  # of all steps, also where some were taken before a resume
+            trainer: Any = self
+            logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step, 1)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class HybridTrainer(HybridMixin, Trainer):
+    """`transformers.Trainer` with hybrid steps."""

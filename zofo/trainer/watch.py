@@ -1,0 +1,181 @@
+"""What a run must not pass over in silence, told from the numbers of each step.
+
+    signal to rounding   |f(x + eps v) − f(x)| / (u |f|), u the unit roundoff of the loss's dtype:
+                         near 1 the difference is noise; eps is too small
+    movement             |lr s| over the spacing of the weights: below 2^-16 (bfloat16) or 2^-13
+                         (float16) it is lost in the float32 sum that stochastic rounding rounds,
+                         so that a 16-bit base does not move any more
+    zeros                where the differences are of a loss of their own, such as accuracy: most
+                         of them exactly 0, so that most steps do not move the block
+    divergence           a running mean of the loss far above the lowest it has had
+
+A loss or scalar that is not finite is never applied; the run stops there unless told to skip.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from transformers import TrainerCallback
+
+from zofo.optim.reading import StepReport
+
+OnNonFinite = Literal["stop", "skip"]
+_WINDOW: Final = 20
+"""Steps that a judgement rests on: a median of twenty does not follow one odd batch."""
+_MIN_SIGNAL: Final = 10.0
+"""Below, rounding makes up a tenth of the difference or more."""
+_MANY_ZEROS: Final = 0.5
+"""Above, most differences are paid for and teach nothing."""
+_DIVERGED: Final = 2.0
+"""The mean loss over its lowest: chance does not double a mean of twenty batches."""
+
+
+@dataclass
+class Watch:
+    """Judges one step after another.
+
+    Args:
+        loss_dtype: what the model computes in: its rounding is the difference's noise.
+        weight_dtype: of the base.
+        weight_scale: typical size of a weight.
+        eps: smoothing radius.
+        has_own_loss: the differences are of another loss than the one observed: their size beside
+            the rounding of that one says nothing.
+    """
+
+    loss_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    weight_scale: float
+    eps: float
+    has_own_loss: bool = False
+    _zeros: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _signals: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _moves: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _lowest: float = math.inf
+    _said: set[str] = field(default_factory=set)
+
+    def signal_to_rounding(self, loss: float, projected_grad: tuple[float, ...]) -> float:
+        """Median size of the loss differences over the rounding of the loss."""
+        noise = torch.finfo(self.loss_dtype).eps / 2 * max(abs(loss), 1e-30)
+        return statistics.median(abs(s) * self.eps for s in projected_grad) / noise
+
+    def observe(
+        self, loss: float | None, projected_grad: tuple[float, ...], base_lr: float | None
+    ) -> list[str]:
+        """Take in a finite step; returns warnings, each kind once a run.
+
+        Args:
+            loss: unperturbed loss.
+            projected_grad: the scalars; empty without zeroth-order groups.
+            base_lr: learning rate of the zeroth-order base; None: it does not move.
+        """
+        found: dict[str, str] = {}
+        if loss is not None:
+            self._losses.append(loss)
+        if self.has_own_loss and projected_grad:
+            self._zeros.append(sum(s == 0 for s in projected_grad) / len(projected_grad))
+        elif loss is not None and projected_grad:
+            self._signals.append(self.signal_to_rounding(loss, projected_grad))
+        if base_lr and projected_grad and self.weight_dtype in (torch.bfloat16, torch.float16):
+            spacing = torch.finfo(self.weight_dtype).eps * max(self.weight_scale, 1e-30)
+            moved = base_lr * statistics.fmean(abs(s) for s in projected_grad)
+            self._moves.append(moved / spacing)
+        if len(self._signals) == _WINDOW:
+            signal = statistics.median(self._signals)
+            if signal < _MIN_SIGNAL:
+                found["signal"] = (
+                    f"the loss differences are {signal:.1f} times the rounding of a "
+                    f"{str(self.loss_dtype).removeprefix('torch.')} loss: mostly noise; raise eps "
+                    f"({self.eps:g}) tenfold"
+                )
+        if len(self._zeros) == _WINDOW and (share := statistics.fmean(self._zeros)) > _MANY_ZEROS:
+            found["zeros"] = (
+                f"{share:.0%} of the last {_WINDOW} steps' differences are exactly 0: a score that "
+                f"moves in jumps does not notice eps {self.eps:g}, and the block stands still "
+                "then; raise eps, the batch, or num_directions"
+            )
+        if len(self._moves) == _WINDOW:
+            move = statistics.median(self._moves)
+            # One float32 spacing in those of the weights: what stochastic rounding resolves.
+            float32, stored = torch.finfo(torch.float32), torch.finfo(self.weight_dtype)
+            if move < float32.eps / stored.eps:
+                found["movement"] = (
+                    f"an update is {move:.1e} of the spacing of "
+                    f"{str(self.weight_dtype).removeprefix('torch.')} weights, less than "
+                    "stochastic rounding resolves, so the base stands still; raise base_lr or use "
+                    "float32"
+                )
+        if len(self._losses) == _WINDOW:
+            mean = statistics.fmean(self._losses)
+            self._lowest = min(self._lowest, mean)
+            if mean > _DIVERGED * max(self._lowest, 0.1):
+                found["divergence"] = (
+                    f"the loss diverges: {mean:.3g} on average over {_WINDOW} steps, after "
+                    f"{self._lowest:.3g}; lower the learning rates"
+                )
+        new = [text for kind, text in found.items() if kind not in self._said]
+        self._said |= found.keys()
+        return new
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends training at a loss or scalar that is not finite, with a checkpoint; warns of the rest.
+
+    Nothing of such a step was applied to the base, so the checkpoint is the last good step's.
+
+    Args:
+        trainer: a `HybridMixin` trainer.
+        on_non_finite: "stop" or "skip".
+    """
+
+    def __init__(self, trainer: Any, on_non_finite: OnNonFinite = "stop") -> None:
+        self.trainer, self.on_non_finite = trainer, on_non_finite
+        self.watch: Watch | None = None
+        self.stopped_at: int | None = None
+        self._judged: StepReport | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the weights once."""
+        optimizer = self.trainer.hybrid_optimizer
+        self.watch, self.stopped_at = None, None
+        zeroth = [g for g in optimizer.param_groups if g["order"] == "zeroth"]
+        sample = zeroth[0]["params"] if zeroth else []
+        if sample:
+            largest = max(sample, key=lambda p: p.numel())
+            self.watch = Watch(
+                # The loss itself is float32; what it is computed from rounds as the weights do.
+                loss_dtype=largest.dtype,
+                weight_dtype=largest.dtype,
+                weight_scale=float(largest.detach().flatten()[:65536].float().abs().median()),
+                eps=optimizer.eps,
+                has_own_loss=self.trainer.has_zeroth_loss,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Judge the newest step that has been read: on CUDA the one before."""
+        optimizer = self.trainer.hybrid_optimizer
+        is_last = state.global_step >= state.max_steps
+        report = optimizer.last_step if is_last else optimizer.last_read
+        if report is None or report is self._judged:
+            return control
+        self._judged = report
+        if report.non_finite:
+            if self.on_non_finite == "stop":
+                self.stopped_at = report.step + 1
+                control.should_training_stop = control.should_save = control.should_log = True
+            return control
+        if self.watch is not None:
+            base = [g for g in optimizer.param_groups if g["order"] == "zeroth"]
+            moves_base = base[0].get("block", "base") == "base"
+            rate = float(base[0]["lr"]) if moves_base else None
+            for text in self.watch.observe(report.loss, report.projected_grad, rate):
+                warnings.warn(f"step {state.global_step}: {text}", stacklevel=2)
+        return control
