@@ -41,6 +41,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: env
 	OMP_NUM_THREADS=1 $(BIN)/zofo bench --threads 1,2 --json bench.json

@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, combination: str, rates: dict[str, Any], see
     """One run; what is left of it is its dev loss, its cost, and its advice."""
     from rich.console import Console
 
-    from zofo.config.schema import load_config
+    from zofo.config.load import load_config
     from zofo.disk.files import read_json
     from zofo.errors import TrainingStoppedError
     from zofo.run.train import train as run

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from zofo import HybridOptimizer, Perturbation, param_groups, split_parameters
 from zofo.models.loading import DTYPES, load_model
-from zofo.noise import direction
-from zofo.tasks import TaskSpec, load_splits
-from zofo.tasks.encode import Collator, Encoded, Encoder, objective_loss
+from zofo.noise.combine import direction
+from zofo.tasks.encode import Collator, Encoded, Encoder
+from zofo.tasks.load import load_splits
+from zofo.tasks.losses import objective_loss
+from zofo.tasks.spec import TaskSpec
 
 RESULTS = Path(__file__).parent / "results" / "eps.json"
 HEADS: dict[str, Any] = {"minilm": "classification", "smollm2-135m": "causal-lm"}

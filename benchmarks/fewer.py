@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 
 def config_of(args: argparse.Namespace, variant: str, rate: float, seed: int) -> Any:
-    from zofo.config.schema import load_config
+    from zofo.config.load import load_config
 
     train, dev, test = args.rows
     adapter: dict[str, Any] = {"type": args.adapter}
@@ -102,7 +102,7 @@ def batches(config: Any, prepared: Any) -> Iterator[dict[str, Any]]:
 def model_without_dropout(config: Any) -> tuple[Any, Any]:
     from torch import nn
 
-    from zofo.run.train import prepare
+    from zofo.run.prepare import prepare
 
     prepared = prepare(config)
     model: Any = prepared.model
@@ -119,7 +119,7 @@ def train(config: Any, budget: float) -> dict[str, float]:
     from zofo.optim.methods import METHODS
     from zofo.optim.part import num_rows_of
     from zofo.scoring.evaluate import evaluate
-    from zofo.tasks.encode import first_examples, objective_losses
+    from zofo.tasks.losses import first_examples, objective_losses
 
     prepared, model = model_without_dropout(config)
     torch.manual_seed(config.seed)
@@ -234,8 +234,8 @@ def estimate(args: argparse.Namespace) -> None:
     import torch
 
     from zofo import HybridOptimizer, param_groups
-    from zofo.optim.methods import split_parameters
-    from zofo.tasks.encode import objective_losses
+    from zofo.optim.blocks import split_parameters
+    from zofo.tasks.losses import objective_losses
 
     args.model = args.estimate
     config = config_of(args, "default", 0.0, args.seed)
@@ -326,7 +326,7 @@ def rounding(args: argparse.Namespace) -> None:
     import torch
 
     from zofo import HybridOptimizer, param_groups
-    from zofo.tasks.encode import first_examples, objective_losses
+    from zofo.tasks.losses import first_examples, objective_losses
 
     args.model = args.rounding
     config = config_of(args, "default", 1e-5, 0)

@@ -36,10 +36,12 @@ from torch import Tensor, nn
 
 from zofo import HybridOptimizer, ReshufflingSampler, param_groups, split_parameters
 from zofo.models.loading import load_model
-from zofo.noise import combine
+from zofo.noise.combine import combine
 from zofo.scoring.evaluate import evaluate
-from zofo.tasks import TaskSpec, load_splits
-from zofo.tasks.encode import Collator, Encoded, Encoder, objective_loss
+from zofo.tasks.encode import Collator, Encoded, Encoder
+from zofo.tasks.load import load_splits
+from zofo.tasks.losses import objective_loss
+from zofo.tasks.spec import TaskSpec
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "half.json"

@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from zofo.noise import direction
-from zofo.optim.methods import param_groups, split_parameters
+from zofo.noise.combine import direction
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 SEED = 2**63 + 11

@@ -7,12 +7,14 @@ import torch
 
 from tests import zoo
 from tests.test_matrix import PAGE, TABLE
-from zofo.config.schema import AdapterConfig, idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
+from zofo.config.schema import AdapterConfig
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model, load_model
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 
 KIND_OF = {
     "lora": "LORA",

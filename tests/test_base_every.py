@@ -20,11 +20,12 @@ from tests.smooth import (
     rows,
 )
 from tests.training import Rows, history, trainer_for, untimed_logs
-from zofo.config.schema import idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
-from zofo.run.train import forward_equivalents
+from zofo.run.cost import forward_equivalents
 
 
 def test_the_base_moves_in_every_kth_step_from_the_first():

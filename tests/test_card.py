@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.optim.methods import METHODS
 from zofo.run.train import train
 from zofo.saved.artifact import load

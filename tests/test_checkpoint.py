@@ -15,9 +15,10 @@ from tests.training import (
     trainer_for,
 )
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
-from zofo.trainer.base_history import ORIGINAL_BASE_FILE, TRAJECTORY_FILE, load_checkpoint
+from zofo.saved.checkpoint import load_checkpoint
+from zofo.trainer.base_history import ORIGINAL_BASE_FILE, TRAJECTORY_FILE
 from zofo.trainer.mixin import HybridTrainer
 
 

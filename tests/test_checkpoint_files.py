@@ -12,15 +12,14 @@ import torch
 
 from tests.conftest import assert_same_bits, bits, build
 from tests.training import trainer_for, untimed_logs
+from zofo.disk.folders import LIST_FILE, writing_folder
 from zofo.errors import UserError
 from zofo.saved.checkpoint_folders import (
-    LIST_FILE,
     checkpoints,
     find_damage,
     newest_whole,
     remove_leftovers,
     rotate,
-    writing_folder,
 )
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"}

@@ -1,7 +1,9 @@
 import pytest
 import yaml
 
-from zofo.config.schema import RunConfig, idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
 from zofo.errors import UserError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests.tasks.hub_rows import make_row, write_rows
-from zofo.cli.app import app
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.smoothness.options import load_smoothness
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -17,18 +17,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests.conftest import assert_same_bits, build
 from tests.training import trainer_for
-from zofo.cli.app import app
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.disk.files import json_digest, read_json, read_tensors, write_tensors
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, _digest
 from zofo.run.train import train
 from zofo.saved import manifest
 from zofo.saved.artifact import load
-from zofo.trainer.base_history import load_checkpoint
+from zofo.saved.checkpoint import load_checkpoint
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CONFIG = "adapter/adapter_config.json"

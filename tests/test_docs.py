@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig, load_config
+from zofo.config.load import load_config
+from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig
 from zofo.results.table import COLUMNS, CURVE_COLUMNS
 from zofo.smoothness.options import SmoothnessOptions, load_smoothness
-from zofo.tasks import task_names
 from zofo.tasks.families.table import BUILTIN
+from zofo.tasks.load import task_names
 from zofo.tasks.spec import TaskSpec
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +71,7 @@ def test_readme_commands_are_make_targets():
 
 def test_readme_commands_are_zofos():
     from typer.testing import CliRunner
-
-    from zofo.cli.app import app
+    from zofo.cli.exits import app
 
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "commands.md").read_text()
     commands = set(re.findall(r"^    zofo (\w+)", text, re.MULTILINE))

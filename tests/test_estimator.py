@@ -8,9 +8,10 @@ from scipy import stats
 from torch import nn
 
 from tests.conftest import CASES, batch_for, build, loss_of
-from zofo.noise import DISTRIBUTIONS, direction
-from zofo.optim.estimator import GeneratorState, forwards_per_direction, projected_gradients
-from zofo.optim.methods import split_parameters
+from zofo.noise.combine import DISTRIBUTIONS, direction
+from zofo.optim.blocks import split_parameters
+from zofo.optim.estimator import forwards_per_direction, projected_gradients
+from zofo.optim.generators import GeneratorState
 from zofo.perturb.view import Perturbation
 
 SEED, STEP = 20_260_601, 4

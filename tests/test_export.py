@@ -14,11 +14,13 @@ from rich.console import Console
 import zofo
 from tests.conftest import ADAPTERS, ARCHITECTURES, ENCODERS, LORA_TARGETS, build
 from tests.tiny import make_tokenizer
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
+from zofo.console import quiet
 from zofo.disk.files import fingerprint
 from zofo.errors import UserError
-from zofo.models.loading import DTYPES, quiet
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.models.loading import DTYPES
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.run.train import train
 from zofo.saved import export_check
@@ -27,8 +29,9 @@ from zofo.saved.export import export_model
 from zofo.saved.export_card import EXPORT_FILE
 from zofo.saved.source import open_source
 from zofo.scoring.evaluate import predict_scores
-from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.load import load_splits
+from zofo.tasks.spec import TaskSpec
 
 QUIET = Console(quiet=True)
 CASES = [

@@ -10,9 +10,9 @@ from torch import nn
 from tests.conftest import ADAPTERS, batch_for, build, loss_of
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import load_model
-from zofo.noise import combine, direction
+from zofo.noise.combine import combine, direction
+from zofo.optim.blocks import split_parameters
 from zofo.optim.estimator import projected_gradients
-from zofo.optim.methods import split_parameters
 from zofo.perturb.view import Perturbation
 
 HALVES = [torch.bfloat16, torch.float16]

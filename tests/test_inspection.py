@@ -9,13 +9,15 @@ import transformers as hf
 from rich.console import Console
 
 from tests.conftest import assert_same_bits
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.run.train import train
 from zofo.saved.artifact import load
-from zofo.saved.export import export_model
-from zofo.saved.inspect import inspect, replay_base, verify
+from zofo.saved.export import export_model, replay_base
+from zofo.saved.inspect import inspect
+from zofo.saved.verify import verify
 
 KINDS = ["run", "artefact", "checkpoint", "export"]
 

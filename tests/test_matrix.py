@@ -17,7 +17,8 @@ from tests.test_perturb import really_perturbed, view_of
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.models.adapters import create_adapter
-from zofo.optim.methods import METHODS, apply_method, param_groups, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"

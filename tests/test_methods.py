@@ -22,14 +22,8 @@ from tests.conftest import (
     loss_of,
 )
 from zofo.errors import UserError
-from zofo.optim.methods import (
-    ADAPTER_TENSORS_FROM,
-    METHODS,
-    apply_method,
-    get_method,
-    param_groups,
-    split_parameters,
-)
+from zofo.optim.blocks import ADAPTER_TENSORS_FROM, split_parameters
+from zofo.optim.methods import METHODS, apply_method, get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 TABLE = {

@@ -8,7 +8,7 @@ from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model, head_of, load_model, resolve
 from zofo.models.loading import loading as models
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 
 
 def test_a_folder_loads_ready_to_train(decoder_folder):

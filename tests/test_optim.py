@@ -22,7 +22,7 @@ from tests.smooth import (
     rows,
 )
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 
 FIRST_ORDER = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),

@@ -14,7 +14,8 @@ from torch import nn
 from tests.conftest import ADAPTERS, assert_same_bits, batch_for, bits, build, loss_of
 from tests.smooth import Net, adapter_of, base_of, moved_along, optimizer_for, rows
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.perturb.view import SelfCheckError
 

@@ -18,8 +18,9 @@ from tests.streams import FakeStreams
 from tests.test_perturb import Nested
 from tests.training import trainer_for
 from zofo import HybridOptimizer, param_groups
-from zofo.config.schema import idle_options, load_config
-from zofo.optim.methods import split_parameters
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
+from zofo.optim.blocks import split_parameters
 from zofo.perturb.overlap import Overlap, SideStream
 from zofo.perturb.view import Perturbation
 from zofo.run.train import train

@@ -5,18 +5,19 @@ import json
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests.tasks.hub_rows import make_row, write_folder
-from zofo.cli.app import app
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.models.loading import load_model
 from zofo.run.plan import make_plan
-from zofo.run.train import evaluate_artifact, train
+from zofo.run.train import train
 from zofo.saved.artifact import Artifact, BaseSpec, load
 from zofo.scoring.predict import predict
-from zofo.tasks import TaskSpec
+from zofo.scoring.score import evaluate_artifact
 from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.rows import Table
+from zofo.tasks.spec import TaskSpec
 
 SHORT = ["steps=2", "batch_size=4", "task.num_train=12", "task.num_dev=8"]
 

@@ -15,16 +15,19 @@ from tests.conftest import assert_same_bits, batch_for, bits, build
 from tests.smooth import Net, base_of, optimizer_for, rows
 from tests.test_trainer_trl import preferences, sft, tokenizer
 from tests.training import Rows, history, plain_options, trainer_for
-from zofo.config.schema import idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
 from zofo.errors import UserError
-from zofo.optim.estimator import GeneratorState
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.generators import GeneratorState
 from zofo.optim.part import num_rows_of, split_rows
 from zofo.optim.trajectory import Trajectory
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.run.cost import forward_equivalents
 from zofo.run.plan import make_plan
-from zofo.run.train import forward_equivalents, resumed_config, train
-from zofo.tasks.encode import Collator, Encoded, first_examples, objective_losses
+from zofo.run.train import resumed_config, train
+from zofo.tasks.encode import Collator, Encoded
+from zofo.tasks.losses import first_examples, objective_losses
 from zofo.trainer.mixin import HybridMixin, HybridOptions, HybridTrainer
 
 QUIET = Console(quiet=True)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tests.conftest import CASES, assert_same_bits, batch_for, bits, build, loss_of
-from zofo.noise import combine
+from zofo.noise.combine import combine
+from zofo.optim.blocks import split_parameters
 from zofo.optim.estimator import projected_gradients
-from zofo.optim.methods import split_parameters
 from zofo.perturb.view import Perturbation, SelfCheckError
 
 DTYPES = [torch.float32, torch.bfloat16]

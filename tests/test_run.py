@@ -10,12 +10,15 @@ from rich.console import Console
 
 from tests.conftest import assert_same_bits
 from tests.training import untimed_metrics
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
+from zofo.run.cost import forward_equivalents
 from zofo.run.plan import make_plan
-from zofo.run.train import evaluate_artifact, forward_equivalents, resumed_config, train
+from zofo.run.train import resumed_config, train
 from zofo.saved.artifact import load
+from zofo.scoring.score import evaluate_artifact
 
 QUIET = Console(quiet=True)
 
@@ -167,7 +170,7 @@ def test_an_encoder_is_no_writer(tmp_path, encoder_folder):
 def test_a_plan_counts_what_a_run_has(tmp_path, reviews, decoder_folder):
     config = config_for(tmp_path / "run", reviews, decoder_folder, "base_lr={'*q_proj*': 1e-4}")
     plan = make_plan(config)
-    from zofo.run.train import prepare
+    from zofo.run.prepare import prepare
 
     blocks = split_parameters(prepare(config).model)
     total = sum(p.numel() for p in blocks.base.values())

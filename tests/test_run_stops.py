@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError
 from zofo.run.train import newest_checkpoint, train
 
@@ -68,10 +68,10 @@ def test_a_runs_metrics_say_what_moved(tmp_path, decoder_folder):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss" in line]
     assert len(steps) == 6
-    from zofo.run.train import prepare
+    from zofo.run.prepare import prepare
 
     prepared = prepare(config(tmp_path, decoder_folder, f"output_dir={tmp_path / 'b'}"))
-    from zofo.optim.methods import split_parameters
+    from zofo.optim.blocks import split_parameters
 
     d = sum(p.numel() for p in split_parameters(prepared.model).base.values())
     for line in steps:

@@ -11,34 +11,34 @@ import torch
 import transformers as hf
 from rich.console import Console
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests import zoo
-from zofo.cli.app import app
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
+from zofo.console import quiet
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.models.adapters import create_adapter
-from zofo.models.loading import empty_model, head_of, load_model, quiet
+from zofo.models.loading import empty_model, head_of, load_model
 from zofo.optim.methods import METHODS
 from zofo.run.plan import make_plan
-from zofo.run.train import evaluate_artifact, train
+from zofo.run.train import train
 from zofo.saved.artifact import load
 from zofo.saved.export import export_model
 from zofo.saved.inspect import inspect
-from zofo.saved.inspect import verify as checks_of
+from zofo.saved.verify import verify as checks_of
 from zofo.scoring.evaluate import evaluate, predict_scores
 from zofo.scoring.generate import Writer
-from zofo.tasks import TaskSpec
-from zofo.tasks.encode import (
-    Collator,
-    Encoder,
+from zofo.scoring.score import evaluate_artifact
+from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.losses import (
     candidate_scores,
     first_examples,
     objective_loss,
     objective_losses,
     token_scores,
 )
-from zofo.tasks.spec import Completion, Example
+from zofo.tasks.spec import Completion, Example, TaskSpec
 
 QUIET = Console(quiet=True)
 EXAMPLES = [

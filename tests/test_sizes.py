@@ -9,7 +9,7 @@ import torch
 
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 
 pytestmark = pytest.mark.slow  # the alias is converted on its first use

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.conftest import assert_same_bits, bits
-from zofo.noise import combine
+from zofo.noise.combine import combine
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 from zofo.perturb.view import Perturbation
 

@@ -20,7 +20,8 @@ from tests.training import (
     trainer_for,
 )
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, param_groups, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import ReshufflingSampler, epoch_order
 from zofo.trainer.mixin import HybridArguments, HybridOptions, HybridTrainer

@@ -15,7 +15,7 @@ from tests.conftest import VOCABULARY, assert_same_bits, batch_for, bits, build
 from tests.test_perturb import really_perturbed, view_of
 from tests.training import SEED, history, plain_options
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 from zofo.optim.reshuffle import ReshufflingSampler
 from zofo.trainer.mixin import HybridMixin, HybridOptions
 

@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tests.conftest import assert_same_bits, batch_for, build, loss_of
 from zofo.disk.files import write_tensors
 from zofo.errors import UserError
-from zofo.noise import DISTRIBUTIONS, direction
-from zofo.optim.methods import param_groups, split_parameters
+from zofo.noise.combine import DISTRIBUTIONS, direction
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 

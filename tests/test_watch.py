@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from zofo.noise import combine
+from zofo.noise.combine import combine
 from zofo.trainer.watch import Watch
 
 

@@ -12,7 +12,8 @@ import transformers as hf
 from tests.conftest import VOCABULARY, assert_same_bits, batch_for, bits, build, loss_of
 from tests.training import history, trainer_for
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, param_groups, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 # --- gradient checkpointing ----------------------------------------------------------------------

@@ -13,7 +13,8 @@ from tests.conftest import assert_same_bits, batch_for, bits, build, loss_of
 from tests.test_perturb import really_perturbed, view_of
 from tests.training import history, trainer_for
 from zofo.errors import UserError
-from zofo.optim.methods import param_groups, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.perturb.view import SelfCheckError
 

@@ -22,18 +22,20 @@ from tests.smooth import (
     rows,
 )
 from tests.training import history, trainer_for
-from zofo.config.schema import idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
 from zofo.errors import UserError
 from zofo.models.loading import load_model
-from zofo.noise import direction
-from zofo.optim.methods import split_parameters
+from zofo.noise.combine import direction
+from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.plan import make_plan
+from zofo.run.prepare import prepare
 from zofo.run.task_trainer import TaskTrainer, build_trainer
-from zofo.run.train import prepare, resumed_config, train
+from zofo.run.train import resumed_config, train
 from zofo.scoring.generate import Writer, writer_for
-from zofo.tasks.encode import candidate_scores
+from zofo.tasks.losses import candidate_scores
 from zofo.trainer.mixin import HybridTrainer
 
 QUIET = Console(quiet=True)

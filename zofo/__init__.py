@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from zofo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zofo.errors import UserError as UserError
     from zofo.models.adapters import create_adapter as create_adapter
     from zofo.models.loading import load_model as load_model
+    from zofo.optim.blocks import split_parameters as split_parameters
     from zofo.optim.methods import METHODS as METHODS
     from zofo.optim.methods import param_groups as param_groups
-    from zofo.optim.methods import split_parameters as split_parameters
     from zofo.optim.optimizer import HybridOptimizer as HybridOptimizer
     from zofo.optim.reshuffle import ReshufflingSampler as ReshufflingSampler
     from zofo.optim.trajectory import Trajectory as Trajectory
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from zofo.saved.artifact import BaseSpec as BaseSpec
     from zofo.saved.artifact import load as load
     from zofo.saved.artifact import save_artifact as save_artifact
+    from zofo.saved.checkpoint import load_checkpoint as load_checkpoint
     from zofo.saved.export import export_model as export_model
     from zofo.saved.export_card import Exported as Exported
     from zofo.saved.hub import push_to_hub as push_to_hub
-    from zofo.trainer.base_history import load_checkpoint as load_checkpoint
     from zofo.trainer.interrupt import StopOnSignal as StopOnSignal
     from zofo.trainer.interrupt import TrainingInterrupt as TrainingInterrupt
     from zofo.trainer.mixin import HybridArguments as HybridArguments
@@ -48,7 +48,7 @@ _HOMES = {
     "HybridTrainer": "trainer.mixin",
     "Perturbation": "perturb.view",
     "ReshufflingSampler": "optim.reshuffle",
-    "SelfCheckError": "perturb.view",
+    "SelfCheckError": "perturb.self_check",
     "StopOnSignal": "trainer.interrupt",
     "TrainingInterrupt": "trainer.interrupt",
     "Trajectory": "optim.trajectory",
@@ -57,12 +57,12 @@ _HOMES = {
     "create_adapter": "models.adapters",
     "export_model": "saved.export",
     "load": "saved.artifact",
-    "load_checkpoint": "trainer.base_history",
+    "load_checkpoint": "saved.checkpoint",
     "load_model": "models.loading",
     "param_groups": "optim.methods",
     "push_to_hub": "saved.hub",
     "save_artifact": "saved.artifact",
-    "split_parameters": "optim.methods",
+    "split_parameters": "optim.blocks",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -15,8 +15,8 @@ from zofo.bench.settings import CONTENDERS, Settings, contenders_on
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS as ADAPTERS
-from zofo.optim.methods import split_parameters
-from zofo.run.train import forward_equivalents
+from zofo.optim.blocks import split_parameters
+from zofo.run.cost import forward_equivalents
 
 SETTINGS = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,))
 KINDS = {name: ALL_KINDS[name] for name in contenders_on("cpu")}

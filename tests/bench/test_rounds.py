@@ -18,7 +18,7 @@ from zofo.bench.results import Memory, NoiseTimes, Ratio, Results, Row, StepTime
 from zofo.bench.settings import CONTENDERS, Settings, settings_from
 from zofo.bench.timing import time_rounds, warm_up
 from zofo.errors import UserError
-from zofo.noise import direction
+from zofo.noise.combine import direction
 
 CPU = torch.device("cpu")
 TINY = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,), elements=1001)

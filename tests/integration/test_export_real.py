@@ -6,15 +6,15 @@ import torch
 import transformers as hf
 from rich.console import Console
 
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import UserError
 from zofo.models.loading import resolve
 from zofo.run.train import train
 from zofo.saved.artifact import load
 from zofo.saved.export import export_model
 from zofo.scoring.evaluate import predict_scores
-from zofo.tasks import load_splits
 from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.load import load_splits
 
 
 @pytest.mark.slow

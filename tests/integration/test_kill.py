@@ -19,7 +19,7 @@ import torch
 
 from tests.conftest import assert_same_bits
 from tests.training import untimed_metrics
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
 from zofo.saved.artifact import load

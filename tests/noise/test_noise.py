@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 from scipy import stats
 
-from zofo.noise import combine, combine_rows, combine_steps, cpu, direction, philox
+from zofo.noise import cpu, philox
+from zofo.noise.combine import combine, combine_rows, combine_steps, direction
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zofo.noise import backends, combine, combine_many, combine_rows
+from zofo.noise import backends
+from zofo.noise.combine import combine, combine_many, combine_rows
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7}

@@ -17,19 +17,16 @@ import triton.language as tl
 from scipy import stats
 
 from tests.noise.test_noise import PUBLISHED
-from zofo import noise
 from zofo.cli import doctor as looking
-from zofo.noise import (
-    backends,
+from zofo.noise import backends, philox, triton_kernels, triton_launch
+from zofo.noise.combine import (
+    PURPOSES,
     combine,
     combine_many,
     combine_rows,
     combine_steps,
     direction,
-    philox,
     prepare,
-    triton_kernels,
-    triton_launch,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,7 +78,7 @@ def reference(weight, coefficients, *, tensor, decay=1.0, offset=0, first=0, ste
         tensor=tensor,
         seed=ADDRESS["seed"],
         step=ADDRESS["step"] if step is None else step,
-        purpose=noise._PURPOSE[kinds.get("distribution", "rademacher")],
+        purpose=PURPOSES[kinds.get("distribution", "rademacher")],
         first_direction=first,
         stochastic=kinds.get("rounding") == "stochastic",
     )

@@ -17,7 +17,7 @@ import torch
 
 from tests.conftest import batch_for, bits, build, loss_of
 from zofo import HybridOptimizer, param_groups, split_parameters
-from zofo.noise import direction
+from zofo.noise.combine import direction
 
 NUM_STEPS = 20
 SEED = 77

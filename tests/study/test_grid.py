@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.study.tiny_study import values
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import UserError
-from zofo.run.train import forward_equivalents
+from zofo.run.cost import forward_equivalents
 from zofo.study.grid import Cell, Pair, expand, rate_text, steps_within
 from zofo.study.spec import StudySpec, differences, load_spec, presets
-from zofo.tasks import task_names
+from zofo.tasks.load import task_names
 
 FIVE = ["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tests.study.tiny_study import write_rows
 from zofo.cli.train import _show
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError
 from zofo.run.stopping import is_hopeless, stop_reason
 from zofo.run.train import train

@@ -5,10 +5,11 @@ import pytest
 
 from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_folder, write_rows
 from zofo.errors import UserError
-from zofo.tasks import TaskSpec, load_splits, used_options
 from zofo.tasks.families.family import examples
 from zofo.tasks.families.table import BUILTIN
+from zofo.tasks.load import load_splits, used_options
 from zofo.tasks.rows import Table, read_table
+from zofo.tasks.spec import TaskSpec
 from zofo.tasks.splits import separate
 
 CHOOSING = [name for name, task in BUILTIN.items() if task.kind != "generation"]

@@ -6,7 +6,8 @@ from tests.tiny import make_tokenizer
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import load_model
-from zofo.tasks.encode import Collator, Encoder, candidate_scores, objective_loss, token_scores
+from zofo.tasks.encode import Collator, Encoder
+from zofo.tasks.losses import candidate_scores, objective_loss, token_scores
 from zofo.tasks.spec import Completion, Example
 
 
@@ -92,7 +93,7 @@ def test_architectures_without_logits_to_keep(monkeypatch):
     model = build("llama", "prompt").eval()
     batch = Collator(0)([Encoder(FakeTokenizer())(example("1 2 3", ["4", "5"]))])
     kept = token_scores(model, batch).log_likelihood
-    monkeypatch.setattr("zofo.tasks.encode._keeps_logits", lambda model: False)
+    monkeypatch.setattr("zofo.tasks.losses._keeps_logits", lambda model: False)
     assert torch.allclose(token_scores(model, batch).log_likelihood, kept, atol=1e-6)
 
 

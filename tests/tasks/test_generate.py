@@ -4,8 +4,9 @@ import pytest
 
 from tests.tiny import make_tokenizer
 from zofo.errors import UserError
-from zofo.tasks import TaskSpec, load_splits
 from zofo.tasks.encode import Encoder
+from zofo.tasks.load import load_splits
+from zofo.tasks.spec import TaskSpec
 
 
 def write(path, rows):

@@ -5,9 +5,11 @@ import pytest
 
 from tests.tiny import make_tokenizer
 from zofo.errors import UserError
-from zofo.tasks import Answers, TaskSpec, load_splits
+from zofo.tasks.answers import Answers
 from zofo.tasks.encode import Encoder, encoder_for
 from zofo.tasks.families.passages import answers_in
+from zofo.tasks.load import load_splits
+from zofo.tasks.spec import TaskSpec
 
 
 def squad_row(i):

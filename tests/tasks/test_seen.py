@@ -2,8 +2,9 @@ import pytest
 
 from tests.tasks.hub_rows import write_folder, write_rows
 from zofo.errors import UserError
-from zofo.tasks import TaskSpec, load_splits
+from zofo.tasks.load import load_splits
 from zofo.tasks.seen import check_rows, check_tasks
+from zofo.tasks.spec import TaskSpec
 
 
 def check(trained, spec, seeds=(0, 0)):

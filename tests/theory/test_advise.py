@@ -13,7 +13,7 @@ from zofo.advice.advise import advise, most_forwards
 from zofo.advice.present import as_json, lines_of
 from zofo.advice.setting import Setting
 from zofo.errors import UserError
-from zofo.optim.estimator import GeneratorState
+from zofo.optim.generators import GeneratorState
 
 
 def quadratic(seed=0, **more):

@@ -6,12 +6,11 @@ import re
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
-from zofo.cli.app import app
 from zofo.convergence import cells as storage
-from zofo.convergence.experiments.claim_table import CLAIMS
-from zofo.convergence.experiments.table import EXPERIMENTS, FULL, QUICK
-from zofo.convergence.run import make_plan
+from zofo.convergence.experiments.table import CLAIMS, EXPERIMENTS, FULL, QUICK
+from zofo.convergence.plan import make_plan
 
 runner = CliRunner()
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import assert_same_bits, bits
 from tests.theory.dense import Quadratic, dense_hessian, objective_of, symmetric, tiny_objective
-from zofo.noise import direction
+from zofo.noise.combine import direction
 from zofo.perturb.view import Perturbation
 from zofo.smoothness.blocks import blocks_of
 from zofo.smoothness.directional import directional_curvature

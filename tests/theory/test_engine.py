@@ -9,7 +9,7 @@ import torch
 from zofo.convergence import engine, kernels, reference
 from zofo.convergence.engine import Setting
 from zofo.convergence.problems import make_problem
-from zofo.noise import direction
+from zofo.noise.combine import direction
 from zofo.optim.reshuffle import SAMPLINGS
 
 SEEDS = (3, 2**63 + 11)

@@ -9,8 +9,8 @@ from torch import nn
 
 from zofo.advice.eps import Ladder, measure_ladder, plateau, weight_scale
 from zofo.advice.probe import Probe
-from zofo.noise import direction
-from zofo.optim.methods import split_parameters
+from zofo.noise.combine import direction
+from zofo.optim.blocks import split_parameters
 from zofo.perturb.view import Perturbation
 
 

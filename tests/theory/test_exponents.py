@@ -5,7 +5,7 @@ import pytest
 
 from zofo.convergence import claims, fits
 from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
-from zofo.convergence.experiments.claim_table import CLAIMS
+from zofo.convergence.experiments.table import CLAIMS
 from zofo.convergence.fits import Interval
 from zofo.convergence.readings import epochs_to
 

@@ -8,16 +8,18 @@ import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests.conftest import assert_same_bits, bits
 from tests.test_run import config_for
-from zofo.cli.app import app
-from zofo.config.schema import idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
 from zofo.errors import UserError
 from zofo.run.auto import resolve, setting_of
 from zofo.run.plan import make_plan
+from zofo.run.prepare import prepare
 from zofo.run.resume import resumed_config
-from zofo.run.train import prepare, train
+from zofo.run.train import train
 from zofo.saved.artifact import load
 from zofo.study.spec import load_spec
 

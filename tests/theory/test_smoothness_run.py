@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from zofo.cli.exits import app
 
 from tests.report.pages import read_page
 from tests.study.tiny_study import write_rows
-from zofo.cli.app import app
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.disk.files import read_json
 from zofo.run.train import train
 from zofo.smoothness.options import load_smoothness, planned_forwards, point_steps

@@ -50,7 +50,7 @@ from zofo.advice.short_trainings import (
     virtual_training,
 )
 from zofo.errors import UserError
-from zofo.noise import Distribution
+from zofo.noise.combine import Distribution
 from zofo.optim.methods import METHODS, param_groups
 from zofo.perturb.view import Perturbation
 from zofo.statistics.resampling import Interval

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zofo.optim.estimator import GeneratorState
+from zofo.optim.generators import GeneratorState
 from zofo.perturb.view import Perturbation
 
 LossAndRows = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]

@@ -11,7 +11,7 @@ from zofo.advice.eps import Plateau
 from zofo.advice.groups import Split
 from zofo.advice.rates import Moments, ZerothRate
 from zofo.advice.short_trainings import FirstRate
-from zofo.noise import Distribution
+from zofo.noise.combine import Distribution
 from zofo.optim.estimator import Estimator, forwards_per_direction
 from zofo.optim.methods import METHODS
 from zofo.statistics.resampling import Interval

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from zofo.bench.models import Workbench
-from zofo.optim.estimator import Estimator, GeneratorState, forwards_per_direction
+from zofo.optim.estimator import Estimator, forwards_per_direction
+from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 

@@ -108,7 +108,7 @@ def _import_all() -> None:
 def _load_kernels(settings: Settings) -> None:
     """Perturbation and update of a step, on a few weights."""
     from zofo.models.loading import DTYPES
-    from zofo.noise import combine, combine_rows
+    from zofo.noise.combine import combine, combine_rows
 
     weight = torch.zeros(8, 8, dtype=DTYPES[settings.dtype])
     address: dict[str, Any] = {

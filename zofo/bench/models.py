@@ -9,43 +9,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zofo.bench.settings import Settings
+from zofo.bench.settings import RANDOM, Settings
 from zofo.errors import UserError
-
-RANDOM: Final[dict[str, dict[str, int]]] = {
-    "llama-tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-    # SmolLM2-135M's shape.
-    "llama-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    # Llama 3.2 1B's shape.
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-}
-"""Shapes of the random models, embeddings tied."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +43,7 @@ def model_facts(settings: Settings) -> ModelFacts:
     """
     from zofo.models.adapters import create_adapter
     from zofo.models.loading import empty_model
-    from zofo.optim.methods import split_parameters
+    from zofo.optim.blocks import split_parameters
 
     if settings.model.startswith("random:"):
         model = _random_model(settings.model, settings.dtype, "meta")
@@ -138,7 +108,7 @@ class Workbench:
     @property
     def adapter(self) -> list[nn.Parameter]:
         """The weights of the adapter."""
-        from zofo.optim.methods import split_parameters
+        from zofo.optim.blocks import split_parameters
 
         return list(split_parameters(self.adapted).adapter.values())
 

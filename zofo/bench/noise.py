@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zofo.bench.settings import Settings
 from zofo.models.loading import DTYPES
-from zofo.noise import combine
+from zofo.noise.combine import combine
 
 _C: Final = 1e-3
 _TINY: Final = 1e-9

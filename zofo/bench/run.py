@@ -13,9 +13,9 @@ from zofo.bench.device import device_name, free_cached, is_out_of_memory
 from zofo.bench.results import Memory, NoiseTimes, Results, Row, StepTimes
 from zofo.bench.settings import Settings
 from zofo.bench.timing import time_rounds, warm_up
+from zofo.console import new_progress
 from zofo.environment import environment
 from zofo.errors import UserError
-from zofo.run.display import new_progress
 
 _REPEATS_ON_ACCELERATOR = 20
 """Kernel calls between two waits, where a launch takes as long as a small kernel."""

@@ -168,9 +168,8 @@ def _no_such(kind: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def _problems(settings: Settings) -> list[str]:
-    from zofo.bench.models import RANDOM
     from zofo.models.loading import DTYPES
-    from zofo.noise import DISTRIBUTIONS
+    from zofo.noise.combine import DISTRIBUTIONS
 
     found = []
     for key, (least, most) in _LIMITS.items():
@@ -194,3 +193,34 @@ def _problems_of_file(path: Path) -> list[str]:
     """A benchmark takes minutes: what would keep its file from being written is said before."""
     problem = problem_of_target(path)
     return [] if problem is None else [f"the JSON file {problem}"]
+
+
+RANDOM: Final[dict[str, dict[str, int]]] = {
+    "llama-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    # SmolLM2-135M's shape.
+    "llama-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    # Llama 3.2 1B's shape.
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+"""Shapes of the random models, embeddings tied."""

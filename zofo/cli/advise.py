@@ -14,13 +14,15 @@ from rich.table import Table
 
 from zofo.advice.present import as_json, cap_lines, reason_of
 from zofo.advice.setting import Advice
-from zofo.config.schema import AUTO, RunConfig, idle_options, load_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
+from zofo.config.schema import AUTO, RunConfig
+from zofo.console import new_progress
 from zofo.disk.files import problem_of_target, write_json
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS
 from zofo.run.auto import advise_on
-from zofo.run.display import new_progress
-from zofo.run.train import prepare
+from zofo.run.prepare import prepare
 
 
 def advise(

@@ -88,7 +88,7 @@ def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from zofo import __version__
+        from zofo.version import __version__
 
         print(f"zofo {__version__}")
         raise typer.Exit

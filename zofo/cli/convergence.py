@@ -16,7 +16,8 @@ from zofo.cli.report import printable
 from zofo.convergence.claims import CONFIRMED, REFUTED, Finding
 from zofo.convergence.experiments.table import EXPERIMENTS
 from zofo.convergence.page import claimed_text, measured_text
-from zofo.convergence.run import JSON_NAME, PAGE_NAME, make_plan, run
+from zofo.convergence.plan import JSON_NAME, PAGE_NAME, make_plan
+from zofo.convergence.run import run
 
 _PLAIN_WIDTH = 200
 """Columns where no terminal says how wide it is, so that no cell is cut."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zofo.errors import UserError
-from zofo.models.loading import ALIASES, cache_root, package_folder
+from zofo.models.embedded import ALIASES, cache_root, package_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,8 @@ def doctor() -> bool:
     """Print the environment; False if something that zofo needs is missing."""
     import torch
 
-    from zofo import __version__, environment
+    from zofo import environment
+    from zofo.version import __version__
 
     console = Console(highlight=False, soft_wrap=True)
     is_sound = True
@@ -78,8 +79,8 @@ def doctor() -> bool:
 
 def tasks(name: str | None, overrides: Sequence[str] = ()) -> None:
     """List the tasks, or show one."""
-    from zofo.tasks import OWN_TASKS
     from zofo.tasks.families.table import BUILTIN
+    from zofo.tasks.load import OWN_TASKS
 
     console = Console(highlight=False, soft_wrap=True)
     if name is not None:
@@ -96,12 +97,13 @@ def tasks(name: str | None, overrides: Sequence[str] = ()) -> None:
 
 
 def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:
-    from zofo.config.schema import load_config
-    from zofo.tasks import OWN_TASKS, TaskSpec, load_splits, task_names
+    from zofo.config.load import load_config
     from zofo.tasks.families.table import BUILTIN
+    from zofo.tasks.load import OWN_TASKS, load_splits, task_names
+    from zofo.tasks.spec import TaskSpec
 
     if name not in task_names():
-        from zofo.tasks import check_spec
+        from zofo.tasks.load import check_spec
 
         raise UserError(check_spec(TaskSpec(name=name))[0])
     if name in OWN_TASKS:
@@ -197,7 +199,7 @@ def signs_on(device: str) -> Tensor:
     """A direction of 1000 elements as a device draws it, on the CPU."""
     import torch
 
-    from zofo.noise import combine
+    from zofo.noise.combine import combine
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the slow way is reported in the same line

@@ -12,9 +12,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from zofo.errors import UserError
+from zofo.pages.tables import Table
 from zofo.report.markdown import check_markdown_target, write_markdown
 from zofo.report.page import Report, write_report
-from zofo.report.tables import Table, group_table
+from zofo.report.tables import group_table
 
 _PLAIN_WIDTH = 160
 """Columns where no terminal says how wide it is, so that no cell is cut."""

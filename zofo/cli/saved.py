@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from zofo.run.display import replay_bar
-from zofo.saved.export import export_model
+from zofo.console import replay_bar
+from zofo.saved.export import export_model, replay_base
 from zofo.saved.export_card import Exported
-from zofo.saved.inspect import Info, inspect, replay_base
-from zofo.saved.inspect import verify as checks_of
+from zofo.saved.inspect import Info, inspect
+from zofo.saved.verify import verify as checks_of
 
 
 def export(

@@ -13,9 +13,10 @@ from rich.table import Table as RichTable
 
 from zofo.cli.app import EXIT_INTERRUPTED
 from zofo.cli.report import printable
-from zofo.config.schema import RunConfig, idle_options
+from zofo.config.checks import idle_options
+from zofo.config.schema import RunConfig
 from zofo.disk.files import read_json
-from zofo.report.tables import Table
+from zofo.pages.tables import Table
 from zofo.smoothness.measure import PAGE_FILE, measure_run, new_folder, saved_options
 from zofo.smoothness.options import (
     SmoothnessOptions,
@@ -53,9 +54,9 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     from zofo.models.loading import empty_model
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
-    from zofo.run.train import base_of
+    from zofo.run.prepare import base_of
     from zofo.smoothness.blocks import blocks_of
-    from zofo.tasks import load_splits
+    from zofo.tasks.load import load_splits
 
     config, options = load_smoothness(path, overrides)
     new_folder(config)  # says now what would keep the run from being written

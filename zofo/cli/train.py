@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.app import EXIT_INTERRUPTED
-from zofo.config.schema import RunConfig, idle_options, load_config
-from zofo.run.resume import RESULT_FILE, is_finished, newest_checkpoint, resumed_config
+from zofo.config.checks import idle_options
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
+from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
 from zofo.run.train import Result, train
+from zofo.saved.layout import RESULT_FILE
 from zofo.scoring.evaluate import Metrics
 from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
 
@@ -41,7 +44,7 @@ def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     """Print what a run would do."""
     from zofo.run.plan import make_plan
-    from zofo.run.train import new_folder
+    from zofo.run.prepare import new_folder
 
     config = load_config(path, overrides)
     _warn(config)

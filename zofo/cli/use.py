@@ -10,19 +10,21 @@ from typing import Any
 
 from rich.console import Console
 
-from zofo.config.schema import RunConfig, load_config
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
+from zofo.console import new_progress, replay_bar
 from zofo.disk.files import write_text
 from zofo.environment import check_device, default_device
 from zofo.errors import UserError
 from zofo.models.loading import head_of
-from zofo.run.display import new_progress, replay_bar
-from zofo.saved.artifact import HEADER_FILE, Artifact, BaseSpec, find_artifact, load
+from zofo.saved.artifact import HEADER_FILE, Artifact, BaseSpec, load
+from zofo.saved.manifest import find_artifact
 from zofo.tasks.rows import read_table
 
 
 def evaluate(target: str, overrides: Sequence[str], split: str, as_json: bool) -> None:
     """Print the scores of a model on one part of a task."""
-    from zofo.run.train import evaluate_artifact
+    from zofo.scoring.score import evaluate_artifact
 
     if split not in ("train", "dev", "test"):
         raise UserError(f"split is {split!r}; choose train, dev or test")

@@ -22,7 +22,7 @@ from typing import Final, Literal
 import numpy as np
 
 from zofo.convergence.problems.base import QUADRATIC, Problem
-from zofo.noise import Distribution
+from zofo.noise.combine import Distribution
 from zofo.optim.estimator import Estimator
 from zofo.optim.reshuffle import Sampling, epoch_order
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from zofo.convergence.claims import Finding
+from zofo.pages.figures import Choices, Figure, plain
 from zofo.pages.look import DASHES, Theme
-from zofo.report.scores_figure import Choices, Figure, plain
 
 
 def figures_of(found: Sequence[Finding], theme: Theme) -> dict[str, Choices]:

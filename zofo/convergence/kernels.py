@@ -201,11 +201,9 @@ def draw(out, words, values, seed, step, num_directions, is_gaussian):
     for k in range(num_directions):
         index = np.uint64(k)
         if is_gaussian:
-            noise._add_gaussian(
-                out[k], words, values, 0, out.shape[1], one, seed, step, index, zero
-            )
+            noise.add_gaussian(out[k], words, values, 0, out.shape[1], one, seed, step, index, zero)
         else:
-            noise._add_rademacher(out[k], words, 0, out.shape[1], one, seed, step, index, zero)
+            noise.add_rademacher(out[k], words, 0, out.shape[1], one, seed, step, index, zero)
 
 
 @numba.njit(cache=True)

@@ -16,7 +16,7 @@ from zofo.pages.document import json_of, render_document
 from zofo.pages.look import THEMES, template_of
 
 if TYPE_CHECKING:
-    from zofo.convergence.run import Plan
+    from zofo.convergence.plan import Plan
 
 MARK: Final = '<meta name="generator" content="zofo convergence">'
 _CLASSES: Final = {CONFIRMED: "win", REFUTED: "loss", UNDECIDED: "undecided"}

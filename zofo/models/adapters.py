@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from zofo.disk.files import refusing
+from zofo.console import quiet
+from zofo.disk.files import file_digest, read_tensors, refusing, write_tensors
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
 from zofo.models.initial_values import set_initial_values, takes
-from zofo.models.loading import Head, quiet
+from zofo.models.loading import Head
+from zofo.optim.blocks import split_parameters
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 
 _TASK_TYPES: Final = {
     "causal-lm": "CAUSAL_LM",
@@ -329,3 +332,69 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
         with quiet():
             warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
+
+
+PROMPT_FILE = "prompt_encoder.safetensors"
+
+
+def is_peft(model: Any) -> bool:
+    """Whether peft wraps the model."""
+    return hasattr(model, "peft_config")
+
+
+def save_prompt_encoder(model: Any, folder: Path) -> None:
+    """Write the parameters of a prompt encoder; nothing for other adapters.
+
+    peft saves what the encoder puts out, from which a reparametrised one cannot be trained further.
+    """
+    if is_peft(model) and hasattr(model, "prompt_encoder"):
+        write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Load the active adapter into its parameters in place, values and dtypes as saved.
+
+    Raises:
+        UserError: if its files are damaged, or do not belong to the trajectory beside them.
+    """
+    name = model.active_adapters[0]
+    if (folder / TRAJECTORY_FILE).exists():
+        check_adapter(folder, Trajectory.load(folder / TRAJECTORY_FILE)[1], name)
+    if (folder / PROMPT_FILE).exists():
+        saved, _ = read_tensors(folder / PROMPT_FILE)
+        with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
+            for key, parameter in split_parameters(model).adapter.items():
+                parameter.data.copy_(saved[key])
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with refusing(f"the adapter in {folder} cannot be loaded"):
+        weights = load_peft_weights(str(adapter_folder(folder, name)), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where peft saves the adapter of that name."""
+    return folder if name == "default" else folder / name
+
+
+def adapter_digests(folder: Path, name: str) -> dict[str, str]:
+    """File -> digest of all that loading that adapter reads."""
+    adapter = adapter_folder(folder, name)
+    paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in (*paths, folder / PROMPT_FILE)
+        if path.is_file()
+    }
+
+
+def check_adapter(folder: Path, header: Mapping[str, Any], name: str = "default") -> None:
+    """Refuse an adapter that is damaged or was not saved with the trajectory beside it."""
+    recorded = header.get("files")
+    for file, digest in adapter_digests(folder, name).items():
+        if not isinstance(recorded, dict) or recorded.get(file) != digest:
+            raise UserError(
+                f"{folder / file} is damaged or of another run than {TRAJECTORY_FILE} beside it; "
+                "copy the checkpoint again"
+            )

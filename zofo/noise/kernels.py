@@ -108,7 +108,7 @@ def _draw_words(words, first_block, num_blocks, seed, step, direction, tensor, p
 
 
 @numba.njit
-def _add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
+def add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
     """Add c · v[start : start + n] to delta[:n]."""
     stop = start + n
     first_block = start >> 7
@@ -163,7 +163,7 @@ def _normal_pair(word_1, word_2):
 
 # numpy's error model: the check for a zero divisor would keep LLVM from vectorising.
 @numba.njit(error_model="numpy")
-def _add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor):
+def add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor):
     """Add c · v[start : start + n] to delta[:n]; `values` holds whole blocks of four."""
     first_block = start >> 2
     num_blocks = ((start + n - 1) >> 2) + 1 - first_block
@@ -416,9 +416,9 @@ def _combine(w, out, begin, end, tensor, offset, in_place, plan):
             for k in range(coefficients.shape[1]):
                 direction, c = np.uint64(direction_0 + k), coefficients[t, k]
                 if purpose == _RADEMACHER:
-                    _add_rademacher(delta, words, start, n, c, seed, step, direction, tensor)
+                    add_rademacher(delta, words, start, n, c, seed, step, direction, tensor)
                 else:
-                    _add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor)
+                    add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor)
             _finish(there[:n], source, delta[:n], draws[:n], decay, stochastic)
             source = there[:n]
             here, there = there, here

@@ -176,7 +176,7 @@ def combine(
     first_direction: int,
     stochastic: bool,
 ) -> None:
-    """The reference of `zofo.noise.combine`, in chunks; see there."""
+    """The reference of `zofo.noise.combine.combine`, in chunks; see there."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     draw = rademacher if purpose == RADEMACHER else gaussian
     source, target = weight.reshape(-1), out.view(-1)

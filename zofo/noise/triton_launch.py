@@ -114,7 +114,7 @@ def combine_many(
     first_direction: int,
     stochastic: bool,
 ) -> None:
-    """Whole tensors of one device in one launch for each dtype; see `zofo.noise.combine_many`.
+    """Whole tensors of one device in one launch for each dtype; see `combine.combine_many`.
 
     Tensors that do not begin at a multiple of 16 bytes have a launch of their own.
 

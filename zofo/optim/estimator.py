@@ -13,16 +13,13 @@ References:
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from collections.abc import Callable
+from typing import Final, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from zofo.optim.generators import GeneratorState, untouched
 from zofo.perturb.compiled import has_graphs
 from zofo.perturb.view import Perturbation
 
@@ -33,58 +30,6 @@ ESTIMATORS: Final[tuple[str, ...]] = get_args(Estimator)
 def forwards_per_direction(estimator: Estimator) -> int:
     """Extra forwards that one direction costs beyond the unperturbed loss."""
     return 1 if estimator == "forward" else 2
-
-
-@dataclass(frozen=True)
-class GeneratorState:
-    """The state of every global generator that a forward may draw dropout masks from."""
-
-    torch_cpu: Tensor
-    accelerator: dict[int, Tensor]
-    numpy: Any
-    python: Any
-
-    @classmethod
-    def capture(cls) -> GeneratorState:
-        """Read the states; draws nothing."""
-        accelerator = {}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            accelerator = dict(enumerate(torch.cuda.get_rng_state_all()))
-        return cls(
-            torch.get_rng_state(),
-            accelerator,
-            np.random.get_state(),
-            random.getstate(),
-        )
-
-    def restore(self) -> None:
-        """Set every generator back to this state."""
-        torch.set_rng_state(self.torch_cpu)
-        for device, state in self.accelerator.items():
-            torch.cuda.set_rng_state(state, device)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-    def is_current(self) -> bool:
-        """Whether nothing was drawn since: no dropout was active."""
-        present = GeneratorState.capture()
-        return (
-            torch.equal(self.torch_cpu, present.torch_cpu)
-            and self.accelerator.keys() == present.accelerator.keys()
-            and all(torch.equal(s, present.accelerator[d]) for d, s in self.accelerator.items())
-            and all(np.array_equal(a, b) for a, b in zip(self.numpy, present.numpy, strict=True))
-            and self.python == present.python
-        )
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Within the context the generators start from this state; afterwards as if unused."""
-        present = GeneratorState.capture()
-        self.restore()
-        try:
-            yield
-        finally:
-            present.restore()
 
 
 @torch.no_grad()
@@ -125,7 +70,7 @@ def projected_gradients(
     """
 
     def evaluate(scale: float, direction: int, *, check: bool = False, graph: bool) -> Tensor:
-        replay = generators.replayed() if generators is not None else _untouched()
+        replay = generators.replayed() if generators is not None else untouched()
         seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
         with replay, torch.set_grad_enabled(graph), seen:
             # Copied: a loss that is itself a weight lies in the scratch.
@@ -158,20 +103,10 @@ def unperturbed(
     with_graph: bool = False,
 ) -> Tensor:
     """The loss as it is, under the masks and in the gradient mode of a perturbed evaluation."""
-    replay = generators.replayed() if generators is not None else _untouched()
+    replay = generators.replayed() if generators is not None else untouched()
     with replay, torch.set_grad_enabled(with_graph):
         return _value(closure())
 
 
 def _value(loss: Tensor | float) -> Tensor:
     return (loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)).detach()
-
-
-@contextmanager
-def _untouched() -> Iterator[None]:
-    """The generators are left as they were found, but not replayed."""
-    present = GeneratorState.capture()
-    try:
-        yield
-    finally:
-        present.restore()

@@ -25,15 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zofo.errors import UserError
-from zofo.noise import Distribution
-from zofo.optim.estimator import (
-    Estimator,
-    GeneratorState,
-    forwards_per_direction,
-    projected_gradients,
-    unperturbed,
-)
-from zofo.optim.options import check_groups, check_options, optimizer_class
+from zofo.noise.combine import Distribution
+from zofo.optim.estimator import Estimator, forwards_per_direction, projected_gradients, unperturbed
+from zofo.optim.generators import GeneratorState
+from zofo.optim.methods import check_groups
+from zofo.optim.options import check_options, optimizer_class
 from zofo.optim.reading import Reading, StepReport, step_unless
 from zofo.optim.reports import PendingStep, Rates, StepLog
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update, move_unread
@@ -134,7 +130,7 @@ class HybridOptimizer(Optimizer):
         self._loss: Tensor | None = None
         self._scalars: Tensor | None = None
         self._num_forwards: float = 0
-        self._forget_measurements()
+        self.discard_measurements()
 
     @property
     def last_step(self) -> StepReport | None:
@@ -300,7 +296,7 @@ class HybridOptimizer(Optimizer):
         self.num_forwards += self._num_forwards
         self.step_count += 1
         self._has_stepped = True
-        self._forget_measurements()
+        self.discard_measurements()
         return loss
 
     def _step_now(self) -> None:
@@ -424,7 +420,7 @@ class HybridOptimizer(Optimizer):
         measured = own.get("last_measured")
         self._log.pending = None
         self._log.last_measured = None if measured is None else StepReport(**measured)
-        self._forget_measurements()
+        self.discard_measurements()
 
     def _rates(self) -> Rates:
         return tuple(
@@ -459,5 +455,6 @@ class HybridOptimizer(Optimizer):
             self.inner.state = self.state
             self.inner.param_groups = self._groups("first")
 
-    def _forget_measurements(self) -> None:
+    def discard_measurements(self) -> None:
+        """Forget the losses and scalars of the step under way, so that it begins anew."""
         self._loss, self._scalars, self._num_forwards = None, None, 0

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from zofo.errors import UserError
-from zofo.noise import DISTRIBUTIONS
+from zofo.noise.combine import DISTRIBUTIONS
 from zofo.optim.estimator import ESTIMATORS
 
 
@@ -72,28 +70,3 @@ def check_options(
     wrong = [message for holds, message in checks if not holds]
     if wrong:
         raise UserError("; ".join(wrong))
-
-
-def check_groups(groups: Sequence[Mapping[str, Any]], base_every: int) -> None:
-    """Raises UserError for a group that lacks something."""
-    for i, group in enumerate(groups):
-        if group.get("order") not in ("first", "zeroth"):
-            raise UserError(
-                f"parameter group {i} has order {group.get('order')!r}; it must be 'first' or "
-                "'zeroth' (zofo.optim.methods.param_groups builds the groups)"
-            )
-        if "lr" not in group:
-            raise UserError(f"parameter group {i} has no lr")
-        if group["order"] == "zeroth":
-            lengths = {len(group.get(key, ())) for key in ("params", "names", "tensors")}
-            if len(lengths) != 1:
-                raise UserError(
-                    f"parameter group {i} is of zeroth order and needs one name and one tensor "
-                    "index for each parameter (zofo.optim.methods.param_groups builds the groups)"
-                )
-    orders = {group["order"] for group in groups}
-    if base_every > 1 and orders == {"zeroth"}:
-        raise UserError(
-            f"base_every is {base_every} and there is no first-order group to move in the other "
-            "steps; leave it at 1, or choose method hybrid"
-        )

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from zofo.disk.files import fingerprint, read_tensors, refusing, write_tensors
 from zofo.errors import UserError
-from zofo.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution, combine_many, combine_steps
-from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS
+from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
+from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
 
 FORMAT_VERSION = 1
 DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from zofo.noise import Distribution, prepare
+from zofo.noise.combine import Distribution, prepare
 from zofo.perturb.owners import Owner
 
 _ALIGNMENT = 64

@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from zofo.noise import Distribution, prepare
+from zofo.noise.combine import Distribution, prepare
 
 ROWS: Final = 512
 _MIN_TILES: Final = 8

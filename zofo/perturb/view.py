@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zofo.noise import Distribution, combine_rows
+from zofo.noise.combine import Distribution, combine_rows
 from zofo.perturb.compiled import AroundCompiledCall, compiled_modules, is_compiled, running_eagerly
 from zofo.perturb.overlap import Overlap, overlap_on, streams_of
 from zofo.perturb.owners import Owner, Slot, find_owners, take_small

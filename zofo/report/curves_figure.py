@@ -6,8 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from zofo.pages.figures import Choices, Figure, plain
 from zofo.pages.look import DASHES, Theme, faded
-from zofo.report.scores_figure import Choices, Figure, mark_of, panel_labels, plain
+from zofo.report.scores_figure import mark_of, panel_labels
 from zofo.results.comparison import CURVE_COSTS, Comparison, Group, treatment_of
 from zofo.results.table import Runs
 

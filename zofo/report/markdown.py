@@ -12,8 +12,9 @@ from typing import Final
 
 from zofo.disk.files import write_text
 from zofo.pages.document import check_target
+from zofo.pages.tables import Table
 from zofo.report.page import Report, smoothness_of
-from zofo.report.tables import Table, group_table, pair_table, rank_table, reach_table
+from zofo.report.tables import group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
 _SIGNS: Final = re.compile(r"([\\`*_{}\[\]<>#|~$&])")

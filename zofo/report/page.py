@@ -14,18 +14,13 @@ from urllib.parse import quote
 
 from zofo.disk.files import write_text
 from zofo.pages.document import check_target, json_of, render_document
+from zofo.pages.figures import Choices
 from zofo.pages.look import THEMES, template_of
+from zofo.pages.tables import Table
 from zofo.report.curves_figure import curve_figures
 from zofo.report.rates_figure import rate_figures
-from zofo.report.scores_figure import Choices, difference_figure, pareto_figures
-from zofo.report.tables import (
-    Table,
-    group_table,
-    pair_table,
-    rank_table,
-    reach_table,
-    run_table,
-)
+from zofo.report.scores_figure import difference_figure, pareto_figures
+from zofo.report.tables import group_table, pair_table, rank_table, reach_table, run_table
 from zofo.results.comparison import Comparison, compare
 from zofo.results.table import Runs, read_runs, relative_to
 from zofo.results.verdict import Verdict, judge

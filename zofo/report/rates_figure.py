@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from zofo.pages.figures import Choices, Figure, plain
 from zofo.pages.look import DASHES, Theme
-from zofo.report.scores_figure import Choices, Figure, plain
 from zofo.results.comparison import Grid
 
 

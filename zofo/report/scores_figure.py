@@ -7,35 +7,19 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
+from zofo.pages.figures import Choices, Figure, plain
 from zofo.pages.look import MARKS, Theme
 from zofo.results.comparison import Group, Pair, treatment_of
 from zofo.statistics.estimates import Estimate
 
-Figure = dict[str, Any]
 COST_AXES: Final = {
     "forward_equivalents": ("forward-equivalents", 1.0),
     "train_s": ("training, s", 1.0),
     "peak_memory_bytes": ("peak memory, MiB", 2.0**20),
     "artifact_bytes": ("to store, MiB", 2.0**20),
 }
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A figure that has several states.
-
-    Attributes:
-        panels: key -> label of what is shown (a task, a grid).
-        axes: key -> label of the x axis; empty: there is one.
-        figures: "panel" or "panel|axis" -> figure.
-    """
-
-    panels: dict[str, str]
-    axes: dict[str, str]
-    figures: dict[str, Figure]
 
 
 def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> Figure:
@@ -212,10 +196,3 @@ def _interval_text(estimate: Estimate, *, signed: bool = True) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{text} (no interval)"
     return f"{text} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
-
-
-def plain(figure: Any) -> Figure:
-    """JSON without a template, which the page supplies by theme."""
-    found = figure.to_plotly_json()
-    found["layout"].pop("template", None)
-    return found

@@ -7,83 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from zofo.pages.tables import Cell, Column, Table, make_table
 from zofo.results.comparison import Comparison, Group, Pair, treatment_of
 from zofo.statistics.estimates import Estimate, Ranks
 
 _MIB = 2**20
 _OUTCOMES = {"win": "won", "loss": "lost", "tie": "tie", "undecided": "undecided"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry.
-
-    Attributes:
-        text: what is shown.
-        value: what it is sorted by; None, which comes last, where nothing is known.
-        aside: shown beside the text, fainter.
-        href: where the text leads.
-        mark: class of its look.
-    """
-
-    text: str
-    value: float | str | None
-    aside: str = ""
-    href: str = ""
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading.
-
-    Attributes:
-        key: name for machines.
-        title: name for readers.
-        is_number: whether it is set flush right.
-    """
-
-    key: str
-    title: str
-    is_number: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings and rows; the first column names the row.
-
-    Attributes:
-        columns: headings.
-        rows: cells.
-        common: heading -> text, of columns that all rows share and that therefore are not there.
-    """
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    common: dict[str, str]
-
-
-_MAY_BE_COMMON = ("task", "model", "adapter", "optimizer", "method", "stage", "setting")
-
-
-def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Table:
-    """Without the columns in which every cell is blank, or says the same of where it belongs."""
-    kept, common = [0], {}
-    for i, column in enumerate(columns[1:], 1):
-        texts = {row[i].text for row in rows}
-        if len(texts) == 1 and column.key in _MAY_BE_COMMON:
-            common[column.title] = texts.pop()
-        elif any(texts):
-            kept.append(i)
-    common = {title: text for title, text in common.items() if text and title != "options"}
-    return Table(
-        tuple(columns[i] for i in kept),
-        tuple(tuple(row[i] for i in kept) for row in rows),
-        common,
-    )
 
 
 def group_table(comparison: Comparison) -> Table:
@@ -135,7 +66,7 @@ def group_table(comparison: Comparison) -> Table:
                 _number(group.costs["artifact_bytes"], ",.0f", 1 / 1024),
             )
         )
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
 def _score(group: Group) -> Cell:
@@ -187,7 +118,7 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
                 Cell(_unlike(pair.unlike), _unlike(pair.unlike)),
             )
         )
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
 def reach_table(pairs: Sequence[Pair]) -> Table:
@@ -227,7 +158,7 @@ def reach_table(pairs: Sequence[Pair]) -> Table:
                 never = spent is not None and math.isinf(spent)
                 row.append(Cell("never", math.inf) if never else _number(spent, form))
         rows.append(row)
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
 def rank_table(ranks: Ranks) -> Table:
@@ -245,7 +176,7 @@ def rank_table(ranks: Ranks) -> Table:
             p_value = ranks.p_values.get((name, other), ranks.p_values.get((other, name)))
             row.append(_number(p_value, ".3f") if other != name else Cell("–", None))
         rows.append(row)
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
 def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[str, str]) -> Table:
@@ -299,7 +230,7 @@ def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[st
                 _number(row.train_s, ",.1f"),
             )
         )
-    return _table(columns, found)
+    return make_table(columns, found)
 
 
 def estimate_cell(

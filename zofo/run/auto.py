@@ -18,8 +18,8 @@ from zofo.environment import check_device, default_device
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS
-from zofo.run.train import Prepared, num_steps
-from zofo.tasks.encode import losses_and_errors
+from zofo.run.prepare import Prepared, num_steps
+from zofo.tasks.losses import losses_and_errors
 
 
 def setting_of(

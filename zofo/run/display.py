@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
 )
 from transformers import TrainerCallback
 
+from zofo.console import duration_text, new_progress
 from zofo.errors import UserError
 
 _SHOWN = {
@@ -29,40 +24,6 @@ _SHOWN = {
     "learning_rate": "adapter_lr {:.2g}",
     "base_lr": "base_lr {:.2g}",
 }
-
-
-def new_progress(console: Console, unit: str) -> Progress:
-    """A bar with count, remaining time and a free text."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        transient=True,
-    )
-
-
-@contextmanager
-def replay_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar for replaying, from its first report on: `report(weights done, weights in all)`."""
-    progress = new_progress(console, "M weights")
-    task: TaskID | None = None
-
-    def report(num_done: int, num_weights: int) -> None:
-        nonlocal task
-        if task is None:
-            progress.start()
-            task = progress.add_task("replaying", total=num_weights // 10**6, text="")
-        progress.update(task, completed=num_done // 10**6)
-
-    try:
-        yield report
-    finally:
-        if task is not None:
-            progress.stop()
 
 
 class TrainingDisplay(TrainerCallback):
@@ -119,7 +80,7 @@ class TrainingDisplay(TrainerCallback):
         self.console.print(
             f"step {step}/{state.max_steps}  "
             + "  ".join(parts)
-            + f"  {_duration(remaining)} left",
+            + f"  {duration_text(remaining)} left",
             highlight=False,
             soft_wrap=True,
         )
@@ -180,9 +141,3 @@ def _metrics_line(step: int, logs: Mapping[str, Any]) -> str:
         for key, value in logs.items()
     }
     return json.dumps({"step": step, **values}) + "\n"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

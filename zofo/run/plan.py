@@ -19,9 +19,12 @@ from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model, load_tokenizer
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.view import Perturbation
-from zofo.run.train import base_of, forward_equivalents, num_steps
-from zofo.tasks import Splits, load_splits
+from zofo.run.cost import forward_equivalents
+from zofo.run.prepare import num_steps
+from zofo.saved.source import base_of
 from zofo.tasks.encode import Encoded, encoder_for
+from zofo.tasks.load import load_splits
+from zofo.tasks.spec import Splits
 
 _ACTIVATION_BYTES = 34 / 2
 """Bytes a layer keeps for each hidden value, over the bytes of a value."""

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig, load_config
+from zofo.config.load import load_config
+from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.disk.files import read_json
 from zofo.errors import UserError
 from zofo.saved.checkpoint_folders import newest_whole
+from zofo.saved.layout import ADVICE_FILE, CONFIG_FILE, RESULT_FILE
 
-CONFIG_FILE: Final = "run.yaml"
-RESULT_FILE: Final = "result.json"
-ADVICE_FILE: Final = "advise.json"
 FREE: Final = frozenset(
     (
         "output_dir",

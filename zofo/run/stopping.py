@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from transformers import TrainerCallback
 
 from zofo.disk.files import read_json, write_json
-
-STOPPED_FILE: Final = "stopped.json"
+from zofo.saved.layout import STOPPED_FILE
 
 
 def is_hopeless(loss: float, start: float, margin: float, step: int, num_steps: int) -> bool:

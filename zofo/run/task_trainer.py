@@ -17,18 +17,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from zofo.config.schema import RunConfig
-from zofo.models.loading import quiet
+from zofo.console import quiet
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.clock import TrainingClock
 from zofo.run.display import MetricsFile, TrainingDisplay
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
-from zofo.tasks.encode import (
-    Collator,
-    Encoded,
-    first_examples,
-    losses_and_errors,
-)
+from zofo.tasks.encode import Collator, Encoded
+from zofo.tasks.losses import first_examples, losses_and_errors
 from zofo.trainer.mixin import HybridArguments, HybridTrainer
 
 

@@ -21,29 +21,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import TrainerCallback
 
-from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig, share_of
-from zofo.disk.files import fingerprint, problem_of_target, write_json, write_text
+from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
+from zofo.console import new_progress
+from zofo.disk.files import write_json, write_text
 from zofo.environment import check_device, environment, peak_memory_bytes
-from zofo.errors import TrainingStoppedError, UserError
-from zofo.models.adapters import create_adapter
-from zofo.models.loading import head_of, load_tokenizer
-from zofo.optim.methods import METHODS, split_parameters
-from zofo.run.display import new_progress
-from zofo.run.resume import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, newest_checkpoint
+from zofo.errors import TrainingStoppedError
+from zofo.optim.blocks import split_parameters
+from zofo.run.prepare import Prepared, new_folder, num_steps, prepare
+from zofo.run.resume import newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
-from zofo.run.stopping import STOPPED_FILE, StopEarly
+from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
-from zofo.saved.artifact import Artifact, BaseSpec, save_artifact
+from zofo.saved.artifact import save_artifact
 from zofo.saved.card import write_card
 from zofo.saved.checkpoint_folders import remove_leftovers
+from zofo.saved.layout import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, STOPPED_FILE
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
-from zofo.tasks import Splits, TaskSpec, load_splits
-from zofo.tasks.encode import Collator, Encoded, encoder_for
-from zofo.tasks.seen import check_rows, check_tasks
 from zofo.trainer.interrupt import StopOnSignal
 
 
@@ -61,95 +57,6 @@ class Result:
     before: Metrics | None
     after: Metrics | None
     cost: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs, checked, nothing trained yet."""
-
-    base: BaseSpec
-    model: nn.Module
-    tokenizer: Any
-    splits: Splits
-    rows: dict[str, list[Encoded]]
-    collator: Collator
-    base_fingerprint: str
-
-
-def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
-    """The base that a configuration names.
-
-    Raises:
-        UserError: if its head does not suit the model.
-    """
-    model = config.model
-    head = model.head
-    if head == "auto":
-        head = head_of(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    if head == "classification" and splits.kind != "classification":
-        raise UserError(
-            f"{model.name} with a classification head cannot do task {config.task.name}, which has "
-            "no fixed classes; choose a decoder, such as smollm2-135m"
-        )
-    return BaseSpec(
-        model.name,
-        head=head,
-        dtype=model.dtype,
-        num_labels=max(2, len(splits.labels)),
-        seed=config.seed,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=model.attn_implementation,
-    )
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Read data and model, attach the adapter, encode the rows; trains and writes nothing.
-
-    Raises:
-        UserError: for anything wrong with data, model or adapter.
-    """
-    tokenizer = (
-        load_tokenizer(
-            config.model.name,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        if config.task.name == "chat"
-        else None
-    )
-    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
-    base = base_of(config, splits)
-    model, tokenizer = base.load()
-    if METHODS[config.method].needs_adapter:
-        adapter = config.adapter
-        model = create_adapter(
-            model,
-            adapter.type,
-            head=base.head,  # type: ignore[arg-type]
-            tokenizer=tokenizer,
-            r=adapter.r,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            num_virtual_tokens=adapter.num_virtual_tokens,
-            init_text=adapter.init_text,
-            config_file=adapter.config_file,
-            seed=config.seed,
-        )
-    encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
-    return Prepared(
-        base,
-        model,
-        tokenizer,
-        splits,
-        rows,
-        Collator(tokenizer.pad_token_id),
-        fingerprint(split_parameters(model).base),
-    )
 
 
 def train(
@@ -286,109 +193,6 @@ def train(
         summary=summary,
     )
     return result
-
-
-def num_steps(config: RunConfig, num_rows: int) -> int:
-    """Optimiser steps of a run on that many training rows."""
-    if config.steps is not None:
-        return config.steps
-    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))
-    return max(1, round(float(config.epochs or 1) * per_epoch))
-
-
-def forward_equivalents(
-    config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
-) -> float:
-    """Cost of training in forwards of one micro-batch without gradients, evaluations apart.
-
-    Args:
-        config: resolved.
-        steps: optimiser steps, of full batches.
-        part_again: whether the unperturbed loss of a part of the batch is evaluated a second time,
-            as with dropout or in half precision.
-        cost_of_answers: of writing an answer to every row of a micro-batch, in forwards of it.
-    """
-    orders = METHODS[config.method]
-    gradient = orders.forwards_per_gradient
-    per_direction = 1 if config.estimator == "forward" else 2
-    moves = "zeroth" in (orders.base, orders.adapter)
-    differences = config.num_directions * per_direction if moves else 0
-    share = share_of(config) if moves else 1
-    again = config.zo_objective == "f1" or (share < 1 and part_again)
-    if moves and again and config.estimator == "forward":
-        differences += 1
-    if config.zo_objective == "f1":
-        share *= cost_of_answers
-    measured_steps = -(-steps // config.base_every)
-    cost = config.accumulation * (steps * max(gradient, 1) + measured_steps * differences * share)
-    return int(cost) if cost == int(cost) else round(cost, 3)
-
-
-def new_folder(config: RunConfig) -> Path:
-    """The run folder: the configured one, which must be new or empty, or a numbered default.
-
-    Raises:
-        UserError: if it holds something, or cannot be written.
-    """
-    if config.output_dir is not None:
-        folder = Path(config.output_dir).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"output_dir {folder} exists and is not empty; choose another, remove it, or "
-                f"continue it with 'zofo train --resume {folder}'"
-            )
-        problem = problem_of_target(folder, is_folder=True)
-        if problem is not None:
-            raise UserError(f"output_dir {problem}")
-        return folder
-    name = f"{config.task.name}-{config.method}"
-    if config.adapter.label != "none":
-        name += f"-{config.adapter.label}"
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def evaluate_artifact(
-    artifact: Artifact,
-    task: TaskSpec,
-    *,
-    seed: int = 0,
-    part: str = "test",
-    batch_size: int = 32,
-    progress: Callable[[int], None] | None = None,
-) -> Metrics:
-    """Scores of a loaded model on a task's rows.
-
-    Raises:
-        UserError: for data that cannot be read or does not suit the model, or test rows that it
-            was trained on.
-    """
-    if artifact.task is not None:
-        check_tasks(artifact.task["name"], task.name)
-    splits = load_splits(task, seed=seed, tokenizer=artifact.tokenizer)
-    if artifact.base.head == "classification" and len(splits.labels) != artifact.base.num_labels:
-        raise UserError(
-            f"the model tells {artifact.base.num_labels} classes apart, the task has "
-            f"{len(splits.labels)} ({', '.join(splits.labels) or 'none'}); choose the task it was "
-            "trained on"
-        )
-    if artifact.task is not None and part == "test":
-        seeds = (artifact.base.seed, seed)
-        check_rows(artifact.task, task, splits.test, seeds=seeds, tokenizer=artifact.tokenizer)
-    encoder = encoder_for(artifact.tokenizer, artifact.base.head, task)
-    rows = [encoder(row) for row in splits.part(part)]
-    collator = Collator(artifact.tokenizer.pad_token_id)
-    return evaluate(
-        artifact.model,
-        rows,
-        collator,
-        kind=splits.kind,
-        batch_size=batch_size,
-        progress=progress,
-        writer=writer_for(artifact.tokenizer, task),
-    )
 
 
 def _without_auto(

@@ -21,7 +21,8 @@ from torch import nn
 from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
 from zofo.models.adapters import attach_adapter
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved import hub
 from zofo.saved.manifest import (
@@ -31,6 +32,7 @@ from zofo.saved.manifest import (
     MODEL_FOLDER,
     BaseSpec,
     check_files,
+    find_artifact,
     read_header,
     write_header,
 )
@@ -174,23 +176,6 @@ def load(
     model.to(device)
     model.eval()
     return Artifact(model, tokenizer, base, method, header["task"], tuple(header["labels"]))
-
-
-def find_artifact(folder: str | Path) -> Path:
-    """The artefact in a folder: itself, or its `artifact/`.
-
-    Raises:
-        UserError: if there is none.
-    """
-    folder = Path(folder).expanduser()
-    for candidate in (folder, folder / "artifact"):
-        if (candidate / HEADER_FILE).is_file():
-            return candidate
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist; give a run folder or an artefact of zofo")
-    raise UserError(
-        f"{folder} holds no {HEADER_FILE}, so it is neither a finished run nor an artefact"
-    )
 
 
 def _assemble(

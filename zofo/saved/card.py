@@ -14,9 +14,9 @@ import yaml
 
 from zofo.disk.files import write_text
 from zofo.environment import environment
-from zofo.models.loading import ALIASES
+from zofo.models.embedded import ALIASES
+from zofo.models.loading import HEAD_NAMES
 from zofo.optim.methods import METHODS
-from zofo.saved.export_card import HEAD_NAMES
 from zofo.saved.hub import looks_like_hub_id
 from zofo.saved.manifest import CARD_FILE, BaseSpec
 from zofo.tasks.families.table import BUILTIN

@@ -8,25 +8,19 @@ and a checkpoint that was damaged later is told from a sound one.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from zofo.disk.files import read_tensors
+from zofo.disk.folders import HIDDEN, LIST_FILE, discard, file_digest
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 
-LIST_FILE: Final = "zofo_files.json"
-"""Name, size and digest of every other file."""
 _PREFIX: Final = "checkpoint-"
-_HIDDEN: Final = ".partial"
 _FILES: Final = (
     "run.yaml",
     "environment.json",
@@ -39,48 +33,9 @@ _FILES: Final = (
 """Of a run folder, beside the checkpoints."""
 
 
-@contextmanager
-def writing_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `place` when the block ends well.
-
-    Raises:
-        UserError: if it cannot be written; what lay at `place` is then still there.
-    """
-    hidden = place.parent / f".{place.name}{_HIDDEN}"
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        staged = hidden / place.name
-        staged.mkdir()
-        yield staged
-        _seal(staged)
-        if place.exists():
-            discard(place)
-        staged.replace(place)
-        _flush(place.parent)
-    except Exception as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        raise UserError(
-            f"cannot write {place}: {reason}. Older checkpoints are as they were: free space or "
-            "make the folder writable again, and continue from the newest"
-        ) from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
-    hidden = folder.parent / f".{folder.name}.old{_HIDDEN}"
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.replace(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
 def remove_leftovers(run_folder: Path) -> None:
     """Remove what a killed run was writing or removing."""
-    for path in run_folder.glob(f".{_PREFIX}*{_HIDDEN}"):
+    for path in run_folder.glob(f".{_PREFIX}*{HIDDEN}"):
         shutil.rmtree(path, ignore_errors=True)
     for name in _FILES:  # as zofo.disk.files.replacing names them
         for path in run_folder.glob(f".{name}.????????"):
@@ -162,7 +117,7 @@ def _differences_from_list(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size or _digest(file) != digest:
+        if file.stat().st_size != size or file_digest(file) != digest:
             return f"{name} is damaged (its digest does not fit)"
     return None
 
@@ -184,55 +139,5 @@ def _find_unreadable(folder: Path) -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    """List the files and flush everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "blake2b": _digest(path),
-        }
-        for path in files
-    }
-    target = folder / LIST_FILE
-    target.write_text(json.dumps({"format": 1, "files": listed}, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, target):
-        _flush(path)
-    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and need not
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _reason(error: Exception) -> str | None:
-    """What a failed write says, in words; None for errors of another kind."""
-    if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # safetensors and torch.save wrap the system's error in their own.
-    text = f"{type(error).__name__}: {error}"
-    if "No space left" in text or "os error 28" in text:
-        return os.strerror(errno.ENOSPC)
-    signs = ("SafetensorError", "PytorchStreamWriter", "iostream error", "unexpected pos", "I/O")
-    return text if any(sign in text for sign in signs) else None

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from zofo.console import quiet
 from zofo.errors import UserError
-from zofo.models.loading import DTYPES, model_class, quiet
+from zofo.models.adapters import is_peft
+from zofo.models.loading import DTYPES, model_class
+from zofo.optim.blocks import split_parameters
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (
     Deviation,
@@ -39,7 +42,6 @@ from zofo.saved.export_check import (
 )
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source, attach, open_source, plain_base
-from zofo.trainer.base_history import is_peft
 
 
 @dataclass(frozen=True)
@@ -258,3 +260,45 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replay_base(
+    path: str | Path,
+    to: str | Path,
+    step: int,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write the base as it was after some updates, as a plain Hugging Face folder.
+
+    The adapter's history is not recorded, so there is none in the folder.
+
+    Args:
+        path: a run, artefact or checkpoint whose method moves the base by zeroth order.
+        to: where to; must not exist, or be empty.
+        step: number of updates, from 0 (the original base) to all that are recorded.
+        dtype: of the weights; None: the base's.
+        max_shard_size: largest safetensors file.
+        trust_remote_code: run code that the base's repository brings, if the base needs that.
+        progress: called with the numbers of weights done and to be done.
+
+    Raises:
+        UserError: for a step that is not recorded, and as `zofo.export_model`.
+    """
+    to = check_target(to, dtype, max_shard_size)
+    source = open_source(path, trust_remote_code=trust_remote_code)
+    history = source.history()
+    if not 0 <= step <= len(history):
+        raise UserError(
+            f"step is {step}; {path} has {len(history)} recorded updates of the base, so give a "
+            f"number from 0 to {len(history)}"
+        )
+    start, tokenizer = source.load_start()
+    history.replay(split_parameters(start).base, stop=step, progress=progress)
+    model = plain_base(source, start)
+    samples = sample_inputs(source, model, tokenizer)
+    content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
+    return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)

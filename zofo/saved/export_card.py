@@ -12,7 +12,8 @@ from typing import Any, Final
 import yaml
 
 from zofo.disk.files import write_json, write_text
-from zofo.models.loading import ALIASES
+from zofo.models.embedded import ALIASES
+from zofo.models.loading import HEAD_NAMES
 from zofo.saved.hub import looks_like_hub_id
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source
@@ -20,12 +21,6 @@ from zofo.saved.source import Source
 EXPORT_FILE: Final = "zofo_export.json"
 """What the folder was made from; no loader reads it."""
 _LOCAL: Final = "a local model"
-HEAD_NAMES: Final = {
-    "causal-lm": ("AutoModelForCausalLM", "text-generation"),
-    "classification": ("AutoModelForSequenceClassification", "text-classification"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
-}
-"""Head -> transformers' class, the hub's name of the task."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def describe(exported: Exported, source: Source, step: int | None, folder: Path)
         step: of the base, if that was written instead of the trained model.
         folder: where to.
     """
-    from zofo import __version__
+    from zofo.version import __version__
 
     name = source.base.name
     is_on_hub = looks_like_hub_id(name) and not Path(name).exists()

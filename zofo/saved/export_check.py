@@ -81,9 +81,9 @@ def tolerance_of(*dtypes: str) -> float:
 
 def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) -> Samples:
     """Test rows of the task if its data can be read, else random tokens that the model knows."""
-    from zofo.tasks import TaskSpec, load_splits
     from zofo.tasks.encode import Encoder
-    from zofo.tasks.spec import Example
+    from zofo.tasks.load import load_splits
+    from zofo.tasks.spec import Example, TaskSpec
 
     if source.task is not None:
         try:

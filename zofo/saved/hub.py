@@ -63,8 +63,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    from zofo.saved.artifact import find_artifact
-    from zofo.saved.manifest import check_files, read_header
+    from zofo.saved.manifest import check_files, find_artifact, read_header
 
     folder = find_artifact(folder)
     check_files(folder, read_header(folder))

@@ -6,26 +6,21 @@ check after the other; `replay_base` goes back in time along the recorded steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
 from zofo.disk.files import read_json, refusing
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
-from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
-from zofo.run.resume import CONFIG_FILE, RESULT_FILE
-from zofo.saved.artifact import HEADER_FILE, find_artifact, read_header
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.saved.artifact import HEADER_FILE, read_header
 from zofo.saved.checkpoint_folders import checkpoints, find_damage
-from zofo.saved.export import Content, check_target, load_plain, write_folder
-from zofo.saved.export_card import EXPORT_FILE, Exported
-from zofo.saved.export_check import Samples, logits_of, sample_inputs
+from zofo.saved.export_card import EXPORT_FILE
+from zofo.saved.layout import CONFIG_FILE, RESULT_FILE, STATE_FILE
 from zofo.saved.manifest import ADAPTER_FOLDER, check_files
-from zofo.saved.source import STATE_FILE, Source, attach, is_checkpoint, open_source, plain_base
+from zofo.saved.source import is_checkpoint
 
 
 @dataclass
@@ -76,21 +71,6 @@ class Info:
         self.is_whole, self.problem = False, self.problem or problem
 
 
-@dataclass(frozen=True)
-class Check:
-    """One step of `verify`.
-
-    Attributes:
-        name: what was looked at.
-        is_sound: None if an earlier failure kept it from being tried.
-        detail: what was found.
-    """
-
-    name: str
-    is_sound: bool | None
-    detail: str
-
-
 def inspect(path: str | Path) -> Info:
     """Say what a folder is, from its files alone.
 
@@ -104,7 +84,7 @@ def inspect(path: str | Path) -> Info:
         "checkpoint": _read_checkpoint,
         "run": _read_run,
     }
-    info = Info(folder, _kind(folder))
+    info = Info(folder, kind_of(folder))
     info.size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     try:
         readers[info.kind](info)
@@ -113,81 +93,8 @@ def inspect(path: str | Path) -> Info:
     return info
 
 
-def replay_base(
-    path: str | Path,
-    to: str | Path,
-    step: int,
-    *,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Exported:
-    """Write the base as it was after some updates, as a plain Hugging Face folder.
-
-    The adapter's history is not recorded, so there is none in the folder.
-
-    Args:
-        path: a run, artefact or checkpoint whose method moves the base by zeroth order.
-        to: where to; must not exist, or be empty.
-        step: number of updates, from 0 (the original base) to all that are recorded.
-        dtype: of the weights; None: the base's.
-        max_shard_size: largest safetensors file.
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
-        progress: called with the numbers of weights done and to be done.
-
-    Raises:
-        UserError: for a step that is not recorded, and as `zofo.export_model`.
-    """
-    to = check_target(to, dtype, max_shard_size)
-    source = open_source(path, trust_remote_code=trust_remote_code)
-    history = source.history()
-    if not 0 <= step <= len(history):
-        raise UserError(
-            f"step is {step}; {path} has {len(history)} recorded updates of the base, so give a "
-            f"number from 0 to {len(history)}"
-        )
-    start, tokenizer = source.load_start()
-    history.replay(split_parameters(start).base, stop=step, progress=progress)
-    model = plain_base(source, start)
-    samples = sample_inputs(source, model, tokenizer)
-    content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
-    return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
-
-
-def verify(path: str | Path, *, trust_remote_code: bool = False) -> Iterator[Check]:
-    """Do what loading does, check by check, and stop trying at the first that fails.
-
-    Args:
-        path: a run, artefact, checkpoint or export.
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
-
-    Raises:
-        UserError: if it is none of these.
-    """
-    folder = Path(path).expanduser()
-    steps = (
-        _export_steps(folder, trust_remote_code)
-        if _kind(folder) == "export"
-        else _source_steps(folder, trust_remote_code)
-    )
-    has_failed = False
-    for name, step in steps:
-        if has_failed:
-            yield Check(name, None, "not tried")
-            continue
-        try:
-            with refusing(name, "this is a fault of zofo's or of the files; copy them again"):
-                detail = step()
-        except UserError as error:
-            has_failed = True
-            yield Check(name, False, str(error))
-        else:
-            if detail is not None:
-                yield Check(name, True, detail)
-
-
-def _kind(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
+    """What a folder is: a run, an artefact, a checkpoint or an export."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist, or is no folder")
     if (folder / HEADER_FILE).is_file():
@@ -233,10 +140,10 @@ def _read_export(info: Info) -> None:
         info.step, is_merged = record["step"], record["is_merged"]
     if not is_merged:
         _read_adapter(info, info.path / ADAPTER_FOLDER)
-    _check_export_files(info.path, is_merged)
+    check_export_files(info.path, is_merged)
 
 
-def _check_export_files(folder: Path, is_merged: bool) -> None:
+def check_export_files(folder: Path, is_merged: bool) -> None:
     """Every file that the loaders want, its header readable.
 
     Raises:
@@ -293,105 +200,3 @@ def _read_run(info: Info) -> None:
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it anew"
         raise UserError(f"the run has not ended; {remedy}")
     _read_artifact(info, info.path / "artifact")
-
-
-def _source_steps(
-    folder: Path, trust_remote_code: bool
-) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """Name and action of each check of a run, artefact or checkpoint."""
-    opened: list[Source] = []
-    model: Any = None
-
-    def header() -> str:
-        opened.append(open_source(folder, trust_remote_code=trust_remote_code))
-        source = opened[0]
-        return f"{source.kind} of method {source.method} on {source.base.name}"
-
-    def files() -> str | None:
-        if opened[0].kind == "artefact":
-            found = find_artifact(folder)
-            check_files(found, read_header(found))
-        return "every digest holds"  # a checkpoint's were compared when it was opened
-
-    def history() -> str | None:
-        if opened[0].trajectory is None:
-            return None
-        return f"{len(opened[0].history())} updates of the base, digest holds"
-
-    def base() -> str | None:
-        nonlocal model
-        if opened[0].whole is not None and opened[0].trajectory is None:
-            return None
-        model = opened[0].base.load()[0]
-        return f"{opened[0].base.name} loads"
-
-    def adapter() -> str | None:
-        nonlocal model
-        if opened[0].adapter is None:
-            return None
-        model = attach(model, opened[0].adapter)
-        return f"{len(split_parameters(model).adapter)} tensors attached"
-
-    def fingerprint() -> str | None:
-        expected = opened[0].expected_fingerprint()
-        if model is None or expected is None:
-            return None
-        check_base(split_parameters(model).base, expected, str(folder))
-        return f"{expected} is that of the base"
-
-    def replay() -> str | None:
-        if opened[0].trajectory is None:
-            return None
-        opened[0].history().replay(split_parameters(model).base)
-        _require_finite(model)
-        return "every update applies, weights are finite"
-
-    def whole() -> str:
-        nonlocal model
-        if model is None or opened[0].whole is not None:
-            model = opened[0].load()[0]
-        samples = Samples((tuple(range(8)),), (), "")
-        if not all(bool(x.isfinite().all()) for x in logits_of(model.eval(), samples)):
-            raise UserError("the model's logits are not finite")
-        return "the model runs, logits are finite"
-
-    yield "header", header
-    yield "files", files
-    yield "history", history
-    yield "base", base
-    yield "adapter", adapter
-    yield "fingerprint", fingerprint
-    yield "replay", replay
-    yield "model", whole
-
-
-def _export_steps(
-    folder: Path, trust_remote_code: bool
-) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """Name and action of each check of an export."""
-    record: dict[str, Any] = {}
-
-    def header() -> str:
-        record.update(read_json(folder / EXPORT_FILE))
-        return f"export of method {record['method']} on {record['base']}"
-
-    def files() -> str:
-        _check_export_files(folder, record["is_merged"])
-        return "all there, headers readable"
-
-    def whole() -> str:
-        model, _ = load_plain(folder, record["head"], trust_remote_code=trust_remote_code)
-        if not record["is_merged"]:
-            model = attach(model, folder / ADAPTER_FOLDER)
-        _require_finite(model)
-        return "loads with plain transformers, weights are finite"
-
-    yield "header", header
-    yield "files", files
-    yield "model", whole
-
-
-def _require_finite(model: torch.nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise UserError(f"the weight {name!r} is not finite")

@@ -93,7 +93,7 @@ class _Manifest(pydantic.BaseModel):
 
 def write_header(folder: Path, values: dict[str, Any]) -> None:
     """Write `zofo.json` for the files that lie in the folder now."""
-    from zofo import __version__
+    from zofo.version import __version__
 
     header = {
         "format": FORMAT_VERSION,
@@ -163,3 +163,20 @@ def _parts(folder: Path) -> dict[str, Path]:
         folder / TRAJECTORY_FILE,
     ]
     return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}
+
+
+def find_artifact(folder: str | Path) -> Path:
+    """The artefact in a folder: itself, or its `artifact/`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = Path(folder).expanduser()
+    for candidate in (folder, folder / "artifact"):
+        if (candidate / HEADER_FILE).is_file():
+            return candidate
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; give a run folder or an artefact of zofo")
+    raise UserError(
+        f"{folder} holds no {HEADER_FILE}, so it is neither a finished run nor an artefact"
+    )

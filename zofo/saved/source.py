@@ -11,21 +11,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
-from zofo.config.schema import load_config
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
 from zofo.disk.files import refusing
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS, split_parameters
+from zofo.models.loading import head_of
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
-from zofo.run.resume import CONFIG_FILE
-from zofo.saved.artifact import HEADER_FILE, BaseSpec, find_artifact, read_header
+from zofo.saved.artifact import HEADER_FILE, BaseSpec, read_header
 from zofo.saved.checkpoint_folders import find_damage
-from zofo.saved.manifest import ADAPTER_FOLDER, MODEL_FOLDER
-
-STATE_FILE: Final = "trainer_state.json"
+from zofo.saved.layout import CONFIG_FILE, STATE_FILE
+from zofo.saved.manifest import ADAPTER_FOLDER, MODEL_FOLDER, find_artifact
+from zofo.tasks.spec import Splits
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Source:
         """The tokenizer as its owner saved it, without what training sets."""
         import transformers as hf
 
-        from zofo.models.loading import quiet, resolve
+        from zofo.console import quiet
+        from zofo.models.loading import resolve
 
         is_saved = self.whole is not None and (self.whole / "tokenizer_config.json").is_file()
         name = str(self.whole) if is_saved else resolve(self.base.name)
@@ -184,7 +187,7 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
     """
     import peft
 
-    from zofo.models.loading import quiet
+    from zofo.console import quiet
 
     with (
         refusing(f"the adapter in {folder} cannot be attached", "check the base and the folder"),
@@ -235,8 +238,7 @@ def _base_of_run(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
         header = read_header(run / "artifact")
         return BaseSpec(**header["base"]), tuple(header.get("labels") or ())
     from zofo.models.loading import load_tokenizer
-    from zofo.run.train import base_of
-    from zofo.tasks import load_splits
+    from zofo.tasks.load import load_splits
 
     config = load_config(run / CONFIG_FILE)
     tokenizer = load_tokenizer(config.model.name) if config.task.name == "chat" else None
@@ -246,7 +248,8 @@ def _base_of_run(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
 
 def _load_whole(values: dict[str, Any], tokenizer: Any) -> nn.Module:
     """A model saved without its tokenizer."""
-    from zofo.models.loading import DTYPES, model_class, prepare, quiet
+    from zofo.console import quiet
+    from zofo.models.loading import DTYPES, model_class, prepare
 
     kwargs: dict[str, Any] = {}
     if values["head"] == "classification":
@@ -262,3 +265,32 @@ def _load_whole(values: dict[str, Any], tokenizer: Any) -> nn.Module:
         )
     prepare(model, tokenizer)
     return model.eval()
+
+
+def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
+    """The base that a configuration names.
+
+    Raises:
+        UserError: if its head does not suit the model.
+    """
+    model = config.model
+    head = model.head
+    if head == "auto":
+        head = head_of(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if head == "classification" and splits.kind != "classification":
+        raise UserError(
+            f"{model.name} with a classification head cannot do task {config.task.name}, which has "
+            "no fixed classes; choose a decoder, such as smollm2-135m"
+        )
+    return BaseSpec(
+        model.name,
+        head=head,
+        dtype=model.dtype,
+        num_labels=max(2, len(splits.labels)),
+        seed=config.seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )

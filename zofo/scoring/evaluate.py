@@ -22,12 +22,8 @@ import torch
 from torch import nn
 
 from zofo.scoring.generate import Writer
-from zofo.tasks.encode import (
-    Collator,
-    Encoded,
-    candidate_scores,
-    token_scores,
-)
+from zofo.tasks.encode import Collator, Encoded
+from zofo.tasks.losses import candidate_scores, token_scores
 from zofo.tasks.spec import Kind
 
 _CONFIDENCE: Final = 0.95

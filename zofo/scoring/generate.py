@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from zofo.tasks.encode import virtual_tokens
+from zofo.tasks.losses import virtual_tokens
 from zofo.tasks.spec import TaskSpec
 
 

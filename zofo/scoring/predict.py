@@ -11,7 +11,6 @@ from zofo.errors import UserError
 from zofo.saved.artifact import Artifact
 from zofo.scoring.evaluate import predict_scores
 from zofo.scoring.generate import Writer
-from zofo.tasks import TaskSpec, writes_answers, writes_text
 from zofo.tasks.answers import Answers
 from zofo.tasks.classify import DEFAULT_TEMPLATE, fill, template_columns
 from zofo.tasks.encode import Collator, encoder_for
@@ -19,8 +18,9 @@ from zofo.tasks.families.family import examples as builtin_examples
 from zofo.tasks.families.passages import answers_in, require_passage_columns
 from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.generate import answer_in, checked_messages
+from zofo.tasks.load import writes_answers, writes_text
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
-from zofo.tasks.spec import Example
+from zofo.tasks.spec import Example, TaskSpec
 
 
 def table_of_texts(spec: TaskSpec, texts: Sequence[str]) -> Table:

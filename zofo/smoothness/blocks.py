@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 from torch import nn
 
 from zofo.errors import UserError
-from zofo.optim.methods import split_parameters
+from zofo.optim.blocks import split_parameters
 
 Split = Literal["none", "layer", "type"]
 SPLITS: Final[tuple[str, ...]] = get_args(Split)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zofo.optim.estimator import GeneratorState
+from zofo.optim.generators import GeneratorState
 from zofo.perturb.view import Perturbation
 from zofo.statistics.estimates import Estimate, mean_interval
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from zofo.pages.figures import Choices, Figure, plain
 from zofo.pages.look import Theme
-from zofo.report.scores_figure import Choices, Figure, plain
 from zofo.smoothness.summary import SERIES, series_of
 
 AXES: Final = {

@@ -26,8 +26,9 @@ from zofo.config.schema import RunConfig
 from zofo.disk.files import write_json, write_text
 from zofo.errors import UserError
 from zofo.optim.methods import apply_method
+from zofo.run.prepare import Prepared, prepare
 from zofo.run.resume import is_finished
-from zofo.run.train import Prepared, prepare, train
+from zofo.run.train import train
 from zofo.smoothness.blocks import Block, blocks_of
 from zofo.smoothness.directional import directional_curvature
 from zofo.smoothness.majoriser import check_majoriser
@@ -435,7 +436,7 @@ def objective_of_rows(
     import numpy as np
 
     from zofo.environment import default_device
-    from zofo.tasks.encode import objective_loss
+    from zofo.tasks.losses import objective_loss
 
     model = prepared.model.to(default_device() if config.device == "auto" else config.device)
     train_rows = prepared.rows["train"]
@@ -459,7 +460,7 @@ def new_folder(config: RunConfig) -> Path:
     Raises:
         UserError: if it holds something.
     """
-    from zofo.run.train import new_folder as configured
+    from zofo.run.prepare import new_folder as configured
 
     if config.output_dir is not None:
         return configured(config)

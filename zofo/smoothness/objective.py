@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zofo.errors import UserError
-from zofo.optim.estimator import GeneratorState
+from zofo.optim.generators import GeneratorState
 
 Vector = dict[str, Tensor]
 """Name of a parameter -> tensor of its shape."""

@@ -17,7 +17,8 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from zofo.config.schema import RunConfig, apply_override, join_problems, load_config
+from zofo.config.load import apply_override, join_problems, load_config
+from zofo.config.schema import RunConfig
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 

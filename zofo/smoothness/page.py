@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from zofo.disk.files import read_json, write_text
 from zofo.pages.document import check_target, json_of, render_document
+from zofo.pages.figures import Choices
 from zofo.pages.look import THEMES, Theme, template_of
-from zofo.report.scores_figure import Choices
-from zofo.report.tables import Table
+from zofo.pages.tables import Table
 from zofo.smoothness.figures import path_figures, spectrum_figures, step_figures
 from zofo.smoothness.tables import claims_table, constants_table, fits_table, majoriser_table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zofo.disk.files import read_json
 from zofo.errors import UserError
-from zofo.report.tables import Cell, Column, Table
+from zofo.pages.tables import Cell, Column, Table
 from zofo.smoothness.summary import FILE, VERSION
 
 _MARKS = {"confirmed": "win", "refuted": "loss"}

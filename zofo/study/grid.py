@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from zofo.config.schema import RunConfig, load_config
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
 from zofo.errors import UserError
 from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
 
@@ -226,7 +227,7 @@ def steps_within(config: RunConfig, budget: float) -> int:
 
 def cost_of(config: RunConfig, steps: int | None = None) -> float:
     """Forward-equivalents of a run's training."""
-    from zofo.run.train import forward_equivalents
+    from zofo.run.cost import forward_equivalents
 
     again = config.model.dtype != "float32"
     return forward_equivalents(config, steps or config.steps or 0, part_again=again)
@@ -329,7 +330,8 @@ def _has_classes(task: str) -> bool:
 
 def _is_classifier(model: dict[str, Any]) -> bool:
     """Of models that are here; a hub id is looked up when its runs begin."""
-    from zofo.models.loading import ALIASES, head_of
+    from zofo.models.embedded import ALIASES
+    from zofo.models.loading import head_of
 
     if model.get("head", "auto") != "auto":
         return model["head"] == "classification"

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
-from zofo.config.schema import RunConfig, load_config
+from zofo.config.load import load_config
+from zofo.config.schema import RunConfig
 from zofo.disk.files import read_json, write_json
 from zofo.environment import check_device, default_device
 from zofo.errors import UserError
 from zofo.models.loading import load_tokenizer
-from zofo.run.resume import CONFIG_FILE, RESULT_FILE
-from zofo.run.train import base_of, evaluate_artifact
 from zofo.saved.artifact import Artifact, load
+from zofo.saved.layout import CONFIG_FILE, RESULT_FILE
+from zofo.saved.source import base_of
 from zofo.scoring.evaluate import Metrics
-from zofo.tasks import load_splits
+from zofo.scoring.score import evaluate_artifact
+from zofo.tasks.load import load_splits
 
 
 def measure_start(config_file: Path, output: Path) -> None:

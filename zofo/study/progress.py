@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from zofo.run.display import _duration
+from zofo.console import duration_text
 from zofo.study.grid import Cell, Grid, cost_of
 from zofo.study.jobs import Task, all_tasks, run_of, start_error, state_of
 from zofo.study.records import StudyFolder
@@ -171,7 +171,7 @@ def _title(summary: Summary, num_workers: int) -> str:
         return "everything has ended"
     if summary.remaining_s is None:
         return "no run has been timed yet"
-    return f"about {_duration(summary.remaining_s / max(num_workers, 1))} left"
+    return f"about {duration_text(summary.remaining_s / max(num_workers, 1))} left"
 
 
 class StudyDisplay:
@@ -194,7 +194,7 @@ class StudyDisplay:
 
     def ended(self, worker: Worker, job: Job) -> None:
         """A job has ended: a line that stays."""
-        minutes = _duration(time.monotonic() - job.began)
+        minutes = duration_text(time.monotonic() - job.began)
         line = f"{job.task.name}: {self._outcome(worker, job)}, {minutes}"
         if self._live is None and self.console.is_terminal:
             self.looked(worker)
@@ -210,7 +210,7 @@ class StudyDisplay:
             return
         summary = self._summary(worker)
         lines = [
-            Text(f"{job.task.name}  {_duration(time.monotonic() - job.began)}")
+            Text(f"{job.task.name}  {duration_text(time.monotonic() - job.began)}")
             for job in worker.jobs
         ]
         if self._live is None:

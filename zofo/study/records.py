@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zofo.disk.files import read_json, write_json, write_text
-from zofo.run.resume import CONFIG_FILE, RESULT_FILE
 from zofo.saved.checkpoint_folders import checkpoints
+from zofo.saved.layout import CONFIG_FILE, RESULT_FILE
 from zofo.study.grid import Cell, Grid, Run, as_json
 from zofo.study.select import Choice, DevScore, choose
 from zofo.study.spec import SPEC_FILE

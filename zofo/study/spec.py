@@ -20,15 +20,8 @@ from typing import Any, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from zofo.config.schema import (
-    AUTO,
-    AdapterConfig,
-    ModelConfig,
-    RunConfig,
-    apply_override,
-    describe_problem,
-    join_problems,
-)
+from zofo.config.load import apply_override, describe_problem, join_problems
+from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.tasks.spec import TaskSpec
@@ -399,7 +392,7 @@ def _with_absolute_paths(spec: StudySpec) -> StudySpec:
 
 
 def _absolute(entry: Entry, section: str) -> Entry:
-    from zofo.models.loading import ALIASES
+    from zofo.models.embedded import ALIASES
 
     key = SECTIONS[section]
     values = {key: entry} if isinstance(entry, str) else dict(entry)

@@ -58,7 +58,7 @@ def check_rows(
     Raises:
         UserError: with the number of such rows, and some of them.
     """
-    from zofo.tasks import load_splits
+    from zofo.tasks.load import load_splits
 
     known = TaskSpec(**trained)
     if seeds[0] == seeds[1] and _which_rows(known) == _which_rows(spec):

@@ -19,24 +19,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zofo.disk.files import (
-    file_digest,
     fingerprint,
     read_tensors,
-    refusing,
     write_json,
     write_tensors,
 )
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter
-from zofo.optim.methods import split_parameters
+from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
+from zofo.optim.blocks import split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.trainer.snapshot import BaseSnapshot
 
-PROMPT_FILE = "prompt_encoder.safetensors"
 ORIGINAL_BASE_FILE = "base_original.safetensors"
 MARK = "zofo_load_with"
 """Key in adapter_config.json, which peft does not know and warns of."""
@@ -93,12 +90,12 @@ class BaseHistory:
         """Mark the adapter as not enough, and write the trajectory that belongs to it."""
         digests: dict[str, str] = {}
         for name in getattr(self.model, "peft_config", {}):
-            path = _adapter_folder(folder, name) / "adapter_config.json"
+            path = adapter_folder(folder, name) / "adapter_config.json"
             if not path.exists():
                 continue
             config = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
-            digests |= _adapter_digests(folder, name)
+            digests |= adapter_digests(folder, name)
         self.optimizer.trajectory.save(
             folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests
         )
@@ -144,90 +141,3 @@ class BaseHistory:
         for name, parameter in self.base.items():
             parameter.data.copy_(values[name])
         return num_updates
-
-
-def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
-    """The trained model of a checkpoint, or of a folder that a hybrid trainer's save_model wrote.
-
-    Args:
-        base: the model that the run began with, without adapter; changed in place.
-        folder: where the adapter and the base's trajectory are.
-
-    Returns:
-        The `PeftModel`, in evaluation mode.
-
-    Raises:
-        UserError: if the folder holds no trajectory, or that of another base or adapter, or is
-            damaged.
-    """
-    folder = Path(folder)
-    trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
-    _check_adapter(folder, header)
-    model = attach_adapter(base, folder)
-    moved = split_parameters(model).base
-    check_base(moved, header.get("base_fingerprint"), str(folder))
-    trajectory.replay(moved)
-    return model.eval()
-
-
-def is_peft(model: Any) -> bool:
-    """Whether peft wraps the model."""
-    return hasattr(model, "peft_config")
-
-
-def save_prompt_encoder(model: Any, folder: Path) -> None:
-    """Write the parameters of a prompt encoder; nothing for other adapters.
-
-    peft saves what the encoder puts out, from which a reparametrised one cannot be trained further.
-    """
-    if is_peft(model) and hasattr(model, "prompt_encoder"):
-        write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Load the active adapter into its parameters in place, values and dtypes as saved.
-
-    Raises:
-        UserError: if its files are damaged, or do not belong to the trajectory beside them.
-    """
-    name = model.active_adapters[0]
-    if (folder / TRAJECTORY_FILE).exists():
-        _check_adapter(folder, Trajectory.load(folder / TRAJECTORY_FILE)[1], name)
-    if (folder / PROMPT_FILE).exists():
-        saved, _ = read_tensors(folder / PROMPT_FILE)
-        with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
-            for key, parameter in split_parameters(model).adapter.items():
-                parameter.data.copy_(saved[key])
-        return
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    with refusing(f"the adapter in {folder} cannot be loaded"):
-        weights = load_peft_weights(str(_adapter_folder(folder, name)), device="cpu")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-
-
-def _adapter_folder(folder: Path, name: str) -> Path:
-    """Where peft saves the adapter of that name."""
-    return folder if name == "default" else folder / name
-
-
-def _adapter_digests(folder: Path, name: str) -> dict[str, str]:
-    """File -> digest of all that loading that adapter reads."""
-    adapter = _adapter_folder(folder, name)
-    paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in (*paths, folder / PROMPT_FILE)
-        if path.is_file()
-    }
-
-
-def _check_adapter(folder: Path, header: Mapping[str, Any], name: str = "default") -> None:
-    """Refuse an adapter that is damaged or was not saved with the trajectory beside it."""
-    recorded = header.get("files")
-    for file, digest in _adapter_digests(folder, name).items():
-        if not isinstance(recorded, dict) or recorded.get(file) != digest:
-            raise UserError(
-                f"{folder / file} is damaged or of another run than {TRAJECTORY_FILE} beside it; "
-                "copy the checkpoint again"
-            )

@@ -15,9 +15,11 @@ from typing import Any, Final
 from transformers import TrainerCallback
 
 from zofo.disk.files import write_json
+from zofo.disk.folders import writing_folder
+from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate, writing_folder
-from zofo.trainer.base_history import BaseHistory, is_peft, load_adapter, save_prompt_encoder
+from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
+from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checks import is_sharded
 
 ACCOUNTS_FILE: Final = "zofo_accounts.json"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from zofo.errors import UserError
-from zofo.optim.methods import apply_method, get_method, split_parameters
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.part import check_fraction
 from zofo.perturb.compiled import is_wrapper
@@ -93,32 +91,10 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
     return wrong
 
 
-def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None:
-    """A mean over the batch lies between the means over its two parts."""
-    low, high = sorted((float(first), float(rest)))
-    slack = 1e-3 * max(abs(low), abs(high)) + 1e-6
-    if not low - slack <= float(loss) <= high + slack:
-        raise UserError(
-            f"the loss of {trainer.__name__} is {loss:.6g} on a batch, {first:.6g} on its first "
-            f"rows and {rest:.6g} on the others, so it is no mean over rows; leave "
-            "base_batch_fraction at 1"
-        )
-
-
 def _reference_is_the_base(trainer: Any) -> bool:
     """Trl's preference trainers take the model without its adapter as the reference."""
     precomputed = getattr(trainer.args, "precompute_ref_log_probs", True)
     return not precomputed and getattr(trainer, "ref_model", None) is None
-
-
-def check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
-    """The loss difference means nothing unless a second evaluation gives the same loss."""
-    if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
-        raise UserError(
-            f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "
-            "the same batch; a loss difference needs a compute_loss or compute_zeroth_loss without "
-            "side effects or randomness of its own"
-        )
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zofo.optim.estimator import GeneratorState, unperturbed
+from zofo.errors import UserError
+from zofo.optim.estimator import unperturbed
+from zofo.optim.generators import GeneratorState
 from zofo.optim.part import batch_rows, num_rows_of, split_rows
 from zofo.optim.zeroth_loss import ZerothLoss
-from zofo.trainer.checks import check_part, check_same
 
 
 class BatchLossMixin:
@@ -191,3 +192,25 @@ def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
         return scaled
     counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return counted or trainer.compute_loss_func is not None
+
+
+def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None:
+    """A mean over the batch lies between the means over its two parts."""
+    low, high = sorted((float(first), float(rest)))
+    slack = 1e-3 * max(abs(low), abs(high)) + 1e-6
+    if not low - slack <= float(loss) <= high + slack:
+        raise UserError(
+            f"the loss of {trainer.__name__} is {loss:.6g} on a batch, {first:.6g} on its first "
+            f"rows and {rest:.6g} on the others, so it is no mean over rows; leave "
+            "base_batch_fraction at 1"
+        )
+
+
+def check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
+    """The loss difference means nothing unless a second evaluation gives the same loss."""
+    if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise UserError(
+            f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "
+            "the same batch; a loss difference needs a compute_loss or compute_zeroth_loss without "
+            "side effects or randomness of its own"
+        )

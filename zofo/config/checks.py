@@ -1,0 +1,166 @@
+"""Checks that concern more than one section of a run's configuration."""
+
+from __future__ import annotations
+
+import difflib
+
+from zofo.config.schema import AdapterConfig, RunConfig, share_of
+from zofo.models.adapter_kinds import KINDS
+
+
+def check_sections(config: RunConfig) -> list[str]:
+    """What no single field shows."""
+    from zofo.tasks.load import check_spec
+
+    problems = check_spec(config.task)
+    full = config.method in ("fo-ft", "zo-ft")
+    if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
+        problems.append(
+            f"method {config.method} moves no adapter; remove adapter, or choose hybrid, fo-peft "
+            "or zo-peft"
+        )
+    if not full and config.adapter.type == "none" and config.adapter.config_file is None:
+        problems.append(
+            f"method {config.method} moves an adapter and adapter.type is none; choose one, "
+            "such as lora or prompt, or method fo-ft or zo-ft"
+        )
+    is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
+    if config.gradient_checkpointing and is_prefix and not full:
+        problems.append(
+            "gradient_checkpointing is true and drops the cache that holds a prefix; set it to "
+            "false, or choose another adapter"
+        )
+    if config.base_every > 1 and config.method in ("zo-peft", "zo-ft"):
+        problems.append(
+            f"base_every is {config.base_every} and method {config.method} moves nothing else in "
+            "the other steps; leave it at 1, or choose method hybrid"
+        )
+    if config.base_batch_fraction < 1 and config.method in ("zo-peft", "zo-ft"):
+        problems.append(
+            f"base_batch_fraction is {config.base_batch_fraction} and method {config.method} uses "
+            "the rest of the batch for nothing; lower batch_size, or choose method hybrid"
+        )
+    if config.base_batch_fraction < 1 and config.sampling == "shuffle-once":
+        problems.append(
+            f"base_batch_fraction is {config.base_batch_fraction} and sampling is shuffle-once, so "
+            "the base would never see the last rows of a batch; choose sampling reshuffle"
+        )
+    problems += _check_scores(config)
+    asked = [k for k in config.auto_keys if k == "eps" or _moves_by_differences(config, k)]
+    if asked and config.zo_objective != "loss":
+        problems.append(
+            f"{' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} auto, which measures the "
+            f"training loss, and zo_objective is {config.zo_objective}; give a number, or set "
+            "zo_objective=loss"
+        )
+    if config.steps is not None and config.epochs is not None:
+        problems.append("steps and epochs are both given; keep one")
+    rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
+    for pattern, rate in rates.items():
+        if isinstance(rate, float) and not 0 <= rate < float("inf"):
+            name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
+            problems.append(f"{name} is {rate}; a learning rate is a finite number of at least 0")
+    try:
+        from transformers import SchedulerType
+
+        schedulers = [str(s.value) for s in SchedulerType]
+    except ImportError:
+        schedulers = []
+    if schedulers and config.scheduler not in schedulers:
+        near = difflib.get_close_matches(config.scheduler, schedulers, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        problems.append(
+            f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
+        )
+    return problems
+
+
+def _moves_by_differences(config: RunConfig, key: str) -> bool:
+    from zofo.optim.methods import METHODS
+
+    return getattr(METHODS[config.method], key.removesuffix("_lr")) == "zeroth"
+
+
+def _check_scores(config: RunConfig) -> list[str]:
+    """Scores that the task does not have."""
+    from zofo.tasks.load import writes_answers, writes_text
+
+    problems = []
+    name = config.task.name
+    asked = [key for key in ("zo_objective", "select_by") if getattr(config, key) == "f1"]
+    if asked and not writes_answers(config.task):
+        remedy = "set task.metric=f1" if name == "completion" else "choose accuracy"
+        problems.append(f"{' and '.join(asked)} is f1 and task {name} scores no answers; {remedy}")
+    if config.zo_objective == "accuracy" and writes_text(config.task):
+        remedy = "f1" if writes_answers(config.task) else "loss"
+        problems.append(
+            f"zo_objective is accuracy and task {name} has no candidates to choose from; choose "
+            f"{remedy}"
+        )
+    return problems
+
+
+def idle_options(config: RunConfig) -> list[str]:
+    """Options given by the user that have no effect with the chosen method and adapter."""
+    idle = {
+        "fo-peft": (
+            "base_lr",
+            "eps",
+            "estimator",
+            "num_directions",
+            "base_every",
+            "base_batch_fraction",
+            "overlap",
+            "distribution",
+            "zo_objective",
+            "base_weight_decay",
+            "snapshot_every",
+        ),
+        "zo-peft": (
+            "base_lr",
+            "optimizer",
+            "max_grad_norm",
+            "base_weight_decay",
+            "snapshot_every",
+        ),
+        "zo-ft": (
+            "adapter_lr",
+            "adapter_weight_decay",
+            "optimizer",
+            "max_grad_norm",
+            "snapshot_every",
+        ),
+        "fo-ft": (
+            "adapter_lr",
+            "adapter_weight_decay",
+            "eps",
+            "estimator",
+            "num_directions",
+            "base_every",
+            "base_batch_fraction",
+            "overlap",
+            "zo_objective",
+            "snapshot_every",
+        ),
+        "hybrid": (),
+    }
+    found = [
+        f"{key} has no effect with method {config.method}"
+        for key in idle[config.method]
+        if getattr(config, key) != RunConfig.model_fields[key].default
+    ]
+    if config.method == "hybrid" and config.base_batch_fraction < 1 and share_of(config) == 1:
+        found.append(f"base_batch_fraction has no effect with batch_size {config.batch_size}")
+    return found + _idle_adapter_options(config.adapter)
+
+
+def _idle_adapter_options(adapter: AdapterConfig) -> list[str]:
+    used, choice = {"config_file"}, "adapter.config_file"
+    if adapter.config_file is None:
+        taken = KINDS[adapter.type].options if adapter.type in KINDS else ()
+        used, choice = {"type", "config_file", *taken}, f"adapter {adapter.type}"
+    return [
+        f"adapter.{key} has no effect with {choice}"
+        for key, field in AdapterConfig.model_fields.items()
+        if key not in used and getattr(adapter, key) != field.default
+    ]

@@ -1,0 +1,199 @@
+"""Reads a configuration from YAML and `key=value` overrides, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from zofo.config.checks import check_sections
+from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunConfig
+from zofo.disk.yaml import parse_yaml, read_yaml
+from zofo.errors import UserError
+from zofo.models.adapter_kinds import KINDS
+from zofo.tasks.spec import TaskSpec
+
+_SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
+
+
+_BASE_LR: Final = 1e-5
+"""Measured on SmolLM2-135M, SST-2; the paper's models are larger and want about 1e-6."""
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Read, check and complete a configuration.
+
+    Args:
+        path: YAML file; None: defaults.
+        overrides: "key=value", dotted for sections: "task.num_train=500"; the value is YAML.
+        values: a mapping instead of a file.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    given: dict[str, Any] = dict(values or {})
+    where = "the configuration"
+    if path is not None:
+        where = str(path)
+        given = read_yaml(Path(path))
+    problems: list[str] = []
+    given = _expand(given)
+    for override in overrides:
+        problems += apply_override(given, override)
+    try:
+        config = RunConfig.model_validate(given)
+    except ValidationError as error:
+        found = error.errors()
+        # What is wrong inside of a map of rates is said once, of its entry.
+        inner = [
+            e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
+        ]
+        found = inner or found
+        problems += list(dict.fromkeys(describe_problem(e) for e in found))
+        # Whatever is wrong with the rest is reported in the same breath.
+        for e in found:
+            _drop(given, e["loc"])
+        with contextlib.suppress(ValidationError):
+            problems += check_sections(RunConfig.model_validate(given))
+        raise UserError(join_problems(where, problems)) from None
+    problems += check_sections(config)
+    if problems:
+        raise UserError(join_problems(where, problems))
+    return _complete(config)
+
+
+def join_problems(where: str, problems: Sequence[str]) -> str:
+    """One message of all that is wrong with a configuration."""
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`task: boolq` is short for `task: {name: boolq}`."""
+    return {
+        key: {_SHORTHANDS[key]: value} if key in _SHORTHANDS and isinstance(value, str) else value
+        for key, value in given.items()
+    }
+
+
+def apply_override(given: dict[str, Any], override: str) -> list[str]:
+    """Write "key=value" into a configuration; returns what is wrong with it."""
+    key, mark, text = override.partition("=")
+    if not mark or not key.strip():
+        return [f"{override!r} is not of the form key=value"]
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        value = text
+    path = key.strip().split(".")
+    if len(path) == 1 and path[0] in _SHORTHANDS and isinstance(value, str):
+        path.append(_SHORTHANDS[path[0]])
+    target = given
+    for part in path[:-1]:
+        inner = target.get(part)
+        target[part] = dict(inner) if isinstance(inner, dict) else {}
+        target = target[part]
+    target[path[-1]] = value
+    return []
+
+
+def _drop(given: dict[str, Any], path: Sequence[Any]) -> None:
+    target: Any = given
+    for part in path[:-1]:
+        if not isinstance(target, dict) or not isinstance(target.get(part), dict):
+            break
+        target = target[part]
+        path = path[1:]
+    target.pop(path[0], None)
+
+
+def _section(path: Sequence[Any]) -> type[BaseModel]:
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelConfig,
+        "adapter": AdapterConfig,
+        "task": TaskSpec,
+    }
+    return sections.get(str(path[0]), RunConfig) if len(path) > 1 else RunConfig
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, unless it is endless."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)
+
+
+_UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
+
+
+def describe_problem(error: Any) -> str:
+    """One of pydantic's errors in words: the value, the constraint, the nearest known name."""
+    path = error["loc"]
+    key = ".".join(str(part) for part in path if part not in _UNION_PARTS)
+    if error["type"] == "extra_forbidden":
+        known = list(_section(path).model_fields)
+        inner = {
+            f"{name}.{field}"
+            for name, section in (
+                ("model", ModelConfig),
+                ("adapter", AdapterConfig),
+                ("task", TaskSpec),
+            )
+            for field in section.model_fields
+        }
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        if not near:
+            homes = sorted(k for k in inner if k.endswith(f".{path[-1]}"))
+            near = homes[:1]
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+        return f"unknown key {key}{hint}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {_shown(error['input'])}; it takes keys and values of its own"
+    if path[0] == "base_lr":
+        return f"{key} is {_shown(error['input'])}; it must be a number" + (
+            "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
+        )
+    if error["input"] == AUTO:
+        return f"{key} is auto; only {', '.join(AUTO_KEYS)} can be"
+    message = re.sub(r"^Input should be ", "must be ", error["msg"])
+    message = re.sub(r", unable to parse string as an? \w+$", "", message)
+    message = re.sub(r"^Value error, ", "", message)
+    text = f"{key} is {_shown(error['input'])}; it {message}"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(error["input"], choices, n=1)
+        text += f" (did you mean {near[0]}?)" if near else ""
+    if key in AUTO_KEYS and error["type"] in ("float_parsing", "float_type"):
+        text += ", or auto"
+    return text
+
+
+def _complete(config: RunConfig) -> RunConfig:
+    update: dict[str, Any] = {}
+    if config.method in ("fo-ft", "zo-ft"):
+        update["adapter"] = AdapterConfig(type="none")
+    if config.base_lr is None and config.method in ("hybrid", "fo-ft", "zo-ft"):
+        update["base_lr"] = _BASE_LR
+    is_known = config.adapter.type in KINDS and config.adapter.config_file is None
+    kind = KINDS[config.adapter.type if is_known else "lora"]
+    if config.adapter_lr is None and config.method in ("hybrid", "fo-peft"):
+        update["adapter_lr"] = kind.lr
+    if config.adapter_lr is None and config.method == "zo-peft":
+        update["adapter_lr"] = kind.zo_lr
+    if config.method == "zo-peft" and "eps" not in config.model_fields_set:
+        update["eps"] = kind.zo_eps
+    if config.steps is None and config.epochs is None:
+        update["steps"] = 200
+    return config.model_copy(update=update)

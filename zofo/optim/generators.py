@@ -1,0 +1,75 @@
+"""The state of torch's random generators, so that every evaluation sees the same masks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """The state of every global generator that a forward may draw dropout masks from."""
+
+    torch_cpu: Tensor
+    accelerator: dict[int, Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls) -> GeneratorState:
+        """Read the states; draws nothing."""
+        accelerator = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            accelerator = dict(enumerate(torch.cuda.get_rng_state_all()))
+        return cls(
+            torch.get_rng_state(),
+            accelerator,
+            np.random.get_state(),
+            random.getstate(),
+        )
+
+    def restore(self) -> None:
+        """Set every generator back to this state."""
+        torch.set_rng_state(self.torch_cpu)
+        for device, state in self.accelerator.items():
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since: no dropout was active."""
+        present = GeneratorState.capture()
+        return (
+            torch.equal(self.torch_cpu, present.torch_cpu)
+            and self.accelerator.keys() == present.accelerator.keys()
+            and all(torch.equal(s, present.accelerator[d]) for d, s in self.accelerator.items())
+            and all(np.array_equal(a, b) for a, b in zip(self.numpy, present.numpy, strict=True))
+            and self.python == present.python
+        )
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within the context the generators start from this state; afterwards as if unused."""
+        present = GeneratorState.capture()
+        self.restore()
+        try:
+            yield
+        finally:
+            present.restore()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """The generators are left as they were found, but not replayed."""
+    present = GeneratorState.capture()
+    try:
+        yield
+    finally:
+        present.restore()

@@ -1,0 +1,116 @@
+"""Everything that a run needs before its first step: folder, data, model, adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zofo.config.schema import RunConfig
+from zofo.disk.files import fingerprint, problem_of_target
+from zofo.errors import UserError
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_tokenizer
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
+from zofo.saved.artifact import BaseSpec
+from zofo.saved.source import base_of
+from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.load import load_splits
+from zofo.tasks.spec import Splits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, checked, nothing trained yet."""
+
+    base: BaseSpec
+    model: nn.Module
+    tokenizer: Any
+    splits: Splits
+    rows: dict[str, list[Encoded]]
+    collator: Collator
+    base_fingerprint: str
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read data and model, attach the adapter, encode the rows; trains and writes nothing.
+
+    Raises:
+        UserError: for anything wrong with data, model or adapter.
+    """
+    tokenizer = (
+        load_tokenizer(
+            config.model.name,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if config.task.name == "chat"
+        else None
+    )
+    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    base = base_of(config, splits)
+    model, tokenizer = base.load()
+    if METHODS[config.method].needs_adapter:
+        adapter = config.adapter
+        model = create_adapter(
+            model,
+            adapter.type,
+            head=base.head,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            r=adapter.r,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            init_text=adapter.init_text,
+            config_file=adapter.config_file,
+            seed=config.seed,
+        )
+    encoder = encoder_for(tokenizer, base.head, config.task)
+    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    return Prepared(
+        base,
+        model,
+        tokenizer,
+        splits,
+        rows,
+        Collator(tokenizer.pad_token_id),
+        fingerprint(split_parameters(model).base),
+    )
+
+
+def num_steps(config: RunConfig, num_rows: int) -> int:
+    """Optimiser steps of a run on that many training rows."""
+    if config.steps is not None:
+        return config.steps
+    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))
+    return max(1, round(float(config.epochs or 1) * per_epoch))
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The run folder: the configured one, which must be new or empty, or a numbered default.
+
+    Raises:
+        UserError: if it holds something, or cannot be written.
+    """
+    if config.output_dir is not None:
+        folder = Path(config.output_dir).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"output_dir {folder} exists and is not empty; choose another, remove it, or "
+                f"continue it with 'zofo train --resume {folder}'"
+            )
+        problem = problem_of_target(folder, is_folder=True)
+        if problem is not None:
+            raise UserError(f"output_dir {problem}")
+        return folder
+    name = f"{config.task.name}-{config.method}"
+    if config.adapter.label != "none":
+        name += f"-{config.adapter.label}"
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder

@@ -1,0 +1,201 @@
+"""Finds a task by name, checks what it was given, and loads its rows."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import Any, Final
+
+from zofo.errors import UserError
+from zofo.tasks.remarks import remarks
+from zofo.tasks.spec import Splits, TaskSpec
+
+OWN_TASKS: Final = {
+    "classification": "your rows of text and label",
+    "completion": "your rows of prompt and completion",
+    "chat": "your rows of chat messages",
+}
+
+
+_SHARED: Final = {"name", "num_train", "num_dev", "num_test", "max_length"}
+
+
+_FILES: Final = {"train", "dev", "test", "subset"}
+
+
+_USED_BY_KIND: Final = {
+    "classification": {"data_dir", "template", "verbalizers", "objective"},
+    "choice": {"data_dir", "template", "objective"},
+    "generation": {"data_dir", "template", "max_new_tokens"},
+}
+
+
+_USED_BY_OWN: Final = {
+    "classification": _FILES | {"template", "verbalizers", "objective", "text", "label"},
+    "completion": _FILES | {"prompt", "completion", "metric", "max_new_tokens"},
+    "chat": _FILES | {"messages"},
+}
+
+
+def task_names() -> tuple[str, ...]:
+    """All tasks, built-in ones first."""
+    from zofo.tasks.families.table import BUILTIN
+
+    return (*BUILTIN, *OWN_TASKS)
+
+
+def used_options(name: str) -> set[str]:
+    """The options that a task uses, beyond those that all do."""
+    from zofo.tasks.families.table import BUILTIN
+
+    return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
+
+
+def writes_answers(spec: TaskSpec) -> bool:
+    """Whether answers are written and scored by F1."""
+    from zofo.tasks.families.table import BUILTIN
+
+    is_built_in = spec.name in BUILTIN and BUILTIN[spec.name].kind == "generation"
+    return is_built_in or spec.metric == "f1"
+
+
+def writes_text(spec: TaskSpec) -> bool:
+    """Whether a prediction is a text, not one of several candidates."""
+    return spec.name in ("completion", "chat") or writes_answers(spec)
+
+
+def check_spec(spec: TaskSpec) -> list[str]:
+    """What is wrong with a task's options, before anything is read."""
+    names = task_names()
+    if spec.name not in names:
+        near = difflib.get_close_matches(spec.name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return [f"task {spec.name!r} does not exist; {hint}choose one of {', '.join(names)}"]
+    unused = sorted(
+        key
+        for key in spec.model_fields_set - _SHARED - used_options(spec.name)
+        if getattr(spec, key) != TaskSpec.model_fields[key].default
+    )
+    problems = []
+    if unused:
+        problems.append(
+            f"task {spec.name} does not use {', '.join(unused)}; remove, or choose another task"
+        )
+    if spec.name in OWN_TASKS and spec.train is None:
+        problems.append(
+            f"task {spec.name} needs train: a file (jsonl, json, csv, tsv, parquet) or a hub "
+            "dataset id"
+        )
+    if writes_answers(spec) and spec.max_new_tokens >= spec.max_length:
+        problems.append(
+            f"task.max_new_tokens is {spec.max_new_tokens} and task.max_length "
+            f"{spec.max_length}, which leaves no room for a prompt; lower the one or raise the "
+            "other"
+        )
+    return problems
+
+
+def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Splits:
+    """Read a task's rows and split them.
+
+    Args:
+        spec: the options.
+        seed: of the shuffle and of carved splits.
+        tokenizer: for chat's template.
+
+    Raises:
+        UserError: for wrong options, missing data, bad rows.
+    """
+    problems = check_spec(spec)
+    if problems:
+        raise UserError("; ".join(problems))
+    is_own = spec.name in OWN_TASKS
+    loaded = _load_own(spec, seed, tokenizer) if is_own else _load_builtin(spec, seed)
+    more = remarks(loaded.kind, loaded.labels, loaded.train, loaded.dev, loaded.test)
+    return replace(loaded, notes=loaded.notes + more)
+
+
+def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
+    from zofo.tasks import splits
+    from zofo.tasks.families import family, passages
+    from zofo.tasks.families import table as builtin
+
+    task = builtin.BUILTIN[spec.name]
+
+    def convert(table: Any) -> list[Any]:
+        if task.measure is not None:
+            return passages.passages(task, table, spec.template or task.template)
+        return family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
+
+    train, test = builtin.builtin_tables(spec)
+    parts = splits.separate(
+        convert(train),
+        None,
+        None if test is None else convert(test),
+        sizes=(spec.num_train, spec.num_dev, spec.num_test),
+        limits=task.sizes,
+        seed=seed,
+    )
+    labels = task.classes if task.kind == "classification" else ()
+    return Splits(task.kind, *parts[:3], labels=labels, notes=parts[3])
+
+
+def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
+    from zofo.tasks import classify, generate, splits
+    from zofo.tasks.rows import SUFFIXES, read_table
+
+    assert spec.train is not None
+
+    def is_file(source: str) -> bool:
+        return source.lower().endswith(SUFFIXES)
+
+    def read(part: str | None) -> Any:
+        if part is None:
+            return None
+        if is_file(part) or part == spec.train:
+            return read_table(part, subset=spec.subset)
+        if is_file(spec.train or ""):
+            raise UserError(f"{part!r} must be a file that ends in one of {', '.join(SUFFIXES)}")
+        return read_table(spec.train or "", subset=spec.subset, split=part)
+
+    tables = [read(spec.train), read(spec.dev), read(spec.test)]
+    labels: tuple[str, ...] = ()
+    if spec.name == "classification":
+        from zofo.tasks.rows import require_columns
+
+        present = [table for table in tables if table is not None]
+        for table in present:
+            require_columns(table, [spec.label], "Name yours with task.label")
+        labels = classify.class_names(present, spec.label)
+
+    def convert(table: Any) -> Any:
+        if table is None:
+            return None
+        if spec.name == "classification":
+            return classify.examples(
+                table,
+                text_column=spec.text,
+                label_column=spec.label,
+                labels=labels,
+                template=spec.template,
+                verbalizers=spec.verbalizers,
+            )
+        if spec.name == "completion":
+            return generate.completions(
+                table,
+                prompt_column=spec.prompt,
+                completion_column=spec.completion,
+                is_answer=writes_answers(spec),
+            )
+        return generate.chats(table, messages_column=spec.messages, tokenizer=tokenizer)
+
+    train, dev, test, notes = splits.separate(
+        convert(tables[0]),
+        convert(tables[1]),
+        convert(tables[2]),
+        sizes=(spec.num_train, spec.num_dev, spec.num_test),
+        seed=seed,
+    )
+    text_kind = "generation" if writes_answers(spec) else "completion"
+    kind = "classification" if spec.name == "classification" else text_kind
+    return Splits(kind, train, dev, test, labels=labels, notes=notes)  # type: ignore[arg-type]
