@@ -13,8 +13,12 @@ import torch
 from zofo.errors import UserError
 
 
-def check_device(device: str) -> None:
-    """Raises UserError if the device is unknown or absent."""
+def resolve_device(device: str) -> str:
+    """The device that a name asks for; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        UserError: if the device is unknown or absent.
+    """
     known = {
         "auto": True,
         "cpu": True,
@@ -25,13 +29,9 @@ def check_device(device: str) -> None:
         raise UserError(f"device is {device!r}; choose one of {', '.join(known)}")
     if not known[device]:
         raise UserError(f"device {device} is not available on this machine; choose auto or cpu")
-
-
-def default_device() -> str:
-    """The accelerator where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device != "auto":
+        return device
+    return next(name for name in ("cuda", "mps", "cpu") if known[name])
 
 
 def present_devices() -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 from zofo.convergence import claims, fits
 from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
 from zofo.convergence.experiments.table import CLAIMS
-from zofo.convergence.fits import Interval
 from zofo.convergence.readings import epochs_to
+from zofo.statistics.resampling import Interval
 
 NUM_SEEDS = 24
 T = np.array([16.0, 32, 64, 128, 256, 512])

@@ -126,10 +126,9 @@ def settings_from(
 
     import torch
 
-    from zofo.environment import check_device, default_device
+    from zofo.environment import resolve_device
 
-    check_device(settings.device)
-    device = default_device() if settings.device == "auto" else settings.device
+    device = resolve_device(settings.device)
     can_be = contenders_on(device)
     chosen = can_be if only is None else chosen
     for name in chosen:

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from zofo.convergence.fits import Interval
 from zofo.convergence.measures import Measured, Study
+from zofo.statistics.resampling import Interval
 
 Outcome = Literal["confirmed", "refuted", "undecided at this scale"]
 CONFIRMED: Final = "confirmed"

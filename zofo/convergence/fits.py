@@ -22,26 +22,12 @@ from typing import Final
 
 import numpy as np
 
+from zofo.statistics.resampling import Interval
+
 NUM_RESAMPLES: Final = 1_000
 LEVEL: Final = 0.95
 _HUGE: Final = 1e200
 """Stands for an infinite value in means, so that nothing becomes NaN."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number and how sure it is.
-
-    Attributes:
-        value: from all seeds.
-        low, high: 95% interval.
-        note: what keeps it from being trusted; empty: nothing.
-    """
-
-    value: float
-    low: float
-    high: float
-    note: str = ""
 
 
 def resamples(num_seeds: int, num: int = NUM_RESAMPLES) -> np.ndarray:

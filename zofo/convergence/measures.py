@@ -15,7 +15,6 @@ import numpy as np
 
 from zofo.convergence.cells import Result
 from zofo.convergence.fits import (
-    Interval,
     Tuned,
     exponent,
     interval,
@@ -23,6 +22,7 @@ from zofo.convergence.fits import (
     resamples,
     tune,
 )
+from zofo.statistics.resampling import Interval
 
 _DIVERGED: Final = 10.0
 """A run counts as diverged when its mean ‖∇f‖² exceeds this many times that of the start."""

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from zofo.convergence.fits import Interval, at_rates, exponent, interval
+from zofo.convergence.fits import at_rates, exponent, interval
 from zofo.convergence.measures import Measured, Study, series_of, values_of
+from zofo.statistics.resampling import Interval
 
 _SHARE: Final = 0.25
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zofo.advice.advise import advise
 from zofo.advice.setting import Advice, Caps, Setting
 from zofo.config.schema import AUTO, AUTO_KEYS, FIRST_ORDER_BASE_LR, RunConfig, share_of
-from zofo.environment import check_device, default_device
+from zofo.environment import resolve_device
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS
@@ -81,8 +81,7 @@ def advise_on(
     Raises:
         UserError: if the objective has no rows of its own, or there are too few.
     """
-    check_device(config.device)
-    device = default_device() if config.device == "auto" else config.device
+    device = resolve_device(config.device)
     prepared.model.to(device)
     rows = prepared.rows["train"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zofo.config.schema import AUTO, RunConfig
-from zofo.environment import default_device
+from zofo.environment import resolve_device
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model, load_tokenizer
 from zofo.optim.methods import METHODS, apply_method, param_groups
@@ -118,10 +118,6 @@ def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
     return [f"{', '.join(asked)}: {what}; zofo advise shows them"]
 
 
-def _device(config: RunConfig) -> str:
-    return default_device() if config.device == "auto" else config.device
-
-
 def _num_rows(splits: Splits) -> dict[str, int]:
     return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
 
@@ -178,7 +174,7 @@ def _memory(
             [p for g in zeroth for p in g["params"]],
             [t for g in zeroth for t in g["tensors"]],
             seed=0,
-            overlap=config.overlap and _device(config) == "cuda",
+            overlap=config.overlap and resolve_device(config.device) == "cuda",
         )
         scratch = view.largest_layer_bytes
     longest = sorted((row.length * len(row.rows) for row in train), reverse=True)

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.console import new_progress
 from zofo.disk.files import write_json, write_text
-from zofo.environment import check_device, environment, peak_memory_bytes
+from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
 from zofo.optim.blocks import split_parameters
 from zofo.run.prepare import Prepared, new_folder, num_steps, prepare
@@ -86,7 +86,7 @@ def train(
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    check_device(config.device)
+    resolve_device(config.device)
     folder = resume or new_folder(config)
     prepared = prepare(config)
     for note in prepared.splits.notes:

@@ -50,11 +50,6 @@ class MajoriserTest:
     num_products: int
 
     @property
-    def holds_on_samples(self) -> bool:
-        """Whether every sampled vector passes."""
-        return max(self.sampled, default=0.0) <= 1.0
-
-    @property
     def verdict(self) -> str:
         """Whether D majorises the Hessian, both signs, at this point.
 

@@ -435,10 +435,10 @@ def objective_of_rows(
     """The training loss of a prepared run on the rows that are measured."""
     import numpy as np
 
-    from zofo.environment import default_device
+    from zofo.environment import resolve_device
     from zofo.tasks.losses import objective_loss
 
-    model = prepared.model.to(default_device() if config.device == "auto" else config.device)
+    model = prepared.model.to(resolve_device(config.device))
     train_rows = prepared.rows["train"]
     order = np.random.default_rng(options.seed).permutation(len(train_rows))[: options.rows]
     rows = [train_rows[int(i)] for i in sorted(order)]

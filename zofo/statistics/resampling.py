@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -23,11 +23,18 @@ CONFIDENCE: Final = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% interval."""
+    """A value with its 95% interval.
+
+    Attributes:
+        value: from the whole sample.
+        low, high: the interval.
+        note: what keeps it from being trusted; empty: nothing.
+    """
 
     value: float
     low: float
     high: float
+    note: str = ""
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -77,8 +84,3 @@ def interval(value: float, replicates: np.ndarray, num: int) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = (quantile(replicates, level, num) for level in (tail, 1 - tail))
     return Interval(value, low, high)
-
-
-def interval_of(saved: dict[str, Any]) -> Interval:
-    """Back from JSON."""
-    return Interval(saved["value"], saved["low"], saved["high"])

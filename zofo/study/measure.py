@@ -17,7 +17,7 @@ import torch
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
 from zofo.disk.files import read_json, write_json
-from zofo.environment import check_device, default_device
+from zofo.environment import resolve_device
 from zofo.errors import UserError
 from zofo.models.loading import load_tokenizer
 from zofo.saved.artifact import Artifact, load
@@ -67,8 +67,7 @@ def measure_run(folder: Path, start: Path) -> None:
 def _device(config: RunConfig) -> str:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    check_device(config.device)
-    return default_device() if config.device == "auto" else config.device
+    return resolve_device(config.device)
 
 
 def _scores(artifact: Artifact, config: RunConfig) -> Metrics:

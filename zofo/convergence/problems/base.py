@@ -58,11 +58,6 @@ class Constants:
     effective_rank_x: float | None = None
 
     @property
-    def is_smooth(self) -> bool:
-        """Whether ℓ_x and ℓ_y are constants: ordinary smoothness."""
-        return all(ell(0.0) == ell(1e6) for ell in (self.ell_x, self.ell_y))
-
-    @property
     def l_x(self) -> float:
         """L_x; infinite where ℓ_x grows."""
         return self.ell_x(0.0) if self.ell_x(0.0) == self.ell_x(1e6) else math.inf
