@@ -23,7 +23,15 @@ from zofo.export_check import Samples, logits_of, sample_inputs
 from zofo.files import read_json, refusing
 from zofo.manifest import ADAPTER_FOLDER, check_files
 from zofo.methods import split_parameters
-from zofo.opening import STATE_FILE, Source, attach, is_checkpoint, open_source, plain_base
+from zofo.opening import (
+    STATE_FILE,
+    Source,
+    attach,
+    drop_weights,
+    is_checkpoint,
+    open_source,
+    plain_base,
+)
 from zofo.resume import CONFIG_FILE, RESULT_FILE
 from zofo.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 
@@ -148,8 +156,8 @@ def replay_base(
             f"number from 0 to {len(history)}"
         )
     start, tokenizer = source.load_start()
-    history.replay(split_parameters(start).base, stop=step, progress=progress)
-    model = plain_base(source, start)
+    drop_weights(start)  # base and adapter fit; the base alone is what is written
+    model = plain_base(source, stop=step, progress=progress)
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
@@ -349,6 +357,7 @@ def _source_steps(
     def whole() -> str:
         nonlocal model
         if model is None or opened[0].whole is not None:
+            model = None  # one of them at a time
             model = opened[0].load()[0]
         samples = Samples((tuple(range(8)),), (), "")
         if not all(bool(x.isfinite().all()) for x in logits_of(model.eval(), samples)):

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from zofo.adapters import create_adapter
@@ -36,7 +36,7 @@ from zofo.files import fingerprint, problem_of_target, write_json, write_text
 from zofo.generation import writer_for
 from zofo.interrupt import StopOnSignal
 from zofo.methods import METHODS, split_parameters
-from zofo.models import head_of, load_tokenizer
+from zofo.models import head_of, load_tokenizer, stored_weights
 from zofo.progress import new_progress
 from zofo.resume import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, newest_checkpoint
 from zofo.resume import resumed_config as resumed_config
@@ -184,7 +184,6 @@ def train(
     prepared = prepare(config)
     for note in prepared.splits.notes:
         _note(console, note)
-    base = prepared.base
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
         config,
@@ -193,7 +192,7 @@ def train(
         kind=prepared.splits.kind,
         collator=prepared.collator,
         writer=writer_for(prepared.tokenizer, config.task),
-        original_base=lambda: dict(split_parameters(base.load()[0]).base),
+        original_base=_original_base(config, prepared),
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
         console=console,
@@ -389,6 +388,22 @@ def evaluate_artifact(
         progress=progress,
         writer=writer_for(artifact.tokenizer, task),
     )
+
+
+def _original_base(
+    config: RunConfig, prepared: Prepared
+) -> Callable[[], Mapping[str, Tensor]] | None:
+    """Reads the original base weight by weight, to go back to the best step.
+
+    None where nothing needs it, or where the model's files do not hold it: the trainer then keeps
+    a copy of its own on the disk.
+    """
+    if not config.select_best or METHODS[config.method].base != "zeroth":
+        return None
+    model, base = prepared.model, prepared.base
+    moved = split_parameters(model).base
+    stored = stored_weights(base.name, model, moved, revision=base.revision)
+    return None if stored is None else lambda: stored
 
 
 def _without_auto(
