@@ -163,6 +163,62 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in safetensors files, read from the disk each time one is asked for.
+
+    A file that stays mapped keeps every page that was read resident. Each access therefore maps the
+    file anew, and its pages go with the tensor: whoever takes one tensor after the other holds one.
+
+    Args:
+        places: name -> file, and key of the tensor in it.
+        dtypes: name -> dtype in which a tensor is returned; others keep the dtype of the file.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[str, tuple[Path, str]],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self._places, self._dtypes = dict(places), dict(dtypes or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        path, key = self._places[name]
+        with refusing(f"{path} is damaged"), safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor.to(self._dtypes.get(name, tensor.dtype))
+
+    def under(self, keys: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> StoredTensors:
+        """The same tensors under other names (name -> name here), returned in these dtypes."""
+        return StoredTensors({name: self._places[keys[name]] for name in keys}, dtypes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def open_tensors(*paths: Path) -> tuple[StoredTensors, dict[str, str]]:
+    """The tensors of safetensors files, to be read one at a time, and the last file's metadata.
+
+    Raises:
+        UserError: if a file is missing or its header is damaged.
+    """
+    from safetensors import safe_open
+
+    places: dict[str, tuple[Path, str]] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        with refusing(f"{path} is damaged"), safe_open(path, framework="pt") as file:
+            places |= {key: (path, key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    return StoredTensors(places), metadata
+
+
 def fingerprint(
     tensors: Mapping[str, Tensor], *, progress: Callable[[int], None] | None = None
 ) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from zofo.console import quiet
+from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
 
@@ -147,6 +148,55 @@ def empty_model(
             _require_head(head, config, name)
         model: nn.Module = model_class(head).from_config(config, **kwargs)
     return model
+
+
+def stored_weights(
+    name: str, model: nn.Module, weights: Mapping[str, nn.Parameter], *, revision: str | None = None
+) -> StoredTensors | None:
+    """The weights of a loaded model, to be read from its files one at a time.
+
+    A file may know a weight by the name of a tied one, or without the names of the modules around
+    it. Every weight is compared with what is found, so that a wrong guess cannot matter.
+
+    Args:
+        name: alias, folder or hub id that the model was loaded from.
+        model: the model, on the CPU, with or without an adapter.
+        weights: those that are wanted, name -> parameter, with the values that they were loaded at.
+        revision: of the hub id.
+
+    Returns:
+        Name -> tensor in the parameter's dtype; None if the files are no safetensors, or do not
+        hold every weight bit for bit.
+    """
+    stored, _ = open_tensors(*_weight_files(resolve(name), revision))
+    names: dict[int, list[str]] = {}
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(alias)
+    keys: dict[str, str] = {}
+    for own, parameter in weights.items():
+        for alias in (own, *names.get(id(parameter), ())):
+            parts = alias.split(".")
+            for i in range(len(parts)):
+                if ".".join(parts[i:]) in stored:
+                    keys.setdefault(own, ".".join(parts[i:]))
+    if keys.keys() != weights.keys():
+        return None
+    found = stored.under(keys, {own: parameter.dtype for own, parameter in weights.items()})
+    return found if all(torch.equal(found[own], p) for own, p in weights.items()) else None
+
+
+def _weight_files(source: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a folder, or of a hub id in the cache."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(source, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
 
 
 def model_class(head: str) -> Any:

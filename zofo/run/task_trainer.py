@@ -207,7 +207,7 @@ def build_trainer(
     kind: str,
     collator: Collator,
     writer: Writer,
-    original_base: Callable[[], Mapping[str, Tensor]],
+    original_base: Callable[[], Mapping[str, Tensor]] | None,
     total_steps: int,
     folder: Path,
     console: Console,

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
@@ -28,7 +29,9 @@ from zofo.console import new_progress
 from zofo.disk.files import write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
+from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import METHODS
 from zofo.run.prepare import Prepared, new_folder, num_steps, prepare
 from zofo.run.resume import newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
@@ -91,7 +94,6 @@ def train(
     prepared = prepare(config)
     for note in prepared.splits.notes:
         _note(console, note)
-    base = prepared.base
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
         config,
@@ -100,7 +102,7 @@ def train(
         kind=prepared.splits.kind,
         collator=prepared.collator,
         writer=writer_for(prepared.tokenizer, config.task),
-        original_base=lambda: dict(split_parameters(base.load()[0]).base),
+        original_base=_original_base(config, prepared),
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
         console=console,
@@ -193,6 +195,22 @@ def train(
         summary=summary,
     )
     return result
+
+
+def _original_base(
+    config: RunConfig, prepared: Prepared
+) -> Callable[[], Mapping[str, Tensor]] | None:
+    """Reads the original base weight by weight, to go back to the best step.
+
+    None where nothing needs it, or where the model's files do not hold it: the trainer then keeps
+    a copy of its own on the disk.
+    """
+    if not config.select_best or METHODS[config.method].base != "zeroth":
+        return None
+    model, base = prepared.model, prepared.base
+    moved = split_parameters(model).base
+    stored = stored_weights(base.name, model, moved, revision=base.revision)
+    return None if stored is None else lambda: stored
 
 
 def _without_auto(

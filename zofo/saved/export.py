@@ -36,12 +36,13 @@ from zofo.saved.export_check import (
     check_tokenizers,
     check_weights,
     deviation,
+    digests_of,
     logits_of,
     sample_inputs,
     tolerance_of,
 )
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
-from zofo.saved.source import Source, attach, open_source, plain_base
+from zofo.saved.source import Source, attach, drop_weights, open_source, plain_base
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Content:
     """What goes into a folder, and what it must do there.
 
     Attributes:
-        model: the plain model; cast in place.
-        adapter: the `PeftModel` whose adapter goes beside it, None: merged, or there is none.
+        model: the plain model; cast in place, and without weights once it is written.
+        adapter: the `PeftModel` whose adapter goes beside it (its base may lack weights); None:
+            merged, or there is none.
         source: where it is from.
         tokenizer: as it was in training.
         samples: inputs to compare on.
@@ -97,8 +99,10 @@ def export_model(
     model: Any = _merge(trained, samples, expected)
     adapter: Any = None
     if model is None:
-        adapter, tokenizer = source.load()  # merging may have changed the first
-        model = plain_base(source, adapter)
+        drop_weights(trained)  # merging may have changed them
+        adapter, tokenizer = source.load_start()
+        drop_weights(adapter, split_parameters(adapter).base.values())
+        model = plain_base(source)
     content = Content(model, adapter, source, tokenizer, samples, expected)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
 
@@ -221,9 +225,10 @@ def load_plain(
 
 def _compare(content: Content, folder: Path) -> Deviation:
     """What plain transformers and peft make of the folder, against the trained model."""
-    base = content.source.base
+    base, written = content.source.base, digests_of(content.model)
+    drop_weights(content.model)  # what is read from the folder takes their place
     model, tokenizer = load_plain(folder, base.head, trust_remote_code=base.trust_remote_code)
-    check_weights(model, content.model)
+    check_weights(model, written)
     if content.adapter is not None:
         model = attach(model, folder / ADAPTER_FOLDER)
     check_tokenizers(tokenizer, content.tokenizer, content.samples)
@@ -297,8 +302,8 @@ def replay_base(
             f"number from 0 to {len(history)}"
         )
     start, tokenizer = source.load_start()
-    history.replay(split_parameters(start).base, stop=step, progress=progress)
-    model = plain_base(source, start)
+    drop_weights(start)  # base and adapter fit; the base alone is what is written
+    model = plain_base(source, stop=step, progress=progress)
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)

@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from zofo.disk.files import fingerprint
 from zofo.errors import UserError
 from zofo.saved.source import Source
 
@@ -136,21 +137,35 @@ def deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Deviation:
     return Deviation(float(largest.max()), float(scale.max()))
 
 
-def check_weights(found: nn.Module, expected: nn.Module) -> None:
+def digests_of(model: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
+    """Name -> dtype and digest of every tensor of a model's state, for `check_weights`."""
+    return {name: (t.dtype, _digest(t)) for name, t in model.state_dict().items()}
+
+
+def check_weights(found: nn.Module, expected: Mapping[str, tuple[torch.dtype, str]]) -> None:
     """Refuse a model that came back from disk with other weights.
 
+    Args:
+        found: the model that was read.
+        expected: `digests_of` the model that was written, which need not exist any more.
+
     Raises:
-        UserError: if a tensor is missing or differs in a bit.
+        UserError: if a tensor is missing, differs in a bit, or holds NaN.
     """
-    weights, loaded = expected.state_dict(), found.state_dict()
-    for name, value in weights.items():
+    loaded = found.state_dict()
+    for name, (dtype, digest) in expected.items():
         other = loaded.get(name)
         # Some models keep some weights in float32 whatever they are stored in.
-        if other is None or not torch.equal(other.to(value), value):
+        other = None if other is None else other.to(dtype)
+        if other is None or _digest(other) != digest or bool(other.isnan().any()):
             raise UserError(
                 f"the weight {name!r} cannot be saved by transformers, or does not come back as it "
                 "was (is it finite in this dtype?); nothing was exported. Try dtype float32"
             )
+
+
+def _digest(tensor: Tensor) -> str:
+    return fingerprint({"": tensor})
 
 
 def check_tokenizers(found: Any, expected: Any, samples: Samples) -> None:

@@ -9,6 +9,7 @@ whole     the whole model, if its history is not at hand or not needed
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,13 +197,35 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
         return peft.PeftModel.from_pretrained(model, str(folder))
 
 
-def plain_base(source: Source, trained: nn.Module) -> nn.Module:
-    """The base alone, at the values it has under the adapter of a loaded model."""
+def plain_base(
+    source: Source,
+    *,
+    stop: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """The base alone, moved by the recorded updates.
+
+    Args:
+        source: one whose base `Source.load_start` has checked.
+        stop: how many updates; None: all, none where the method records none.
+        progress: called with the numbers of weights done and to be done.
+    """
     plain, _ = source.base.load()
-    weights = split_parameters(plain).base
-    for name, value in split_parameters(trained).base.items():
-        weights[name].data.copy_(value.data)
+    if source.trajectory is not None:
+        base = split_parameters(plain).base
+        source.history().replay(base, stop=stop, progress=progress)
     return plain.eval()
+
+
+def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None) -> None:
+    """Free the memory of a model that is done with, whoever still holds it.
+
+    Args:
+        model: not to be used again, except for its other parameters.
+        weights: the parameters that go; None: all.
+    """
+    for parameter in model.parameters() if weights is None else weights:
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _checkpoint(folder: Path) -> Source:

@@ -123,6 +123,7 @@ def _source_steps(
     def whole() -> str:
         nonlocal model
         if model is None or opened[0].whole is not None:
+            model = None  # one of them at a time
             model = opened[0].load()[0]
         samples = Samples((tuple(range(8)),), (), "")
         if not all(bool(x.isfinite().all()) for x in logits_of(model.eval(), samples)):

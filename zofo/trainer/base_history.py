@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zofo.disk.files import (
     fingerprint,
-    read_tensors,
+    open_tensors,
     write_json,
     write_tensors,
 )
@@ -132,7 +132,7 @@ class BaseHistory:
         if self.original is not None:
             values, num_updates = self.original(), 0
         elif self._num_updates_in_copy is not None:
-            values, num_updates = read_tensors(self._file)[0], self._num_updates_in_copy
+            values, num_updates = open_tensors(self._file)[0], self._num_updates_in_copy
         else:
             raise UserError(
                 "this trainer's base has moved since the checkpoint; make a new trainer on the "
@@ -140,4 +140,6 @@ class BaseHistory:
             )
         for name, parameter in self.base.items():
             parameter.data.copy_(values[name])
+        if not num_updates:
+            check_base(self.base, self.fingerprint, "this model")
         return num_updates

@@ -15,7 +15,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, read_tensors, write_tensors
+from zofo.disk.files import fingerprint, open_tensors, write_tensors
 from zofo.errors import UserError
 from zofo.optim.trajectory import Trajectory
 
@@ -68,7 +68,7 @@ class BaseSnapshot:
         if not self.path.exists():
             return 0
         try:
-            values, about = read_tensors(self.path)
+            values, about = open_tensors(self.path)
             num_updates = int(about["num_updates"])
             is_sound = about["content"] == fingerprint(values)
         except (UserError, KeyError, ValueError) as error:
