@@ -95,6 +95,12 @@ def command(*arguments: str) -> int:
     return int(exit.value.code or 0)
 
 
+def replayed_by_command() -> dict[str, str]:
+    """The base of a run after its third update."""
+    assert command("replay", "lora-float32", "--step", "3", "--to", "replayed") == 0
+    return digests(load_file("replayed/model.safetensors"))
+
+
 def resume(folder: str) -> None:
     assert command("train", "--resume", folder) == 0
 
@@ -200,11 +206,9 @@ def test_a_trajectory_says_what_it_said(old, expected):
 
 
 def test_the_commands_read_an_old_run(old, expected):
-    assert command("verify", "lora-float32") == 0
     assert command("info", "p-tuning-interrupted") == 0
-    for step, known in enumerate(expected["replay command"]):
-        assert command("replay", "lora-float32", "--step", str(step), "--to", f"{step}") == 0
-        assert digest_of_all(load_file(f"{step}/model.safetensors")) == known
+    assert command("verify", "lora-float32") == 0
+    assert replayed_by_command() == expected["replayed by command"]
 
 
 @pytest.mark.parametrize("folder", RESUMED)
