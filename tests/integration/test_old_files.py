@@ -161,6 +161,13 @@ def state_at_first_step(start: Callable[[], Any]) -> dict[str, Any]:
     return json.loads(json.dumps(seen))
 
 
+def summary_of(folder: str) -> dict[str, float]:
+    """What a run logged at its end; its mean loss counts the steps before the interruption."""
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    (last,) = [line for line in lines if "train_loss" in line]
+    return {key: last[key] for key in ("step", "train_loss")}
+
+
 RESUMED: dict[str, Callable[[], Any]] = {
     "lora-float32-interrupted": lambda: resume("lora-float32-interrupted"),
     "p-tuning-interrupted": lambda: resume("p-tuning-interrupted"),
@@ -233,6 +240,8 @@ def test_training_goes_on_from_the_same_bits(old, expected, folder):
         assert mine[0] == theirs[0]
         assert mine[1] == pytest.approx(theirs[1], abs=1e-3)
         assert mine[2:] == theirs[2:]
+    summaries = [summary_of(name) for name in (folder, twin)]
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-3)
 
 
 def test_resuming_uses_the_copy_of_the_base(old, expected):
