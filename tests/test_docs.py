@@ -27,7 +27,7 @@ def test_configurations_are_valid_and_name_their_command(path):
 
 
 def test_every_option_is_documented_with_its_default():
-    text = (ROOT / "docs" / "commands.md").read_text()
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text()
     sections = ((RunConfig, ""), (ModelConfig, "model."), (AdapterConfig, "adapter."))
     for section, prefix in (*sections, (TaskSpec, "task.")):
         for name, field in section.model_fields.items():
@@ -37,27 +37,27 @@ def test_every_option_is_documented_with_its_default():
 
 
 def test_every_option_of_smoothness_is_documented():
-    text = (ROOT / "docs" / "theory-smoothness.md").read_text()
+    text = (ROOT / "docs" / "explain" / "smoothness.md").read_text()
     for name, field in SmoothnessOptions.model_fields.items():
         assert f"| `smoothness.{name}` |" in text
         assert str(field.description) in text, name
 
 
 def test_every_task_is_documented_with_its_prompt():
-    text = (ROOT / "docs" / "tasks.md").read_text()
+    text = (ROOT / "docs" / "guide" / "tasks.md").read_text()
     assert all(f"| `{name}` |" in text for name in task_names())
     for task in BUILTIN.values():
         assert task.template.replace("\n", "\\n") in text
 
 
 def test_every_column_of_the_tables_of_runs_is_documented():
-    text = (ROOT / "docs" / "report.md").read_text()
+    text = (ROOT / "docs" / "guide" / "report.md").read_text()
     for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items()):
         assert f"| `{name}` | {meaning} |" in text
 
 
 def test_links_between_documents_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -73,7 +73,9 @@ def test_readme_commands_are_zofos():
 
     from zofo.cli.app import app
 
-    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "commands.md").read_text()
+    text = (ROOT / "README.md").read_text() + (
+        ROOT / "docs" / "reference" / "commands.md"
+    ).read_text()
     commands = set(re.findall(r"^    zofo (\w+)", text, re.MULTILINE))
     assert commands >= {"train", "eval", "predict"}
     for command in commands:

@@ -1,6 +1,6 @@
 """Every adapter on every architecture by every method: what holds for one holds for all.
 
-docs/adapters.md says which pairs work; its table is what is tested here.
+docs/guide/adapters.md says which pairs work; its table is what is tested here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zofo.errors import UserError
 from zofo.methods import METHODS, apply_method, param_groups, split_parameters
 from zofo.optim import HybridOptimizer
 
-PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guide" / "adapters.md"
 CELLS = ("yes", "random", "no")
 
 

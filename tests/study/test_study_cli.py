@@ -76,7 +76,7 @@ def test_bad_input_is_one_message(arguments, words):
 
 
 def test_every_key_is_documented():
-    text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "study.md").read_text()
     for name, field in StudySpec.model_fields.items():
         assert f"| `{name}` |" in text, name
         assert str(field.description) in text, name
