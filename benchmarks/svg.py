@@ -1,6 +1,7 @@
 """Charts as plain SVG: curves with bands, labelled at their ends; means with intervals; points.
 
-No dependency; the colours follow the reader's light or dark scheme.
+No dependency. The colours follow the reader's light or dark scheme, and so does the background: a
+page may be dark although the reader's system is light.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 40, 52
 NUM_COLOURS = 6
 STYLE = """
+  svg { background: #ffffff; }
   text { font: 13px system-ui, sans-serif; fill: #24292f; }
   .title { font-size: 15px; font-weight: 600; }
   .grid { stroke: #8c959f; stroke-opacity: 0.3; }
@@ -28,6 +30,7 @@ STYLE = """
   .c4 { stroke: #1a7f37; } .f4 { fill: #1a7f37; fill-opacity: 0.2; } .t4 { fill: #1a7f37; }
   .c5 { stroke: #8250df; } .f5 { fill: #8250df; fill-opacity: 0.2; } .t5 { fill: #8250df; }
   @media (prefers-color-scheme: dark) {
+    svg { background: #0d1117; }
     text { fill: #e6edf3; } .axis { stroke: #9198a1; }
     .c0 { stroke: #9198a1; } .t0 { fill: #9198a1; }
     .c1 { stroke: #4493f8; } .t1 { fill: #4493f8; }

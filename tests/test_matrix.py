@@ -1,6 +1,6 @@
 """Every adapter on every architecture by every method: what holds for one holds for all.
 
-docs/adapters.md says which pairs work; its table is what is tested here.
+docs/guide/adapters.md says which pairs work; its table is what is tested here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
-PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guide" / "adapters.md"
 CELLS = ("yes", "random", "no")
 
 

@@ -26,7 +26,7 @@ REFUTED: Final = "refuted"
 UNDECIDED: Final = "undecided at this scale"
 PAPER: Final = "arXiv 2604.09940, theorem"
 MKR: Final = "Mishchenko, Khaled, Richtárik, arXiv 2006.05988"
-OURS: Final = "derived in docs/theory.md"
+OURS: Final = "derived in docs/explain/theory.md"
 _SHARE: Final = 1 / 3
 """Of the way to the next candidate."""
 

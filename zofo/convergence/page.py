@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,5 +95,5 @@ def render(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) -> s
         engine=plan.engine,
         num_cells=len(results),
         minutes=sum(result.elapsed_s for result in results) / 60,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

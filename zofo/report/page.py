@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -96,7 +96,7 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
     figures = {name: _figures(report, name) for name in THEMES}
     return {
         "studies": sorted({row.study for row in rows if row.study}),
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "statuses": Counter(row.status for row in rows),
         "num_runs": len(rows),
         "verdict": verdict,

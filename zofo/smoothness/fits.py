@@ -13,7 +13,7 @@ The points of one path follow each other, so the intervals are of a moving-block
 of b neighbours, b from the residuals' autocorrelation ρ (Carlstein 1986). Percentiles of the
 resampled fits are moved away from the estimate by a factor (`widening`), for what blocks of b miss
 of an AR(1) of that ρ, and for the few independent points that it leaves. Coverage by simulation is
-in the tests and in docs/theory-smoothness.md. They say how well this path determines the fit, not
+in the tests and in docs/explain/smoothness.md. They say how well this path determines the fit, not
 how another seed, task or model would turn out.
 
 The theorem's ℓ is a bound, not a trend: `envelope` is the line L0 + L1 u of least area above all

@@ -5,7 +5,7 @@ directions. An interval says where the mean over more seeds would lie, on the sa
 
 Few seeds are the rule. One or two give no interval: two points say next to nothing of their
 spread. Three to nineteen give Student's t, because a bootstrap of so few values is too narrow
-(docs/report.md has its coverage). Twenty and more give the bias-corrected and accelerated
+(docs/guide/report.md has its coverage). Twenty and more give the bias-corrected and accelerated
 bootstrap, which asks nothing of the distribution.
 
 References:
