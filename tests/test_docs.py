@@ -71,6 +71,7 @@ def test_readme_commands_are_make_targets():
 
 def test_readme_commands_are_zofos():
     from typer.testing import CliRunner
+
     from zofo.cli.exits import app
 
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "commands.md").read_text()
