@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.tasks.hub_rows import make_row, write_rows
+from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.smoothness.options import load_smoothness
 

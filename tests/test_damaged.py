@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.conftest import assert_same_bits, build
 from tests.training import trainer_for
+from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.disk.files import json_digest, read_json, read_tensors, write_tensors
 from zofo.errors import UserError

@@ -10,9 +10,9 @@ import shutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.training import untimed_metrics
+from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig
 from zofo.run.resume import FREE, differences, is_finished, newest_checkpoint, resumed_config

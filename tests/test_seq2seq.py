@@ -11,9 +11,9 @@ import torch
 import transformers as hf
 from rich.console import Console
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests import zoo
+from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.console import quiet
 from zofo.errors import UserError

@@ -8,11 +8,11 @@ from statistics import median
 import pytest
 import torch
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 import zofo.bench.timing
 from zofo.bench.results import NOISE_RATIOS, STEP_RATIOS
 from zofo.bench.settings import contenders_on
+from zofo.cli.exits import app
 
 runner = CliRunner()
 CONTENDERS = contenders_on("cpu")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from zofo import environment
 from zofo.cli import doctor as looking
+from zofo.cli.exits import app
 from zofo.noise import backends, cpu
 
 runner = CliRunner()

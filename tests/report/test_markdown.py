@@ -4,9 +4,9 @@ import re
 
 import pytest
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.study.folders import write_run, write_study
+from zofo.cli.exits import app
 from zofo.errors import UserError
 from zofo.report.markdown import escape, render_markdown, write_markdown
 from zofo.report.page import make_report

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.study.tiny_study import complete, num_ended
 from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_rows
+from zofo.cli.exits import app
 from zofo.run.train import train
 from zofo.study.grid import Grid, Run, expand
 from zofo.study.spec import label_of, load_spec, presets

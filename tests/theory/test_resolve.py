@@ -8,10 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.conftest import assert_same_bits, bits
 from tests.test_run import config_for
+from zofo.cli.exits import app
 from zofo.config.checks import idle_options
 from zofo.config.load import load_config
 from zofo.errors import UserError

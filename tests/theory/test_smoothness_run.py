@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from zofo.cli.exits import app
 
 from tests.report.pages import read_page
 from tests.study.tiny_study import write_rows
+from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.disk.files import read_json
 from zofo.run.train import train

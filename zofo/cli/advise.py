@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from zofo.advice.present import as_json, cap_lines, reason_of
-from zofo.advice.setting import Advice
-from zofo.config.checks import idle_options
-from zofo.config.load import load_config
-from zofo.config.schema import AUTO, RunConfig
-from zofo.console import new_progress
-from zofo.disk.files import problem_of_target, write_json
+from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
 from zofo.errors import UserError
-from zofo.optim.methods import METHODS
-from zofo.run.auto import advise_on
-from zofo.run.prepare import prepare
+
+if TYPE_CHECKING:
+    from zofo.advice.setting import Advice
+    from zofo.config.schema import RunConfig
 
 
+@app.command()
+@reports_errors
 def advise(
-    path: Path | None,
-    overrides: Sequence[str],
-    *,
-    caps: str | None,
-    target: float | None,
-    split: bool,
-    json_file: Path | None,
+    arguments: Overrides = None,
+    caps: Annotated[
+        str | None,
+        typer.Option(
+            help="ignore or apply: whether the theorem's caps, always shown, lower the rates. "
+            "Default: apply with --target, else ignore."
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Norm of the gradient to reach, for the theorem's number of epochs."),
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Look for rates by group of base modules.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write numbers and measurements here.")
+    ] = None,
 ) -> None:
-    """Print what a run should take, and why."""
+    """Measure learning rates and eps for a run, and what it may be expected to reach.
+
+    zofo advise configs/demo.yaml
+
+    zofo advise task=boolq adapter=prompt steps=500 --json advice.json
+    """
+    import torch
+
+    from zofo.advice.present import as_json
+    from zofo.config.checks import idle_options
+    from zofo.config.load import load_config
+    from zofo.console import new_progress
+    from zofo.disk.files import problem_of_target, write_json
+    from zofo.run.auto import advise_on
+    from zofo.run.prepare import prepare
+
+    path, overrides = split_arguments(arguments)
     if caps not in (None, "ignore", "apply"):
         raise UserError(f"--caps is {caps!r}; choose ignore or apply")
     if target is not None and not 0 < target < float("inf"):
@@ -43,7 +66,7 @@ def advise(
     if problem is not None:
         raise UserError(f"the JSON file {problem}")
     chosen: Any = caps or ("ignore" if target is None else "apply")
-    config = everything_auto(load_config(path, overrides))
+    config = _everything_auto(load_config(path, overrides))
     for message in idle_options(config):
         print(f"warning: {message}", file=sys.stderr)
     if config.num_threads is not None:
@@ -61,12 +84,12 @@ def advise(
             report=lambda what, cost: progress.update(task, text=what),
         )
     seconds = time.monotonic() - began
-    show(advice, seconds)
+    _show(advice, seconds)
     if json_file is not None:
         write_json(json_file, {**as_json(advice), "seconds": round(seconds, 3)})
 
 
-def everything_auto(config: RunConfig) -> RunConfig:
+def _everything_auto(config: RunConfig) -> RunConfig:
     """All that the method moves by is asked for, whatever the configuration says.
 
     A map of rates stays, since which weights it freezes is a decision.
@@ -74,6 +97,10 @@ def everything_auto(config: RunConfig) -> RunConfig:
     Raises:
         UserError: if the zeroth-order block follows accuracy or F1.
     """
+    from zofo.config.load import load_config
+    from zofo.config.schema import AUTO
+    from zofo.optim.methods import METHODS
+
     orders = METHODS[config.method]
     if config.zo_objective != "loss" and "zeroth" in (orders.base, orders.adapter):
         raise UserError(
@@ -91,8 +118,11 @@ def everything_auto(config: RunConfig) -> RunConfig:
     return load_config(values=values)
 
 
-def show(advice: Advice, seconds: float) -> None:
+def _show(advice: Advice, seconds: float) -> None:
     """The advice as tables and sentences."""
+    from zofo.advice.present import cap_lines, reason_of
+    from zofo.config.schema import AUTO
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     setting = advice.setting
     table = Table("key", "value", "because", title=f"advice for {setting.num_steps} steps")

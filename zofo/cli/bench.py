@@ -5,24 +5,93 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from zofo.bench.memory import measure_here
-from zofo.bench.report import show
-from zofo.bench.results import Results
-from zofo.bench.run import bench as measure
-from zofo.bench.settings import Settings
-from zofo.cli.app import EXIT_INTERRUPTED
-from zofo.disk.files import write_json
+from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
+from zofo.errors import UserError
+
+if TYPE_CHECKING:
+    from zofo.bench.settings import Settings
 
 _PLAIN_WIDTH = 160
 """Columns where no terminal says how wide it is, so that no cell is cut."""
 
 
-def bench(settings: Settings, json_file: Path | None) -> None:
+@app.command()
+@reports_errors
+def bench(
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
+    ] = "smollm2-135m",
+    adapter: Annotated[str, typer.Option(help="lora, prompt, or any other adapter.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    threads: Annotated[
+        str | None, typer.Option(help="Of the CPU; 1,2 runs each; default: torch's choice.")
+    ] = None,
+    distribution: Annotated[
+        str, typer.Option(help="Of the directions in our steps: rademacher or gaussian.")
+    ] = "rademacher",
+    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 7,
+    only: Annotated[
+        str | None, typer.Option(help="Contenders, separated by commas; default: all.")
+    ] = None,
+    elements: Annotated[int, typer.Option(help="Weights the noise kernels work on.")] = 1 << 25,
+    noise_only: Annotated[bool, typer.Option("--noise-only", help="Only the kernels.")] = False,
+    no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the kernels.")] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Without peak memory.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write samples, ratios, environment here.")
+    ] = None,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure what a step costs: every method, ours and as published, and the noise kernels.
+
+    zofo bench --threads 1,2 --json bench.json
+
+    zofo bench --device cuda --model random:llama-1b --dtype bfloat16 --json gpu.json
+    """
+    from zofo.bench.settings import settings_from
+
+    if noise_only and no_noise:
+        raise UserError("--noise-only and --no-noise leave nothing to measure; drop one of them")
+    settings = settings_from(
+        model=model,
+        adapter=adapter,
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        distribution=distribution,
+        rounds=rounds,
+        only=only,
+        elements=elements,
+        steps=not noise_only,
+        memory=not (no_memory or noise_only),
+        noise=not no_noise,
+        json_file=json_file,
+    )
+    if memory_of is None:
+        _measure(settings, json_file)
+    else:
+        from zofo.bench.memory import measure_here
+
+        print(json.dumps(measure_here(settings, memory_of)))
+
+
+def _measure(settings: Settings, json_file: Path | None) -> None:
     """Measure what the settings ask for; Ctrl-C keeps what was measured."""
+    from zofo.bench.report import show
+    from zofo.bench.results import Results
+    from zofo.bench.run import bench as measure
+    from zofo.disk.files import write_json
+
     results = Results(settings)
     code = 0
     try:
@@ -36,8 +105,3 @@ def bench(settings: Settings, json_file: Path | None) -> None:
         print(f"samples, ratios and environment in {json_file}", file=sys.stderr)
     if code:
         raise typer.Exit(code)
-
-
-def memory_of(settings: Settings, name: str) -> None:
-    """Print the memory of one contender, measured in this process."""
-    print(json.dumps(measure_here(settings, name)))

@@ -1,4 +1,4 @@
-"""`zofo doctor` and `zofo tasks`: what is here."""
+"""`zofo doctor`: what is installed here, and whether it works."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zofo.cli.exits import app, reports_errors
 from zofo.errors import UserError
-from zofo.models.embedded import ALIASES, cache_root, package_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +40,14 @@ _DATA = {
 }
 
 
-def doctor() -> bool:
-    """Print the environment; False if something that zofo needs is missing."""
+@app.command()
+@reports_errors
+def doctor() -> None:
+    """Show the environment: versions, devices, embedded models and data, what is missing."""
     import torch
 
     from zofo import environment
+    from zofo.models.embedded import ALIASES
     from zofo.version import __version__
 
     console = Console(highlight=False, soft_wrap=True)
@@ -74,77 +77,8 @@ def doctor() -> bool:
     is_sound &= _report_cache(console)
     for device in devices:
         is_sound &= _report_directions(console, device)
-    return is_sound
-
-
-def tasks(name: str | None, overrides: Sequence[str] = ()) -> None:
-    """List the tasks, or show one."""
-    from zofo.tasks.families.table import BUILTIN
-    from zofo.tasks.load import OWN_TASKS
-
-    console = Console(highlight=False, soft_wrap=True)
-    if name is not None:
-        _show_task(console, name, overrides)
-        return
-    header = ("task", "what", "rows from", "train/dev/test")
-    table = Table(*header, box=None, pad_edge=False)
-    for key, task in BUILTIN.items():
-        table.add_row(key, task.description, task.origin, "/".join(map(str, task.sizes)))
-    for key, description in OWN_TASKS.items():
-        table.add_row(key, description, "task.train: a file or hub id", "carved, or your files")
-    console.print(table)
-    console.print("Sizes are the most that are taken. Rows of built-in tasks: task.data_dir too.")
-
-
-def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:
-    from zofo.config.load import load_config
-    from zofo.tasks.families.table import BUILTIN
-    from zofo.tasks.load import OWN_TASKS, load_splits, task_names
-    from zofo.tasks.spec import TaskSpec
-
-    if name not in task_names():
-        from zofo.tasks.load import check_spec
-
-        raise UserError(check_spec(TaskSpec(name=name))[0])
-    if name in OWN_TASKS:
-        console.print(f"{name}: {OWN_TASKS[name]}. Options:")
-        for key, field in TaskSpec.model_fields.items():
-            console.print(f"  task.{key:<12} {field.description}", markup=False)
-        return
-    task = BUILTIN[name]
-    console.print(f"{name}: {task.description}")
-    columns = ", ".join((*task.columns, " or ".join(task.labels)))
-    facts = {
-        "rows": f"{task.origin}, or task.data_dir; columns {columns}",
-        "prompt": repr(task.template),
-        "candidates": ", ".join(
-            f"{word!r} ({label})" for label, word in zip(task.classes, task.words, strict=False)
-        )
-        or ", ".join(map(repr, task.options)),
-        "scored": f"{task.ending!r}, which follows every candidate" if task.ending else "",
-        "encoders": " | ".join(map(repr, task.texts)) if task.words else "",
-    }
-    for what, text in facts.items():
-        if text:
-            console.print(f"  {what:<11} {text}", markup=False)
-    config = load_config(values={"task": {"name": name}}, overrides=overrides)
-    splits = load_splits(config.task, seed=config.seed)
-    numbers = ", ".join(f"{len(splits.part(p))} {p}" for p in ("train", "dev", "test"))
-    console.print(f"rows: {numbers}")
-    for note in splits.notes:
-        console.print(f"note: {note}", markup=False)
-    row = splits.train[0]
-    if splits.kind == "generation":
-        (prompt, _), (answer, _) = row.segments
-        console.print(f"first training row:\n  prompt      {prompt!r}", markup=False)
-        console.print(f"  learnt      {answer!r}", markup=False)
-        console.print(f"  right       {list(row.answers.gold)}", markup=False)
-        return
-    console.print(f"first training row:\n  prompt      {row.prompt!r}", markup=False)
-    console.print(f"  candidates  {list(row.candidates)}", markup=False)
-    if row.ending:
-        console.print(f"  then        {row.ending!r}", markup=False)
-    console.print(f"  right       {row.candidates[row.gold]!r}", markup=False)
+    if not is_sound:
+        raise typer.Exit(1)
 
 
 def _version(name: str) -> str | None:
@@ -157,6 +91,8 @@ def _version(name: str) -> str | None:
 
 
 def _package(package: str, module: str) -> str:
+    from zofo.models.embedded import package_folder
+
     try:
         package_folder(package, module)
     except UserError:
@@ -165,6 +101,8 @@ def _package(package: str, module: str) -> str:
 
 
 def _report_cache(console: Console) -> bool:
+    from zofo.models.embedded import cache_root
+
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)

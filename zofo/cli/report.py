@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from zofo.cli.exits import app, reports_errors
 from zofo.errors import UserError
-from zofo.pages.tables import Table
-from zofo.report.markdown import check_markdown_target, write_markdown
-from zofo.report.page import Report, write_report
-from zofo.report.tables import group_table
+
+if TYPE_CHECKING:
+    from zofo.pages.tables import Table
+    from zofo.report.page import Report
 
 _PLAIN_WIDTH = 160
 """Columns where no terminal says how wide it is, so that no cell is cut."""
@@ -23,8 +25,26 @@ _LEFT_OUT = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
 """Columns that only the page has room for."""
 
 
-def report(runs: Sequence[Path], to: Path, markdown: Path | None = None) -> None:
-    """Write the page, print the table."""
+@app.command()
+@reports_errors
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or a study's folder.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Page to write, in place of an earlier one.")] = (
+        Path("report.html")
+    ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write verdict and tables as Markdown.")
+    ] = None,
+) -> None:
+    """Compare runs: a table here, and one self-contained page with figures and statistics.
+
+    zofo report runs/rte-hybrid-lora runs/rte-fo-peft-lora --to report.html
+    """
+    from zofo.report.markdown import check_markdown_target, write_markdown
+    from zofo.report.page import write_report
+
     if markdown is not None:
         if markdown.expanduser().resolve() == to.expanduser().resolve():
             raise UserError(f"--markdown and --to are both {to}; give the page another name")
@@ -41,6 +61,8 @@ def report(runs: Sequence[Path], to: Path, markdown: Path | None = None) -> None
 
 def show(report: Report, console: Console) -> None:
     """Print groups of runs, what they say of hybrid, and how many runs are not among them."""
+    from zofo.report.tables import group_table
+
     table = group_table(report.comparison)
     if table.rows:
         if table.common:

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
-from zofo.console import replay_bar
-from zofo.saved.export import export_model, replay_base
-from zofo.saved.export_card import Exported
-from zofo.saved.inspect import Info, inspect
-from zofo.saved.verify import verify as checks_of
+from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
+
+if TYPE_CHECKING:
+    from zofo.saved.inspect import Info
 
 
+@app.command()
+@reports_errors
 def export(
-    folder: Path, to: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
+    folder: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
 ) -> None:
-    """Write a plain Hugging Face folder."""
-    show_export(
-        export_model(
-            folder,
-            to,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            trust_remote_code=trust_remote_code,
-        )
+    """Write a trained model as a plain Hugging Face folder, checked against the trained model.
+
+    zofo export runs/rotten-tomatoes-hybrid-lora --to plain --dtype bfloat16
+    """
+    from zofo.saved.export import export_model
+
+    exported = export_model(
+        folder,
+        to,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
     )
-
-
-def show_export(exported: Exported) -> None:
-    """Where it lies, what was checked, how to use it."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     size = f"{exported.size_bytes / 2**20:.1f} MiB, {exported.dtype}"
     parts = "one plain model" if exported.is_merged else "base, and adapter apart in its adapter/"
@@ -42,8 +53,15 @@ def show_export(exported: Exported) -> None:
     console.print(f"in Python {exported.usage}")
 
 
-def info(path: Path, as_json: bool) -> None:
-    """Print what a folder is."""
+@app.command()
+@reports_errors
+def info(
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder is, whether it is whole, and which base it belongs to."""
+    from zofo.saved.inspect import inspect
+
     found = inspect(path)
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -51,15 +69,25 @@ def info(path: Path, as_json: bool) -> None:
         _show_info(found)
 
 
+@app.command()
+@reports_errors
 def replay(
-    path: Path,
-    step: int,
-    to: Path,
-    dtype: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool,
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
+    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0: the original.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
 ) -> None:
-    """Write the base as it was after some updates."""
+    """Write the base as it was after some updates, without adapter, as a Hugging Face folder."""
+    from zofo.console import replay_bar
+    from zofo.saved.export import replay_base
+
     with replay_bar(Console(stderr=True)) as progress:
         exported = replay_base(
             path,
@@ -76,8 +104,18 @@ def replay(
     console.print(f"in Python {exported.usage}")
 
 
-def verify(path: Path, trust_remote_code: bool) -> bool:
-    """Print each check as it is done; False if one failed."""
+@app.command()
+@reports_errors
+def verify(
+    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
+    ] = False,
+) -> None:
+    """Load a folder step by step and print each check; exit code 2 if one fails."""
+    from zofo.saved.verify import verify as checks_of
+
     console = Console(highlight=False, soft_wrap=True, markup=False)
     is_sound = True
     for check in checks_of(path, trust_remote_code=trust_remote_code):
@@ -85,7 +123,8 @@ def verify(path: Path, trust_remote_code: bool) -> bool:
         console.print(f"{check.name:<12}{word:<8}{check.detail}")
         is_sound &= check.is_sound is True
     console.print(f"{path} is {'sound' if is_sound else 'NOT sound'}")
-    return is_sound
+    if not is_sound:
+        raise typer.Exit(EXIT_USER_ERROR)
 
 
 def _show_info(found: Info) -> None:

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from zofo.cli.app import EXIT_INTERRUPTED
+from zofo.cli.exits import EXIT_INTERRUPTED, Overrides, app, reports_errors, split_arguments
 from zofo.cli.report import printable
-from zofo.config.checks import idle_options
-from zofo.config.schema import RunConfig
-from zofo.disk.files import read_json
-from zofo.pages.tables import Table
-from zofo.smoothness.measure import PAGE_FILE, measure_run, new_folder, saved_options
-from zofo.smoothness.options import (
-    SmoothnessOptions,
-    load_smoothness,
-    path_steps,
-    planned_forwards,
-    point_steps,
-)
-from zofo.smoothness.summary import FILE
-from zofo.smoothness.tables import claims_table, constants_table, fits_table
-from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+from zofo.errors import UserError
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
+    from zofo.pages.tables import Table
+    from zofo.smoothness.options import SmoothnessOptions
 
 _PLAIN_WIDTH = 160
 """Columns where no terminal says how wide it is, so that no cell is cut."""
@@ -35,30 +26,55 @@ _LEFT_OUT = ("stable_rank", "rounding", "num_parameters")
 """Columns that only the page has room for."""
 
 
-def start(path: Path | None, overrides: Sequence[str]) -> None:
-    """Measure a configuration."""
+@app.command()
+@reports_errors
+def smoothness(
+    arguments: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be measured and its cost.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Measure a loss: curvature of base and adapter, along a run, and what the theory assumes.
+
+    zofo smoothness configs/smoothness.yaml
+
+    zofo smoothness model=minilm task=rotten-tomatoes steps=60 smoothness.split=layer
+
+    zofo smoothness smoothness.train=false
+    """
+    from zofo.config.checks import idle_options
+    from zofo.smoothness.measure import saved_options
+    from zofo.smoothness.options import load_smoothness
+
+    path, overrides = split_arguments(arguments)
+    if resume is not None:
+        if path is not None or overrides:
+            raise UserError("--resume continues a folder as it was begun; give it nothing else")
+        _measure(*saved_options(resume), resume)
+        return
     config, options = load_smoothness(path, overrides)
+    if dry_run:
+        _show_plan(config, options)
+        return
     for message in idle_options(config):
         print(f"warning: {message}", file=sys.stderr)
     _measure(config, options, None)
 
 
-def resume(folder: Path) -> None:
-    """Continue a folder."""
-    config, options = saved_options(folder)
-    _measure(config, options, folder)
-
-
-def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
+def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     """Print what would be measured and what it costs."""
     from zofo.models.loading import empty_model
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
-    from zofo.run.prepare import base_of
+    from zofo.saved.source import base_of
     from zofo.smoothness.blocks import blocks_of
+    from zofo.smoothness.measure import new_folder
+    from zofo.smoothness.options import path_steps, planned_forwards, point_steps
     from zofo.tasks.load import load_splits
 
-    config, options = load_smoothness(path, overrides)
     new_folder(config)  # says now what would keep the run from being written
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
@@ -105,6 +121,9 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
 
 
 def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None) -> None:
+    from zofo.smoothness.measure import measure_run
+    from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+
     started: list[Path] = []
     try:
         found = measure_run(
@@ -126,11 +145,16 @@ def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None)
         )
         code = error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
         raise typer.Exit(code) from None
-    show(found)
+    _show(found)
 
 
-def show(folder: Path) -> None:
+def _show(folder: Path) -> None:
     """Print what a folder's measurements say."""
+    from zofo.disk.files import read_json
+    from zofo.smoothness.measure import PAGE_FILE
+    from zofo.smoothness.summary import FILE
+    from zofo.smoothness.tables import claims_table, constants_table, fits_table
+
     summary = read_json(folder / FILE)
     console = _console()
     for title, table in (

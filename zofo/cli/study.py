@@ -5,35 +5,70 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from zofo.cli.exits import app, reports_errors
 from zofo.errors import UserError
-from zofo.study.grid import Grid, expand
-from zofo.study.jobs import all_tasks
-from zofo.study.progress import (
-    Costs,
-    StudyDisplay,
-    Summary,
-    seconds_per_forward,
-    summarize,
-    table_of,
-)
-from zofo.study.queue import DATABASE_FILE, queue_of
-from zofo.study.records import StudyFolder
-from zofo.study.spec import SPEC_FILE, load_spec
-from zofo.study.worker import Worker
+
+if TYPE_CHECKING:
+    from zofo.study.grid import Grid
+    from zofo.study.progress import Summary
+    from zofo.study.records import StudyFolder
 
 _NUM_SHOWN = 5
 _PLAIN_WIDTH = 100
 
 
-def start(
+@app.command()
+@reports_errors
+def study(
+    name: Annotated[
+        str, typer.Argument(metavar="STUDY", help="YAML file, preset (laptop, paper), or folder.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="seeds=[0,1] output=studies/mine."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once, on this machine.")] = 1,
+    join: Annotated[
+        bool, typer.Option("--join", help="Only help with a study that was begun elsewhere.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what has failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show counts, cost and the first configurations.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show how far it is.")] = False,
+) -> None:
+    """Run a grid of methods, rates and seeds: choose rates on dev, then measure on test, once.
+
+    zofo study laptop --workers 2
+
+    zofo study studies/laptop --status
+    """
+    given = list(overrides or [])
+    if dry_run:
+        _show_plan(name, given)
+    elif status:
+        _show_status(name, given)
+    else:
+        _start(name, given, workers, join, retry_failed)
+
+
+def _start(
     name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
 ) -> None:
     """Work on a study until it is done; exits with 1 if something failed."""
+    from zofo.study.grid import expand
+    from zofo.study.progress import StudyDisplay
+    from zofo.study.spec import SPEC_FILE, load_spec
+    from zofo.study.worker import Worker
+
     spec = load_spec(name, overrides)
     folder = Path(spec.output)
     if join and not (folder / SPEC_FILE).is_file():
@@ -60,8 +95,11 @@ def start(
         raise typer.Exit(1)
 
 
-def show_status(name: str, overrides: Sequence[str]) -> None:
+def _show_status(name: str, overrides: Sequence[str]) -> None:
     """Print how far a study is."""
+    from zofo.study.grid import expand
+    from zofo.study.spec import SPEC_FILE, load_spec
+
     spec = load_spec(name, overrides)
     folder = Path(spec.output)
     if not (folder / SPEC_FILE).is_file():
@@ -70,8 +108,13 @@ def show_status(name: str, overrides: Sequence[str]) -> None:
     _print(_summary(grid))
 
 
-def show_plan(name: str, overrides: Sequence[str]) -> None:
+def _show_plan(name: str, overrides: Sequence[str]) -> None:
     """Print what a study would do."""
+    from zofo.study.grid import expand
+    from zofo.study.progress import Costs, seconds_per_forward
+    from zofo.study.records import StudyFolder
+    from zofo.study.spec import load_spec
+
     spec = load_spec(name, overrides)
     grid = expand(spec)
     console = _console()
@@ -110,12 +153,18 @@ def show_plan(name: str, overrides: Sequence[str]) -> None:
 
 def _summary(grid: Grid) -> Summary:
     """From the files, and from the queue where it is at hand."""
+    from zofo.study.jobs import all_tasks
+    from zofo.study.progress import Costs, summarize
+    from zofo.study.records import StudyFolder
+
     folder = StudyFolder(grid)
     folder.choices()
     return summarize(folder, Costs(grid), all_tasks(grid), _running(folder))
 
 
 def _running(folder: StudyFolder) -> list[str]:
+    from zofo.study.queue import DATABASE_FILE, queue_of
+
     spec = folder.grid.spec
     if spec.storage is None and not (folder.path / DATABASE_FILE).exists():
         return []
@@ -127,6 +176,8 @@ def _running(folder: StudyFolder) -> list[str]:
 
 
 def _print(summary: Summary) -> None:
+    from zofo.study.progress import table_of
+
     console = _console()
     console.print(table_of(summary, len(summary.running)))
     for name in summary.running:

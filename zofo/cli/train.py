@@ -7,33 +7,60 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from zofo.cli.app import EXIT_INTERRUPTED
-from zofo.config.checks import idle_options
-from zofo.config.load import load_config
-from zofo.config.schema import RunConfig
-from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
-from zofo.run.train import Result, train
-from zofo.saved.layout import RESULT_FILE
-from zofo.scoring.evaluate import Metrics
-from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+from zofo.cli.exits import EXIT_INTERRUPTED, Overrides, app, reports_errors, split_arguments
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
+    from zofo.run.train import Result
+    from zofo.scoring.evaluate import Metrics
 
 _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 
 
-def start(path: Path | None, overrides: Sequence[str]) -> None:
-    """Run a configuration."""
+@app.command()
+@reports_errors
+def train(
+    arguments: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show configuration, parameters, memory and cost.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Run folder to continue.", metavar="RUN")
+    ] = None,
+) -> None:
+    """Fine-tune a model on a task, measure it before and after, and save it.
+
+    zofo train configs/demo.yaml steps=100
+
+    zofo train task=classification task.train=reviews.csv model=smollm2-135m
+    """
+    from zofo.config.checks import idle_options
+    from zofo.config.load import load_config
+
+    path, overrides = split_arguments(arguments)
+    if resume is not None:
+        _resume(resume, path, overrides)
+        return
     config = load_config(path, overrides)
-    _warn(config)
-    _run(config, None)
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
+    if dry_run:
+        _show_plan(config)
+    else:
+        _run(config, None)
 
 
-def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
+def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
     """Continue a run folder from its newest whole checkpoint."""
+    from zofo.run.resume import is_finished, resumed_config
+    from zofo.saved.layout import RESULT_FILE
+
     config = resumed_config(folder, path, overrides)
     if is_finished(folder):
         print(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
@@ -41,13 +68,11 @@ def resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
     _run(config, folder)
 
 
-def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
+def _show_plan(config: RunConfig) -> None:
     """Print what a run would do."""
     from zofo.run.plan import make_plan
     from zofo.run.prepare import new_folder
 
-    config = load_config(path, overrides)
-    _warn(config)
     new_folder(config)  # says now what would keep the run from being written
     plan = make_plan(config)
     console = Console(highlight=False)
@@ -72,16 +97,14 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     )
 
 
-def _warn(config: RunConfig) -> None:
-    for message in idle_options(config):
-        print(f"warning: {message}", file=sys.stderr)
-
-
 def _run(config: RunConfig, folder: Path | None) -> None:
+    from zofo.run.train import train as train_run
+    from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+
     progress = Console(stderr=True)
     started: list[Path] = []
     try:
-        result = train(
+        result = train_run(
             config, resume=folder, console=progress, on_start=started.append, stop=StopOnSignal()
         )
     except KeyboardInterrupt as error:
@@ -92,6 +115,8 @@ def _run(config: RunConfig, folder: Path | None) -> None:
 
 
 def _how_to_continue(folder: Path | None) -> str:
+    from zofo.run.resume import newest_checkpoint
+
     if folder is None:
         return "interrupted before anything was written"
     checkpoint = newest_checkpoint(folder)

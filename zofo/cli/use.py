@@ -6,29 +6,42 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
-from zofo.config.load import load_config
-from zofo.config.schema import RunConfig
-from zofo.console import new_progress, replay_bar
-from zofo.disk.files import write_text
-from zofo.environment import check_device, default_device
+from zofo.cli.exits import app, reports_errors
 from zofo.errors import UserError
-from zofo.models.loading import head_of
-from zofo.saved.artifact import HEADER_FILE, Artifact, BaseSpec, load
-from zofo.saved.manifest import find_artifact
-from zofo.tasks.rows import read_table
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
+    from zofo.saved.artifact import Artifact
 
 
-def evaluate(target: str, overrides: Sequence[str], split: str, as_json: bool) -> None:
-    """Print the scores of a model on one part of a task."""
+@app.command("eval")
+@reports_errors
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="task.test=more.csv eval_batch_size=16 seed=1 device=cpu.",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a trained model, or a plain one, on a task's held-out rows."""
+    from zofo.console import new_progress
     from zofo.scoring.score import evaluate_artifact
 
     if split not in ("train", "dev", "test"):
         raise UserError(f"split is {split!r}; choose train, dev or test")
-    artifact, config = _open(target, overrides)
+    artifact, config = _open(target, overrides or [])
     with new_progress(Console(stderr=True), "rows") as progress:
         task = progress.add_task("scoring", total=None, text="")
         metrics = evaluate_artifact(
@@ -54,24 +67,48 @@ def evaluate(target: str, overrides: Sequence[str], split: str, as_json: bool) -
             print(f"  {name:<11}{values[name]:.4f}{interval}")
 
 
+@app.command()
+@reports_errors
 def predict(
-    target: str,
-    texts: Sequence[str],
-    file: Path | None,
-    output: Path | None,
-    options: Sequence[str],
-    max_new_tokens: int | None,
+    target: Annotated[
+        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to predict.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="jsonl, csv, ... with the task's columns (labels not needed)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="jsonl to write; default: standard output.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="task.text=review, eval_batch_size=16, ...", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest text of a completion or chat task (64), or answer (the task's)."
+        ),
+    ] = None,
 ) -> None:
-    """Write one JSON object a row."""
+    """Predict labels with their probabilities, or write completions, one JSON object a row."""
+    from zofo.console import new_progress
+    from zofo.disk.files import write_text
     from zofo.scoring.predict import predict as predictions
     from zofo.scoring.predict import table_of_texts
+    from zofo.tasks.rows import read_table
 
     if bool(texts) == (file is not None):
         raise UserError("give texts to predict, or --file with rows: one of the two")
     table = read_table(str(file)) if file is not None else None
-    artifact, config = _open(target, options)
+    artifact, config = _open(target, option or [])
     if table is None:
-        table = table_of_texts(config.task, texts)
+        table = table_of_texts(config.task, texts or [])
     lines = []
     with new_progress(Console(stderr=True), "rows") as progress:
         task = progress.add_task("predicting", total=len(table.rows), text="")
@@ -94,14 +131,19 @@ def predict(
 
 def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
     """The model, and the configuration that says task, seed, batch size and device."""
+    from zofo.config.load import load_config
+    from zofo.console import replay_bar
+    from zofo.environment import resolve_device
+    from zofo.models.loading import head_of
+    from zofo.saved.artifact import HEADER_FILE, Artifact, BaseSpec, load, read_header
+    from zofo.saved.manifest import find_artifact
+
     folder = Path(target).expanduser()
     is_artifact = any((f / HEADER_FILE).is_file() for f in (folder, folder / "artifact"))
     if not is_artifact and folder.is_dir() and not (folder / "config.json").exists():
         find_artifact(folder)  # says what is missing
     values: dict[str, Any] = {} if is_artifact else {"model": target}
     if is_artifact:
-        from zofo.saved.artifact import read_header
-
         header = read_header(find_artifact(folder))
         values = {"seed": header["base"]["seed"], "task": header["task"] or {}}
         own = values["task"].get("name")
@@ -109,8 +151,7 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
         if any(key in ("task", "task.name") and name != own for key, _, name in pairs):
             values["task"] = {}  # sizes and files of one task mean nothing in another
     config = load_config(values=values, overrides=given)
-    check_device(config.device)
-    device = default_device() if config.device == "auto" else config.device
+    device = resolve_device(config.device)
     if is_artifact:
         trusted = config.model.trust_remote_code
         with replay_bar(Console(stderr=True)) as bar:

@@ -1,0 +1,90 @@
+"""What the commands share: the application, the exit codes and the handling of errors.
+
+An error that the user can mend leaves as one message and an exit code, without a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+from zofo.errors import TrainingStoppedError, UserError
+
+EXIT_STOPPED: Final = 1
+EXIT_USER_ERROR: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="zofo",
+    help="Hybrid fine-tuning of language models: zeroth-order steps for every base weight, exact "
+    "gradients for a PEFT adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="A configuration file, and values that go before it: steps=500 task.num_train=200.",
+        show_default=False,
+    ),
+]
+
+
+def reports_errors(command: F) -> F:
+    """Turn bad input and Ctrl-C into a message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with warnings.catch_warnings(), _bitsandbytes_errors_only():
+                warnings.showwarning = _show_warning
+                return command(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+        except TrainingStoppedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the place in the code that a user has no use for."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _bitsandbytes_errors_only() -> Iterator[None]:
+    """Peft imports it where it is installed, and it reports on kernels that nobody asked for."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """A configuration file, if the first argument is one, and the overrides."""
+    given = list(arguments or [])
+    if given and "=" not in given[0]:
+        return Path(given[0]), given[1:]
+    return None, given
