@@ -170,7 +170,7 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
 )
 def test_wrong_options_are_one_message(reviews, decoder_folder, more, words, monkeypatch):
     """Before anything is measured."""
-    monkeypatch.setattr("zofo.cli.advise.advise_on", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("zofo.run.auto.advise_on", lambda *a, **k: pytest.fail("measured"))
     done = advise_command(reviews, decoder_folder, *more)
     assert done.exit_code == 2
     assert words in done.output
