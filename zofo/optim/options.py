@@ -51,9 +51,6 @@ class StepOptions:
         bool,
         Field(description="on CUDA, perturb a layer while the one before it runs; same bits"),
     ] = False
-    demo_option: Annotated[
-        bool, Field(description="does nothing; shows how one adds an option")
-    ] = False
 
 
 STEP_KEYS: Final = tuple(field.name for field in fields(StepOptions))
