@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import yaml
 
@@ -5,6 +7,8 @@ from zofo.config.checks import idle_options
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError
+from zofo.optim.options import StepOptions
+from zofo.trainer.options import HybridOptions
 
 
 def test_a_written_configuration_reads_back():
@@ -146,3 +150,16 @@ def test_every_key_is_described():
         for name, field in RunConfig.model_fields.items()
         if name not in ("model", "adapter", "task")
     )
+
+
+def test_the_options_of_a_step_are_one_everywhere():
+    in_trainer = {field.name: field for field in dataclasses.fields(HybridOptions)}
+    for field in dataclasses.fields(StepOptions):
+        key = RunConfig.model_fields[field.name]
+        assert key.default == field.default == in_trainer[field.name].default
+        assert key.description.startswith(field.metadata["help"])
+        assert in_trainer[field.name].metadata["help"] == field.metadata["help"]
+
+
+def test_a_written_configuration_begins_with_the_method():
+    assert load_config().to_yaml().startswith("method: hybrid\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import get_args
 
 import peft
 import pytest
@@ -23,7 +24,7 @@ from tests.conftest import (
 )
 from zofo.errors import UserError
 from zofo.optim.blocks import ADAPTER_TENSORS_FROM, split_parameters
-from zofo.optim.methods import METHODS, apply_method, get_method, param_groups
+from zofo.optim.methods import METHODS, MethodName, apply_method, get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 TABLE = {
@@ -74,6 +75,7 @@ def identities(parameters):
 
 def test_the_table_of_methods():
     assert {name: (m.base, m.adapter) for name, m in METHODS.items()} == TABLE
+    assert get_args(MethodName) == tuple(METHODS)
     for name, (_, adapter) in TABLE.items():
         assert get_method(name).needs_adapter == (adapter != "frozen")
 

@@ -17,6 +17,7 @@ from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.options import StepOptions
 from zofo.perturb.view import SelfCheckError
 
 # Losses that are not finite.
@@ -247,6 +248,15 @@ def test_all_bad_options_are_named_at_once():
         assert name in str(caught.value)
         assert repr(value) in str(caught.value)
     assert "did you mean 'Adam'" in str(caught.value)
+
+
+def test_options_may_be_given_whole_and_keywords_go_before_them():
+    given = StepOptions(eps=1e-2, num_directions=2)
+    optimizer = optimizer_for(Net(), options=given, num_directions=3)
+    assert optimizer.options == StepOptions(eps=1e-2, num_directions=3)
+    assert given.num_directions == 2
+    with pytest.raises(TypeError, match="radius"):
+        optimizer_for(Net(), radius=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_inductor(dtype):
         losses.append(float(optimizer.step(lambda m=each: loss_of(m, batch))))
         scalars.append(optimizer.last_step.projected_grad[0])
         if each is model:
-            optimizer.eps = 1e-30
+            optimizer.options.eps = 1e-30
             torch.manual_seed(3)
             optimizer.step(lambda m=each: loss_of(m, batch))
             assert optimizer.last_step.projected_grad == (0.0,)

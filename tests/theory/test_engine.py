@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from zofo.convergence import engine, kernels, reference
+from zofo.convergence.cells import Cell, Rates, digest_of
 from zofo.convergence.engine import Setting
 from zofo.convergence.problems import make_problem
+from zofo.errors import UserError
 from zofo.noise.combine import direction
 from zofo.optim.reshuffle import SAMPLINGS
 
@@ -141,3 +143,13 @@ def test_the_modules_point_is_the_start():
     module = problem.module()
     assert torch.equal(module.point(), problem.start())
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["y"]
+
+
+def test_finished_cells_stay_valid_and_options_that_no_engine_varies_are_refused():
+    setting = Setting(num_directions=2)
+    options, labels = {"num_samples": 4}, {"samples": "few"}
+    cell = Cell("order", labels, "quadratic", options, setting, Rates(-3, 0), (1, 2), 2)
+    # As commit b66c549 computes it, where a setting held nothing but what the engines vary.
+    assert digest_of(cell, "compiled") == "54ef5627a41d00151cb221531a857923"
+    with pytest.raises(UserError, match="base_every"):
+        Setting(base_every=2)

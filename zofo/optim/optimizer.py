@@ -25,11 +25,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zofo.errors import UserError
-from zofo.noise.combine import Distribution
-from zofo.optim.estimator import Estimator, forwards_per_direction, projected_gradients, unperturbed
+from zofo.optim.estimator import forwards_per_direction, projected_gradients, unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
-from zofo.optim.options import check_options, optimizer_class
+from zofo.optim.options import (
+    StepOptions,
+    checked_options,
+    optimizer_class,
+    optimizer_problems,
+    step_values,
+)
 from zofo.optim.reading import Reading, StepReport, step_unless
 from zofo.optim.reports import PendingStep, Rates, StepLog
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update, move_unread
@@ -47,21 +52,15 @@ class HybridOptimizer(Optimizer):
         optimizer: what steps the first-order groups: a `torch.optim.Optimizer` class, or the name
             of one in `torch.optim` ("SGD", "AdamW", ...; case does not matter).
         optimizer_kwargs: its further arguments.
-        eps: smoothing radius; 1e-3 as in MeZO.
-        estimator: "forward" (the paper's) or "central".
-        num_directions: directions a step; the paper takes 1.
-        distribution: "rademacher" (default by choice: unbiased, and fast) or "gaussian" (paper).
-        base_every: the zeroth-order groups move, and cost forwards, only in steps 0, k, 2k, ...;
-            the paper's is 1.
         seed: of the directions, in [0, 2^64).
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
-        replay_dropout: give every evaluation of a step the same dropout masks.
-        self_check: watch the first perturbed forward for weights read around the perturbation.
-        overlap: on CUDA, perturb the next layer while a layer runs; costs the scratch of one layer
-            more. What is computed is the same. Off by default: it has not been timed on a GPU.
         reads_late: leave a step's scalars on the device and read them a step later, so that the
             host never waits; None: on CUDA. What is computed is the same. `last_step`,
             `trajectory` and `state_dict` wait.
+        options: how the zeroth-order groups are measured and when they move; copied. The copy is
+            the attribute `options`. With `base_every` k these groups move, and cost forwards, only
+            in steps 0, k, 2k, ...
+        **changes: fields of `StepOptions`, such as `eps=1e-3`; they go before `options`.
 
     Raises:
         UserError: for values outside their ranges, all of them at once.
@@ -74,27 +73,20 @@ class HybridOptimizer(Optimizer):
         *,
         optimizer: str | type[Optimizer] = "SGD",
         optimizer_kwargs: Mapping[str, Any] | None = None,
-        eps: float = 1e-3,
-        estimator: Estimator = "forward",
-        num_directions: int = 1,
-        distribution: Distribution = "rademacher",
-        base_every: int = 1,
         seed: int = 0,
         max_grad_norm: float | None = None,
-        replay_dropout: bool = True,
-        self_check: bool = True,
-        overlap: bool = False,
         reads_late: bool | None = None,
+        options: StepOptions | None = None,
+        **changes: Any,
     ) -> None:
-        check_options(
-            optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
+        given = {} if options is None else step_values(options)
+        self.options = options = checked_options(
+            StepOptions(**(given | changes)), optimizer_problems(optimizer, seed, max_grad_norm)
         )
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
-        check_groups(self.param_groups, base_every)
-        self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
-        self.distribution, self.base_every, self.seed = distribution, base_every, seed
-        self.max_grad_norm, self.replay_dropout = max_grad_norm, replay_dropout
-        self._self_check = self_check
+        check_groups(self.param_groups, options.base_every)
+        self.seed, self.max_grad_norm = seed, max_grad_norm
+        self._self_check = options.self_check
 
         # The inner optimizer holds the same group dicts and the same state: schedulers and
         # checkpoints see one optimizer.
@@ -111,8 +103,8 @@ class HybridOptimizer(Optimizer):
                 [p for group in zeroth for p in group["params"]],
                 [t for group in zeroth for t in group["tensors"]],
                 seed=seed,
-                distribution=distribution,
-                overlap=overlap,
+                distribution=options.distribution,
+                overlap=options.overlap,
             )
             if zeroth
             else None
@@ -122,7 +114,9 @@ class HybridOptimizer(Optimizer):
             for group in zeroth
             if group.get("block", "base") == "base"
         )
-        self._log = StepLog(Trajectory(seed, distribution, eps, estimator, recorded))
+        self._log = StepLog(
+            Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
+        )
         self._reads_late = reads_late
         self._has_stepped = False
         self.step_count = 0
@@ -162,7 +156,7 @@ class HybridOptimizer(Optimizer):
     @property
     def zeroth_is_due(self) -> bool:
         """Whether the step under way measures and moves zeroth-order groups."""
-        return self.perturbation is not None and self.step_count % self.base_every == 0
+        return self.perturbation is not None and self.step_count % self.options.base_every == 0
 
     @property
     def evaluates_with_graph(self) -> bool:
@@ -189,11 +183,12 @@ class HybridOptimizer(Optimizer):
         """
         # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
         if self.perturbation is not None and self.zeroth_is_due:
-            generators = generators if self.replay_dropout else None
-            evaluations = self.num_directions * forwards_per_direction(self.estimator)
+            generators = generators if self.options.replay_dropout else None
+            options = self.options
+            evaluations = options.num_directions * forwards_per_direction(options.estimator)
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             reference, before = instead.loss, instead.cost_so_far()
-            if zeroth_loss is not None and reference is None and self.estimator == "forward":
+            if zeroth_loss is not None and reference is None and options.estimator == "forward":
                 reference = unperturbed(
                     instead.closure, generators, with_graph=self.evaluates_with_graph
                 )
@@ -202,10 +197,10 @@ class HybridOptimizer(Optimizer):
                 instead.closure,
                 self.perturbation,
                 reference,
-                eps=self.eps,
+                eps=options.eps,
                 step=self.step_count,
-                num_directions=self.num_directions,
-                estimator=self.estimator,
+                num_directions=options.num_directions,
+                estimator=options.estimator,
                 generators=generators,
                 self_check=self._self_check,
                 with_graph=self.inner is not None,
@@ -320,7 +315,7 @@ class HybridOptimizer(Optimizer):
                     group["params"],
                     group["tensors"],
                     seed=self.seed,
-                    distribution=self.distribution,
+                    distribution=self.options.distribution,
                 )
         self._log.report(
             self.step_count,
@@ -365,7 +360,7 @@ class HybridOptimizer(Optimizer):
                     lr=float(group["lr"]),
                     weight_decay=float(group["weight_decay"]),
                     seed=self.seed,
-                    distribution=self.distribution,
+                    distribution=self.options.distribution,
                 )
         self._log.pending = PendingStep(
             self.step_count,
@@ -394,9 +389,7 @@ class HybridOptimizer(Optimizer):
             "zofo": {
                 "step_count": self.step_count,
                 "num_forwards": self.num_forwards,
-                "seed": self.seed,
-                "distribution": self.distribution,
-                "num_directions": self.num_directions,
+                **self._direction_keys(),
                 "last_measured": None if self.last_measured is None else asdict(self.last_measured),
             },
         }
@@ -408,11 +401,11 @@ class HybridOptimizer(Optimizer):
             UserError: if the state was saved with other directions.
         """
         own = state_dict["zofo"]
-        for key in ("seed", "distribution", "num_directions"):
-            if own[key] != getattr(self, key):
+        for key, value in self._direction_keys().items():
+            if own[key] != value:
                 raise UserError(
-                    f"the state was saved with {key} {own[key]!r}, this optimizer has "
-                    f"{getattr(self, key)!r}; its directions would differ: use the saved one"
+                    f"the state was saved with {key} {own[key]!r}, this optimizer has {value!r}; "
+                    "its directions would differ: use the saved one"
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
@@ -421,6 +414,14 @@ class HybridOptimizer(Optimizer):
         self._log.pending = None
         self._log.last_measured = None if measured is None else StepReport(**measured)
         self.discard_measurements()
+
+    def _direction_keys(self) -> dict[str, Any]:
+        """What the directions depend on besides the step count."""
+        return {
+            "seed": self.seed,
+            "distribution": self.options.distribution,
+            "num_directions": self.options.num_directions,
+        }
 
     def _rates(self) -> Rates:
         return tuple(

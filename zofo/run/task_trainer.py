@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from zofo.config.schema import RunConfig
 from zofo.console import quiet
+from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.clock import TrainingClock
 from zofo.run.display import MetricsFile, TrainingDisplay
@@ -239,15 +240,8 @@ def build_trainer(
         weight_decay=config.adapter_weight_decay,
         base_weight_decay=config.base_weight_decay,
         max_grad_norm=config.max_grad_norm or 0.0,
-        eps=numbers.eps,
-        estimator=config.estimator,
-        num_directions=config.num_directions,
-        distribution=config.distribution,
-        base_every=config.base_every,
+        **step_values(config),
         base_batch_fraction=config.base_batch_fraction,
-        replay_dropout=config.replay_dropout,
-        self_check=config.self_check,
-        overlap=config.overlap,
         on_non_finite=config.on_non_finite,
         snapshot_every=config.snapshot_every,
         sampling=config.sampling,

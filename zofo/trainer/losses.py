@@ -101,7 +101,7 @@ class BatchLossMixin:
     ) -> tuple[ZerothLoss | None, ZerothLoss | None]:
         """What the differences are taken of, None for the micro-batch's loss; and its rest."""
         trainer: Any = self
-        fraction = getattr(trainer.hybrid_options, "base_batch_fraction", 1.0)
+        fraction = trainer.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)
         if num_first == num_rows:

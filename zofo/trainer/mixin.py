@@ -21,6 +21,7 @@ from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
+from zofo.optim.cost import forward_equivalents
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
@@ -102,12 +103,17 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     @property
     def forward_equivalents(self) -> float:
-        """Cost of training so far, in forwards of one micro-batch without gradients."""
+        """Cost of all training so far, first-order passes included.
+
+        The unit is a forward of one micro-batch without gradients: an adapter's gradient counts as
+        2, every weight's as 3; see `zofo.optim.cost`.
+        """
         optimizer, trainer = self.hybrid_optimizer, self
-        method = get_method(self.hybrid_options.method)
-        num_batches = optimizer.step_count * trainer.args.gradient_accumulation_steps  # type: ignore[attr-defined]
-        cost = num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
-        return int(cost) if cost == int(cost) else round(cost, 3)
+        return forward_equivalents(
+            optimizer.step_count * trainer.args.gradient_accumulation_steps,  # type: ignore[attr-defined]
+            get_method(self.hybrid_options.method).forwards_per_gradient,
+            optimizer.num_forwards,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
@@ -125,7 +131,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                     optimizer,
                     folder,
                     self._original_base,
-                    getattr(self.hybrid_options, "snapshot_every", None),
+                    self.hybrid_options.snapshot_every,
                 )
         if self._history is not None and trainer.args.load_best_model_at_end:
             self._history.keep_original()
@@ -172,7 +178,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         return loss
 
     def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
-        wanted = self.hybrid_options.self_check and optimizer.replay_dropout
+        wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
         return wanted and not self._loss_is_checked
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
@@ -200,15 +206,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             model,
             optimizer=inner_class,
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
-            eps=options.eps,
-            estimator=options.estimator,
-            num_directions=options.num_directions,
-            distribution=options.distribution,
-            base_every=getattr(options, "base_every", 1),
             seed=args.seed if options.zo_seed is None else options.zo_seed,
-            replay_dropout=options.replay_dropout,
-            self_check=options.self_check,
-            overlap=getattr(options, "overlap", False),
+            options=options,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -155,7 +155,7 @@ class StopOnNonFinite(TrainerCallback):
                 loss_dtype=largest.dtype,
                 weight_dtype=largest.dtype,
                 weight_scale=float(largest.detach().flatten()[:65536].float().abs().median()),
-                eps=optimizer.eps,
+                eps=optimizer.options.eps,
                 has_own_loss=self.trainer.has_zeroth_loss,
             )
 
