@@ -37,8 +37,8 @@ _REPLAY_BLOCK = 4096
 class GroupSpec:
     """Which base tensors a group holds, by name, and the indices of their directions."""
 
-    # Copies of the base (zofo/trainer/base_history.py) are identified by a hash of the `repr` of
-    # GroupSpec and Update. A new name of these classes or of a field would orphan older copies.
+    # GroupSpec and Update keep their names and fields: `BaseSnapshot` of zofo.trainer hashes their
+    # `repr` to tell whether a copy of the base lies on a trajectory.
     names: tuple[str, ...]
     tensors: tuple[int, ...]
 
