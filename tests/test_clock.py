@@ -2,8 +2,8 @@
 
 import pytest
 
-import zofo.run.clock
-from zofo.run.clock import TrainingClock
+import zofo.run.task_trainer
+from zofo.run.task_trainer import TrainingClock
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def now(monkeypatch):
         value = 100.0
 
     time = Time()
-    monkeypatch.setattr(zofo.run.clock.time, "monotonic", lambda: time.value)
+    monkeypatch.setattr(zofo.run.task_trainer.time, "monotonic", lambda: time.value)
     return time
 
 

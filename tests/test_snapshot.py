@@ -11,7 +11,7 @@ from tests.conftest import assert_same_bits, bits, build
 from tests.test_checkpoint import Kill, KilledError
 from tests.training import trainer_for, untimed_logs
 from zofo.optim.trajectory import Trajectory
-from zofo.trainer.snapshot import SNAPSHOT_FILE
+from zofo.trainer.base_history import SNAPSHOT_FILE
 
 CHANGES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "snapshot_every": 3}
 

@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,9 +34,8 @@ from zofo.optim.options import (
     optimizer_problems,
     step_values,
 )
-from zofo.optim.reading import Reading, StepReport, step_unless
-from zofo.optim.reports import PendingStep, Rates, StepLog
-from zofo.optim.trajectory import GroupSpec, Trajectory, Update, move_unread
+from zofo.optim.reports import Rates, StepLog, StepNumbers, StepReport
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.perturb.view import Perturbation
 
@@ -283,92 +281,37 @@ class HybridOptimizer(Optimizer):
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "
                 "call accumulate(closure) for each micro-batch before it"
             )
-        if self._is_read_late():
-            self._step_unread()
-        else:
-            self._log.read_pending()
-            self._step_now()
+        self._move()
         self.num_forwards += self._num_forwards
         self.step_count += 1
         self._has_stepped = True
         self.discard_measurements()
         return loss
 
-    def _step_now(self) -> None:
-        """Read what was measured, then move."""
-        total = None if self._loss is None else float(self._loss)
-        scalars = () if self._scalars is None else tuple(self._scalars.tolist())
-        loss_is_finite = total is None or math.isfinite(total)
-        scalars_are_finite = all(map(math.isfinite, scalars))
-        grad_norm = self._clip()
-        norms: dict[str, float] = {}
-        if loss_is_finite and self.inner is not None:
-            before = [p.clone() for p in self._adapter()]
-            self.inner.step()
-            if before:
-                norms["adapter"] = float(self._distance_from(before))
-        if loss_is_finite and scalars_are_finite and self.zeroth_is_due:
-            for group in self._groups("zeroth"):
-                Update(
-                    self.step_count, scalars, float(group["lr"]), float(group["weight_decay"])
-                ).apply(
-                    group["params"],
-                    group["tensors"],
-                    seed=self.seed,
-                    distribution=self.options.distribution,
-                )
-        self._log.report(
-            self.step_count,
-            total,
-            scalars,
-            None if grad_norm is None else float(grad_norm),
-            norms,
-            self._num_forwards,
-            self._rates(),
-        )
-
-    def _step_unread(self) -> None:
-        """Move as `_step_now` does; the device decides what is finite."""
+    def _move(self) -> None:
+        """Move both blocks by what was measured, and report it."""
         # Waits for the step before, which this one's forwards stand behind in the device's queue.
         self._log.read_pending()
-        device = self._measured_on()
-        values: dict[str, Tensor] = {}
-        is_finite = torch.ones((), dtype=torch.bool, device=device)
-        if self._loss is not None:
-            values["loss"] = self._loss
-            is_finite = torch.isfinite(self._loss)
-        grad_norm = self._clip()
-        if grad_norm is not None:
-            values["grad_norm"] = grad_norm
-        counters: list[tuple[Tensor, Tensor]] = []
+        numbers = StepNumbers(self._loss, self._scalars, reads_late=self._is_read_late())
+        numbers.note("grad_norm", self._clip())
         if self.inner is not None:
             first = [p for group in self._groups("first") for p in group["params"]]
-            states = (v for p in first for v in self.state[p].values() if isinstance(v, Tensor))
+            states = [v for p in first for v in self.state.get(p, {}).values()]
             before = [p.clone() for p in self._adapter()]
-            counters = step_unless(self.inner.step, [*first, *states], is_finite)
-            if before:
-                values["adapter_norm"] = self._distance_from(before)
-        if self._scalars is not None:
-            values["scalars"] = self._scalars
-            is_finite = is_finite & torch.isfinite(self._scalars).all()
-            for group in self._groups("zeroth"):
-                move_unread(
-                    group["params"],
-                    group["tensors"],
-                    torch.where(is_finite, self._scalars, torch.nan),
-                    step=self.step_count,
-                    lr=float(group["lr"]),
-                    weight_decay=float(group["weight_decay"]),
-                    seed=self.seed,
-                    distribution=self.options.distribution,
-                )
-        self._log.pending = PendingStep(
-            self.step_count,
-            self._num_forwards,
-            self._rates(),
-            Reading(values),
-            tuple(counters),
-        )
+            numbers.step_first(
+                self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
+            )
+            numbers.note("adapter_norm", self._distance_from(before) if before else None)
+        for group in self._groups("zeroth") if numbers.moves_zeroth else ():
+            rates = float(group["lr"]), float(group["weight_decay"])
+            Update(self.step_count, numbers.projected_grad, *rates).apply(
+                group["params"],
+                group["tensors"],
+                seed=self.seed,
+                distribution=self.options.distribution,
+                unread=numbers.unread,
+            )
+        self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
 
     def _is_read_late(self) -> bool:
         """Not the first step, which may create the first-order optimizer's state."""

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import torch
 from transformers import TrainerCallback
 
-from zofo.optim.reading import StepReport
+from zofo.optim.reports import StepReport
 
 OnNonFinite = Literal["stop", "skip"]
 _WINDOW: Final = 20
