@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import assert_same_bits
-from tests.training import untimed_metrics
+from tests.support.models import assert_same_bits
+from tests.support.trainers import untimed_metrics
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
@@ -27,7 +27,9 @@ from zofo.saved.artifact import load
 STEPS = 24
 ADAPTER = "adapter_model.safetensors"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "zofo.cli.train", "peft", "tests.training"])
+_context.set_forkserver_preload(
+    ["zofo.run.train", "zofo.cli.train", "peft", "tests.support.trainers"]
+)
 
 
 @pytest.fixture(scope="module")

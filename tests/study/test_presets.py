@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.study.tiny_study import complete, num_ended
-from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_rows
+from tests.support.hub_rows import TEST_SPLIT, make_row, write_rows
+from tests.support.tiny_study import complete, num_ended
 from zofo.cli.exits import app
 from zofo.run.train import train
 from zofo.study.grid import Grid, Run, expand
