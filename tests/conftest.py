@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import peft
@@ -136,8 +137,15 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_known_seed():
+def _known_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_frozen():
+    """`Trainer.train` collects garbage twice; without this, each time visits all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
