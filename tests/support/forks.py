@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def _run(asked):
 
 def _ask(path, *arguments):
     """As the program: have the command run, hand signals on to it, and end as it ends."""
-    asked = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    asked = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])
