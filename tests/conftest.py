@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_known_seed():
+def _known_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_frozen():
+    """`Trainer.train` collects garbage twice; without this, each time visits all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from zofo import environment
 from zofo.cli import doctor
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.noise import backends, cpu
 
 runner = CliRunner()

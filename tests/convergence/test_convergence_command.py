@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.convergence import cells as storage
 from zofo.convergence.experiments.table import CLAIMS, EXPERIMENTS, FULL, QUICK
 from zofo.convergence.plan import make_plan

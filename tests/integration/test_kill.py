@@ -5,6 +5,7 @@ The runs are processes of their own, forked from a server that has imported ever
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -67,6 +68,7 @@ def options(folder, reviews, model, *more):
 
 def _begin(arguments, stderr):
     """In the process: `zofo train`."""
+    gc.freeze()  # `Trainer.train` collects garbage, and would visit all that was imported
     sys.argv = ["zofo", "train", *arguments]
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

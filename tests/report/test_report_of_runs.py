@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.support.pages import read_page
 from tests.support.run_folders import write_run, write_study
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.cli.report import printable, show
 from zofo.config.load import load_config
 from zofo.report.page import make_report

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.hub_rows import make_row, write_rows
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.load import load_config
 from zofo.smoothness.options import load_smoothness
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.run.test_train import config_for
 from tests.support.models import assert_same_bits, bits
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.checks import idle_options
 from zofo.config.load import load_config
 from zofo.errors import UserError

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.support.trainers import untimed_metrics
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.load import load_config
 from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig
 from zofo.run.resume import FREE, differences, is_finished, newest_checkpoint, resumed_config

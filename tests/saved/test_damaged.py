@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from tests.support.models import assert_same_bits, build
 from tests.support.trainers import trainer_for
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.load import load_config
 from zofo.disk.files import json_digest, read_json, read_tensors, write_tensors
 from zofo.errors import UserError

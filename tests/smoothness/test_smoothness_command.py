@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.support.pages import read_page
 from tests.support.tiny_study import write_rows
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.load import load_config
 from zofo.disk.files import read_json
 from zofo.run.train import train

@@ -51,10 +51,10 @@ def spec_of(folder: Path, model, rows, **changes) -> StudySpec:
     return load_spec(write_study(folder, model, rows, **changes))
 
 
-def start(path, *arguments) -> subprocess.Popen:
+def start(path, *arguments, program=(sys.executable, "-m")) -> subprocess.Popen:
     """`zofo study`, in a session of its own as in a terminal."""
     return subprocess.Popen(
-        [sys.executable, "-m", "zofo", "study", str(path), *arguments],
+        [*program, "zofo", "study", str(path), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,8 +62,8 @@ def start(path, *arguments) -> subprocess.Popen:
     )
 
 
-def complete(path, *arguments, code=0) -> str:
-    process = start(path, *arguments)
+def complete(path, *arguments, code=0, **options) -> str:
+    process = start(path, *arguments, **options)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
     return output

@@ -7,7 +7,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.support.hub_rows import make_row, write_folder
-from zofo.cli.exits import app
+from zofo.cli.app import app
 from zofo.config.load import load_config
 from zofo.models.loading import load_model
 from zofo.run.plan import make_plan
