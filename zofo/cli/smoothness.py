@@ -51,10 +51,9 @@ def resume(folder: Path) -> None:
 
 def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     """Print what would be measured and what it costs."""
-    from zofo.models.loading import empty_model
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
-    from zofo.run.prepare import base_of
+    from zofo.saved.source import base_of
     from zofo.smoothness.blocks import blocks_of
     from zofo.tasks.load import load_splits
 
@@ -63,14 +62,7 @@ def show_plan(path: Path | None, overrides: Sequence[str]) -> None:
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
-    model = empty_model(
-        base.name,
-        head=base.head,  # type: ignore[arg-type]
-        dtype=base.dtype,
-        num_labels=base.num_labels,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-    )
+    model = base.empty()
     num_parts = sum(block.is_part for block in blocks_of(model, options.split).values())
     orders = METHODS[config.method]
     costs = planned_forwards(

@@ -63,6 +63,7 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
 ) -> tuple[nn.Module, Any]:
     """A pretrained model and its tokenizer.
 
@@ -76,6 +77,7 @@ def load_model(
         trust_remote_code: run code that the model's repository brings.
         attn_implementation: as in transformers; None: its choice.
         seed: of a fresh head's initial weights; global generators are left alone.
+        tokenizer: of the model; None: the one that lies beside it.
 
     Raises:
         UserError: if the model cannot be found or has no such head.
@@ -91,7 +93,8 @@ def load_model(
         kwargs["attn_implementation"] = attn_implementation
     with _hub_errors(name), quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
+        if tokenizer is None:
+            tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
         if head == "classification":
             kwargs["num_labels"] = num_labels
         else:

@@ -21,6 +21,7 @@ from zofo.console import quiet
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.clock import TrainingClock
 from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
 from zofo.tasks.encode import Collator, Encoded
@@ -286,7 +287,7 @@ def build_trainer(
             writer=writer,
             zo_objective=config.zo_objective,
             callbacks=[
-                MetricsFile(folder / "metrics.jsonl"),
+                MetricsFile(folder / METRICS_FILE),
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from zofo.console import quiet
 from zofo.errors import UserError
-from zofo.models.adapters import is_peft
+from zofo.models.adapters import attach_adapter, is_peft
 from zofo.models.loading import DTYPES, model_class
 from zofo.optim.blocks import split_parameters
 from zofo.saved.export_card import Exported, describe, usage
@@ -42,7 +42,7 @@ from zofo.saved.export_check import (
     tolerance_of,
 )
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
-from zofo.saved.source import Source, attach, drop_weights, open_source, plain_base
+from zofo.saved.source import Source, drop_weights, open_source, plain_base
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _compare(content: Content, folder: Path) -> Deviation:
     model, tokenizer = load_plain(folder, base.head, trust_remote_code=base.trust_remote_code)
     check_weights(model, written)
     if content.adapter is not None:
-        model = attach(model, folder / ADAPTER_FOLDER)
+        model = attach_adapter(model, folder / ADAPTER_FOLDER)
     check_tokenizers(tokenizer, content.tokenizer, content.samples)
     return deviation(logits_of(model.eval(), content.samples), content.expected)
 

@@ -32,9 +32,9 @@ from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
 from zofo.optim.blocks import split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.saved.layout import ORIGINAL_BASE_FILE
 from zofo.trainer.snapshot import BaseSnapshot
 
-ORIGINAL_BASE_FILE = "base_original.safetensors"
 MARK = "zofo_load_with"
 """Key in adapter_config.json, which peft does not know and warns of."""
 

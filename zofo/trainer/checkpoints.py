@@ -19,6 +19,7 @@ from zofo.disk.folders import writing_folder
 from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
+from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checks import is_sharded
 
@@ -84,7 +85,7 @@ class CheckpointMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             return
         run_folder = Path(self._get_output_dir(trial))
-        place = run_folder / f"checkpoint-{state.global_step}"
+        place = run_folder / f"{CHECKPOINT_PREFIX}{state.global_step}"
         if trial is not None:
             run_folder.mkdir(exist_ok=True)
         if state.best_global_step == state.global_step:
@@ -95,7 +96,7 @@ class CheckpointMixin:
                 self._checkpoints_folder = staged.parent
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 self._name_best(run_folder, place)
-                state.save_to_json(str(staged / "trainer_state.json"))
+                state.save_to_json(str(staged / STATE_FILE))
                 write_json(staged / ACCOUNTS_FILE, self._accounts())
         finally:
             self._checkpoints_folder, args.push_to_hub = None, pushes
@@ -114,7 +115,7 @@ class CheckpointMixin:
         """The best checkpoint lies where this run does, which may have been moved."""
         trainer: Any = self
         step = trainer.state.best_global_step
-        best = run_folder / f"checkpoint-{step}"
+        best = run_folder / f"{CHECKPOINT_PREFIX}{step}"
         if step and (best == coming or best.is_dir()):
             trainer.state.best_model_checkpoint = str(best)
 

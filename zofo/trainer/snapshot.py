@@ -11,15 +11,13 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from torch import Tensor, nn
 
 from zofo.disk.files import fingerprint, open_tensors, write_tensors
 from zofo.errors import UserError
 from zofo.optim.trajectory import Trajectory
-
-SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
+from zofo.saved.layout import SNAPSHOT_FILE
 
 
 class BaseSnapshot:
