@@ -188,6 +188,36 @@ def stored_weights(
     return found if all(torch.equal(found[own], p) for own, p in weights.items()) else None
 
 
+def copy_weights(folder: Path, model: nn.Module) -> bool:
+    """Copy the weights of `model.safetensors` into a model, one tensor at a time.
+
+    Args:
+        folder: where the file is.
+        model: on any device; keeps its dtypes.
+
+    Returns:
+        Whether the file holds every tensor of the model, under its name or that of a tied one, and
+        no other; if not, nothing was copied.
+
+    Raises:
+        UserError: if a tensor has another shape there, or the file is damaged.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return False
+    stored, _ = open_tensors(path)
+    live = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    if not stored.keys() <= live.keys():
+        return False
+    if {t.data_ptr() for t in live.values()} != {live[name].data_ptr() for name in stored}:
+        return False
+    for name, tensor in stored.items():
+        if tensor.shape != live[name].shape:
+            raise UserError(f"{path} has {name!r} in another shape; load the model it is of")
+        live[name].copy_(tensor)
+    return True
+
+
 def _weight_files(source: str, revision: str | None) -> list[Path]:
     """The safetensors files of a folder, or of a hub id in the cache."""
     folder = Path(source)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from zofo.disk.files import write_json
 from zofo.disk.folders import writing_folder
 from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
+from zofo.models.loading import copy_weights
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
@@ -148,7 +149,9 @@ class CheckpointMixin:
         trainer: Any = self
         if is_peft(trainer.model) and not is_sharded(trainer):
             load_adapter(trainer.model, Path(resume_from_checkpoint))
-        else:
+        elif is_sharded(trainer) or not copy_weights(
+            Path(resume_from_checkpoint), trainer.model if model is None else model
+        ):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -173,7 +176,7 @@ class CheckpointMixin:
         best = Path(trainer.state.best_model_checkpoint)
         if is_peft(trainer.model) and not is_sharded(trainer):
             load_adapter(trainer.model, best)
-        else:
+        elif is_sharded(trainer) or not copy_weights(best, trainer.model):
             super()._load_best_model()  # type: ignore[misc]
         if self._history is not None:
             self._history.go_to(best)
