@@ -9,8 +9,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub_folders import make_tokenizer
-from tests.support.models import assert_same_bits
-from tests.trainer.test_checkpoints import Rows, arguments, build
+from tests.support.models import assert_same_bits, build
+from tests.support.trainers import Rows, arguments
 from zofo.disk.files import StoredTensors
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
