@@ -295,10 +295,7 @@ class _Work:
         if advice.at_later is not None:
             advice.zeroth_later = self._rate_of(advice.at_later, advice)
             rate = compromise(
-                [
-                    (advice.at_start, advice.zeroth_start),
-                    (advice.at_later, advice.zeroth_later),
-                ]
+                [(advice.at_start, advice.zeroth_start), (advice.at_later, advice.zeroth_later)]
             )
             later = advice.at_later
         rate = _rounded(rate)

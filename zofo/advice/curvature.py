@@ -85,11 +85,7 @@ def measure_directions(
         curvatures.append(float((ahead + behind - 2 * at).mean()) / radius**2)
         losses.append(float(at.mean()))
     return Directions(
-        np.array(slopes),
-        np.array(curvatures),
-        np.array(losses),
-        view.num_weights,
-        radius,
+        np.array(slopes), np.array(curvatures), np.array(losses), view.num_weights, radius
     )
 
 

@@ -379,11 +379,7 @@ def zeroth_rate(
     stable = 0.5 * stable_rate(found.careful_trace, found.careful_largest, num_directions)
     reach = trusted_to / found.largest_slope if found.largest_slope > 0 else math.inf
     wanted = best_constant_rate(
-        num_steps,
-        loss=found.loss,
-        signal=signal,
-        noise=max(noise, 1e-30),
-        curvature=curvature,
+        num_steps, loss=found.loss, signal=signal, noise=max(noise, 1e-30), curvature=curvature
     )
     size = max(found.signal, 0.0) + noise
     drift = math.inf

@@ -157,10 +157,7 @@ def path_of(folder: Path, cell: Any, engine_name: str) -> Path:
 
 
 def finish(
-    folder: Path,
-    cell: Any,
-    engine_name: Engine,
-    on_progress: Callable[[float], None] | None = None,
+    folder: Path, cell: Any, engine_name: Engine, on_progress: Callable[[float], None] | None = None
 ) -> Result:
     """Run a cell and write its file.
 

@@ -14,14 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from zofo.convergence.cells import Result
-from zofo.convergence.fits import (
-    Tuned,
-    exponent,
-    interval,
-    means,
-    resamples,
-    tune,
-)
+from zofo.convergence.fits import Tuned, exponent, interval, means, resamples, tune
 from zofo.statistics.resampling import Interval
 
 _DIVERGED: Final = 10.0
@@ -205,12 +198,7 @@ def across(
         step = float(np.diff(np.log(result.arrays["rates"][:2, 0]))[0])
         slack = step / abs(np.log(xs[-1] / xs[0]))
         found = replace(found, low=found.low - slack, high=found.high + slack)
-    return Measured(
-        found,
-        [series_of(name, xs, log_y)],
-        x_title or label,
-        _TITLES[of],
-    )
+    return Measured(found, [series_of(name, xs, log_y)], x_title or label, _TITLES[of])
 
 
 def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:

@@ -14,12 +14,7 @@ from zofo.convergence.readings import epochs_to
 
 
 def of_estimate(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    of: str,
-    name: str = "measured",
+    study: Study, *, experiment: str, where: Mapping[str, Any], of: str, name: str = "measured"
 ) -> Measured:
     """Exponent in eps of an estimate's error or bias in one cell.
 

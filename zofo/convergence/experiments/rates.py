@@ -20,12 +20,7 @@ def two_rates_cells(scale: Scale) -> list[Any]:
             {"ratio": ratio},
             "quadratic",
             quadratic(
-                4,
-                flat(8),
-                flat(2, 1 / ratio),
-                noise_x=1.0,
-                noise_y=1.0,
-                height_y=float(ratio),
+                4, flat(8), flat(2, 1 / ratio), noise_x=1.0, noise_y=1.0, height_y=float(ratio)
             ),
             ZEROTH,
             Rates(-11, 11, 1, high_y=11),

@@ -108,10 +108,7 @@ class LowRankNetwork(Problem):
             return g + (2 * h + 3 * quartic) * radius2
 
         return Constants(
-            ell_x=lambda u: 2 * h + ridge,
-            ell_y=ell_y,
-            f_star=0.0,
-            f_star_is_exact=False,
+            ell_x=lambda u: 2 * h + ridge, ell_y=ell_y, f_star=0.0, f_star_is_exact=False
         )
 
     def start(self) -> Tensor:
