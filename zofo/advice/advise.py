@@ -28,16 +28,9 @@ from zofo.advice.curvature import AlongUpdate, along_update, measure_directions
 from zofo.advice.eps import MOST_FORWARDS as LADDER_FORWARDS
 from zofo.advice.eps import Plateau, measure_ladder, plateau, weight_scale
 from zofo.advice.groups import NUM_KINDS, groups_of, split_rates
+from zofo.advice.moments import Moments, moments, total
 from zofo.advice.probe import NUM_HELD, LossAndRows, Probe, untouched
-from zofo.advice.rates import (
-    Moments,
-    ZerothRate,
-    compromise,
-    moments,
-    progress_at,
-    total,
-    zeroth_rate,
-)
+from zofo.advice.rates import ZerothRate, compromise, progress_at, zeroth_rate
 from zofo.advice.setting import Advice, Setting, remarks_of
 from zofo.advice.short_trainings import (
     MAX_RATES,
@@ -94,13 +87,21 @@ def advise(
             f"the training set has {num_rows} rows; auto needs {MIN_ROWS} at least to tell signal "
             "from noise: give base_lr, adapter_lr and eps as numbers"
         )
-    seed = _own_seed(setting.seed)
+    seed = _advice_seed(setting.seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        work = _Work(model, loss, batch_of, num_rows, setting, seed, split, report)
-        with untouched(model, work.first, seed=seed % 2**63):
+        probe = Probe(
+            model,
+            loss,
+            batch_of,
+            num_rows=num_rows,
+            batch_size=min(setting.batch_size, num_rows // 2),
+            seed=seed,
+        )
+        advisor = _Advisor(probe, setting, split, report)
+        with untouched(model, advisor.first, seed=seed % 2**63):
             model.train()
-            return work.run()
+            return advisor.run()
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -135,24 +136,21 @@ def most_forwards(setting: Setting) -> int:
     return most
 
 
-class _Work:
+class _Advisor:
     """The steps of an advice, with what they share."""
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: LossAndRows,
-        batch_of: Callable[[Sequence[int]], Any],
-        num_rows: int,
+        probe: Probe,
         setting: Setting,
-        seed: int,
         split: bool,
         report: Callable[[str, float], None] | None,
     ) -> None:
-        self.model, self.setting, self.seed, self.wants_split = model, setting, seed, split
+        self.probe, self.setting, self.wants_split = probe, setting, split
+        self.model, self.seed = probe.model, probe.seed
         self.report = report
         groups = param_groups(
-            model,
+            probe.model,
             setting.method,
             base_lr=setting.base_lr if isinstance(setting.base_lr, dict) else 0.0,
             adapter_lr=0.0,
@@ -166,15 +164,7 @@ class _Work:
                 pairs = zip(group["params"], group["tensors"], strict=True)
                 self.zeroth |= dict(zip(group["names"], pairs, strict=True))
         self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
-        self.probe = Probe(
-            model,
-            loss,
-            batch_of,
-            num_rows=num_rows,
-            batch_size=min(setting.batch_size, num_rows // 2),
-            seed=seed,
-        )
-        self.moves = -(-setting.num_steps // setting.base_every)
+        self.num_moves = -(-setting.num_steps // setting.base_every)
         rows = setting.batch_size if setting.base_rows is None else setting.base_rows
         self.batch_rows = rows * setting.accumulation
         self.start = [p.detach().clone() for p in self.first]
@@ -191,29 +181,29 @@ class _Work:
         asks_zeroth = setting.asks(zeroth)
         radius = 0.0
         if zeroth is not None and (asks_zeroth or setting.eps == "auto"):
-            self._say("eps")
+            self._announce("eps")
             advice.plateau, radius = self._eps()
             advice.eps = _rounded(advice.plateau.eps) if setting.eps == "auto" else setting.eps
         if asks_zeroth:
-            self._say(f"{zeroth}: curvature")
+            self._announce(f"{zeroth}: curvature")
             advice.at_start = self._moments(self._view(), radius, NUM_DIRECTIONS, 100)
         if setting.asks(first):
-            self._say(f"{first}: short trainings")
+            self._announce(f"{first}: short trainings")
             advice.first = self._search(advice)
             setattr(advice, f"{first}_lr", _rounded(advice.first.rate))
         if asks_zeroth:
             if first is not None:
-                self._say(f"{zeroth}: curvature after a short training")
-                self._go_on(advice)
-                advice.at_later = self._later(advice, radius)
-                self._put_back()
+                self._announce(f"{zeroth}: curvature after a short training")
+                self._train_first_block(advice)
+                advice.at_later = self._moments_after_training(advice, radius)
+                self._set(self.start)
             self._zeroth_rate(advice)
         advice.cost = self.probe.cost
         self._caps(advice)
         advice.remarks = remarks_of(advice)
         return advice
 
-    def _say(self, what: str) -> None:
+    def _announce(self, what: str) -> None:
         if self.report is not None:
             self.report(what, self.probe.cost)
 
@@ -256,7 +246,7 @@ class _Work:
         found = measure_directions(self.probe, view, radius=radius, num_directions=num, first=first)
         return moments(found, seed=self.seed % 2**32)
 
-    def _later(self, advice: Advice, radius: float) -> Moments:
+    def _moments_after_training(self, advice: Advice, radius: float) -> Moments:
         groups = {}
         if self.wants_split and self.setting.zeroth == "base" and self.setting.base_lr == "auto":
             groups = groups_of(list(self.zeroth))
@@ -282,7 +272,7 @@ class _Work:
         return zeroth_rate(
             found,
             batch_rows=self.batch_rows,
-            num_steps=self.moves,
+            num_steps=self.num_moves,
             trusted_to=advice.plateau.quadratic_to,
             num_directions=self.setting.num_directions,
             pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
@@ -319,7 +309,7 @@ class _Work:
             found,
             rate,
             batch_rows=self.batch_rows,
-            num_steps=self.moves,
+            num_steps=self.num_moves,
             num_directions=self.setting.num_directions,
         )
 
@@ -329,9 +319,9 @@ class _Work:
         rows = [self.probe.draw() for _ in range(2)]
 
         def gradient() -> None:
-            for part in rows:
+            for batch in rows:
                 torch.manual_seed(self.seed % 2**63)
-                self.probe.backward(part, is_full=is_full, share=1 / len(rows))
+                self.probe.backward(batch, is_full=is_full, share=1 / len(rows))
 
         is_sign = setting.optimizer == "adamw"
         along = along_update(self.first, gradient, is_sign=is_sign)
@@ -394,16 +384,13 @@ class _Work:
             return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
-    def _go_on(self, advice: Advice) -> None:
+    def _train_first_block(self, advice: Advice) -> None:
         """Put the first-order block where a short training ended."""
         rate = advice.first.best if advice.first is not None else float(advice.adapter_lr or 0.0)
         if rate not in self.ends:
             self._train(rate)
         if rate in self.ends:
             self._set(self.ends[rate])
-
-    def _put_back(self) -> None:
-        self._set(self.start)
 
     @torch.no_grad()
     def _set(self, values: Sequence[Tensor]) -> None:
@@ -456,7 +443,7 @@ def _apply(advice: Advice, block: str, limit: float) -> bool:
     return True
 
 
-def _own_seed(seed: int) -> int:
+def _advice_seed(seed: int) -> int:
     """Directions and rows of the advice are none of the run's."""
     return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
 

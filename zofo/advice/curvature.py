@@ -78,7 +78,7 @@ def measure_directions(
     for k in range(first, first + num_directions):
         rows, masks = probe.draw(num_rows), probe.masks(k)
         at, ahead, behind = (
-            probe.seen_at(view, scale, rows, direction=k, masks=masks)[1]
+            probe.losses_at(view, scale, rows, direction=k, masks=masks)[1]
             for scale in (0.0, radius, -radius)
         )
         slopes.append((ahead - behind) / (2 * radius))

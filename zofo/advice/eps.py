@@ -124,7 +124,7 @@ def measure_ladder(
     def loss(sign: int, exponent: int, k: int) -> float:
         eps = sign * centre * _RATIO**exponent
         masks = probe.masks(k)
-        return probe.seen_at(view, eps, batches[k], direction=k, masks=masks)[0]
+        return probe.losses_at(view, eps, batches[k], direction=k, masks=masks)[0]
 
     at = [loss(0, 0, k) for k in range(num_directions)]
     steps_out = 0

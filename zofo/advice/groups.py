@@ -28,7 +28,8 @@ from typing import Final
 
 import numpy as np
 
-from zofo.advice.rates import CAUTION, Moments, bend
+from zofo.advice.moments import CAUTION, Moments
+from zofo.advice.rates import bend
 from zofo.statistics.resampling import Interval, interval, quantile
 
 _TAIL: Final = 0.01

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from zofo.advice.rates import Moments, ZerothRate
+from zofo.advice.moments import Moments
+from zofo.advice.rates import ZerothRate
 from zofo.advice.setting import Advice
 from zofo.config.schema import AUTO
 from zofo.statistics.resampling import Interval

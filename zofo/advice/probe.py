@@ -91,7 +91,7 @@ class Probe:
         loss, shares = self.loss(self.model, self.batch_of(indices))
         return float(loss), shares.detach().double().cpu().numpy()
 
-    def seen_at(
+    def losses_at(
         self,
         view: Perturbation,
         scale: float,

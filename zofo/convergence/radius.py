@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from zofo.convergence.cells import Result
+from zofo.convergence.epochs import epochs_to
 from zofo.convergence.fits import exponent
 from zofo.convergence.measures import Measured, Study, series_of
-from zofo.convergence.readings import epochs_to
 
 
 def of_estimate(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from zofo.convergence import measures, readings
+from zofo.convergence import epochs, measures
 from zofo.convergence.cells import Cell, Rates
 from zofo.convergence.claims import MKR, OURS, PAPER, Claim
 from zofo.convergence.experiments.scale import (
@@ -144,7 +144,7 @@ def samples_claims() -> list[Claim]:
             "samples",
             "Rates c / √(T n): epochs to ε fall as 1 / n",
             PAPER + ", reading √(T n)",
-            readings.reading,
+            epochs.epochs_under_cap,
             {"where": {}, "power": 0.5, "name": "rates c / √(T n)"},
             "n^-1",
             {"n^-1": -1.0, "n^0": 0.0},
@@ -154,7 +154,7 @@ def samples_claims() -> list[Claim]:
             "samples",
             "Rates c / (√T n): epochs to ε do not depend on n, from n = 16",
             PAPER + ", reading √T n",
-            readings.reading,
+            epochs.epochs_under_cap,
             {"where": {}, "power": 1.0, "begin": 16, "name": "rates c / (√T n)"},
             "n^0",
             {"n^-1": -1.0, "n^0": 0.0},
@@ -164,7 +164,7 @@ def samples_claims() -> list[Claim]:
             "samples",
             "Epochs to ε are 2 F σ_x² (tr H + ‖H‖) / (n ε⁴), within a quarter",
             OURS,
-            readings.predicted_epochs,
+            epochs.predicted_epochs,
             {"where": {}, "constant": _predicted_constant},
             (0.75, 1.25),
         ),

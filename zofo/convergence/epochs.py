@@ -38,7 +38,7 @@ def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | fl
     return out
 
 
-def reading(
+def epochs_under_cap(
     study: Study,
     *,
     experiment: str,
