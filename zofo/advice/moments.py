@@ -1,4 +1,13 @@
-"""Moments."""
+"""Gradient signal, noise and curvature of a block, from slopes and curvatures along directions.
+
+The notation is that of `zofo.advice.rates`: G = ‖∇f‖² is the signal, S the variance of a row's
+gradient, H the Hessian, and κ = gᵀHg / ‖g‖² the curvature along the gradient. Directions v are
+Gaussian whatever the run uses. Random signs would miss the diagonal of H: with them, cov(s², vᵀHv)
+is 2 gᵀHg − 2 Σ H_ii g_i², and κ, which decides for many directions K, would come out too small.
+
+The largest eigenvalue is bounded, not measured: λ_max ≤ tr H and λ_max ≤ ‖H‖_F, where Var(vᵀHv) = 2
+‖H‖_F².
+"""
 
 from __future__ import annotations
 
@@ -14,26 +23,26 @@ from zofo.errors import UserError
 from zofo.statistics.resampling import Interval, interval, quantile, resamples
 
 CAUTION: Final = 0.8
-"""One-sided level at which curvature is taken."""
+"""One-sided confidence level of the bounds on curvature and signal."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the rate of a zeroth-order block follows from, with resampled replicates.
+    """Signal, noise and curvature of a block, with resampled replicates.
 
     Attributes:
         loss: f.
         signal: G = ‖∇f‖².
-        row_noise: S: variance of the gradient of one row, summed over the weights.
-        trace: mean vᵀHv: tr H.
-        rayleigh: κ, from the covariance of s² and vᵀHv: within [0, trace] where no vᵀHv was
-            negative, so that H may be positive semi-definite, else within [0, largest vᵀHv].
+        row_noise: S, the variance of one row's gradient, summed over the weights.
+        trace: tr H, the mean of vᵀHv.
+        rayleigh: κ, from the covariance of s² and vᵀHv. It lies in [0, trace] if no vᵀHv was
+            negative, so that H may be positive semi-definite, and in [0, largest vᵀHv] otherwise.
         spread: ‖H‖_F, from the variance of vᵀHv; at least λ_max.
-        least: smallest vᵀHv that was seen; below 0, H has negative eigenvalues.
+        least: smallest measured vᵀHv. If it is below 0, H has negative eigenvalues.
         replicates: of (signal, row_noise, trace, rayleigh, spread): [resamples, 5].
-        num: directions.
-        num_rows: of a direction.
-        largest_slope: largest |s| of a batch that was seen.
+        num: number of directions.
+        num_rows: rows of a direction.
+        largest_slope: largest measured |s| of a batch.
         num_weights: d.
     """
 
@@ -52,7 +61,7 @@ class Moments:
 
     @property
     def sure_signal(self) -> float:
-        """G where the lower end of its 80% one-sided interval is positive, else 0."""
+        """G if the lower end of its 80% one-sided interval is positive, otherwise 0."""
         low = quantile(self.replicates[:, 0], 1 - CAUTION, self.num)
         return self.signal if low > 0 else 0.0
 
@@ -63,17 +72,20 @@ class Moments:
 
     @property
     def careful_trace(self) -> float:
-        """The trace at the upper end of its 80% one-sided interval."""
+        """Upper end of the trace's 80% one-sided interval."""
         return max(quantile(self.replicates[:, 2], CAUTION, self.num), self.trace, 0.0)
 
     @property
     def careful_largest(self) -> float:
-        """A bound of λ_max: ‖H‖_F, and tr H where no vᵀHv was negative, both at the upper end."""
+        """An upper bound of λ_max at the 80% level.
+
+        It is ‖H‖_F, or tr H if that is smaller and no vᵀHv was negative.
+        """
         spread = max(quantile(self.replicates[:, 4], CAUTION, self.num), self.spread, self.rayleigh)
         return min(spread, self.careful_trace) if self.least >= 0 else spread
 
     def intervals(self) -> dict[str, Interval]:
-        """Signal, noise, trace and κ with 95% intervals: resampled, expanded percentiles."""
+        """95% intervals of signal, noise, trace and κ, from resampled, expanded percentiles."""
         names = ("signal", "row_noise", "trace", "rayleigh")
         return {
             name: interval(getattr(self, name), self.replicates[:, i], self.num)
@@ -82,14 +94,15 @@ class Moments:
 
 
 def moments(directions: Directions, *, seed: int = 0) -> Moments:
-    """Signal, noise and curvature of a block.
+    """Compute the moments of a block.
 
-    Signal: the mean over directions of the products of different rows' slopes, unbiased for ‖∇f‖²
-    of the population that the rows are from. (Of the N rows themselves it is too small by S / N.)
+    The signal is the mean over directions of products of different rows' slopes. It is an unbiased
+    estimate of ‖∇f‖² of the population that the rows are drawn from. (For the loss of the N rows
+    themselves it is too small by S / N.)
 
     Args:
-        directions: at least two, Gaussian, of at least two rows.
-        seed: of the resampling.
+        directions: at least two Gaussian directions with at least two rows each.
+        seed: seed of the resampling.
 
     Raises:
         UserError: if a loss was not finite.
@@ -140,11 +153,11 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
 
 
 def total(parts: Sequence[Moments]) -> Moments:
-    """Moments of a block from those of its groups, each perturbed alone.
+    """Moments of a block from those of its groups, each of which was perturbed alone.
 
-    Signal, noise and trace add up; κ is weighted by each group's share of E s², without the terms
-    between groups. λ_max of a positive semi-definite H is at most the sum of the groups', and so
-    the spreads add up too.
+    Signal, noise and trace add up. κ is the mean weighted by each group's share of E s², without
+    the terms between groups. The spreads add up too, because λ_max of a positive semi-definite H is
+    at most the sum of the groups' λ_max.
     """
     stacked = np.stack([part.replicates for part in parts])
     summed = stacked.sum(axis=0)
@@ -164,7 +177,7 @@ def total(parts: Sequence[Moments]) -> Moments:
         spread=spread,
         least=min(part.least for part in parts),
         replicates=summed,
-        # The smallest group decides how far the percentiles are expanded.
+        # The group with the fewest directions sets how far the percentiles are expanded.
         num=min(part.num for part in parts),
         num_rows=min(part.num_rows for part in parts),
         largest_slope=math.sqrt(sum(part.largest_slope**2 for part in parts)),

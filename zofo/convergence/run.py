@@ -7,7 +7,6 @@ cover the experiments of the last command. A study that was stopped goes on wher
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from zofo.convergence.claims import Finding, findings
 from zofo.convergence.experiments.table import CLAIMS
 from zofo.convergence.measures import Study
 from zofo.convergence.plan import JSON_NAME, PAGE_NAME, Plan
-from zofo.disk.files import write_json
+from zofo.disk.files import finite, write_json
 
 
 def run(plan: Plan, console: Console) -> list[Finding]:
@@ -91,7 +90,7 @@ def summary_of(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) 
     """What was found, as plain values; NaN and infinite are null."""
     from zofo.environment import environment
 
-    return _plain(
+    return finite(
         {
             "scale": dataclasses.asdict(plan.scale),
             "engine": plan.engine,
@@ -128,13 +127,3 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "y_title": measured.y_title,
         "series": [dataclasses.asdict(series) for series in measured.series],
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
