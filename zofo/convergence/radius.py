@@ -1,4 +1,4 @@
-"""What eps costs: exponents of an estimate's error, bias and size, and the largest harmless eps."""
+"""The cost of eps: error, bias and size of an estimate, and the largest harmless eps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def of_estimate(
 
     Args:
         study: finished cells.
-        experiment: which.
+        experiment: name of the experiment.
         where: labels of the cell.
         of: "error" (root mean square of s − ⟨v, ∇f⟩) or "bias" (norm of the mean of g − ∇f).
-        name: in the legend.
+        name: name in the legend.
     """
     result = study.one(experiment, where)
     weights, eps = study.weights(result), result.arrays["eps"]
@@ -37,7 +37,7 @@ def _log_error(result: Result, weights: np.ndarray) -> np.ndarray:
 
 
 def _log_bias(result: Result, weights: np.ndarray) -> np.ndarray:
-    """Of the norm of the mean; what chance adds to its square is taken off."""
+    """Logarithm of the norm of the mean, without the part that chance adds to its square."""
     bias = np.moveaxis(result.arrays["bias"], 1, -1)  # [eps, d, seeds]
     mean = bias @ weights
     spread = (bias**2 @ weights - mean**2).sum(1) / bias.shape[-1]
@@ -82,7 +82,7 @@ def harmless_eps(
         ordered = sorted(results, key=lambda r: float(r.cell.labels["eps"]))
         eps = np.array([float(r.cell.labels["eps"]) for r in ordered])
         logs = np.stack([study.tuned(r, "x").log_value[-1] for r in ordered])
-        # Falls where the value rises: `epochs_to` finds the first crossing.
+        # The value rises with eps, so its negative falls. `epochs_to` finds the first crossing.
         rows.append(epochs_to(eps, -logs, -(logs[0] + np.log(factor))))
     log_y = np.stack(rows)
     xs = [*per_label]

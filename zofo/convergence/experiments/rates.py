@@ -43,7 +43,7 @@ def directions_cells(scale: Scale) -> list[Any]:
             setting,
             Rates(-13, -1, scale.per_octave),
             doubling(64, 2048, scale),
-            # The ratio at d = 4 is known in closed form, and cheap.
+            # At d = 4 the ratio is known in closed form and runs are cheap, so more seeds are used.
             scale.num_seeds * (4 if d == 4 else 1),
         )
 
