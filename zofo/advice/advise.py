@@ -44,6 +44,7 @@ from zofo.advice.short_trainings import (
 )
 from zofo.errors import UserError
 from zofo.noise.combine import Distribution
+from zofo.optim.cost import num_moves
 from zofo.optim.methods import METHODS, param_groups
 from zofo.perturb.view import Perturbation
 from zofo.statistics.resampling import Interval
@@ -160,7 +161,7 @@ class _Advisor:
                 pairs = zip(group["params"], group["tensors"], strict=True)
                 self.zeroth |= dict(zip(group["names"], pairs, strict=True))
         self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
-        self.num_moves = -(-setting.num_steps // setting.base_every)
+        self.num_moves = num_moves(setting.num_steps, setting.base_every)
         rows = setting.batch_size if setting.base_rows is None else setting.base_rows
         self.batch_rows = rows * setting.accumulation
         self.start = [p.detach().clone() for p in self.first]

@@ -22,7 +22,7 @@ from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.loading import head_of
 from zofo.optim.blocks import split_parameters
-from zofo.optim.methods import METHODS
+from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved.artifact import HEADER_FILE, BaseSpec, read_header
 from zofo.saved.checkpoint_folders import find_damage
@@ -70,7 +70,7 @@ class Source:
         if self.trajectory is None:
             raise UserError(
                 f"{self.folder} was trained by {self.method}, which records no steps of the base; "
-                "only hybrid and zo-ft do"
+                f"only {methods_that(lambda m: m.base == 'zeroth', joined_by='and')} do"
             )
         return Trajectory.load(self.trajectory)[0]
 

@@ -39,9 +39,9 @@ def order_n_cells(scale: Scale) -> list[Any]:
             scale.num_seeds * (4 if sampling == "shuffle-once" else 1),
         )
 
-    # If curvature varies too, shuffling once has the bias of reshuffling, which hides how it depends
-    # on n. The noise is chosen so that each order shows its limit: the best rates are small, but
-    # every direction has converged.
+    # If curvature varies too, shuffling once has the bias of reshuffling, which hides its own
+    # dependence on n. The noise is chosen so that each order shows its limit: the best rates are
+    # small, but every direction has converged.
     designs: tuple[tuple[Sampling, float, tuple[int, ...], dict[str, Any]], ...] = (
         ("reshuffle", 1e5, (4, 8, 16), CURVATURE),
         ("shuffle-once", 1e3, (8, 16, 32), {}),
