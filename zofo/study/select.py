@@ -1,9 +1,9 @@
-"""Learning rates are chosen by dev scores, and by nothing else.
+"""Chooses learning rates by dev scores alone.
 
     rates of a cell = argmin over pairs of mean over the choosing seeds of the dev score
 
-What is compared here are `DevScore`s, which hold no test number, and this module reads no file:
-a choice cannot depend on the test rows. A pair loses if one of its runs failed or was stopped.
+This module reads no file, and a `DevScore` holds no test score, so a choice cannot depend on the
+test rows. A pair is out of the choice if one of its runs failed or was stopped.
 """
 
 from __future__ import annotations
