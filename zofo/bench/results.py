@@ -1,4 +1,4 @@
-"""Samples, and what is made of them: medians, ratios within rounds, JSON."""
+"""Samples of a benchmark and their summary: medians, ratios within rounds, JSON."""
 
 from __future__ import annotations
 

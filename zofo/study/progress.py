@@ -1,4 +1,4 @@
-"""How far a study is: counts, a guess at the remaining time, a live table or lines.
+"""Shows the progress of a study: counts, the estimated remaining time, a live table or lines.
 
     remaining = sum over open runs of forward-equivalents x seconds for one, over workers
 
@@ -39,8 +39,8 @@ class Summary:
         counts: phase -> state -> tasks.
         running: names of the tasks under way.
         failed: name -> why.
-        remaining_s: of one worker, in forwards; None if nothing has been timed.
-        num_unchosen: cells all of whose rates lost.
+        remaining_s: estimated seconds for one worker; None if no run has been timed.
+        num_unchosen: cells without a choice, because every pair of rates failed.
     """
 
     counts: dict[str, dict[str, int]]
@@ -220,7 +220,7 @@ class StudyDisplay:
         self._live.update(Group(table, *lines), refresh=True)
 
     def away(self, worker: Worker, error: Exception) -> None:
-        """The database does not answer: said once."""
+        """Report once that the database does not answer."""
         if not self._said_away:
             self._said_away = True
             first = (str(error).strip().splitlines() or [repr(error)])[0]
