@@ -27,12 +27,7 @@ NUM_DIRECTIONS: Final = 4
 
 
 class Kernel:
-    """One operation on the weight.
-
-    Args:
-        run: the operation.
-        num_bytes: what it reads and writes.
-    """
+    """One operation on the weight, and the number of bytes that it reads and writes."""
 
     def __init__(self, run: Callable[[], object], num_bytes: int) -> None:
         self.step, self.num_bytes = run, num_bytes

@@ -17,12 +17,9 @@ from zofo.study.grid import Cell, Grid, Pair
 
 @dataclass(frozen=True)
 class DevScore:
-    """What a run that has ended came to on dev.
+    """The dev score of an ended run: its loss, or one minus its accuracy; lower is better.
 
-    Attributes:
-        cell, rates, seed: which run.
-        score: lower is better: the dev loss, or one minus the accuracy; None if the run failed,
-            was stopped, or has none that is finite.
+    `score` is None if the run failed, was stopped, or has no finite score.
     """
 
     cell: Cell
@@ -33,11 +30,9 @@ class DevScore:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the runs of a cell say.
+    """The chosen pair of a cell, and the mean dev score of each pair.
 
-    Attributes:
-        rates: the chosen pair; None if every pair has a run that failed or was stopped.
-        scores: pair -> mean dev score; None where it lost.
+    `rates` is None if every pair has a failed or stopped run; such a pair's score is None.
     """
 
     rates: Pair | None

@@ -55,11 +55,11 @@ Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Where(_Part):
+class Where(_Strict):
     """Selects cells by their labels; a key that is left out matches every label, as `*` does."""
 
     models: Pattern = "*"
@@ -100,7 +100,7 @@ class Rates(Where):
         return value
 
 
-class StudySpec(_Part):
+class StudySpec(_Strict):
     """A study."""
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="of the study; also in its files")

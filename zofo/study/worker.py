@@ -41,7 +41,7 @@ from zofo.study.spec import SPEC_FILE, differences, load_spec
 T = TypeVar("T")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _POLL_S: Final = 0.05
-_LOOK_S: Final = 2.0
+_REFRESH_S: Final = 2.0
 """Seconds between two checks of the other workers' progress."""
 _MAX_DEATHS: Final = 3
 """Deaths by a signal, out of memory for instance, without a checkpoint in between."""
@@ -94,7 +94,7 @@ class Worker:
         """
         self._begin(retry_failed)
         previous = self._handle_signals()
-        looked = beaten = -math.inf
+        refreshed = beaten = -math.inf
         try:
             while True:
                 self._send_signals()
@@ -102,13 +102,13 @@ class Worker:
                 if self.signum is not None and not self.jobs:
                     break
                 now = time.monotonic()
-                if self.signum is None and (ended or now - looked >= _LOOK_S):
-                    looked = now
+                if self.signum is None and (ended or now - refreshed >= _REFRESH_S):
+                    refreshed = now
                     self.folder.choices()
                     self._fill_slots()
                     if not self.jobs and self._is_done():
                         break
-                    self._report("looked")
+                    self._report("refreshed")
                 if now - beaten >= self.queue.heartbeat_s:
                     beaten = now
                     self._beat()
@@ -340,7 +340,7 @@ class Worker:
         try:
             return action(*values)
         except self.queue.errors as error:
-            self._report("away", error)
+            self._report("database_failed", error)
             return None
 
     def _report(self, what: str, *values: Any) -> None:
