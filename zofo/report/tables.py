@@ -30,7 +30,7 @@ def group_table(comparison: Comparison) -> Table:
     def name(group: Group) -> Cell:
         is_one_of_many = group.is_chosen and sizes[cell_of(group)] > 1
         text = treatment_of(group, groups)
-        return Cell(text, text, "stands for its cell" if is_one_of_many else "", mark="name short")
+        return Cell(text, text, "represents its cell" if is_one_of_many else "", mark="name short")
 
     def accuracy(group: Group) -> Cell:
         cell = estimate_cell(group.accuracy, 100, ".2f")

@@ -158,7 +158,7 @@ def _over_steps(summary: Mapping[str, Any], kind: str, theme: Theme) -> Figure:
         )
     figure.update_layout(
         height=400,
-        xaxis={"title": {"text": "optimiser steps done"}},
+        xaxis={"title": {"text": "optimizer steps done"}},
         yaxis={"type": "log", "title": {"text": "constant; gradient norm (dotted)"}},
     )
     return plain(figure)
