@@ -1,5 +1,12 @@
 """The one error that means: the input is wrong, and this is how to mend it."""
 
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from typing import Any
+
 
 class TrainingStoppedError(RuntimeError):
     """Training ended before its last step: at a loss that is not finite."""
@@ -10,3 +17,23 @@ class UserError(ValueError):
 
     The command line prints its message without a traceback and exits with code 2.
     """
+
+
+def problem_in_words(key: str, error: Any) -> str:
+    """One entry of pydantic's `ValidationError.errors()`: value, constraint, nearest choice."""
+    message = re.sub(r"^Input should be ", "must be ", error["msg"])
+    message = re.sub(r", unable to parse string as an? \w+$", "", message)
+    message = re.sub(r"^Value error, ", "", message)
+    text = f"{key} is {shown(error['input'])}; it {message}"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(error["input"], choices, n=1)
+        text += f" (did you mean {near[0]}?)" if near else ""
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value as the user gave it, shortened where it is very long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import zofo.bench.timing
 from zofo.bench.results import NOISE_RATIOS, STEP_RATIOS
 from zofo.bench.settings import contenders_on
-from zofo.cli.exits import app
+from zofo.cli.app import app
 
 runner = CliRunner()
 CONTENDERS = contenders_on("cpu")

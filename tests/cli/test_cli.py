@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from zofo import environment
-from zofo.cli import doctor as looking
-from zofo.cli.exits import app
+from zofo.cli import doctor
+from zofo.cli.app import app
 from zofo.noise import backends, cpu
 
 runner = CliRunner()
@@ -236,10 +236,10 @@ def test_tasks_and_doctor():
 @pytest.fixture
 def two_more_devices(monkeypatch):
     """Device -> what is drawn there; the right directions until a test says otherwise."""
-    right = looking.signs_on("cpu")
+    right = doctor.signs_on("cpu")
     drawn = {"cpu": lambda: right, "cuda": lambda: right, "mps": lambda: right}
     monkeypatch.setattr(environment, "present_devices", lambda: list(drawn))
-    monkeypatch.setattr(looking, "signs_on", lambda device: drawn[device]())
+    monkeypatch.setattr(doctor, "signs_on", lambda device: drawn[device]())
     return drawn
 
 

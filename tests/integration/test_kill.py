@@ -5,6 +5,7 @@ The runs are processes of their own, forked from a server that has imported ever
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import assert_same_bits
-from tests.training import untimed_metrics
+from tests.support.models import assert_same_bits
+from tests.support.trainers import untimed_metrics
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
@@ -27,7 +28,9 @@ from zofo.saved.artifact import load
 STEPS = 24
 ADAPTER = "adapter_model.safetensors"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "zofo.cli.train", "peft", "tests.training"])
+_context.set_forkserver_preload(
+    ["zofo.run.train", "zofo.cli.train", "peft", "tests.support.trainers"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,7 @@ def options(folder, reviews, model, *more):
 
 def _begin(arguments, stderr):
     """In the process: `zofo train`."""
+    gc.freeze()  # `Trainer.train` collects garbage, and would visit all that was imported
     sys.argv = ["zofo", "train", *arguments]
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

@@ -17,7 +17,7 @@ import triton.language as tl
 from scipy import stats
 
 from tests.noise.test_noise import PUBLISHED
-from zofo.cli import doctor as looking
+from zofo.cli import doctor
 from zofo.noise import backends, philox, triton_kernels, triton_launch
 from zofo.noise.combine import (
     PURPOSES,
@@ -417,4 +417,4 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_anew():
 
 def test_doctor_compares_these_kernels_with_the_reference():
     expected = philox.rademacher(torch.arange(1000), seed=1, step=2, direction=0, tensor=3)
-    assert torch.equal(looking.signs_on(DEVICE), expected.float())
+    assert torch.equal(doctor.signs_on(DEVICE), expected.float())

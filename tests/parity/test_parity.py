@@ -15,7 +15,7 @@ import copy
 import pytest
 import torch
 
-from tests.conftest import batch_for, bits, build, loss_of
+from tests.support.models import batch_for, bits, build, loss_of
 from zofo import HybridOptimizer, param_groups, split_parameters
 from zofo.noise.combine import direction
 

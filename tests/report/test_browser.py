@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.study.folders import write_run, write_study
+from tests.support.run_folders import write_run, write_study
 from zofo.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")

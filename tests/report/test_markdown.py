@@ -5,8 +5,8 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from tests.study.folders import write_run, write_study
-from zofo.cli.exits import app
+from tests.support.run_folders import write_run, write_study
+from zofo.cli.app import app
 from zofo.errors import UserError
 from zofo.report.markdown import escape, render_markdown, write_markdown
 from zofo.report.page import make_report

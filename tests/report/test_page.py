@@ -13,8 +13,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from tests.report.pages import read_page
-from tests.study.folders import write_run, write_study
+from tests.support.pages import read_page
+from tests.support.run_folders import write_run, write_study
 from zofo.errors import UserError
 from zofo.pages.themes import THEMES
 from zofo.report import write_report

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.report.pages import read_page
-from tests.study.folders import write_run, write_study
-from zofo.cli.exits import app
+from tests.support.pages import read_page
+from tests.support.run_folders import write_run, write_study
+from zofo.cli.app import app
 from zofo.cli.report import printable, show
 from zofo.config.load import load_config
 from zofo.report.page import make_report

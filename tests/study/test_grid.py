@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.tiny_study import values
+from tests.support.tiny_study import values
 from zofo.config.load import load_config
 from zofo.errors import UserError
 from zofo.run.cost import forward_equivalents

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.study.tiny_study import complete, num_ended
-from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_rows
-from zofo.cli.exits import app
+from tests.support.forks import server
+from tests.support.hub_rows import TEST_SPLIT, make_row, write_rows
+from tests.support.tiny_study import complete, num_ended
+from zofo.cli.app import app
 from zofo.run.train import train
 from zofo.study.grid import Grid, Run, expand
 from zofo.study.spec import label_of, load_spec, presets
@@ -70,7 +71,10 @@ def test_a_study_file_names_its_command(path):
 
 
 def test_a_preset_as_in_the_readme(tmp_path, encoder_folder):
-    """`zofo study laptop --workers 2` and `zofo report`, cut down by overrides only."""
+    """`zofo study laptop --workers 2` and `zofo report`, cut down by overrides only.
+
+    The study's processes are forked from one that has imported everything.
+    """
     rows = [make_row("rotten-tomatoes", i) for i in range(90)]
     write_rows(tmp_path / "train.jsonl", rows[:60])
     write_rows(tmp_path / "test.jsonl", rows[60:])
@@ -86,7 +90,8 @@ def test_a_preset_as_in_the_readme(tmp_path, encoder_folder):
         "budget": 12,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    complete("laptop", "--workers", "2", *overrides)
+    with server(tmp_path) as program:
+        complete("laptop", "--workers", "2", *overrides, program=program)
     assert num_ended(tmp_path) == 2
     page = tmp_path / "report.html"
     done = CliRunner().invoke(app, ["report", str(tmp_path / "study"), "--to", str(page)])

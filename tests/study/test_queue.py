@@ -18,7 +18,7 @@ from zofo.errors import UserError
 from zofo.study.queue import Queue
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "tests.study.warm"])
+_context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 
 
 def binaries():

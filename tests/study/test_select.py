@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.tiny_study import spec_of, write_rows
+from tests.support.tiny_study import spec_of, write_rows
 from zofo.study.grid import Pair, Run, expand
 from zofo.study.records import StudyFolder
 from zofo.study.select import DevScore, choose

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from tests.study.tiny_study import write_rows
+from tests.support.tiny_study import write_rows
 from zofo.cli.train import _show
 from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from docs import hooks
-from tests.study.tiny_study import complete, kill_all, num_ended, results, start, write_rows
-from tests.study.tiny_study import write_study as write
-from zofo.cli.exits import app
+from tests.support.tiny_study import complete, kill_all, num_ended, results, start, write_rows
+from tests.support.tiny_study import write_study as write
+from zofo.cli.app import app
 from zofo.study.process import Child
 from zofo.study.spec import StudySpec
 

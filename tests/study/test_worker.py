@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.study.tiny_study import num_ended, results, spec_of, write_rows
+from tests.support.tiny_study import num_ended, results, spec_of, write_rows
 from zofo.errors import UserError
 from zofo.study.grid import expand
 from zofo.study.jobs import all_tasks
@@ -26,7 +26,7 @@ from zofo.study.worker import Worker
 
 FAKE = (sys.executable, "-S", "-E", str(Path(__file__).with_name("fake_run.py")))
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "tests.study.warm"])
+_context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 LARGE = {
     "seeds": [0, 1, 2],
     "methods": ["hybrid", "fo-peft", "zo-ft"],

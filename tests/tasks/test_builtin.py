@@ -3,7 +3,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from tests.tasks.hub_rows import TEST_SPLIT, make_row, write_folder, write_rows
+from tests.support.hub_rows import TEST_SPLIT, make_row, write_folder, write_rows
 from zofo.errors import UserError
 from zofo.tasks.families.family import examples
 from zofo.tasks.families.table import BUILTIN

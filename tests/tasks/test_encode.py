@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.conftest import build
-from tests.tiny import make_tokenizer
+from tests.support.hub_folders import make_tokenizer
+from tests.support.models import build
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import load_model

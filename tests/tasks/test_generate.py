@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.tiny import make_tokenizer
+from tests.support.hub_folders import make_tokenizer
 from zofo.errors import UserError
 from zofo.tasks.encode import Encoder
 from zofo.tasks.load import load_splits

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.tiny import make_tokenizer
+from tests.support.hub_folders import make_tokenizer
 from zofo.errors import UserError
 from zofo.tasks.answers import Answers
 from zofo.tasks.encode import Encoder, encoder_for

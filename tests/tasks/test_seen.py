@@ -1,6 +1,6 @@
 import pytest
 
-from tests.tasks.hub_rows import write_folder, write_rows
+from tests.support.hub_rows import write_folder, write_rows
 from zofo.errors import UserError
 from zofo.tasks.load import load_splits
 from zofo.tasks.seen import check_rows, check_tasks

@@ -51,6 +51,7 @@ from zofo.advice.short_trainings import (
 )
 from zofo.errors import UserError
 from zofo.noise.combine import Distribution
+from zofo.optim.cost import num_moves
 from zofo.optim.methods import METHODS, param_groups
 from zofo.perturb.view import Perturbation
 from zofo.statistics.resampling import Interval
@@ -174,7 +175,7 @@ class _Work:
             batch_size=min(setting.batch_size, num_rows // 2),
             seed=seed,
         )
-        self.moves = -(-setting.num_steps // setting.base_every)
+        self.moves = num_moves(setting.num_steps, setting.base_every)
         rows = setting.batch_size if setting.base_rows is None else setting.base_rows
         self.batch_rows = rows * setting.accumulation
         self.start = [p.detach().clone() for p in self.first]

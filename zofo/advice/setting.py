@@ -11,19 +11,18 @@ from zofo.advice.eps import Plateau
 from zofo.advice.groups import Split
 from zofo.advice.rates import Moments, ZerothRate
 from zofo.advice.short_trainings import FirstRate
-from zofo.noise.combine import Distribution
-from zofo.optim.estimator import Estimator, forwards_per_direction
-from zofo.optim.methods import METHODS
+from zofo.optim.cost import forward_equivalents, forwards_of_a_move, num_moves
+from zofo.optim.methods import METHODS, Block
+from zofo.optim.options import StepOptions
 from zofo.statistics.resampling import Interval
 
 HOPELESS: Final = 0.01
 """Share of the loss below which the zeroth-order part is said not to be worth its forwards."""
 Caps = Literal["ignore", "apply"]
-Block = Literal["base", "adapter"]
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(kw_only=True)
+class Setting(StepOptions):
     """The run that is advised on.
 
     Attributes:
@@ -32,11 +31,9 @@ class Setting:
         batch_size: rows of a micro-batch.
         accumulation: micro-batches a step.
         base_rows: rows of a micro-batch that the difference is taken on; None: all.
-        base_every: steps from one move of the zeroth-order block to the next.
         optimizer: of the first-order block: "adamw" or "sgd".
         adapter_weight_decay: handed to it.
         max_grad_norm: clipping of its gradient.
-        estimator, num_directions, distribution: of the zeroth-order block.
         eps, base_lr, adapter_lr: "auto", or what is given.
         usual_rate: where the first-order search begins if curvature says nothing, and within half a
             decade of which Adam's begins otherwise.
@@ -50,14 +47,10 @@ class Setting:
     batch_size: int = 8
     accumulation: int = 1
     base_rows: int | None = None
-    base_every: int = 1
     optimizer: str = "adamw"
     adapter_weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    estimator: Estimator = "forward"
-    num_directions: int = 1
-    distribution: Distribution = "rademacher"
-    eps: float | Literal["auto"] = "auto"
+    eps: float | Literal["auto"] = "auto"  # type: ignore[assignment]
     base_lr: float | dict[str, float] | Literal["auto"] | None = "auto"
     adapter_lr: float | Literal["auto"] | None = "auto"
     usual_rate: float = 1e-3
@@ -68,18 +61,12 @@ class Setting:
     @property
     def zeroth(self) -> Block | None:
         """The block that moves by loss differences."""
-        return self._block_of("zeroth")
+        return METHODS[self.method].zeroth
 
     @property
     def first(self) -> Block | None:
         """The block that moves by its gradient."""
-        return self._block_of("first")
-
-    def _block_of(self, order: str) -> Block | None:
-        orders = METHODS[self.method]
-        if orders.base == order:
-            return "base"
-        return "adapter" if orders.adapter == order else None
+        return METHODS[self.method].first
 
     def asks(self, block: str | None) -> bool:
         """Whether a block's rate is to be found."""
@@ -88,11 +75,14 @@ class Setting:
     @property
     def forwards_of_run(self) -> float:
         """Forward-equivalents of its training."""
-        gradient = max(1, METHODS[self.method].forwards_per_gradient)
         share = 1.0 if self.base_rows is None else self.base_rows / self.batch_size
-        extra = self.num_directions * forwards_per_direction(self.estimator) * share
-        moves = -(-self.num_steps // self.base_every) if self.zeroth else 0
-        return self.accumulation * (self.num_steps * gradient + moves * extra)
+        a_move = forwards_of_a_move(self.estimator, self.num_directions, share)
+        moves = num_moves(self.num_steps, self.base_every) if self.zeroth else 0
+        return forward_equivalents(
+            self.accumulation * self.num_steps,
+            METHODS[self.method].forwards_per_gradient,
+            self.accumulation * moves * a_move,
+        )
 
 
 @dataclass
@@ -162,7 +152,7 @@ def remarks_of(advice: Advice) -> list[str]:
                 f"hopeless: the zeroth-order part {what} of {later.loss:.3g} in "
                 f"{setting.num_steps} steps ({advice.progress:.2g})"
             )
-            if setting.method == "hybrid":
+            if setting.first and setting.zeroth:
                 what += "; method fo-peft costs a third less"
         elif advice.progress.low <= 0:
             what += "; the interval holds 0, so it may do nothing"

@@ -187,7 +187,7 @@ class Ours(Contender):
             self.model,
             optimizer="AdamW",
             estimator=self.estimator,
-            distribution=bench.settings.distribution,  # type: ignore[arg-type]
+            distribution=bench.settings.distribution,
             eps=EPS,
             self_check=False,  # of the first step alone
             overlap=self.overlap,

@@ -65,7 +65,7 @@ def measure_here(settings: Settings, name: str) -> dict[str, int]:
     _import_all()
     libraries = used_bytes(device)
     if on_cpu and (name == KERNELS or KINDS[name].uses_kernels):
-        _load_kernels(settings)
+        load_kernels(settings.dtype, settings.distribution)
     kernels = used_bytes(device) - libraries
     if name == KERNELS:
         return {"libraries": libraries, "kernels": kernels}
@@ -105,17 +105,17 @@ def _import_all() -> None:
     from zofo.bench import contenders  # noqa: F401
 
 
-def _load_kernels(settings: Settings) -> None:
+def load_kernels(dtype: str, distribution: str) -> None:
     """Perturbation and update of a step, on a few weights."""
     from zofo.models.loading import DTYPES
     from zofo.noise.combine import combine, combine_rows
 
-    weight = torch.zeros(8, 8, dtype=DTYPES[settings.dtype])
+    weight = torch.zeros(8, 8, dtype=DTYPES[dtype])
     address: dict[str, Any] = {
         "seed": 1,
         "step": 2,
         "tensor": 3,
-        "distribution": settings.distribution,
+        "distribution": distribution,
     }
     combine(weight, (1e-3,), out=torch.empty_like(weight), **address)
     combine(weight, (1e-3,), rounding="stochastic", **address)

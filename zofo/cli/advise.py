@@ -102,7 +102,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
     from zofo.optim.methods import METHODS
 
     orders = METHODS[config.method]
-    if config.zo_objective != "loss" and "zeroth" in (orders.base, orders.adapter):
+    if config.zo_objective != "loss" and orders.zeroth:
         raise UserError(
             f"zo_objective is {config.zo_objective}, and the advice measures the training "
             "loss; set zo_objective=loss to be advised for that, or choose rates by hand"
@@ -111,7 +111,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
     for key in ("base_lr", "adapter_lr", "eps"):
         if not isinstance(values[key], dict):
             values[key] = AUTO
-    if config.method in ("fo-ft", "zo-ft"):
+    if not orders.needs_adapter:
         del values["adapter"]
     if values["steps"] is None:
         del values["steps"]

@@ -23,6 +23,10 @@ _PLAIN_WIDTH = 160
 @app.command()
 @reports_errors
 def bench(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="With --whole-run: its values."),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
     ] = "smollm2-135m",
@@ -48,6 +52,14 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write samples, ratios, environment here.")
     ] = None,
+    whole_run: Annotated[
+        str | None,
+        typer.Option(
+            "--whole-run",
+            metavar="CONFIG",
+            help="Instead: peak memory of a whole run of this configuration, phase by phase.",
+        ),
+    ] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure what a step costs: every method, ours and as published, and the noise kernels.
@@ -55,7 +67,14 @@ def bench(
     zofo bench --threads 1,2 --json bench.json
 
     zofo bench --device cuda --model random:llama-1b --dtype bfloat16 --json gpu.json
+
+    zofo bench --whole-run configs/demo.yaml steps=8 task.num_train=64
     """
+    if whole_run is not None:
+        _measure_whole_run(whole_run, overrides or [], memory_of, json_file)
+        return
+    if overrides:
+        raise UserError(f"{overrides[0]!r} has an effect only with --whole-run CONFIG")
     from zofo.bench.settings import settings_from
 
     if noise_only and no_noise:
@@ -105,3 +124,19 @@ def _measure(settings: Settings, json_file: Path | None) -> None:
         print(f"samples, ratios and environment in {json_file}", file=sys.stderr)
     if code:
         raise typer.Exit(code)
+
+
+def _measure_whole_run(
+    config: str, overrides: list[str], method: str | None, json_file: Path | None
+) -> None:
+    from zofo.bench import whole_run
+    from zofo.config.load import load_config
+    from zofo.disk.files import write_json
+
+    if method is not None:
+        print(json.dumps(whole_run.measure_here(config, method)))
+        return
+    found = whole_run.measure(load_config(config, overrides=overrides), Console(stderr=True))
+    whole_run.show(found, Console(highlight=False))
+    if json_file is not None:
+        write_json(json_file, found)

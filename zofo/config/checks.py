@@ -6,6 +6,8 @@ import difflib
 
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
 from zofo.models.adapter_kinds import KINDS
+from zofo.optim.methods import METHODS, methods_that
+from zofo.optim.options import STEP_KEYS
 
 
 def check_sections(config: RunConfig) -> list[str]:
@@ -13,16 +15,17 @@ def check_sections(config: RunConfig) -> list[str]:
     from zofo.tasks.load import check_spec
 
     problems = check_spec(config.task)
-    full = config.method in ("fo-ft", "zo-ft")
+    method = METHODS[config.method]
+    full = not method.needs_adapter
     if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
         problems.append(
-            f"method {config.method} moves no adapter; remove adapter, or choose hybrid, fo-peft "
-            "or zo-peft"
+            f"method {config.method} moves no adapter; remove adapter, or choose "
+            f"{methods_that(lambda m: m.needs_adapter)}"
         )
     if not full and config.adapter.type == "none" and config.adapter.config_file is None:
         problems.append(
             f"method {config.method} moves an adapter and adapter.type is none; choose one, "
-            "such as lora or prompt, or method fo-ft or zo-ft"
+            f"such as lora or prompt, or method {methods_that(lambda m: not m.needs_adapter)}"
         )
     is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
     if config.gradient_checkpointing and is_prefix and not full:
@@ -30,12 +33,12 @@ def check_sections(config: RunConfig) -> list[str]:
             "gradient_checkpointing is true and drops the cache that holds a prefix; set it to "
             "false, or choose another adapter"
         )
-    if config.base_every > 1 and config.method in ("zo-peft", "zo-ft"):
+    if config.base_every > 1 and not method.first:
         problems.append(
             f"base_every is {config.base_every} and method {config.method} moves nothing else in "
             "the other steps; leave it at 1, or choose method hybrid"
         )
-    if config.base_batch_fraction < 1 and config.method in ("zo-peft", "zo-ft"):
+    if config.base_batch_fraction < 1 and not method.first:
         problems.append(
             f"base_batch_fraction is {config.base_batch_fraction} and method {config.method} uses "
             "the rest of the batch for nothing; lower batch_size, or choose method hybrid"
@@ -46,7 +49,7 @@ def check_sections(config: RunConfig) -> list[str]:
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
     problems += _check_scores(config)
-    asked = [k for k in config.auto_keys if k == "eps" or _moves_by_differences(config, k)]
+    asked = [k for k in config.auto_keys if k in ("eps", f"{method.zeroth}_lr")]
     if asked and config.zo_objective != "loss":
         problems.append(
             f"{' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} auto, which measures the "
@@ -75,12 +78,6 @@ def check_sections(config: RunConfig) -> list[str]:
     return problems
 
 
-def _moves_by_differences(config: RunConfig, key: str) -> bool:
-    from zofo.optim.methods import METHODS
-
-    return getattr(METHODS[config.method], key.removesuffix("_lr")) == "zeroth"
-
-
 def _check_scores(config: RunConfig) -> list[str]:
     """Scores that the task does not have."""
     from zofo.tasks.load import writes_answers, writes_text
@@ -102,54 +99,22 @@ def _check_scores(config: RunConfig) -> list[str]:
 
 def idle_options(config: RunConfig) -> list[str]:
     """Options given by the user that have no effect with the chosen method and adapter."""
-    idle = {
-        "fo-peft": (
-            "base_lr",
-            "eps",
-            "estimator",
-            "num_directions",
-            "base_every",
-            "base_batch_fraction",
-            "overlap",
-            "distribution",
-            "zo_objective",
-            "base_weight_decay",
-            "snapshot_every",
-        ),
-        "zo-peft": (
-            "base_lr",
-            "optimizer",
-            "max_grad_norm",
-            "base_weight_decay",
-            "snapshot_every",
-        ),
-        "zo-ft": (
-            "adapter_lr",
-            "adapter_weight_decay",
-            "optimizer",
-            "max_grad_norm",
-            "snapshot_every",
-        ),
-        "fo-ft": (
-            "adapter_lr",
-            "adapter_weight_decay",
-            "eps",
-            "estimator",
-            "num_directions",
-            "base_every",
-            "base_batch_fraction",
-            "overlap",
-            "zo_objective",
-            "snapshot_every",
-        ),
-        "hybrid": (),
-    }
+    method, idle = METHODS[config.method], []
+    for block in ("base", "adapter"):
+        if getattr(method, block) == "frozen":
+            idle += [f"{block}_lr", f"{block}_weight_decay"]
+    if not method.zeroth:
+        idle += [*STEP_KEYS, "base_batch_fraction", "zo_objective"]
+    if not method.first:
+        idle += ["optimizer", "max_grad_norm"]
+    if method.base != "zeroth" or not method.needs_adapter:
+        idle.append("snapshot_every")
     found = [
         f"{key} has no effect with method {config.method}"
-        for key in idle[config.method]
+        for key in idle
         if getattr(config, key) != RunConfig.model_fields[key].default
     ]
-    if config.method == "hybrid" and config.base_batch_fraction < 1 and share_of(config) == 1:
+    if method.zeroth and method.first and config.base_batch_fraction < 1 and share_of(config) == 1:
         found.append(f"base_batch_fraction has no effect with batch_size {config.batch_size}")
     return found + _idle_adapter_options(config.adapter)
 

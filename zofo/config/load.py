@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from zofo.config.checks import check_sections
 from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunConfig
 from zofo.disk.yaml import parse_yaml, read_yaml
-from zofo.errors import UserError
+from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
+from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
@@ -128,13 +127,6 @@ def _section(path: Sequence[Any]) -> type[BaseModel]:
     return sections.get(str(path[0]), RunConfig) if len(path) > 1 else RunConfig
 
 
-def _shown(value: Any) -> str:
-    """A value as it was given, unless it is endless."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 100
-    return short.repr(value)
-
-
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
 
 
@@ -160,21 +152,14 @@ def describe_problem(error: Any) -> str:
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is {_shown(error['input'])}; it takes keys and values of its own"
+        return f"{key} is {shown(error['input'])}; it takes keys and values of its own"
     if path[0] == "base_lr":
-        return f"{key} is {_shown(error['input'])}; it must be a number" + (
+        return f"{key} is {shown(error['input'])}; it must be a number" + (
             "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
         )
     if error["input"] == AUTO:
         return f"{key} is auto; only {', '.join(AUTO_KEYS)} can be"
-    message = re.sub(r"^Input should be ", "must be ", error["msg"])
-    message = re.sub(r", unable to parse string as an? \w+$", "", message)
-    message = re.sub(r"^Value error, ", "", message)
-    text = f"{key} is {_shown(error['input'])}; it {message}"
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        near = difflib.get_close_matches(error["input"], choices, n=1)
-        text += f" (did you mean {near[0]}?)" if near else ""
+    text = problem_in_words(key, error)
     if key in AUTO_KEYS and error["type"] in ("float_parsing", "float_type"):
         text += ", or auto"
     return text
@@ -182,17 +167,16 @@ def describe_problem(error: Any) -> str:
 
 def _complete(config: RunConfig) -> RunConfig:
     update: dict[str, Any] = {}
-    if config.method in ("fo-ft", "zo-ft"):
+    method = METHODS[config.method]
+    if not method.needs_adapter:
         update["adapter"] = AdapterConfig(type="none")
-    if config.base_lr is None and config.method in ("hybrid", "fo-ft", "zo-ft"):
+    if config.base_lr is None and method.base != "frozen":
         update["base_lr"] = _BASE_LR
     is_known = config.adapter.type in KINDS and config.adapter.config_file is None
     kind = KINDS[config.adapter.type if is_known else "lora"]
-    if config.adapter_lr is None and config.method in ("hybrid", "fo-peft"):
-        update["adapter_lr"] = kind.lr
-    if config.adapter_lr is None and config.method == "zo-peft":
-        update["adapter_lr"] = kind.zo_lr
-    if config.method == "zo-peft" and "eps" not in config.model_fields_set:
+    if config.adapter_lr is None and method.needs_adapter:
+        update["adapter_lr"] = kind.lr if method.adapter == "first" else kind.zo_lr
+    if method.adapter == "zeroth" and "eps" not in config.model_fields_set:
         update["eps"] = kind.zo_eps
     if config.steps is None and config.epochs is None:
         update["steps"] = 200

@@ -20,9 +20,13 @@ from pydantic import (
     Tag,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 
 from zofo.models.adapter_kinds import AdapterType
+from zofo.optim.methods import METHODS, MethodName
+from zofo.optim.options import STEP_KEYS, Radius, StepOptions
+from zofo.optim.part import num_rows_of
 from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"
@@ -36,7 +40,7 @@ def _is_auto(value: Any) -> str:
 
 _Auto = Annotated[Literal["auto"], Tag(AUTO)]
 Rate = Annotated[Annotated[float, Field(ge=0), Tag("number")] | _Auto, Discriminator(_is_auto)]
-Radius = Annotated[Annotated[float, Field(gt=0), Tag("number")] | _Auto, Discriminator(_is_auto)]
+RadiusOrAuto = Annotated[Annotated[Radius, Tag("number")] | _Auto, Discriminator(_is_auto)]
 BaseRate = Annotated[
     Annotated[float | dict[str, float], Tag("number")] | _Auto, Discriminator(_is_auto)
 ]
@@ -73,6 +77,14 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run code from the model's repository")
     attn_implementation: str | None = Field(None, description="as in transformers")
 
+    def tokenizer(self) -> Any:
+        """Its tokenizer, without the model."""
+        from zofo.models.loading import load_tokenizer
+
+        return load_tokenizer(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
 
 class AdapterConfig(_Section):
     """The PEFT module."""
@@ -96,13 +108,18 @@ class AdapterConfig(_Section):
         """What results and folders call it: its type, or the name of its file."""
         return self.type if self.config_file is None else Path(self.config_file).stem
 
+    def build(self, model: Any, head: str, tokenizer: Any, *, seed: int = 0) -> Any:
+        """The model with this adapter on it, as `zofo.create_adapter` makes it."""
+        from zofo.models.adapters import create_adapter
 
-class RunConfig(_Section):
-    """One run."""
+        values = self.model_dump()
+        return create_adapter(model, head=head, tokenizer=tokenizer, seed=seed, **values)  # type: ignore[arg-type]
 
-    method: Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"] = Field(
-        "hybrid", description="which block moves by what"
-    )
+
+class RunConfig(_Section, StepOptions):
+    """One run; the fields of `StepOptions` are among its keys."""
+
+    method: MethodName = Field("hybrid", description="which block moves by what")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     task: TaskSpec = TaskSpec()
@@ -122,19 +139,9 @@ class RunConfig(_Section):
         1.0, gt=0, description="clip the first-order gradient to this norm; null: do not"
     )
 
-    eps: Radius = Field(
-        1e-3,
+    eps: RadiusOrAuto = Field(  # type: ignore[assignment]
+        StepOptions.eps,
         description="smoothing radius (as in MeZO), or auto; zo-peft of a prefix: 0.1 (paper)",
-    )
-    estimator: Literal["forward", "central"] = Field(
-        "forward", description="forward (paper): 1 extra forward; central: 2"
-    )
-    num_directions: int = Field(1, ge=1, description="directions a step (paper: 1)")
-    distribution: Literal["rademacher", "gaussian"] = Field(
-        "rademacher", description="of the directions (paper: gaussian)"
-    )
-    base_every: int = Field(
-        1, ge=1, description="steps from one move of the base to the next (paper: 1)"
     )
     base_batch_fraction: float = Field(
         1.0, gt=0, le=1, description="part of each batch that the loss difference is taken on"
@@ -142,11 +149,6 @@ class RunConfig(_Section):
     zo_objective: Literal["loss", "accuracy", "f1"] = Field(
         "loss",
         description="what the zeroth-order block lowers: the training loss, 1 - accuracy or 1 - F1",
-    )
-    replay_dropout: bool = Field(True, description="same masks for all evaluations of a step")
-    self_check: bool = Field(True, description="watch the first perturbed forward")
-    overlap: bool = Field(
-        False, description="on CUDA, perturb a layer while the one before it runs; same bits"
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="at a loss that is not finite: stop with a checkpoint, or skip the step"
@@ -192,27 +194,21 @@ class RunConfig(_Section):
     @property
     def auto_keys(self) -> tuple[str, ...]:
         """What is to be found before the run begins; only what its method has a use for."""
-        used = _auto_keys_of(self.method)
-        return tuple(k for k in AUTO_KEYS if getattr(self, k) == AUTO and k in used)
+        method = METHODS[self.method]
+        orders = {"base_lr": method.base, "adapter_lr": method.adapter}
+        orders["eps"] = "zeroth" if method.zeroth else "frozen"
+        return tuple(k for k in AUTO_KEYS if getattr(self, k) == AUTO and orders[k] != "frozen")
+
+    @model_serializer(mode="wrap")
+    def _method_first(self, serialize: Any) -> dict[str, Any]:
+        """The keys of `StepOptions` last, so that a written configuration begins with `method`."""
+        return dict(sorted(serialize(self).items(), key=lambda item: item[0] in STEP_KEYS))
 
     def to_yaml(self) -> str:
         """The configuration as YAML that reads back to the same."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def _auto_keys_of(method: str) -> tuple[str, ...]:
-    """The keys among `AUTO_KEYS` that move something."""
-    return {
-        "hybrid": ("base_lr", "adapter_lr", "eps"),
-        "fo-peft": ("adapter_lr",),
-        "zo-peft": ("adapter_lr", "eps"),
-        "fo-ft": ("base_lr",),
-        "zo-ft": ("base_lr", "eps"),
-    }[method]
-
-
 def share_of(config: RunConfig) -> float:
     """Share of a full micro-batch that the loss difference is taken on."""
-    from zofo.optim.part import num_rows_of
-
     return num_rows_of(config.base_batch_fraction, config.batch_size) / config.batch_size

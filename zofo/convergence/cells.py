@@ -146,9 +146,15 @@ class Result:
         return self.arrays["checkpoints"]
 
 
+def _content(cell: Any) -> dict[str, Any]:
+    """What a cell's file says of it."""
+    own = {"setting": cell.setting.as_dict()} if isinstance(cell, Cell) else {}
+    return asdict(cell) | own
+
+
 def digest_of(cell: Any, engine_name: str) -> str:
     """What a cell's file must have been made of."""
-    return json_digest({"cell": asdict(cell), "engine": engine_name, "format": FORMAT})
+    return json_digest({"cell": _content(cell), "engine": engine_name, "format": FORMAT})
 
 
 def path_of(folder: Path, cell: Any, engine_name: str) -> Path:
@@ -172,7 +178,7 @@ def finish(
     elapsed = time.monotonic() - began
     metadata = {
         "digest": digest_of(cell, engine_name),
-        "cell": json.dumps(asdict(cell)),
+        "cell": json.dumps(_content(cell)),
         "engine": engine_name,
         "elapsed_s": f"{elapsed:.3f}",
     }

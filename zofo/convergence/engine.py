@@ -22,35 +22,48 @@ from typing import Final, Literal
 import numpy as np
 
 from zofo.convergence.problems.base import QUADRATIC, Problem
+from zofo.errors import UserError
 from zofo.noise.combine import Distribution
-from zofo.optim.estimator import Estimator
+from zofo.optim.options import STEP_KEYS, StepOptions
 from zofo.optim.reshuffle import Sampling, epoch_order
 
 _BLOCK: Final = 64
 """Epochs whose orders are drawn at a time."""
 DIVERGED: Final = 1e12
 """A run whose ‖∇f‖² is this many times that of the start is given up: it counts as infinite."""
+USED_KEYS: Final = (
+    *("base_order", "sampling", "estimator", "distribution", "num_directions", "eps"),
+)
+"""What of a `Setting` the engines vary; a cell's file and its digest hold these."""
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(kw_only=True)
+class Setting(StepOptions):
     """How the base is moved and in which order samples come.
+
+    Of `StepOptions`, the engines take those in `USED_KEYS`; they refuse the others.
 
     Attributes:
         base_order: "zeroth", or "first" for the exact gradient in both blocks.
         sampling: "reshuffle", "shuffle-once" or "with-replacement".
-        estimator: "forward" or "central".
-        distribution: "gaussian" (the paper's) or "rademacher".
-        num_directions: K.
-        eps: smoothing radius; small by default, so that rounding and curvature do not show.
+        distribution: the paper's by default.
+        eps: small by default, so that rounding and curvature do not show.
     """
 
     base_order: Literal["zeroth", "first"] = "zeroth"
     sampling: Sampling = "reshuffle"
-    estimator: Estimator = "forward"
     distribution: Distribution = "gaussian"
-    num_directions: int = 1
     eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        unused = [key for key in STEP_KEYS if key not in USED_KEYS]
+        wrong = [key for key in unused if getattr(self, key) != getattr(StepOptions, key)]
+        if wrong:
+            raise UserError(f"the engine does not vary {', '.join(wrong)}; leave the default")
+
+    def as_dict(self) -> dict[str, float | str]:
+        """What a cell's file says of it."""
+        return {key: getattr(self, key) for key in USED_KEYS}
 
 
 @dataclass

@@ -63,11 +63,8 @@ def optimizer_of(
         groups,
         model,
         optimizer="SGD",
-        eps=setting.eps,
-        estimator=setting.estimator,
-        num_directions=setting.num_directions,
-        distribution=setting.distribution,
         seed=seed,
+        options=setting,
     )
 
 

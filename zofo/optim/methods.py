@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -29,6 +29,8 @@ from zofo.optim.blocks import (
 from zofo.perturb.compiled import WRAPPED_NAME
 
 Order = Literal["first", "zeroth", "frozen"]
+Block = Literal["base", "adapter"]
+MethodName = Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ class Method:
         """Whether the method moves an adapter."""
         return self.adapter != "frozen"
 
+    @property
+    def first(self) -> Block | None:
+        """The block that moves by its exact gradient."""
+        return self._block_of("first")
+
+    @property
+    def zeroth(self) -> Block | None:
+        """The block that moves by loss differences."""
+        return self._block_of("zeroth")
+
+    def _block_of(self, order: Order) -> Block | None:
+        return "base" if self.base == order else "adapter" if self.adapter == order else None
+
 
 METHODS: Final[Mapping[str, Method]] = {
     "hybrid": Method("zeroth", "first", "base by loss differences, adapter by its gradient"),
@@ -60,6 +75,12 @@ METHODS: Final[Mapping[str, Method]] = {
     "fo-ft": Method("first", "frozen", "full fine-tuning by the gradient, no adapter"),
     "zo-ft": Method("zeroth", "frozen", "full fine-tuning by loss differences (MeZO), no adapter"),
 }
+
+
+def methods_that(fit: Callable[[Method], bool], *, joined_by: str = "or") -> str:
+    """The names of the methods that fit, as a list in a sentence: "a, b or c"."""
+    names = [name for name, method in METHODS.items() if fit(method)]
+    return f" {joined_by} ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def get_method(name: str) -> Method:
@@ -88,12 +109,12 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
     if chosen.needs_adapter and not blocks.adapter:
         raise UserError(
             f"method {method!r} moves an adapter and the model has none; wrap it with "
-            "peft.get_peft_model, or choose fo-ft or zo-ft"
+            f"peft.get_peft_model, or choose {methods_that(lambda m: not m.needs_adapter)}"
         )
     if not chosen.needs_adapter and blocks.adapter:
         raise UserError(
             f"method {method!r} moves no adapter and the model has one; pass the model without "
-            "adapter, or choose hybrid, fo-peft or zo-peft"
+            f"adapter, or choose {methods_that(lambda m: m.needs_adapter)}"
         )
     check_adapter_kinds(model)
     if chosen.base != "frozen":

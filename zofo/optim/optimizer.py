@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,14 +24,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zofo.errors import UserError
-from zofo.noise.combine import Distribution
-from zofo.optim.estimator import Estimator, forwards_per_direction, projected_gradients, unperturbed
+from zofo.optim.estimator import forwards_per_direction, projected_gradients, unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
-from zofo.optim.options import check_options, optimizer_class
-from zofo.optim.reading import Reading, StepReport, step_unless
-from zofo.optim.reports import PendingStep, Rates, StepLog
-from zofo.optim.trajectory import GroupSpec, Trajectory, Update, move_unread
+from zofo.optim.options import (
+    StepOptions,
+    checked_options,
+    optimizer_class,
+    optimizer_problems,
+    step_values,
+)
+from zofo.optim.reports import Rates, StepLog, StepNumbers, StepReport
+from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.perturb.view import Perturbation
 
@@ -47,21 +50,15 @@ class HybridOptimizer(Optimizer):
         optimizer: what steps the first-order groups: a `torch.optim.Optimizer` class, or the name
             of one in `torch.optim` ("SGD", "AdamW", ...; case does not matter).
         optimizer_kwargs: its further arguments.
-        eps: smoothing radius; 1e-3 as in MeZO.
-        estimator: "forward" (the paper's) or "central".
-        num_directions: directions a step; the paper takes 1.
-        distribution: "rademacher" (default by choice: unbiased, and fast) or "gaussian" (paper).
-        base_every: the zeroth-order groups move, and cost forwards, only in steps 0, k, 2k, ...;
-            the paper's is 1.
         seed: of the directions, in [0, 2^64).
         max_grad_norm: clip the first-order gradient to this norm; None: do not.
-        replay_dropout: give every evaluation of a step the same dropout masks.
-        self_check: watch the first perturbed forward for weights read around the perturbation.
-        overlap: on CUDA, perturb the next layer while a layer runs; costs the scratch of one layer
-            more. What is computed is the same. Off by default: it has not been timed on a GPU.
         reads_late: leave a step's scalars on the device and read them a step later, so that the
             host never waits; None: on CUDA. What is computed is the same. `last_step`,
             `trajectory` and `state_dict` wait.
+        options: how the zeroth-order groups are measured and when they move; copied. The copy is
+            the attribute `options`. With `base_every` k these groups move, and cost forwards, only
+            in steps 0, k, 2k, ...
+        **changes: fields of `StepOptions`, such as `eps=1e-3`; they go before `options`.
 
     Raises:
         UserError: for values outside their ranges, all of them at once.
@@ -74,27 +71,20 @@ class HybridOptimizer(Optimizer):
         *,
         optimizer: str | type[Optimizer] = "SGD",
         optimizer_kwargs: Mapping[str, Any] | None = None,
-        eps: float = 1e-3,
-        estimator: Estimator = "forward",
-        num_directions: int = 1,
-        distribution: Distribution = "rademacher",
-        base_every: int = 1,
         seed: int = 0,
         max_grad_norm: float | None = None,
-        replay_dropout: bool = True,
-        self_check: bool = True,
-        overlap: bool = False,
         reads_late: bool | None = None,
+        options: StepOptions | None = None,
+        **changes: Any,
     ) -> None:
-        check_options(
-            optimizer, eps, estimator, num_directions, distribution, base_every, seed, max_grad_norm
+        given = {} if options is None else step_values(options)
+        self.options = options = checked_options(
+            StepOptions(**(given | changes)), optimizer_problems(optimizer, seed, max_grad_norm)
         )
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
-        check_groups(self.param_groups, base_every)
-        self.eps, self.estimator, self.num_directions = eps, estimator, num_directions
-        self.distribution, self.base_every, self.seed = distribution, base_every, seed
-        self.max_grad_norm, self.replay_dropout = max_grad_norm, replay_dropout
-        self._self_check = self_check
+        check_groups(self.param_groups, options.base_every)
+        self.seed, self.max_grad_norm = seed, max_grad_norm
+        self._self_check = options.self_check
 
         # The inner optimizer holds the same group dicts and the same state: schedulers and
         # checkpoints see one optimizer.
@@ -111,8 +101,8 @@ class HybridOptimizer(Optimizer):
                 [p for group in zeroth for p in group["params"]],
                 [t for group in zeroth for t in group["tensors"]],
                 seed=seed,
-                distribution=distribution,
-                overlap=overlap,
+                distribution=options.distribution,
+                overlap=options.overlap,
             )
             if zeroth
             else None
@@ -122,7 +112,9 @@ class HybridOptimizer(Optimizer):
             for group in zeroth
             if group.get("block", "base") == "base"
         )
-        self._log = StepLog(Trajectory(seed, distribution, eps, estimator, recorded))
+        self._log = StepLog(
+            Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
+        )
         self._reads_late = reads_late
         self._has_stepped = False
         self.step_count = 0
@@ -162,7 +154,7 @@ class HybridOptimizer(Optimizer):
     @property
     def zeroth_is_due(self) -> bool:
         """Whether the step under way measures and moves zeroth-order groups."""
-        return self.perturbation is not None and self.step_count % self.base_every == 0
+        return self.perturbation is not None and self.step_count % self.options.base_every == 0
 
     @property
     def evaluates_with_graph(self) -> bool:
@@ -189,11 +181,12 @@ class HybridOptimizer(Optimizer):
         """
         # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
         if self.perturbation is not None and self.zeroth_is_due:
-            generators = generators if self.replay_dropout else None
-            evaluations = self.num_directions * forwards_per_direction(self.estimator)
+            generators = generators if self.options.replay_dropout else None
+            options = self.options
+            evaluations = options.num_directions * forwards_per_direction(options.estimator)
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             reference, before = instead.loss, instead.cost_so_far()
-            if zeroth_loss is not None and reference is None and self.estimator == "forward":
+            if zeroth_loss is not None and reference is None and options.estimator == "forward":
                 reference = unperturbed(
                     instead.closure, generators, with_graph=self.evaluates_with_graph
                 )
@@ -202,10 +195,10 @@ class HybridOptimizer(Optimizer):
                 instead.closure,
                 self.perturbation,
                 reference,
-                eps=self.eps,
+                eps=options.eps,
                 step=self.step_count,
-                num_directions=self.num_directions,
-                estimator=self.estimator,
+                num_directions=options.num_directions,
+                estimator=options.estimator,
                 generators=generators,
                 self_check=self._self_check,
                 with_graph=self.inner is not None,
@@ -288,92 +281,37 @@ class HybridOptimizer(Optimizer):
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "
                 "call accumulate(closure) for each micro-batch before it"
             )
-        if self._is_read_late():
-            self._step_unread()
-        else:
-            self._log.read_pending()
-            self._step_now()
+        self._move()
         self.num_forwards += self._num_forwards
         self.step_count += 1
         self._has_stepped = True
         self.discard_measurements()
         return loss
 
-    def _step_now(self) -> None:
-        """Read what was measured, then move."""
-        total = None if self._loss is None else float(self._loss)
-        scalars = () if self._scalars is None else tuple(self._scalars.tolist())
-        loss_is_finite = total is None or math.isfinite(total)
-        scalars_are_finite = all(map(math.isfinite, scalars))
-        grad_norm = self._clip()
-        norms: dict[str, float] = {}
-        if loss_is_finite and self.inner is not None:
-            before = [p.clone() for p in self._adapter()]
-            self.inner.step()
-            if before:
-                norms["adapter"] = float(self._distance_from(before))
-        if loss_is_finite and scalars_are_finite and self.zeroth_is_due:
-            for group in self._groups("zeroth"):
-                Update(
-                    self.step_count, scalars, float(group["lr"]), float(group["weight_decay"])
-                ).apply(
-                    group["params"],
-                    group["tensors"],
-                    seed=self.seed,
-                    distribution=self.distribution,
-                )
-        self._log.report(
-            self.step_count,
-            total,
-            scalars,
-            None if grad_norm is None else float(grad_norm),
-            norms,
-            self._num_forwards,
-            self._rates(),
-        )
-
-    def _step_unread(self) -> None:
-        """Move as `_step_now` does; the device decides what is finite."""
+    def _move(self) -> None:
+        """Move both blocks by what was measured, and report it."""
         # Waits for the step before, which this one's forwards stand behind in the device's queue.
         self._log.read_pending()
-        device = self._measured_on()
-        values: dict[str, Tensor] = {}
-        is_finite = torch.ones((), dtype=torch.bool, device=device)
-        if self._loss is not None:
-            values["loss"] = self._loss
-            is_finite = torch.isfinite(self._loss)
-        grad_norm = self._clip()
-        if grad_norm is not None:
-            values["grad_norm"] = grad_norm
-        counters: list[tuple[Tensor, Tensor]] = []
+        numbers = StepNumbers(self._loss, self._scalars, reads_late=self._is_read_late())
+        numbers.note("grad_norm", self._clip())
         if self.inner is not None:
             first = [p for group in self._groups("first") for p in group["params"]]
-            states = (v for p in first for v in self.state[p].values() if isinstance(v, Tensor))
+            states = [v for p in first for v in self.state.get(p, {}).values()]
             before = [p.clone() for p in self._adapter()]
-            counters = step_unless(self.inner.step, [*first, *states], is_finite)
-            if before:
-                values["adapter_norm"] = self._distance_from(before)
-        if self._scalars is not None:
-            values["scalars"] = self._scalars
-            is_finite = is_finite & torch.isfinite(self._scalars).all()
-            for group in self._groups("zeroth"):
-                move_unread(
-                    group["params"],
-                    group["tensors"],
-                    torch.where(is_finite, self._scalars, torch.nan),
-                    step=self.step_count,
-                    lr=float(group["lr"]),
-                    weight_decay=float(group["weight_decay"]),
-                    seed=self.seed,
-                    distribution=self.distribution,
-                )
-        self._log.pending = PendingStep(
-            self.step_count,
-            self._num_forwards,
-            self._rates(),
-            Reading(values),
-            tuple(counters),
-        )
+            numbers.step_first(
+                self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
+            )
+            numbers.note("adapter_norm", self._distance_from(before) if before else None)
+        for group in self._groups("zeroth") if numbers.moves_zeroth else ():
+            rates = float(group["lr"]), float(group["weight_decay"])
+            Update(self.step_count, numbers.projected_grad, *rates).apply(
+                group["params"],
+                group["tensors"],
+                seed=self.seed,
+                distribution=self.options.distribution,
+                unread=numbers.unread,
+            )
+        self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
 
     def _is_read_late(self) -> bool:
         """Not the first step, which may create the first-order optimizer's state."""
@@ -394,9 +332,7 @@ class HybridOptimizer(Optimizer):
             "zofo": {
                 "step_count": self.step_count,
                 "num_forwards": self.num_forwards,
-                "seed": self.seed,
-                "distribution": self.distribution,
-                "num_directions": self.num_directions,
+                **self._direction_keys(),
                 "last_measured": None if self.last_measured is None else asdict(self.last_measured),
             },
         }
@@ -408,11 +344,11 @@ class HybridOptimizer(Optimizer):
             UserError: if the state was saved with other directions.
         """
         own = state_dict["zofo"]
-        for key in ("seed", "distribution", "num_directions"):
-            if own[key] != getattr(self, key):
+        for key, value in self._direction_keys().items():
+            if own[key] != value:
                 raise UserError(
-                    f"the state was saved with {key} {own[key]!r}, this optimizer has "
-                    f"{getattr(self, key)!r}; its directions would differ: use the saved one"
+                    f"the state was saved with {key} {own[key]!r}, this optimizer has {value!r}; "
+                    "its directions would differ: use the saved one"
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
@@ -421,6 +357,14 @@ class HybridOptimizer(Optimizer):
         self._log.pending = None
         self._log.last_measured = None if measured is None else StepReport(**measured)
         self.discard_measurements()
+
+    def _direction_keys(self) -> dict[str, Any]:
+        """What the directions depend on besides the step count."""
+        return {
+            "seed": self.seed,
+            "distribution": self.options.distribution,
+            "num_directions": self.options.num_directions,
+        }
 
     def _rates(self) -> Rates:
         return tuple(

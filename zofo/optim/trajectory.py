@@ -4,8 +4,8 @@
 
 Directions and rounding are pure functions of their address, so the recorded scalars and learning
 rates are the whole difference between the original base and the trained one: a full-model
-fine-tune at a few bytes a step. `Update.apply` is the only place that moves a zeroth-order weight,
-in training and in replay alike.
+fine-tune at a few bytes a step. Training moves the weights by `Update.apply`, one step at a time.
+`Trajectory.replay` applies many updates in one pass over the weights and gives the same bits.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _REPLAY_BLOCK = 4096
 class GroupSpec:
     """Which base tensors a group holds, by name, and the indices of their directions."""
 
+    # GroupSpec and Update keep their names and fields: `BaseSnapshot` of zofo.trainer hashes their
+    # `repr` to tell whether a copy of the base lies on a trajectory.
     names: tuple[str, ...]
     tensors: tuple[int, ...]
 
@@ -75,13 +77,24 @@ class Update:
         *,
         seed: int,
         distribution: Distribution,
+        unread: Tensor | None = None,
     ) -> None:
-        """Move the parameters in place. A rate of 0 leaves every bit as it is."""
+        """Move the parameters in place. A rate of 0 leaves every bit as it is.
+
+        Args:
+            parameters: the weights of the group.
+            tensors: the indices of their directions.
+            seed: run seed.
+            distribution: of the directions.
+            unread: the scalars while they are still on the device: float64, [directions]. They
+                replace `projected_grad` and give the same bits. If one of them is not finite,
+                nothing moves. None: `projected_grad` holds the scalars.
+        """
         if self.lr == 0:
             return
         combine_many(
             list(parameters),
-            self.coefficients,
+            self.coefficients if unread is None else unread * -self.lr / len(unread),
             decay=self.decay,
             seed=seed,
             step=self.step,
@@ -89,43 +102,6 @@ class Update:
             distribution=distribution,
             rounding="stochastic",
         )
-
-
-def move_unread(
-    parameters: Iterable[Tensor],
-    tensors: Iterable[int],
-    projected_grad: Tensor,
-    *,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-    distribution: Distribution,
-) -> None:
-    """`Update.apply` with scalars that the host has not read: the same arithmetic, the same bits.
-
-    Args:
-        parameters: to be moved in place.
-        tensors: the indices of their directions.
-        projected_grad: float64, [directions], on the device; where one is not finite nothing moves.
-        step: address of the directions.
-        lr: learning rate.
-        weight_decay: decoupled weight decay.
-        seed: run seed.
-        distribution: of the directions.
-    """
-    if lr == 0:
-        return
-    combine_many(
-        list(parameters),
-        projected_grad * -lr / len(projected_grad),
-        decay=1.0 - lr * weight_decay,
-        seed=seed,
-        step=step,
-        tensors=list(tensors),
-        distribution=distribution,
-        rounding="stochastic",
-    )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.optim.methods import METHODS
+from zofo.optim.options import STEP_KEYS
 from zofo.results.table import APART, Runs
 from zofo.statistics.estimates import (
     Difference,
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
 CELL: Final = ("model", "task", "method", "adapter", "optimizer")
 COSTS: Final = ("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes")
 CURVE_COSTS: Final = ("step", "forward_equivalents", "elapsed_s")
-_ZEROTH_ONLY: Final = frozenset(
-    (
-        *("eps", "estimator", "num_directions", "distribution", "base_every", "replay_dropout"),
-        *("base_batch_fraction", "base_weight_decay", "self_check"),
-    )
-)
+_ZEROTH_ONLY: Final = frozenset((*STEP_KEYS, "base_batch_fraction", "base_weight_decay"))
 """Options without effect on fo-peft, so the two runs of a pair may differ in them."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zofo.disk.files import json_digest, read_json
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
+from zofo.optim.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ COLUMNS: Final[dict[str, str]] = {
     "chosen": "whether the study chose its rates",
     "model": "base",
     "task": "name, with the file name if the rows are the user's own",
-    "method": "hybrid, fo-peft, zo-peft, fo-ft, zo-ft; a study's hybrid-tied has one rate for both",
+    "method": f"{', '.join(METHODS)}; a study's hybrid-tied has one rate for both",
     "adapter": "type of the adapter, or the name of its configuration file",
     "optimizer": "optimizer of the first-order block; blank if there is none",
     "base_lr": "learning rate of the base, a map of several as text; blank if the base is frozen",
@@ -80,7 +81,6 @@ APART: Final = frozenset(
     )
 )
 """Options with a column of their own, or without effect on a result."""
-_HAS_FIRST_ORDER: Final = ("hybrid", "fo-peft", "fo-ft")
 
 
 @dataclass(frozen=True)
@@ -252,11 +252,12 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
     if adapter.get("config_file") and not cell.get("adapter"):
         kind = Path(_text(adapter["config_file"])).stem
     base_lr = adapter_lr = None
-    if method in ("hybrid", "fo-ft", "zo-ft"):
+    orders = METHODS.get(method)
+    if orders is not None and orders.base != "frozen":
         base_lr = _base_lr(config.get("base_lr", rates.get("base_lr")))
-    if method in ("hybrid", "fo-peft", "zo-peft"):
+    if orders is not None and orders.needs_adapter:
         adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
-    has_optimizer = method in _HAS_FIRST_ORDER
+    has_optimizer = orders is not None and orders.first is not None
     return {
         "model": _text(cell.get("model") or model.get("name")),
         "task": name,

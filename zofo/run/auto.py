@@ -18,6 +18,7 @@ from zofo.environment import resolve_device
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS
+from zofo.optim.options import step_values
 from zofo.run.prepare import Prepared, num_steps
 from zofo.tasks.losses import losses_and_errors
 
@@ -37,19 +38,15 @@ def setting_of(
     is_full = METHODS[config.method].base == "first"
     share = share_of(config)
     return Setting(
+        **step_values(config),
         method=config.method,
         num_steps=num_steps(config, num_rows),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         base_rows=None if share == 1 else round(share * config.batch_size),
-        base_every=config.base_every,
         optimizer=config.optimizer,
         adapter_weight_decay=config.adapter_weight_decay,
         max_grad_norm=config.max_grad_norm,
-        estimator=config.estimator,
-        num_directions=config.num_directions,
-        distribution=config.distribution,
-        eps=config.eps,
         base_lr=config.base_lr,
         adapter_lr=config.adapter_lr,
         usual_rate=FIRST_ORDER_BASE_LR if is_full else kind.lr,

@@ -1,15 +1,16 @@
-"""The cost of a run in forward-equivalents."""
+"""The cost of a run in forward-equivalents, before it is run."""
 
 from __future__ import annotations
 
 from zofo.config.schema import RunConfig, share_of
+from zofo.optim import cost
 from zofo.optim.methods import METHODS
 
 
 def forward_equivalents(
     config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
 ) -> float:
-    """Cost of training in forwards of one micro-batch without gradients, evaluations apart.
+    """Cost of training as `zofo.optim.cost` counts it.
 
     Args:
         config: resolved.
@@ -18,17 +19,17 @@ def forward_equivalents(
             as with dropout or in half precision.
         cost_of_answers: of writing an answer to every row of a micro-batch, in forwards of it.
     """
-    orders = METHODS[config.method]
-    gradient = orders.forwards_per_gradient
-    per_direction = 1 if config.estimator == "forward" else 2
-    moves = "zeroth" in (orders.base, orders.adapter)
-    differences = config.num_directions * per_direction if moves else 0
-    share = share_of(config) if moves else 1
-    again = config.zo_objective == "f1" or (share < 1 and part_again)
-    if moves and again and config.estimator == "forward":
-        differences += 1
-    if config.zo_objective == "f1":
-        share *= cost_of_answers
-    measured_steps = -(-steps // config.base_every)
-    cost = config.accumulation * (steps * max(gradient, 1) + measured_steps * differences * share)
-    return int(cost) if cost == int(cost) else round(cost, 3)
+    method, share = METHODS[config.method], share_of(config)
+    writes = config.zo_objective == "f1"
+    a_move = cost.forwards_of_a_move(
+        config.estimator,
+        config.num_directions,
+        share * (cost_of_answers if writes else 1),
+        again=writes or (share < 1 and part_again),
+    )
+    moves = cost.num_moves(steps, config.base_every) if method.zeroth else 0
+    return cost.forward_equivalents(
+        config.accumulation * steps,
+        method.forwards_per_gradient,
+        config.accumulation * moves * a_move,
+    )

@@ -7,7 +7,9 @@ F1 asks for answers to be written at x too, without dropout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,54 @@ from transformers import PrinterCallback, TrainerCallback
 
 from zofo.config.schema import RunConfig
 from zofo.console import quiet
+from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
-from zofo.run.clock import TrainingClock
 from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
 from zofo.tasks.encode import Collator, Encoded
 from zofo.tasks.losses import first_examples, losses_and_errors
 from zofo.trainer.mixin import HybridArguments, HybridTrainer
+
+
+class TrainingClock:
+    """Seconds of training; stands still while dev rows are scored and checkpoints are written.
+
+    Those take as long for every method and as often as one asks for them, so they would bring the
+    methods closer together than they are.
+    """
+
+    def __init__(self) -> None:
+        self._done = 0.0
+        self._since: float | None = None
+
+    def start(self, done: float = 0.0) -> None:
+        """Begin to count.
+
+        Args:
+            done: seconds that a run which is continued has behind it.
+        """
+        self._done, self._since = done, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Counted so far."""
+        running = 0.0 if self._since is None else time.monotonic() - self._since
+        return round(self._done + running, 3)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still, from when the device has done what it was given."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        was_running = self._since is not None
+        self._done, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            if was_running:
+                self._since = time.monotonic()
 
 
 class TaskTrainer(HybridTrainer):
@@ -112,7 +154,7 @@ class TaskTrainer(HybridTrainer):
         """Scores on dev, under Trainer's names."""
         with self.clock.paused():
             metrics = evaluate(
-                self.model,  # type: ignore[arg-type]
+                self.model,
                 self.dev if eval_dataset is None else eval_dataset,
                 self.collator,
                 kind=self.kind,
@@ -192,6 +234,50 @@ def _checkpointing(is_wanted: bool) -> dict[str, Any]:
     return {new_name if has_new else "gradient_checkpointing": True} if is_wanted else {}
 
 
+def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArguments:
+    """The configuration under the names that Trainer and the mixin have for it."""
+    numbers: Any = config  # of which none is auto
+    every = min(config.eval_every or max(1, total_steps // 4), total_steps)
+    return HybridArguments(
+        output_dir=str(folder),
+        method=config.method,
+        base_lr=numbers.base_lr if numbers.base_lr is not None else 0.0,
+        learning_rate=numbers.adapter_lr or 0.0,
+        optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.adapter_weight_decay,
+        base_weight_decay=config.base_weight_decay,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        **step_values(config),
+        base_batch_fraction=config.base_batch_fraction,
+        on_non_finite=config.on_non_finite,
+        snapshot_every=config.snapshot_every,
+        sampling=config.sampling,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        **_checkpointing(config.gradient_checkpointing),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=config.select_best,
+        metric_for_best_model=f"eval_{config.select_by}",
+        greater_is_better=config.select_by != "loss",
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+
+
 def close_displays(trainer: TaskTrainer) -> None:
     """Take the progress bar off the screen, however training ended."""
     for callback in trainer.callback_handler.callbacks:
@@ -226,57 +312,10 @@ def build_trainer(
         folder: the run folder.
         console: for progress.
     """
-    numbers: Any = config  # of which none is auto
-    every = min(config.eval_every or max(1, total_steps // 4), total_steps)
-    arguments = HybridArguments(
-        output_dir=str(folder),
-        method=config.method,
-        base_lr=numbers.base_lr if numbers.base_lr is not None else 0.0,
-        learning_rate=numbers.adapter_lr or 0.0,
-        optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.adapter_weight_decay,
-        base_weight_decay=config.base_weight_decay,
-        max_grad_norm=config.max_grad_norm or 0.0,
-        eps=numbers.eps,
-        estimator=config.estimator,
-        num_directions=config.num_directions,
-        distribution=config.distribution,
-        base_every=config.base_every,
-        base_batch_fraction=config.base_batch_fraction,
-        replay_dropout=config.replay_dropout,
-        self_check=config.self_check,
-        overlap=config.overlap,
-        on_non_finite=config.on_non_finite,
-        snapshot_every=config.snapshot_every,
-        sampling=config.sampling,
-        max_steps=total_steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        **_checkpointing(config.gradient_checkpointing),
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=config.select_best,
-        metric_for_best_model=f"eval_{config.select_by}",
-        greater_is_better=config.select_by != "loss",
-        seed=config.seed,
-        use_cpu=config.device == "cpu",
-        report_to=list(config.report_to) or "none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
     with quiet():
         trainer = TaskTrainer(
             model=model,
-            args=arguments,
+            args=_arguments(config, total_steps, folder),
             train_dataset=rows["train"],
             original_base=original_base,
             objective=config.task.objective,
@@ -286,7 +325,7 @@ def build_trainer(
             writer=writer,
             zo_objective=config.zo_objective,
             callbacks=[
-                MetricsFile(folder / "metrics.jsonl"),
+                MetricsFile(folder / METRICS_FILE),
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],

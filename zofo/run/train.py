@@ -1,6 +1,7 @@
 """One run: read, measure, train, measure again, save.
 
 run.yaml           the resolved configuration, numbers in place of auto
+base.json          the base as it was before training, and the names of the classes
 advise.json        what these numbers rest on, where some were auto
 environment.json   versions, machine, device
 metrics.jsonl      what was logged, one object a line
@@ -40,7 +41,15 @@ from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.artifact import save_artifact
 from zofo.saved.card import write_card
 from zofo.saved.checkpoint_folders import remove_leftovers
-from zofo.saved.layout import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, STOPPED_FILE
+from zofo.saved.layout import (
+    ADVICE_FILE,
+    ARTIFACT_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    RESULT_FILE,
+    STOPPED_FILE,
+)
+from zofo.saved.source import write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.trainer.interrupt import StopOnSignal
@@ -107,19 +116,14 @@ def train(
         folder=folder,
         console=console,
     )
-    checkpoint = None
-    if resume is not None:
-        checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
-        if checkpoint is None:
-            _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
-    _begin_folder(folder, config)
+    checkpoint = None if resume is None else _checkpoint(folder, console)
+    _begin_folder(folder, config, prepared)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
     if on_start is not None:
         on_start(folder)
 
-    device = trainer.args.device
-    prepared.model.to(device)
+    prepared.model.to(trainer.args.device)
     before = _measured(prepared, config, console, "test before") if config.measure_test else None
     dev_before = None
     if config.early_stopping is not None:
@@ -130,6 +134,39 @@ def train(
     trainer.add_callback(stop_early)
     for watcher in () if watchers is None else watchers(trainer):
         trainer.add_callback(watcher)
+    trained_s = _fit(trainer, checkpoint, stop, stop_early)
+    after = _measured(prepared, config, console, "test after") if config.measure_test else None
+
+    artifact = _save_artifact(folder, config, prepared, trainer)
+    cost = {
+        "steps": trainer.state.global_step,
+        "train_s": round(trained_s, 3),
+        "total_s": round(time.monotonic() - started, 3),
+        "forward_equivalents": trainer.forward_equivalents,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+    }
+    result = Result(folder, before, after, cost)
+    _write_result(artifact, config, prepared, trainer, result, dev_before)
+    return result
+
+
+def _checkpoint(folder: Path, console: Console) -> Path | None:
+    """Where a run goes on from; says so if it has to start anew."""
+    checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
+    if checkpoint is None:
+        _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
+    return checkpoint
+
+
+def _fit(
+    trainer: TaskTrainer, checkpoint: Path | None, stop: StopOnSignal | None, stop_early: StopEarly
+) -> float:
+    """Train to the last step; returns the seconds it took.
+
+    Raises:
+        TrainingStoppedError: if the run ended before it.
+    """
     began = time.monotonic()
     if stop is not None:
         trainer.add_callback(stop)
@@ -141,34 +178,37 @@ def train(
     if stop_early.reason is not None:
         remedy = "on_non_finite=skip" if trainer.watch.stopped_at else "early_stopping=null"
         raise TrainingStoppedError(
-            f"{stop_early.reason}. The last good step is in {newest_checkpoint(folder)}. Lower "
-            f"base_lr and adapter_lr, or set {remedy}"
+            f"{stop_early.reason}. The last good step is in {newest_checkpoint(stop_early.folder)}."
+            f" Lower base_lr and adapter_lr, or set {remedy}"
         )
-    trained_s = time.monotonic() - began
-    after = _measured(prepared, config, console, "test after") if config.measure_test else None
+    return time.monotonic() - began
 
-    optimizer = trainer._hybrid
-    assert optimizer is not None
-    artifact = save_artifact(
-        folder / "artifact",
+
+def _save_artifact(
+    folder: Path, config: RunConfig, prepared: Prepared, trainer: TaskTrainer
+) -> Path:
+    return save_artifact(
+        folder / ARTIFACT_FOLDER,
         prepared.model,
         base=prepared.base,
         method=config.method,
-        trajectory=optimizer.trajectory if optimizer.trajectory.groups else None,
+        trajectory=trainer.trajectory,
         base_fingerprint=prepared.base_fingerprint,
         tokenizer=prepared.tokenizer,
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
     )
-    cost = {
-        "steps": trainer.state.global_step,
-        "train_s": round(trained_s, 3),
-        "total_s": round(time.monotonic() - started, 3),
-        "forward_equivalents": trainer.forward_equivalents,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
-    }
-    result = Result(folder, before, after, cost)
+
+
+def _write_result(
+    artifact: Path,
+    config: RunConfig,
+    prepared: Prepared,
+    trainer: TaskTrainer,
+    result: Result,
+    dev_before: Metrics | None,
+) -> None:
+    """Write result.json and, with the same numbers, the artefact's card."""
     best = trainer.state.best_model_checkpoint
     summary = {
         "method": config.method,
@@ -176,17 +216,17 @@ def train(
         "model": config.model.name,
         "adapter": config.adapter.label,
         "seed": config.seed,
-        **_test_scores(before, after),
+        **_test_scores(result.before, result.after),
         "dev": {
             **({} if dev_before is None else {"before": dev_before.as_dict()}),
             "after": _dev_scores(trainer.state, config.select_best),
         },
         "best_dev": trainer.state.best_metric,
         "best_checkpoint": Path(best).name if best else None,
-        "cost": cost,
+        "cost": result.cost,
         "notes": list(prepared.splits.notes),
     }
-    write_json(folder / RESULT_FILE, summary)
+    write_json(result.folder / RESULT_FILE, summary)
     write_card(
         artifact,
         base=prepared.base,
@@ -194,7 +234,6 @@ def train(
         num_rows={part: len(rows) for part, rows in prepared.rows.items()},
         summary=summary,
     )
-    return result
 
 
 def _original_base(
@@ -272,8 +311,9 @@ def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _begin_folder(folder: Path, config: RunConfig) -> None:
+def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
     remove_leftovers(folder)
     (folder / STOPPED_FILE).unlink(missing_ok=True)
     write_text(folder / CONFIG_FILE, config.to_yaml())
-    write_json(folder / "environment.json", environment())
+    write_base(folder, prepared.base, prepared.splits.labels)
+    write_json(folder / ENVIRONMENT_FILE, environment())

@@ -50,7 +50,7 @@ def write_card(
 def _front_matter(base: BaseSpec, task: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     method, adapter = summary["method"], summary["adapter"]
     tags = ["zofo", method, *([adapter] if adapter != "none" else [])]
-    if "zeroth" in (METHODS[method].base, METHODS[method].adapter):
+    if METHODS[method].zeroth:
         tags.append("zeroth-order")
     values: dict[str, Any] = {
         "base_model": _public_name(base.name),

@@ -253,9 +253,9 @@ class PointRecorder(TrainerCallback):
                 self.options,
                 self.records,
                 step,
-                eps=optimizer.eps,
+                eps=optimizer.options.eps,
                 seed=optimizer.seed,
-                distribution=optimizer.distribution,
+                distribution=optimizer.options.distribution,
                 say=self.say,
                 should_stop=lambda: self.stop is not None and self.stop.signum is not None,
             )

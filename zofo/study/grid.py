@@ -252,7 +252,7 @@ def _cells(spec: StudySpec) -> Iterator[Cell]:
             for method in spec.methods:
                 orders = METHODS["hybrid" if method == TIED else method]
                 adapters = [label_of(a, "type") for a in spec.adapters]
-                has_gradient = "first" in (orders.base, orders.adapter)
+                has_gradient = orders.first is not None
                 for adapter in adapters if orders.needs_adapter else [NONE]:
                     for optimizer in spec.optimizers if has_gradient else [NONE]:
                         labels = label_of(model, "name"), label_of(task, "name")

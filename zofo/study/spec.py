@@ -24,11 +24,11 @@ from zofo.config.load import apply_override, describe_problem, join_problems
 from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
+from zofo.optim.methods import METHODS, MethodName
 from zofo.tasks.spec import TaskSpec
 
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
-METHODS: Final = ("hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft", TIED)
 SECTIONS: Final = {"model": "name", "task": "name", "adapter": "type"}
 """Sections of a run's configuration that are axes, and the key that an entry's text stands for."""
 _OWN_KEYS: Final = ("output_dir", "measure_test", "epochs")
@@ -50,7 +50,7 @@ _NO_AUTO: Final = (
     "cannot be auto: a study groups runs by their numbers, and auto finds others for each seed; "
     "list the rates, or compare with auto by benchmarks/advisor.py"
 )
-MethodName = Literal["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft", "hybrid-tied"]
+StudyMethod = MethodName | Literal["hybrid-tied"]
 Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
@@ -108,7 +108,7 @@ class StudySpec(_Part):
     base: dict[str, Any] = Field({}, description="run configuration, or its file, that all share")
     models: list[Entry] = Field(min_length=1, description="names, or sections with a label")
     tasks: list[Entry] = Field(min_length=1, description="names, or sections with a label")
-    methods: list[MethodName] = Field(
+    methods: list[StudyMethod] = Field(
         min_length=1, description="also hybrid-tied, with one rate for both blocks"
     )
     adapters: list[Entry] = Field(min_length=1, description="types, or sections with a label")
@@ -283,7 +283,7 @@ def _take_from_base(given: dict[str, Any]) -> list[str]:
     rates = {key: base.pop(key, None) for key in ("base_lr", "adapter_lr")}
     if "rates" not in given and any(rate is not None for rate in rates.values()):
         given["rates"] = [{key: [rate] for key, rate in rates.items() if rate is not None}]
-    defaults = {"methods": list(METHODS[:5]), "adapters": ["lora"], "optimizers": ["adamw"]}
+    defaults = {"methods": list(METHODS), "adapters": ["lora"], "optimizers": ["adamw"]}
     for axis, default in {**defaults, "seeds": [0]}.items():
         given.setdefault(axis, default)
     given["base"] = base

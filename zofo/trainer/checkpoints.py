@@ -17,10 +17,11 @@ from transformers import TrainerCallback
 from zofo.disk.files import write_json
 from zofo.disk.folders import writing_folder
 from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
-from zofo.optim.optimizer import HybridOptimizer
+from zofo.models.loading import copy_weights
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
-from zofo.trainer.base_history import BaseHistory
+from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.checks import is_sharded
+from zofo.trainer.trainer_mixin import TrainerMixin
 
 ACCOUNTS_FILE: Final = "zofo_accounts.json"
 
@@ -36,11 +37,9 @@ class RestoreAccounts(TrainerCallback):
         self.trainer._restore_accounts()
 
 
-class CheckpointMixin:
+class CheckpointMixin(TrainerMixin):
     """What `HybridMixin` saves and restores; its state is set there."""
 
-    _hybrid: HybridOptimizer | None
-    _history: BaseHistory | None  # where the base moves by the zeroth order
     _checkpoints_folder: Path | None  # while a checkpoint is written
     _resumed_accounts: dict[str, float] | None
 
@@ -49,42 +48,39 @@ class CheckpointMixin:
 
         The copy of the original base is removed when training has ended well.
         """
-        trainer: Any = self
-        folder = Path(trainer.args.output_dir)
-        if trainer.args.should_save:
+        folder = self._output_folder
+        if self.args.should_save:
             remove_leftovers(folder)
         if resume_from_checkpoint is True:
             newest = newest_whole(folder, lambda text: warnings.warn(text, stacklevel=3))
             resume_from_checkpoint = True if newest is None else str(newest)
         self._resumed_accounts = None
-        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._history is not None:
             self._history.drop_copies()
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model) and, where the base moved, its trajectory."""
-        trainer: Any = self
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if not trainer.args.should_save:
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
             return
-        folder = Path(output_dir or trainer.args.output_dir)
-        save_prompt_encoder(trainer.model, folder)
+        folder = Path(output_dir or self._output_folder)
+        save_prompt_encoder(self.model, folder)
         if self._history is not None:
             self._history.save(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoints_folder or super()._get_output_dir(trial))  # type: ignore[misc]
+        return str(self._checkpoints_folder or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, in a hidden folder that takes its name when it is whole."""
-        trainer: Any = self
-        args, state = trainer.args, trainer.state
-        if args.world_size > 1 or is_sharded(trainer):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        args, state = self.args, self.state
+        if args.world_size > 1 or is_sharded(self):
+            super()._save_checkpoint(model, trial)
             return
         run_folder = Path(self._get_output_dir(trial))
-        place = run_folder / f"checkpoint-{state.global_step}"
+        place = run_folder / f"{CHECKPOINT_PREFIX}{state.global_step}"
         if trial is not None:
             run_folder.mkdir(exist_ok=True)
         if state.best_global_step == state.global_step:
@@ -93,9 +89,9 @@ class CheckpointMixin:
         try:
             with writing_folder(place) as staged:
                 self._checkpoints_folder = staged.parent
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
                 self._name_best(run_folder, place)
-                state.save_to_json(str(staged / "trainer_state.json"))
+                state.save_to_json(str(staged / STATE_FILE))
                 write_json(staged / ACCOUNTS_FILE, self._accounts())
         finally:
             self._checkpoints_folder, args.push_to_hub = None, pushes
@@ -108,59 +104,55 @@ class CheckpointMixin:
             best=state.best_global_step,
         )
         if pushes:
-            trainer._push_from_checkpoint(str(place))
+            self._push_from_checkpoint(str(place))
 
     def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
         """The best checkpoint lies where this run does, which may have been moved."""
-        trainer: Any = self
-        step = trainer.state.best_global_step
-        best = run_folder / f"checkpoint-{step}"
+        step = self.state.best_global_step
+        best = run_folder / f"{CHECKPOINT_PREFIX}{step}"
         if step and (best == coming or best.is_dir()):
-            trainer.state.best_model_checkpoint = str(best)
+            self.state.best_model_checkpoint = str(best)
 
     def _accounts(self) -> dict[str, float]:
         """The sums behind the logged losses."""
-        trainer: Any = self
         return {
-            "loss_since_log": float(trainer._tr_loss),
-            "last_logged_step": trainer._globalstep_last_logged,
-            "loss_until_log": trainer._total_loss_scalar,
+            "loss_since_log": float(self._tr_loss),
+            "last_logged_step": self._globalstep_last_logged,
+            "loss_until_log": self._total_loss_scalar,
         }
 
     def _restore_accounts(self) -> None:
-        trainer: Any = self
         accounts, self._resumed_accounts = self._resumed_accounts, None
         if accounts is not None:
-            trainer._tr_loss.fill_(accounts["loss_since_log"])
-            trainer._globalstep_last_logged = accounts["last_logged_step"]
-            trainer._total_loss_scalar = accounts["loss_until_log"]
+            self._tr_loss.fill_(accounts["loss_since_log"])
+            self._globalstep_last_logged = int(accounts["last_logged_step"])
+            self._total_loss_scalar = accounts["loss_until_log"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = self
-        if trainer.state.global_step >= trainer.state.max_steps:
+        if self.state.global_step >= self.state.max_steps:
             # Resumed after the last step: Trainer would take one more.
-            trainer.control.should_training_stop = True
+            self.control.should_training_stop = True
             return None
-        return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        return super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trainer: Any = self
-        if is_peft(trainer.model) and not is_sharded(trainer):
-            load_adapter(trainer.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if is_peft(self.model) and not is_sharded(self):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        elif is_sharded(self) or not copy_weights(
+            Path(resume_from_checkpoint), self.model if model is None else model
+        ):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            trainer: Any = self
-            trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
-            self._name_best(Path(trainer.args.output_dir))
+            self.state.compute_steps(self.args, self.state.max_steps)
+            self._name_best(self._output_folder)
             accounts = Path(checkpoint) / ACCOUNTS_FILE
             if accounts.exists():
                 self._resumed_accounts = json.loads(accounts.read_text(encoding="utf-8"))
         if checkpoint is not None and self._history is not None:
             self._history.go_to(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._hybrid
         if optimizer is not None and len(optimizer.trajectory):
             # A checkpoint saved with save_only_model carries no count of steps.
@@ -168,11 +160,10 @@ class CheckpointMixin:
             optimizer.step_count = max(optimizer.step_count, last + 1)
 
     def _load_best_model(self) -> None:
-        trainer: Any = self
-        best = Path(trainer.state.best_model_checkpoint)
-        if is_peft(trainer.model) and not is_sharded(trainer):
-            load_adapter(trainer.model, best)
-        else:
-            super()._load_best_model()  # type: ignore[misc]
+        best = Path(str(self.state.best_model_checkpoint))
+        if is_peft(self.model) and not is_sharded(self):
+            load_adapter(self.model, best)
+        elif is_sharded(self) or not copy_weights(best, self.model):
+            super()._load_best_model()
         if self._history is not None:
             self._history.go_to(best)

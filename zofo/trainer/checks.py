@@ -28,15 +28,16 @@ def check_setup(trainer: Any, options: Any) -> None:
             f"optimizers holds {type(trainer.optimizer).__name__}; choose the adapter's optimizer "
             "by optim or optimizer_cls_and_kwargs, or pass a zofo.HybridOptimizer"
         )
-    if "zeroth" not in (orders.base, orders.adapter):
+    if not orders.zeroth:
         return
     wrong = []
-    fraction = getattr(options, "base_batch_fraction", 1.0)
+    fraction = options.base_batch_fraction
     check_fraction(fraction)
-    if "first" not in (orders.base, orders.adapter):
-        base_every = getattr(options, "base_every", 1)
-        if base_every > 1:
-            wrong.append(f"base_every={base_every}, as nothing else moves between: leave it at 1")
+    if not orders.first:
+        if options.base_every > 1:
+            wrong.append(
+                f"base_every={options.base_every}, as nothing else moves between: leave it at 1"
+            )
         if fraction < 1:
             wrong.append(
                 f"base_batch_fraction={fraction}, as the rest of the batch serves nothing else: "
@@ -49,7 +50,7 @@ def check_setup(trainer: Any, options: Any) -> None:
             "trainers that generate their batches as they go, such as GRPO, since a loss cannot be "
             "computed again: choose fo-peft"
         )
-    if args.fp16 and "first" not in (orders.base, orders.adapter):
+    if args.fp16 and not orders.first:
         wrong.append("fp16=True, which scales gradients where there are none: use bf16=True")
     base = split_parameters(trainer.model).base if orders.base == "zeroth" else {}
     if base and _reference_is_the_base(trainer):
@@ -72,7 +73,7 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
             f"{args.train_sampling_strategy!r}, where the first rows of a batch are no random "
             "ones: use 'random'"
         )
-    elif getattr(options, "sampling", None) == "shuffle-once":
+    elif options.sampling == "shuffle-once":
         wrong.append(
             f"base_batch_fraction={fraction} and sampling='shuffle-once', where the base would "
             "never see the last rows of a batch: use 'reshuffle'"

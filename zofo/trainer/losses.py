@@ -20,9 +20,10 @@ from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.part import batch_rows, num_rows_of, split_rows
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.trainer.trainer_mixin import TrainerMixin
 
 
-class BatchLossMixin:
+class BatchLossMixin(TrainerMixin):
     """What `HybridMixin` evaluates."""
 
     def compute_zeroth_loss(
@@ -43,8 +44,8 @@ class BatchLossMixin:
             A scalar, lower is better, that depends on model and inputs alone: a mean over rows,
             such as 1 − accuracy. Micro-batches of one step are averaged.
         """
-        trainer: Any = self
-        return trainer.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss
 
     @property
     def has_zeroth_loss(self) -> bool:
@@ -100,8 +101,7 @@ class BatchLossMixin:
         generators: GeneratorState,
     ) -> tuple[ZerothLoss | None, ZerothLoss | None]:
         """What the differences are taken of, None for the micro-batch's loss; and its rest."""
-        trainer: Any = self
-        fraction = getattr(trainer.hybrid_options, "base_batch_fraction", 1.0)
+        fraction = self.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)
         if num_first == num_rows:
@@ -121,8 +121,7 @@ class BatchLossMixin:
         parts: tuple[ZerothLoss, ZerothLoss] | None,
     ) -> None:
         """What is differenced must be the same twice, and a part must stand for its batch."""
-        trainer: Any = self
-        graph = trainer.hybrid_optimizer.evaluates_with_graph
+        graph = self.hybrid_optimizer.evaluates_with_graph
 
         def evaluate(closure: Callable[[], Tensor | float]) -> Tensor:
             return unperturbed(closure, generators, with_graph=graph)
@@ -138,23 +137,21 @@ class BatchLossMixin:
 
     def _is_exact(self, generators: GeneratorState) -> bool:
         """Whether a row's loss in the pass just made is what it would be in a smaller batch."""
-        trainer: Any = self
         return (
-            trainer.args.device.type in ("cpu", "cuda")  # whose generators are known
-            and not (trainer.args.bf16 or trainer.args.fp16)
-            and all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
+            self.args.device.type in ("cpu", "cuda")  # whose generators are known
+            and not (self.args.bf16 or self.args.fp16)
+            and all(p.dtype in (torch.float32, torch.float64) for p in self.model.parameters())
             and generators.is_current()
-            and not trainer.hybrid_optimizer.evaluates_with_graph
+            and not self.hybrid_optimizer.evaluates_with_graph
         )
 
     def _loss_of(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> Tensor:
         """The loss of a micro-batch, scaled as Trainer scales it."""
-        trainer: Any = self
-        batch = trainer._prepare_inputs(dict(inputs))
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+        batch = self._prepare_inputs(dict(inputs))
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
         return loss / self._loss_divisor(num_items_in_batch)
 
     def _zeroth_loss_of(
@@ -162,15 +159,14 @@ class BatchLossMixin:
     ) -> Tensor | float:
         if not self.has_zeroth_loss:
             return self._loss_of(model, inputs, num_items_in_batch)
-        trainer: Any = self
-        batch = trainer._prepare_inputs(dict(inputs))
-        with trainer.compute_loss_context_manager():
+        batch = self._prepare_inputs(dict(inputs))
+        with self.compute_loss_context_manager():
             loss = self.compute_zeroth_loss(model, batch, num_items_in_batch)
-        return loss / trainer.current_gradient_accumulation_steps
+        return loss / self.current_gradient_accumulation_steps
 
     def _loss_divisor(self, num_items_in_batch: Any) -> int:
         scaled = _is_scaled(self, num_items_in_batch)
-        return 1 if scaled else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return 1 if scaled else self.current_gradient_accumulation_steps
 
 
 @contextmanager

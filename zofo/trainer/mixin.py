@@ -6,13 +6,12 @@ like any other: logging, schedulers, callbacks, accumulation and `report_to` com
 
     class HybridSFTTrainer(HybridMixin, trl.SFTTrainer): ...
 
-What is saved and restored stands in `trainer_checkpoints`, what is evaluated in `trainer_losses`.
+`zofo.trainer.checkpoints` saves and restores, `zofo.trainer.losses` evaluates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
+from zofo.optim.cost import forward_equivalents
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
@@ -69,26 +69,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
-        self.add_callback(self.watch)  # type: ignore[attr-defined]
-        self.add_callback(RestoreAccounts(self))  # type: ignore[attr-defined]
-
-    @property
-    def hybrid_options(self) -> Any:
-        """The object that carries the hybrid options."""
-        if self._given_options is not None:
-            return self._given_options
-        if hasattr(self.args, "base_lr"):  # type: ignore[attr-defined]
-            return self.args  # type: ignore[attr-defined]
-        raise UserError(
-            f"{type(self.args).__name__} carries no hybrid options; "  # type: ignore[attr-defined]
-            "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
-        )
-
-    @property
-    def hybrid_optimizer(self) -> HybridOptimizer:
-        """The optimizer of both blocks, once training has begun."""
-        assert self._hybrid is not None
-        return self._hybrid
+        self.add_callback(self.watch)
+        self.add_callback(RestoreAccounts(self))
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -102,50 +84,52 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     @property
     def forward_equivalents(self) -> float:
-        """Cost of training so far, in forwards of one micro-batch without gradients."""
-        optimizer, trainer = self.hybrid_optimizer, self
-        method = get_method(self.hybrid_options.method)
-        num_batches = optimizer.step_count * trainer.args.gradient_accumulation_steps  # type: ignore[attr-defined]
-        cost = num_batches * max(1, method.forwards_per_gradient) + optimizer.num_forwards
-        return int(cost) if cost == int(cost) else round(cost, 3)
+        """Cost of all training so far, first-order passes included.
+
+        The unit is a forward of one micro-batch without gradients: an adapter's gradient counts as
+        2, every weight's as 3; see `zofo.optim.cost`.
+        """
+        optimizer = self.hybrid_optimizer
+        return forward_equivalents(
+            optimizer.step_count * self.args.gradient_accumulation_steps,
+            get_method(self.hybrid_options.method).forwards_per_gradient,
+            optimizer.num_forwards,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's hook: one `HybridOptimizer` for both blocks."""
-        trainer: Any = self
         self._measured_step, self._loss_is_checked = None, False
-        if trainer.optimizer is None:
+        if self.optimizer is None:
             self._hybrid = self._history = None
-            trainer.optimizer = self._new_optimizer(trainer.model if model is None else model)
+            self.optimizer = self._new_optimizer(self.model if model is None else model)
         if self._hybrid is None:
-            optimizer = self._hybrid = trainer.optimizer
+            optimizer = self._hybrid = self.optimizer
             if optimizer.trajectory.groups:
-                folder = Path(trainer.args.output_dir)
                 self._history = BaseHistory(
-                    trainer.model,
+                    self.model,
                     optimizer,
-                    folder,
+                    self._output_folder,
                     self._original_base,
-                    getattr(self.hybrid_options, "snapshot_every", None),
+                    self.hybrid_options.snapshot_every,
                 )
-        if self._history is not None and trainer.args.load_best_model_at_end:
+        if self._history is not None and self.args.load_best_model_at_end:
             self._history.keep_original()
-        return trainer.optimizer
+        return self.optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Trainer's forward and backward, then the loss differences of the same micro-batch."""
-        trainer: Any = self
         optimizer = self._hybrid
         assert optimizer is not None
-        if self._measured_step != trainer.state.global_step:
+        if self._measured_step != self.state.global_step:
             # A gradient scaler may have skipped the step before; what it measured is void.
             optimizer.discard_measurements()
-        self._measured_step = trainer.state.global_step
+        self._measured_step = self.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
         if not optimizer.zeroth_is_due:
-            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            loss = super().training_step(model, inputs, num_items_in_batch)
             optimizer.measure(lambda: loss, loss)
             return loss
 
@@ -157,13 +141,13 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             view.follow(model)  # as accelerate has wrapped it
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
-            loss = super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[misc]
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
         else:
             model.train()
             with torch.no_grad():
                 loss = closure().detach()
         instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
-        with metrics_set_aside(trainer):
+        with metrics_set_aside(self):
             if self._is_to_be_checked(optimizer):
                 parts = None if instead is None or rest is None else (instead, rest)
                 self._check_losses(loss, model, inputs, num_items_in_batch, generators, parts)
@@ -172,15 +156,14 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         return loss
 
     def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
-        wanted = self.hybrid_options.self_check and optimizer.replay_dropout
+        wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
         return wanted and not self._loss_is_checked
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
-        trainer: Any = self
-        options, args = self.hybrid_options, trainer.args
-        decayed = set(trainer.get_decay_parameter_names(model))
-        chosen = getattr(trainer, "optimizer_cls_and_kwargs", None)
-        inner_class, inner_kwargs = chosen or trainer.get_optimizer_cls_and_kwargs(args, model)
+        options, args = self.hybrid_options, self.args
+        decayed = set(self.get_decay_parameter_names(model))
+        chosen = getattr(self, "optimizer_cls_and_kwargs", None)
+        inner_class, inner_kwargs = chosen or self.get_optimizer_cls_and_kwargs(args, model)
         is_plain = isinstance(inner_class, type) and not hasattr(inner_class, "eval")
         if not is_plain or {"params", "model", "optimizer_dict"} & inner_kwargs.keys():
             raise UserError(
@@ -200,24 +183,16 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             model,
             optimizer=inner_class,
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
-            eps=options.eps,
-            estimator=options.estimator,
-            num_directions=options.num_directions,
-            distribution=options.distribution,
-            base_every=getattr(options, "base_every", 1),
             seed=args.seed if options.zo_seed is None else options.zo_seed,
-            replay_dropout=options.replay_dropout,
-            self_check=options.self_check,
-            overlap=getattr(options, "overlap", False),
+            options=options,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        trainer: Any = self
-        dataset = trainer.train_dataset if train_dataset is None else train_dataset
-        strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
         if not hasattr(dataset, "__len__") or strategy != "random":
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return ReshufflingSampler(len(dataset), seed=seed, sampling=self.hybrid_options.sampling)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -246,11 +221,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 logs["signal_to_rounding"] = watch.signal_to_rounding(
                     measured.loss, measured.projected_grad
                 )
-            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)  # type: ignore[attr-defined]
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
         if "train_loss" in logs:  # of all steps, also where some were taken before a resume
-            trainer: Any = self
-            logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step, 1)
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
 
 
 class HybridTrainer(HybridMixin, Trainer):

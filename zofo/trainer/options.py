@@ -9,31 +9,23 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zofo.errors import UserError
+from zofo.optim.methods import methods_that
+from zofo.optim.options import StepOptions
 
 
 @dataclass
-class HybridOptions:
+class HybridOptions(StepOptions):
     """The hybrid options beside `TrainingArguments`; usable with any subclass of it.
 
+    The fields of `StepOptions` are among them.
     The adapter's learning rate is `learning_rate`, its optimizer `optim`, its clipping
     `max_grad_norm`, all Trainer's own.
     """
 
-    method: str = field(
-        default="hybrid", metadata={"help": "hybrid, fo-peft, zo-peft, fo-ft or zo-ft"}
-    )
+    method: str = field(default="hybrid", metadata={"help": methods_that(lambda _: True)})
     base_lr: dict[str, float] | float | str = field(
         default=1e-5,
         metadata={"help": "learning rate of the base, or a map from name patterns to rates"},
-    )
-    eps: float = field(default=1e-3, metadata={"help": "smoothing radius (as in MeZO)"})
-    estimator: str = field(default="forward", metadata={"help": "forward (paper) or central"})
-    num_directions: int = field(default=1, metadata={"help": "directions a step (paper: 1)"})
-    distribution: str = field(
-        default="rademacher", metadata={"help": "rademacher (fast) or gaussian (paper)"}
-    )
-    base_every: int = field(
-        default=1, metadata={"help": "steps from one move of the base to the next (paper: 1)"}
     )
     base_batch_fraction: float = field(
         default=1.0, metadata={"help": "part of each batch that the loss difference is taken on"}
@@ -45,17 +37,6 @@ class HybridOptions:
     sampling: str = field(
         default="reshuffle",
         metadata={"help": "reshuffle (paper), shuffle-once or with-replacement"},
-    )
-    replay_dropout: bool = field(
-        default=True, metadata={"help": "same dropout masks for all evaluations of a step"}
-    )
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "on the first step, look for unperturbed reads and unsteady losses"},
-    )
-    overlap: bool = field(
-        default=False,
-        metadata={"help": "on CUDA, perturb a layer while the one before it runs; same bits"},
     )
     on_non_finite: str = field(
         default="stop",

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import torch
 from transformers import TrainerCallback
 
-from zofo.optim.reading import StepReport
+from zofo.optim.reports import StepReport
 
 OnNonFinite = Literal["stop", "skip"]
 _WINDOW: Final = 20
@@ -155,7 +155,7 @@ class StopOnNonFinite(TrainerCallback):
                 loss_dtype=largest.dtype,
                 weight_dtype=largest.dtype,
                 weight_scale=float(largest.detach().flatten()[:65536].float().abs().median()),
-                eps=optimizer.eps,
+                eps=optimizer.options.eps,
                 has_own_loss=self.trainer.has_zeroth_loss,
             )
 

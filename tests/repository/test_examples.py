@@ -1,0 +1,62 @@
+"""The examples run as their first lines say, offline."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples"
+NAMES = ["minimal_loop", "hf_trainer", "trl_sft"]
+
+
+def run(folder, *command):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "/zofo/" not in done.stderr  # a warning of ours
+    return done.stdout
+
+
+def accuracies(output):
+    return [float(number) for number in re.findall(r"dev accuracy (\d\.\d\d)", output)]
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "tiny"}
+
+
+@pytest.mark.parametrize(
+    "name", ["minimal_loop", "hf_trainer", pytest.param("trl_sft", marks=pytest.mark.slow)]
+)
+def test_the_command_in_the_header(tmp_path, name):
+    path = FOLDER / f"{name}.py"
+    assert f"\n    python examples/{name}.py\n" in path.read_text(encoding="utf-8")
+    found = accuracies(run(tmp_path, str(path)))
+    assert max(found) > 0.5
+    if name == "hf_trainer":
+        assert found[-1] == found[-2]  # loaded again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_with_a_model_from_a_folder(tmp_path, name):
+    save = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import tiny\n"
+        "model, tokenizer = tiny.load(None)\n"
+        "model.save_pretrained('model'); tokenizer.save_pretrained('model')"
+    )
+    run(tmp_path, "-c", save, str(FOLDER))
+    command = ("--model", "model", "--base-lr", "1e-4", "--epochs", "5")
+    assert accuracies(run(tmp_path, str(FOLDER / f"{name}.py"), *command))

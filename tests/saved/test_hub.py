@@ -1,0 +1,117 @@
+"""To the hub and back; the hub itself is a folder here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+
+import zofo
+from tests.support.models import build
+from zofo.errors import UserError
+from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.saved.artifact import BaseSpec, load, save_artifact
+from zofo.saved.hub import looks_like_hub_id
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Repositories are folders; everything that was asked is kept."""
+    root, calls = tmp_path / "hub", []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+            (root / repo_id).mkdir(parents=True, exist_ok=True)
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+            files = [p for p in Path(folder_path).rglob("*") if p.is_file()]
+            names = [p.relative_to(folder_path).as_posix() for p in files]
+            kept = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)
+            for name in kept:
+                target = root / repo_id / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(Path(folder_path) / name, target)
+            return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
+
+    def snapshot_download(repo_id, *, revision, token, allow_patterns):
+        calls.append(("download", repo_id, revision))
+        if not (root / repo_id).exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub")
+        return str(root / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.fixture
+def artefact(tmp_path, decoder_folder):
+    """An untrained adapter on the tiny decoder."""
+    from zofo.models.adapters import create_adapter
+
+    base = BaseSpec(decoder_folder)
+    model, tokenizer = base.load()
+    model = create_adapter(model, "lora", tokenizer=tokenizer)
+    return save_artifact(tmp_path / "artefact", model, base=base, method="fo-peft")
+
+
+def test_there_and_back(hub, artefact):
+    (artefact / "notes.txt").write_text("mine")
+    address = zofo.push_to_hub(artefact, "me/model", private=True, token="hf_x")
+    assert address == "hub/me/model/commit/1"
+    assert hub == [("token", "hf_x"), ("create", "me/model", True, True)]
+    loaded = load("me/model", revision="v1")
+    assert loaded.method == "fo-peft"
+    assert hub[-1] == ("download", "me/model", "v1")
+    assert not (artefact.parent / "hub/me/model/notes.txt").exists()
+
+
+def test_a_damaged_artefact_is_not_pushed(hub, artefact):
+    (artefact / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        zofo.push_to_hub(artefact, "me/model")
+    assert hub == []
+
+
+def test_without_the_hub(hub):
+    with pytest.raises(UserError, match=r"me/none is no folder .*cannot reach the hub"):
+        load("me/none")
+    with pytest.raises(UserError, match="does not exist"):
+        load("./me/none")
+    assert [call[0] for call in hub] == ["download"]
+
+
+def test_the_hub_says_no(hub, artefact, monkeypatch):
+    def refuse(self, repo_id, **kwargs):
+        raise OSError("401 Client Error: Invalid token\nmore of it")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"me/model cannot be written \(401 .*token\)") as caught:
+        zofo.push_to_hub(artefact, "me/model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["runs/x/artifact", "./a/b", "~/a", "a", "/a/b", "../b", "a/.."])
+def test_paths_are_not_asked_for(name):
+    assert not looks_like_hub_id(name)
+
+
+def test_offline_for_real(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        load("zofo/there-is-none")
+
+
+def test_a_method_that_moves_the_base_needs_its_history(tmp_path):
+    for method, message in (("hybrid", "trajectory"), ("zo-ft", "trajectory")):
+        with pytest.raises(UserError, match=message):
+            save_artifact(tmp_path, build("llama"), base=BaseSpec("x"), method=method)
+    assert not (tmp_path / TRAJECTORY_FILE).exists()

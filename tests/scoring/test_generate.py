@@ -1,0 +1,83 @@
+"""Written text: what the model's own argmax gives, token by token, whatever shares the batch."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.support.models import build
+from zofo.models.adapters import create_adapter
+from zofo.models.loading import load_model
+from zofo.scoring.generate import Writer
+
+QUIET = Console(quiet=True)
+WORDS = ["the film is", "a dull, lifeless and badly acted mess", "great", "What is the capital of"]
+
+
+def lively(model, seed=0):
+    """Larger weights, so that an untrained model does not write the same token for ever."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((0.3 * noise).to(parameter))
+    return model
+
+
+@pytest.fixture
+def written_by(decoder_folder):
+    def make(adapter):
+        model, tokenizer = load_model(decoder_folder)
+        if adapter is not None:
+            model = create_adapter(model, adapter, tokenizer=tokenizer, num_virtual_tokens=4)
+        return lively(model), tokenizer
+
+    return make
+
+
+@torch.no_grad()
+def by_argmax(model, prompt, count):
+    """The likeliest next token, again and again, from a forward of all that stands before."""
+    model.eval()
+    ids = list(prompt)
+    for _ in range(count):
+        batch = torch.tensor([ids])
+        logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def prompts_of(tokenizer):
+    """Of four lengths, two of them twice."""
+    texts = [*WORDS, "a film is", "terrible"]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix", "prompt"])
+def test_a_text_is_the_argmax_token_by_token(written_by, adapter):
+    model, tokenizer = written_by(adapter)
+    prompts = prompts_of(tokenizer)
+    assert len({len(prompt) for prompt in prompts}) > 2
+    expected = [by_argmax(model, prompt, 6) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in expected}) == len(prompts)
+    ends = tokenizer.eos_token_id
+    expected = [t[: t.index(ends)] if ends in t else t for t in expected]
+    model.train()
+    for batch_size in (1, 4, 100):
+        written = Writer(tokenizer, 6)(model, prompts, batch_size=batch_size)
+        assert list(written.texts) == [
+            tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
+        ]
+    assert model.training
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+def test_padding_on_the_left_suits_models_with_learnt_positions(architecture, written_by):
+    """Their positions must be counted from the first token that is there."""
+    model = lively(build(architecture, "lora"))
+    _, tokenizer = written_by(None)
+    prompts = [[5, 9, 11, 3, 17], [7], [23, 4]]
+    expected = [by_argmax(model, prompt, 5) for prompt in prompts]
+    assert all(0 not in tokens for tokens in expected)
+    assert list(Writer(tokenizer, 5)(model, prompts).texts) == [
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
+    ]

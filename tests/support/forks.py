@@ -1,0 +1,110 @@
+"""Commands that begin in milliseconds: forked from a process that has imported everything.
+
+Run as a program, this file stands for `python -m`: it hands its arguments, folder, environment and
+standard streams to a server, and ends with the exit code of the process that the server forks.
+The program itself imports nothing but what is below.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def server(folder):
+    """What to begin a command with instead of `(sys.executable, "-m")`, while the server lives."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.warm"])
+    path = str(folder / "forks")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        program = (sys.executable, "-S", "-E", __file__, path)
+        process = context.Process(target=_serve, args=(listener, program))
+        process.start()
+        try:
+            yield program
+        finally:
+            process.kill()
+            process.join()
+
+
+def _serve(listener, program):
+    """Answer every connection by a process of its own; runs of a study begin the same way."""
+    from zofo.study.process import Child
+
+    Child.program = program
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            os.setsid()
+            _answer(connection)
+        connection.close()
+
+
+def _answer(connection):
+    """Fork the command, tell its process id, and then its exit code."""
+    message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os._exit(_run(json.loads(message)))
+    connection.sendall(f"{pid}\n".encode())
+    _, status = os.waitpid(pid, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def _run(asked):
+    """`python -m` in this process; its exit code."""
+    import runpy
+
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww")
+    )
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    module, *sys.argv[1:] = asked["arguments"]
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _ask(path, *arguments):
+    """As the program: have the command run, hand signals on to it, and end as it ends."""
+    asked = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])
+        with connection.makefile() as answers:
+            pid = int(answers.readline())
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, lambda number, _: os.kill(pid, number))
+            code = int(answers.readline())
+    sys.exit(128 - code if code < 0 else code)
+
+
+if __name__ == "__main__":
+    _ask(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""Peak memory of a whole run, phase by phase: hybrid beside FO-PEFT.
+
+Each method trains the same configuration in a process of its own. `zofo verify` and `zofo export`
+of the result have theirs, as a user's would. A phase begins and ends with one of the functions in
+`PHASES`. This module wraps them, so that a run that nobody measures knows nothing of it. The
+operating system's record of the peak is reset at every border, and a phase inside another one
+counts for itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from zofo.bench.device import peak_bytes, reset_peak, used_bytes
+from zofo.errors import UserError
+from zofo.optim.methods import METHODS
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
+
+METHODS_COMPARED: Final = ("fo-peft", "hybrid")
+PHASES: Final = (
+    ("zofo.run.train", "prepare", "load"),
+    ("zofo.run.train", "evaluate", "evaluation"),
+    ("zofo.run.task_trainer", "TaskTrainer.evaluate", "evaluation"),
+    ("zofo.run.task_trainer", "TaskTrainer.train", "training"),
+    ("zofo.run.task_trainer", "TaskTrainer._save_checkpoint", "checkpoint"),
+    ("zofo.run.task_trainer", "TaskTrainer._load_best_model", "going back to the best step"),
+    ("zofo.run.train", "save_artifact", "artefact"),
+)
+_CPU: Final = torch.device("cpu")
+_MIB: Final = 2**20
+
+
+def function_at(module_name: str, path: str) -> tuple[Any, str, Callable[..., Any]]:
+    """The owner of a function, its name there, and the function."""
+    owner: Any = importlib.import_module(module_name)
+    *classes, name = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    return owner, name, getattr(owner, name)
+
+
+class PhasePeaks:
+    """Peaks of the phases of this process.
+
+    Attributes:
+        bytes: phase -> its highest peak so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+        self._open = ["between the phases"]
+        reset_peak(_CPU)
+
+    def wrap(self, module_name: str, path: str, phase: str) -> None:
+        """Measure a function, or a method of a class, as a phase from now on."""
+        owner, name, function = function_at(module_name, path)
+
+        @functools.wraps(function)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(phase):
+                return function(*args, **kwargs)
+
+        setattr(owner, name, measured)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Whatever runs inside belongs to this phase."""
+        self._note()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._note()
+            self._open.pop()
+
+    def _note(self) -> None:
+        phase = self._open[-1]
+        self.bytes[phase] = max(self.bytes.get(phase, 0), peak_bytes(_CPU))
+        reset_peak(_CPU)
+
+
+def measure_here(run: str, what: str) -> dict[str, Any]:
+    """Train a configuration, verify a run or export it in this process.
+
+    Args:
+        run: the run folder; for a method, the configuration is read from `run`.yaml beside it.
+        what: a name in `METHODS_COMPARED`, "verify" or "export".
+
+    Returns:
+        "phases": phase -> peak resident bytes; "kernels_bytes": resident code of the noise kernels.
+    """
+    import peft  # noqa: F401  what every process loads counts before the first phase
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    from zofo.bench.memory import load_kernels
+    from zofo.config.load import load_config
+    from zofo.run.train import train
+    from zofo.saved.export import export_model
+    from zofo.saved.verify import verify
+
+    peaks, before = PhasePeaks(), used_bytes(_CPU)
+    config = load_config(f"{run}.yaml")
+    if METHODS[config.method].base == "zeroth":
+        load_kernels(config.model.dtype, config.distribution)
+    kernels = used_bytes(_CPU) - before
+    if what == "verify":
+        with peaks.phase(what):
+            wrong = [check.detail for check in verify(run) if not check.is_sound]
+        if wrong:
+            raise UserError(f"the run that was measured cannot be loaded: {wrong[0]}")
+    elif what == "export":
+        with peaks.phase(what):
+            export_model(run, f"{run}-plain")
+    else:
+        for place in PHASES:
+            peaks.wrap(*place)
+        train(config)
+    return {"phases": peaks.bytes, "kernels_bytes": kernels}
+
+
+def measure(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Measure both methods: method -> what `measure_here` returns, of all its processes.
+
+    Raises:
+        UserError: if a process fails; its own message has been shown.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in METHODS_COMPARED:
+            run = Path(folder) / method
+            given = {"method": method, "output_dir": str(run), "device": "cpu"}
+            run.with_suffix(".yaml").write_text(config.model_copy(update=given).to_yaml())
+            found[method] = {"phases": {}}
+            for what in (method, "verify", "export"):
+                console.print(f"{method}: {'train' if what == method else what}", highlight=False)
+                row = _in_a_process(run, what)
+                found[method]["phases"] |= row["phases"]
+                found[method]["kernels_bytes"] = row["kernels_bytes"]
+    return found
+
+
+def _in_a_process(run: Path, what: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "zofo", "bench", "--whole-run", str(run), "--memory-of", what]
+    # glibc keeps much of what was freed, by luck of the order: its part would hide the method's.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"{what} failed; its message stands above")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print the peaks, and hybrid's over FO-PEFT's with and without the kernels' code."""
+    table = Table(title="peak resident memory of a whole run, MiB")
+    table.add_column("phase")
+    peaks = {method: row["phases"] for method, row in found.items()}
+    for method in peaks:
+        table.add_column(method, justify="right")
+    for phase in dict.fromkeys(phase for row in peaks.values() for phase in row):
+        cells = [row.get(phase) for row in peaks.values()]
+        table.add_row(phase, *("-" if c is None else f"{c / _MIB:,.0f}" for c in cells))
+    peft, hybrid = (max(peaks[method].values()) for method in METHODS_COMPARED)
+    table.add_row("the whole run", f"{peft / _MIB:,.0f}", f"{hybrid / _MIB:,.0f}")
+    console.print(table)
+    kernels = found["hybrid"]["kernels_bytes"]
+    console.print(f"hybrid / fo-peft, whole run                 {hybrid / peft:.3f}")
+    console.print(f"the same without the kernels' code          {(hybrid - kernels) / peft:.3f}")

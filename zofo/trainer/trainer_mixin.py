@@ -1,0 +1,52 @@
+"""What the parts of `HybridMixin` share: the options, the optimizer and the output folder.
+
+A mixin stands before any Trainer class, so it derives from none. To a type checker it derives from
+`transformers.Trainer`, so that every use of the Trainer is checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zofo.errors import UserError
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.trainer.base_history import BaseHistory
+from zofo.trainer.options import HybridOptions
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class TrainerMixin(_Trainer):
+    """The state that `HybridMixin` sets and its parts read."""
+
+    model: Any  # None in Trainer's type, although every trainer has one by then
+    optimizer: Any  # a HybridOptimizer, which accelerate may wrap
+    _given_options: HybridOptions | None
+    _hybrid: HybridOptimizer | None
+    _history: BaseHistory | None  # where the base moves by the zeroth order
+
+    @property
+    def hybrid_options(self) -> Any:
+        """The object that carries the hybrid options."""
+        if self._given_options is not None:
+            return self._given_options
+        if hasattr(self.args, "base_lr"):
+            return self.args
+        raise UserError(
+            f"{type(self.args).__name__} carries no hybrid options; "
+            "pass hybrid=HybridOptions(...) to the trainer, or use HybridArguments"
+        )
+
+    @property
+    def hybrid_optimizer(self) -> HybridOptimizer:
+        """The optimizer of both blocks, once training has begun."""
+        assert self._hybrid is not None
+        return self._hybrid
+
+    @property
+    def _output_folder(self) -> Path:
+        return Path(str(self.args.output_dir))
