@@ -9,7 +9,7 @@ from typing import Any
 
 from zofo.convergence.claims import Finding
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import DASHES, Theme
+from zofo.pages.themes import DASHES, Theme
 
 
 def figures_of(found: Sequence[Finding], theme: Theme) -> dict[str, Choices]:

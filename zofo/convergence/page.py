@@ -13,7 +13,7 @@ from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Finding
 from zofo.convergence.figures import figures_of
 from zofo.disk.files import write_text
 from zofo.pages.document import json_of, render_document
-from zofo.pages.look import THEMES, template_of
+from zofo.pages.themes import THEMES, template_of
 
 if TYPE_CHECKING:
     from zofo.convergence.plan import Plan
