@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from zofo.errors import UserError
+from zofo.optim.batch_part import check_fraction
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.part import check_fraction
 from zofo.perturb.compiled import is_wrapper
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
+from zofo.optim.batch_part import batch_rows, num_rows_of, split_rows
 from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
-from zofo.optim.part import batch_rows, num_rows_of, split_rows
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.trainer.trainer_mixin import TrainerMixin
 
