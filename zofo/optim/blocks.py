@@ -130,7 +130,7 @@ def check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method:
     if quantized:
         raise UserError(
             f"method {method!r} updates the base, but {len(quantized)} of its weights are "
-            f"quantized, such as {quantized[0]!r}. An update is smaller than the distance between two "
+            f"quantized, such as {quantized[0]!r}. An update is smaller than the gap between two "
             "quantized values. Load the base in bfloat16, or choose fo-peft or zo-peft"
         )
 
