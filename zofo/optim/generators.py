@@ -28,12 +28,7 @@ class GeneratorState:
         accelerator = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             accelerator = dict(enumerate(torch.cuda.get_rng_state_all()))
-        return cls(
-            torch.get_rng_state(),
-            accelerator,
-            np.random.get_state(),
-            random.getstate(),
-        )
+        return cls(torch.get_rng_state(), accelerator, np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
         """Set every generator back to this state."""

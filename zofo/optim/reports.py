@@ -235,9 +235,7 @@ def _step_unless(
     return elsewhere
 
 
-def _expected_norms(
-    scalars: tuple[float, ...], rates: Sequence[tuple[str, int, float, float]]
-) -> dict[str, float]:
+def _expected_norms(scalars: tuple[float, ...], rates: Rates) -> dict[str, float]:
     squares: dict[str, float] = {}
     for block, num_weights, lr, _ in rates:
         squares[block] = squares.get(block, 0.0) + lr**2 * num_weights
