@@ -153,8 +153,7 @@ class BatchLossMixin(TrainerMixin):
         batch = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-        is_scaled = _is_scaled(self, num_items_in_batch)
-        return loss if is_scaled else loss / self.current_gradient_accumulation_steps
+        return loss / self._loss_divisor(num_items_in_batch)
 
     def _zeroth_loss_of(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
@@ -165,6 +164,10 @@ class BatchLossMixin(TrainerMixin):
         with self.compute_loss_context_manager():
             loss = self.compute_zeroth_loss(model, batch, num_items_in_batch)
         return loss / self.current_gradient_accumulation_steps
+
+    def _loss_divisor(self, num_items_in_batch: Any) -> int:
+        is_scaled = _is_scaled(self, num_items_in_batch)
+        return 1 if is_scaled else self.current_gradient_accumulation_steps
 
 
 @contextmanager
