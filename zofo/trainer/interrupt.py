@@ -21,6 +21,8 @@ from typing import Any, Final
 
 from transformers import TrainerCallback
 
+from zofo.saved.layout import CHECKPOINT_PREFIX
+
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -84,7 +86,7 @@ class StopOnSignal(TrainerCallback):
             TrainingInterrupt: if a stop was requested.
         """
         if self.signum is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
             raise TrainingInterrupt(self.signum, folder)
 
     def __enter__(self) -> StopOnSignal:
