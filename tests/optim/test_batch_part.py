@@ -18,9 +18,9 @@ from tests.trainer.test_trl import preferences, sft, tokenizer
 from zofo.config.checks import idle_options
 from zofo.config.load import load_config
 from zofo.errors import UserError
+from zofo.optim.batch_part import num_rows_of, split_rows
 from zofo.optim.blocks import split_parameters
 from zofo.optim.generators import GeneratorState
-from zofo.optim.part import num_rows_of, split_rows
 from zofo.optim.trajectory import Trajectory
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.cost import forward_equivalents
