@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.damage import (
-    NEVER,
-    refused,
-)
+from tests.support.damage import NEVER, refused
 from zofo.config.load import load_config
 from zofo.errors import UserError
 

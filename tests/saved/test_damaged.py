@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.damage import (
-    CHECKPOINT_FILES,
-    CONFIG,
-    FILES,
-    damage,
-    edit,
-    refused,
-)
+from tests.support.damage import CHECKPOINT_FILES, CONFIG, FILES, damage, edit, refused
 from tests.support.models import build
 from zofo.cli.app import app
 from zofo.optim.trajectory import TRAJECTORY_FILE

@@ -12,14 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.support.damage import (
-    ADAPTER,
-    CONFIG,
-    edit,
-    put,
-    refused,
-    seal,
-)
+from tests.support.damage import ADAPTER, CONFIG, edit, put, refused, seal
 from tests.support.models import assert_same_bits
 from zofo.cli.app import app
 from zofo.disk.files import read_json, read_tensors, write_tensors
