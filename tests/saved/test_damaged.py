@@ -82,7 +82,7 @@ def test_a_file_of_another_checkpoint(made, checkpoint, name):
 def test_a_file_that_does_not_belong(artefact, name):
     (artefact / name).parent.mkdir(exist_ok=True)
     (artefact / name).write_bytes(b"\x80\x04.")
-    refused(lambda: load(artefact), "no part of it")
+    refused(lambda: load(artefact), "does not belong to it")
 
 
 def test_another_base(made, artefact, checkpoint, tmp_path):
