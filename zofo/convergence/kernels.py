@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from zofo.convergence.problems.base import GROWING, LOGISTIC, QUADRATIC
-from zofo.noise import kernels as noise
+from zofo.noise import kernel_draws as noise
 
 _LINEAR, _EXPONENTIAL = 0, 1
 
