@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from zofo.bench import whole_run
 from zofo.cli.app import app
+from zofo.config.load import load_config
 
 
 @pytest.fixture
@@ -22,14 +23,17 @@ def config(tmp_path, decoder_folder):
 
 
 @pytest.mark.parametrize("method", whole_run.METHODS_COMPARED)
-def test_every_phase_of_a_run_has_its_peak(config, method, monkeypatch):
+def test_every_phase_of_a_run_has_its_peak(config, tmp_path, method, monkeypatch):
     for module, path, _ in whole_run.PHASES:  # so that they are put back after the test
         monkeypatch.setattr(f"{module}.{path}", whole_run.function_at(module, path)[2])
-    found = whole_run.measure_here(config, [], method)
-    phases = {phase for _, _, phase in whole_run.PHASES} | {"verify", "export"}
-    assert phases < found["phases"].keys()
-    assert min(found["phases"].values()) > 0
-    assert (found["kernels_bytes"] > 0) <= (method == "hybrid")
+    run = tmp_path / method
+    given = [f"method={method}", f"output_dir={run}", "device=cpu"]
+    run.with_suffix(".yaml").write_text(load_config(config, overrides=given).to_yaml())
+    for what in (method, "verify", "export"):
+        found = whole_run.measure_here(str(run), what)
+        wanted = {phase for _, _, phase in whole_run.PHASES} if what == method else {what}
+        assert wanted < found["phases"].keys()
+        assert min(found["phases"].values()) > 0
 
 
 def test_a_phase_inside_another_counts_for_itself(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tests.support.models import assert_same_bits
 from zofo.config.load import load_config
@@ -17,6 +18,7 @@ from zofo.run.train import train
 from zofo.saved.artifact import load
 from zofo.saved.export import export_model, replay_base
 from zofo.saved.inspect import inspect
+from zofo.saved.source import open_source
 from zofo.saved.verify import verify
 
 KINDS = ["run", "artefact", "checkpoint", "export"]
@@ -153,6 +155,52 @@ def test_another_base_is_told(tmp_path, place, decoder_folder):
     assert checks["adapter"] is True
     assert checks["fingerprint"] is False
     assert checks["replay"] is None
+
+
+def test_loading_refuses_what_verify_finds(place):
+    folder = place("artefact")
+    from zofo.saved.manifest import write_header
+
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {name: t * float("nan") for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    header = json.loads((folder / "zofo.json").read_text())
+    keys = ("method", "base", "base_fingerprint", "task", "labels")
+    write_header(folder, {key: header[key] for key in keys})
+    with pytest.raises(UserError, match="is not finite") as caught:
+        load(folder)
+    checks = {check.name: check for check in verify(folder)}
+    assert checks["finite"].is_sound is False
+    assert checks["finite"].detail == str(caught.value)
+    assert checks["model"].is_sound is None
+
+
+@pytest.mark.parametrize(("method", "head"), [("hybrid", "encoder"), ("zo-ft", "decoder")])
+def test_a_checkpoint_opens_without_the_data_of_its_run(place, monkeypatch, method, head):
+    checkpoint = place("checkpoint", method=method, head=head)
+    shutil.rmtree(checkpoint.parent / "artifact")
+    before = open_source(checkpoint)
+    monkeypatch.setattr("zofo.tasks.load.load_splits", lambda *_, **__: pytest.fail("data read"))
+    assert open_source(checkpoint) == before
+    assert before.labels == ("bad", "good")
+    (checkpoint.parent / "base.json").unlink()
+    monkeypatch.undo()
+    assert open_source(checkpoint) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", '{"base": {"name": 3}, "labels": []}', '{"base": {"name": "x"}, "labels": [1]}'],
+)
+def test_a_damaged_record_of_the_base_is_told(place, text):
+    checkpoint = place("checkpoint")
+    (checkpoint.parent / "base.json").write_text(text)
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        open_source(checkpoint)
+    for folder in (checkpoint, checkpoint.parent):
+        info = inspect(folder)
+        assert not info.is_whole
+        assert "base.json is damaged" in info.problem
 
 
 def test_a_run_that_has_not_ended(place):

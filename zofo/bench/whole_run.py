@@ -1,9 +1,10 @@
 """Peak memory of a whole run, phase by phase: hybrid beside FO-PEFT.
 
-Each method runs the same configuration in a process of its own, from loading the model to the
-export of the result. A phase begins and ends with one of the functions in `PHASES`; this module
-wraps them, so that a run that nobody measures knows nothing of it. The operating system's record of
-the peak is reset at every border, and a phase inside another one counts for itself.
+Each method trains the same configuration in a process of its own. `zofo verify` and `zofo export`
+of the result have theirs, as a user's would. A phase begins and ends with one of the functions in
+`PHASES`. This module wraps them, so that a run that nobody measures knows nothing of it. The
+operating system's record of the peak is reset at every border, and a phase inside another one
+counts for itself.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console
@@ -26,6 +28,9 @@ from rich.table import Table
 from zofo.bench.device import peak_bytes, reset_peak, used_bytes
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
 
 METHODS_COMPARED: Final = ("fo-peft", "hybrid")
 PHASES: Final = (
@@ -90,59 +95,74 @@ class PhasePeaks:
         reset_peak(_CPU)
 
 
-def measure_here(config_path: str, overrides: list[str], method: str) -> dict[str, Any]:
-    """Run a configuration with a method in this process.
+def measure_here(run: str, what: str) -> dict[str, Any]:
+    """Train a configuration, verify a run or export it in this process.
+
+    Args:
+        run: the run folder; for a method, the configuration is read from `run`.yaml beside it.
+        what: a name in `METHODS_COMPARED`, "verify" or "export".
 
     Returns:
         "phases": phase -> peak resident bytes; "kernels_bytes": resident code of the noise kernels.
     """
+    import peft  # noqa: F401  what every process loads counts before the first phase
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
     from zofo.bench.memory import load_kernels
     from zofo.config.load import load_config
     from zofo.run.train import train
     from zofo.saved.export import export_model
     from zofo.saved.verify import verify
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        given = [*overrides, f"method={method}", f"output_dir={run}", "device=cpu"]
-        config = load_config(config_path, overrides=given)
-        before = used_bytes(_CPU)
-        if METHODS[method].base == "zeroth":
-            load_kernels(config.model.dtype, config.distribution)
-        kernels = used_bytes(_CPU) - before
-        peaks = PhasePeaks()
-        for place in PHASES:
-            peaks.wrap(*place)
-        train(config)
-        with peaks.phase("verify"):
+    peaks, before = PhasePeaks(), used_bytes(_CPU)
+    config = load_config(f"{run}.yaml")
+    if METHODS[config.method].base == "zeroth":
+        load_kernels(config.model.dtype, config.distribution)
+    kernels = used_bytes(_CPU) - before
+    if what == "verify":
+        with peaks.phase(what):
             wrong = [check.detail for check in verify(run) if not check.is_sound]
         if wrong:
             raise UserError(f"the run that was measured cannot be loaded: {wrong[0]}")
-        with peaks.phase("export"):
-            export_model(run, Path(folder) / "plain")
+    elif what == "export":
+        with peaks.phase(what):
+            export_model(run, f"{run}-plain")
+    else:
+        for place in PHASES:
+            peaks.wrap(*place)
+        train(config)
     return {"phases": peaks.bytes, "kernels_bytes": kernels}
 
 
-def measure(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
-    """Measure both methods: method -> what `measure_here` returns.
+def measure(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Measure both methods: method -> what `measure_here` returns, of all its processes.
 
     Raises:
-        UserError: if a run fails; its own message has been shown.
+        UserError: if a process fails; its own message has been shown.
     """
     found: dict[str, Any] = {}
-    for method in METHODS_COMPARED:
-        console.print(f"a whole run with {method}", highlight=False)
-        command = [sys.executable, "-m", "zofo", "bench", "--whole-run", config_path]
-        done = subprocess.run(
-            [*command, "--memory-of", method, *overrides],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise UserError(f"the run with {method} failed; its message stands above")
-        found[method] = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        for method in METHODS_COMPARED:
+            run = Path(folder) / method
+            given = {"method": method, "output_dir": str(run), "device": "cpu"}
+            run.with_suffix(".yaml").write_text(config.model_copy(update=given).to_yaml())
+            found[method] = {"phases": {}}
+            for what in (method, "verify", "export"):
+                console.print(f"{method}: {'train' if what == method else what}", highlight=False)
+                row = _in_a_process(run, what)
+                found[method]["phases"] |= row["phases"]
+                found[method]["kernels_bytes"] = row["kernels_bytes"]
     return found
+
+
+def _in_a_process(run: Path, what: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "zofo", "bench", "--whole-run", str(run), "--memory-of", what]
+    # glibc keeps much of what was freed, by luck of the order: its part would hide the method's.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"{what} failed; its message stands above")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def show(found: dict[str, Any], console: Console) -> None:

@@ -134,10 +134,9 @@ def _measure_whole_run(
     from zofo.disk.files import write_json
 
     if method is not None:
-        print(json.dumps(whole_run.measure_here(config, overrides, method)))
+        print(json.dumps(whole_run.measure_here(config, method)))
         return
-    load_config(config, overrides=overrides)  # what is wrong with it is said before any work
-    found = whole_run.measure(config, overrides, Console(stderr=True))
+    found = whole_run.measure(load_config(config, overrides=overrides), Console(stderr=True))
     whole_run.show(found, Console(highlight=False))
     if json_file is not None:
         write_json(json_file, found)

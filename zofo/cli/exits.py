@@ -74,7 +74,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 @contextmanager
 def _bitsandbytes_errors_only() -> Iterator[None]:
-    """Silence bitsandbytes, which peft imports and which warns of kernels that zofo does not use."""
+    """Silence bitsandbytes: peft imports it, and it warns of kernels that zofo does not use."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

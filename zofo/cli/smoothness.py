@@ -66,7 +66,6 @@ def smoothness(
 
 
 def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
-    from zofo.models.loading import empty_model
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
     from zofo.saved.source import base_of
@@ -79,14 +78,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
-    model = empty_model(
-        base.name,
-        head=base.head,  # type: ignore[arg-type]
-        dtype=base.dtype,
-        num_labels=base.num_labels,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-    )
+    model = base.empty()
     num_parts = sum(block.is_part for block in blocks_of(model, options.split).values())
     orders = METHODS[config.method]
     costs = planned_forwards(

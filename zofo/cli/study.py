@@ -198,5 +198,5 @@ def _print(summary: Summary) -> None:
         console.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
     if summary.num_unchosen:
         console.print(
-            f"{summary.num_unchosen} cells have no rates: every pair has a run that failed or stopped"
+            f"{summary.num_unchosen} cells have no rates: each pair has a failed or stopped run"
         )

@@ -77,6 +77,14 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run code from the model's repository")
     attn_implementation: str | None = Field(None, description="as in transformers")
 
+    def tokenizer(self) -> Any:
+        """Its tokenizer, without the model."""
+        from zofo.models.loading import load_tokenizer
+
+        return load_tokenizer(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
 
 class AdapterConfig(_Section):
     """The PEFT module."""
@@ -99,6 +107,13 @@ class AdapterConfig(_Section):
     def label(self) -> str:
         """What results and folders call it: its type, or the name of its file."""
         return self.type if self.config_file is None else Path(self.config_file).stem
+
+    def build(self, model: Any, head: str, tokenizer: Any, *, seed: int = 0) -> Any:
+        """The model with this adapter on it, as `zofo.create_adapter` makes it."""
+        from zofo.models.adapters import create_adapter
+
+        values = self.model_dump()
+        return create_adapter(model, head=head, tokenizer=tokenizer, seed=seed, **values)  # type: ignore[arg-type]
 
 
 class RunConfig(_Section, StepOptions):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from zofo.disk.files import file_digest
 from zofo.errors import UserError
 
 LIST_FILE: Final = "zofo_files.json"
@@ -21,22 +22,41 @@ LIST_FILE: Final = "zofo_files.json"
 HIDDEN: Final = ".partial"
 
 
+_REMEDY: Final = (
+    "Older checkpoints are as they were: free space or make the folder writable again, and "
+    "continue from the newest"
+)
+
+
 @contextmanager
-def writing_folder(place: Path) -> Iterator[Path]:
+def writing_folder(
+    place: Path, *, remedy: str = _REMEDY, is_checkpoint: bool = True
+) -> Iterator[Path]:
     """A hidden folder that becomes `place` when the block ends well.
+
+    Args:
+        place: where the folder goes.
+        remedy: how the message about a failed write ends.
+        is_checkpoint: list the files with their digests, and replace what lies at `place`. If
+            not, `place` must not exist, or be empty, and the folders above it are made.
 
     Raises:
         UserError: if it cannot be written; what lay at `place` is then still there.
     """
-    hidden = place.parent / f".{place.name}{HIDDEN}"
+    hidden: Path | None = None
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
+        if not is_checkpoint:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(HIDDEN, f".{place.name}.", place.parent)
+        hidden = Path(name)
         staged = hidden / place.name
         staged.mkdir()
         yield staged
-        _seal(staged)
-        if place.exists():
+        if is_checkpoint:
+            _list_files(staged)
+        for path in (*staged.rglob("*"), staged):
+            _flush(path)
+        if is_checkpoint and place.exists():
             discard(place)
         staged.replace(place)
         _flush(place.parent)
@@ -44,12 +64,10 @@ def writing_folder(place: Path) -> Iterator[Path]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise UserError(
-            f"cannot write {place}: {reason}. Older checkpoints are as they were: free space or "
-            "make the folder writable again, and continue from the newest"
-        ) from error
+        raise UserError(f"cannot write {place}: {reason}. {remedy}") from error
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
@@ -60,22 +78,18 @@ def discard(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _seal(folder: Path) -> None:
-    """List the files and flush everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _list_files(folder: Path) -> None:
+    """Write the list of the files."""
     listed = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
             "blake2b": file_digest(path),
         }
-        for path in files
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     target = folder / LIST_FILE
     target.write_text(json.dumps({"format": 1, "files": listed}, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, target):
-        _flush(path)
-    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _flush(path)
 
 
 def _flush(path: Path) -> None:
@@ -86,15 +100,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2b digest of a file's content, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str | None:

@@ -93,25 +93,11 @@ def create_adapter(
         if getattr(config, "target_modules", None):
             _check_targets(model, config.target_modules)
     elif type in ("lora", "dora", "rslora"):
-        resolved = _targets(model, targets)
-        config = peft.LoraConfig(
-            task_type=task,
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=resolved,
-            fan_in_fan_out=_are_transposed(model, resolved),
-            use_dora=type == "dora",
-            use_rslora=type == "rslora",
+        config = _lora_config(
+            model, type, task, targets, r=r, lora_alpha=alpha, lora_dropout=dropout
         )
     elif type == "ia3":
-        resolved = _targets(model, targets, "ia3")
-        config = peft.IA3Config(
-            task_type=task,
-            target_modules=resolved,
-            feedforward_modules=_feedforward_of(model, resolved),
-            fan_in_fan_out=_are_transposed(model, resolved),
-        )
+        config = _ia3_config(model, task, targets)
     elif type in KINDS:
         config = _prompt_config(model, type, task, num)
     else:
@@ -139,6 +125,32 @@ def create_adapter(
 
 def _kind_of(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _lora_config(model: nn.Module, type: str, task: Any, targets: Any, **values: Any) -> Any:
+    import peft
+
+    resolved = _targets(model, targets)
+    return peft.LoraConfig(
+        task_type=task,
+        target_modules=resolved,
+        fan_in_fan_out=_are_transposed(model, resolved),
+        use_dora=type == "dora",
+        use_rslora=type == "rslora",
+        **values,
+    )
+
+
+def _ia3_config(model: nn.Module, task: Any, targets: Any) -> Any:
+    import peft
+
+    resolved = _targets(model, targets, "ia3")
+    return peft.IA3Config(
+        task_type=task,
+        target_modules=resolved,
+        feedforward_modules=_feedforward_of(model, resolved),
+        fan_in_fan_out=_are_transposed(model, resolved),
+    )
 
 
 def _prompt_config(model: nn.Module, type: str, task: Any, num: int) -> Any:

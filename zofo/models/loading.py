@@ -63,6 +63,7 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
 ) -> tuple[nn.Module, Any]:
     """A pretrained model and its tokenizer.
 
@@ -76,6 +77,7 @@ def load_model(
         trust_remote_code: run code that the model's repository brings.
         attn_implementation: as in transformers; None: its choice.
         seed: of a fresh head's initial weights; global generators are left alone.
+        tokenizer: of the model; None: the one that lies beside it.
 
     Raises:
         UserError: if the model cannot be found or has no such head.
@@ -91,7 +93,8 @@ def load_model(
         kwargs["attn_implementation"] = attn_implementation
     with _hub_errors(name), quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
+        if tokenizer is None:
+            tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
         if head == "classification":
             kwargs["num_labels"] = num_labels
         else:
@@ -183,6 +186,36 @@ def stored_weights(
         return None
     found = stored.under(keys, {own: parameter.dtype for own, parameter in weights.items()})
     return found if all(torch.equal(found[own], p) for own, p in weights.items()) else None
+
+
+def copy_weights(folder: Path, model: nn.Module) -> bool:
+    """Copy the weights of `model.safetensors` into a model, one tensor at a time.
+
+    Args:
+        folder: where the file is.
+        model: on any device; keeps its dtypes.
+
+    Returns:
+        Whether the file holds every tensor of the model, under its name or that of a tied one, and
+        no other; if not, nothing was copied.
+
+    Raises:
+        UserError: if a tensor has another shape there, or the file is damaged.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return False
+    stored, _ = open_tensors(path)
+    live = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    if not stored.keys() <= live.keys():
+        return False
+    if {t.data_ptr() for t in live.values()} != {live[name].data_ptr() for name in stored}:
+        return False
+    for name, tensor in stored.items():
+        if tensor.shape != live[name].shape:
+            raise UserError(f"{path} has {name!r} in another shape; load the model it is of")
+        live[name].copy_(tensor)
+    return True
 
 
 def _weight_files(source: str, revision: str | None) -> list[Path]:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from zofo.config.schema import AUTO, RunConfig
 from zofo.environment import resolve_device
-from zofo.models.adapters import create_adapter
-from zofo.models.loading import empty_model, load_tokenizer
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.view import Perturbation
 from zofo.run.cost import forward_equivalents
@@ -60,37 +58,15 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         UserError: for anything that a run would refuse.
     """
-    tokenizer = load_tokenizer(
-        config.model.name,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    tokenizer = config.model.tokenizer()
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
     encoder = encoder_for(tokenizer, base.head, config.task)
     rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
-    model: Any = empty_model(
-        base.name,
-        head=base.head,  # type: ignore[arg-type]
-        dtype=base.dtype,
-        num_labels=base.num_labels,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-    )
+    model: Any = base.empty()
     config_of_model = model.config
     if METHODS[config.method].needs_adapter:
-        adapter = config.adapter
-        model = create_adapter(
-            model,
-            adapter.type,
-            head=base.head,  # type: ignore[arg-type]
-            r=adapter.r,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            num_virtual_tokens=adapter.num_virtual_tokens,
-            config_file=adapter.config_file,
-        )
+        model = config.adapter.build(model, base.head, tokenizer)
     steps = num_steps(config, len(rows["train"]))
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(

@@ -11,8 +11,6 @@ from torch import nn
 from zofo.config.schema import RunConfig
 from zofo.disk.files import fingerprint, problem_of_target
 from zofo.errors import UserError
-from zofo.models.adapters import create_adapter
-from zofo.models.loading import load_tokenizer
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
@@ -41,34 +39,12 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         UserError: for anything wrong with data, model or adapter.
     """
-    tokenizer = (
-        load_tokenizer(
-            config.model.name,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        if config.task.name == "chat"
-        else None
-    )
+    tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
     model, tokenizer = base.load()
     if METHODS[config.method].needs_adapter:
-        adapter = config.adapter
-        model = create_adapter(
-            model,
-            adapter.type,
-            head=base.head,  # type: ignore[arg-type]
-            tokenizer=tokenizer,
-            r=adapter.r,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            num_virtual_tokens=adapter.num_virtual_tokens,
-            init_text=adapter.init_text,
-            config_file=adapter.config_file,
-            seed=config.seed,
-        )
+        model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
     rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
     return Prepared(

@@ -23,6 +23,7 @@ from zofo.console import quiet
 from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
 from zofo.tasks.encode import Collator, Encoded
@@ -324,7 +325,7 @@ def build_trainer(
             writer=writer,
             zo_objective=config.zo_objective,
             callbacks=[
-                MetricsFile(folder / "metrics.jsonl"),
+                MetricsFile(folder / METRICS_FILE),
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],

@@ -1,6 +1,7 @@
 """One run: read, measure, train, measure again, save.
 
 run.yaml           the resolved configuration, numbers in place of auto
+base.json          the base as it was before training, and the names of the classes
 advise.json        what these numbers rest on, where some were auto
 environment.json   versions, machine, device
 metrics.jsonl      what was logged, one object a line
@@ -40,7 +41,15 @@ from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.artifact import save_artifact
 from zofo.saved.card import write_card
 from zofo.saved.checkpoint_folders import remove_leftovers
-from zofo.saved.layout import ADVICE_FILE, CONFIG_FILE, RESULT_FILE, STOPPED_FILE
+from zofo.saved.layout import (
+    ADVICE_FILE,
+    ARTIFACT_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    RESULT_FILE,
+    STOPPED_FILE,
+)
+from zofo.saved.source import write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.trainer.interrupt import StopOnSignal
@@ -108,7 +117,7 @@ def train(
         console=console,
     )
     checkpoint = None if resume is None else _checkpoint(folder, console)
-    _begin_folder(folder, config)
+    _begin_folder(folder, config, prepared)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
     if on_start is not None:
@@ -179,7 +188,7 @@ def _save_artifact(
     folder: Path, config: RunConfig, prepared: Prepared, trainer: TaskTrainer
 ) -> Path:
     return save_artifact(
-        folder / "artifact",
+        folder / ARTIFACT_FOLDER,
         prepared.model,
         base=prepared.base,
         method=config.method,
@@ -302,8 +311,9 @@ def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _begin_folder(folder: Path, config: RunConfig) -> None:
+def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
     remove_leftovers(folder)
     (folder / STOPPED_FILE).unlink(missing_ok=True)
     write_text(folder / CONFIG_FILE, config.to_yaml())
-    write_json(folder / "environment.json", environment())
+    write_base(folder, prepared.base, prepared.splits.labels)
+    write_json(folder / ENVIRONMENT_FILE, environment())

@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import nn
 
-from zofo.disk.files import fingerprint, refusing
+from zofo.disk.files import fingerprint
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
-from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved import hub
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
@@ -31,11 +30,11 @@ from zofo.saved.manifest import (
     HEADER_FILE,
     MODEL_FOLDER,
     BaseSpec,
-    check_files,
     find_artifact,
     read_header,
     write_header,
 )
+from zofo.saved.source import open_source
 
 __all__ = [
     "HEADER_FILE",
@@ -156,45 +155,7 @@ def load(
     name = str(folder)
     if not Path(name).expanduser().exists() and hub.looks_like_hub_id(name):
         folder = hub.download(name, revision=revision)
-    folder = find_artifact(folder)
-    header = read_header(folder)
-    check_files(folder, header)
-    base, method = BaseSpec(**header["base"]), header["method"]
-    if base.runs_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{folder} needs code from the repository of {base.name}; pass trust_remote_code=True "
-            "(zofo eval and predict: model.trust_remote_code=true) if you trust its authors"
-        )
-    if METHODS[method].base == "first":
-        source = BaseSpec(**{**vars(base), "name": str(folder / MODEL_FOLDER), "revision": None})
-        with refusing(f"the model in {folder} cannot be loaded", "copy the artefact again"):
-            model, tokenizer = source.load()
-    else:
-        with refusing(f"the base {base.name!r} cannot be loaded", "look at its name in zofo.json"):
-            model, tokenizer = base.load()
-        model = _assemble(folder, header, model, progress)
+    source = open_source(find_artifact(folder), trust_remote_code=trust_remote_code)
+    model, tokenizer = source.load(progress)
     model.to(device)
-    model.eval()
-    return Artifact(model, tokenizer, base, method, header["task"], tuple(header["labels"]))
-
-
-def _assemble(
-    folder: Path,
-    header: dict[str, Any],
-    model: Any,
-    progress: Callable[[int, int], None] | None,
-) -> nn.Module:
-    """Adapter attached, base moved to where training left it."""
-    name, method = header["base"]["name"], METHODS[header["method"]]
-    if method.needs_adapter:
-        model = attach_adapter(model, folder / ADAPTER_FOLDER)
-    base = split_parameters(model).base
-    check_base(base, header["base_fingerprint"], f"{folder}, of {name},")
-    if method.base == "zeroth":
-        trajectory, record = Trajectory.load(folder / TRAJECTORY_FILE)
-        if record.get("base_fingerprint") != header["base_fingerprint"]:
-            raise UserError(
-                f"{folder / TRAJECTORY_FILE} is of another base; copy the artefact again"
-            )
-        trajectory.replay(base, progress=progress)
-    return model
+    return Artifact(model, tokenizer, source.base, source.method, source.task, source.labels)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from zofo.models.adapters import attach_adapter, check_adapter
-from zofo.optim.blocks import split_parameters
-from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.saved.assemble import Assembly, Parts
 
 
 def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
@@ -26,10 +25,6 @@ def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
             damaged.
     """
     folder = Path(folder)
-    trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
-    check_adapter(folder, header)
-    model = attach_adapter(base, folder)
-    moved = split_parameters(model).base
-    check_base(moved, header.get("base_fingerprint"), str(folder))
-    trajectory.replay(moved)
-    return model.eval()
+    parts = Parts(folder=folder, adapter=folder, trajectory=folder / TRAJECTORY_FILE)
+    model: nn.Module = Assembly(parts, base).run().model
+    return model

@@ -13,45 +13,34 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from zofo.disk.files import read_tensors
-from zofo.disk.folders import HIDDEN, LIST_FILE, discard, file_digest
+from zofo.disk.files import file_digest, read_tensors
+from zofo.disk.folders import HIDDEN, LIST_FILE, discard
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-
-_PREFIX: Final = "checkpoint-"
-_FILES: Final = (
-    "run.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "result.json",
-    "stopped.json",
-    "base_original.safetensors",
-    "base_snapshot.safetensors",
-)
-"""Of a run folder, beside the checkpoints."""
+from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
 
 
 def remove_leftovers(run_folder: Path) -> None:
     """Remove what a killed run was writing or removing."""
-    for path in run_folder.glob(f".{_PREFIX}*{HIDDEN}"):
+    for path in run_folder.glob(f".{CHECKPOINT_PREFIX}*{HIDDEN}"):
         shutil.rmtree(path, ignore_errors=True)
-    for name in _FILES:  # as zofo.disk.files.replacing names them
+    for name in WRITTEN_WHOLE:  # as zofo.disk.files.replacing names them
         for path in run_folder.glob(f".{name}.????????"):
             path.unlink(missing_ok=True)
 
 
 def step_of(folder: Path) -> int | None:
     """The N of checkpoint-N; None for other names."""
-    number = folder.name.removeprefix(_PREFIX)
-    is_one = folder.name.startswith(_PREFIX) and number.isdecimal() and folder.is_dir()
+    number = folder.name.removeprefix(CHECKPOINT_PREFIX)
+    is_one = folder.name.startswith(CHECKPOINT_PREFIX) and number.isdecimal() and folder.is_dir()
     return int(number) if is_one else None
 
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
     """Every checkpoint by its step, whole or not."""
-    found = ((step_of(path), path) for path in run_folder.glob(f"{_PREFIX}*"))
+    found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
 
@@ -89,13 +78,13 @@ def newest_whole(run_folder: Path, report: Callable[[str], Any] | None = None) -
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if state["global_step"] != step_of(folder):
-            return f"trainer_state.json is of step {state['global_step']}"
+            return f"{STATE_FILE} is of step {state['global_step']}"
     except FileNotFoundError:
-        return "trainer_state.json is missing"
+        return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"trainer_state.json cannot be read ({error!r})"
+        return f"{STATE_FILE} cannot be read ({error!r})"
     try:
         return _differences_from_list(folder) or _find_unreadable(folder)
     except UserError as error:

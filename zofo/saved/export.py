@@ -10,23 +10,19 @@ its name: a folder that exists is a folder that was checked.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zofo.console import quiet
+from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
-from zofo.models.adapters import is_peft
+from zofo.models.adapters import attach_adapter, is_peft
 from zofo.models.loading import DTYPES, model_class
 from zofo.optim.blocks import split_parameters
 from zofo.saved.export_card import Exported, describe, usage
@@ -42,7 +38,7 @@ from zofo.saved.export_check import (
     tolerance_of,
 )
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
-from zofo.saved.source import Source, attach, drop_weights, open_source, plain_base
+from zofo.saved.source import Source, drop_weights, open_source, plain_base
 
 
 @dataclass(frozen=True)
@@ -140,8 +136,10 @@ def write_folder(
     source, samples = content.source, content.samples
     chosen = dtype or source.base.dtype
     tolerance = tolerance_of(chosen, source.base.dtype)
-    with _writing_folder(to) as temporary, quiet():
-        _save(content, temporary, to, DTYPES[chosen], max_shard_size)
+    tokenizer = source.plain_tokenizer()
+    remedy = "Nothing was written there: free space or choose another folder"
+    with writing_folder(to, remedy=remedy, is_checkpoint=False) as temporary, quiet():
+        _save(content, tokenizer, temporary, to, DTYPES[chosen], max_shard_size)
         found = _compare(content, temporary)
         if not found.within(tolerance):
             raise UserError(
@@ -160,6 +158,8 @@ def write_folder(
             usage(to, source.base.head, is_merged=content.adapter is None),
         )
         describe(exported, source, content.step, temporary)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
     return exported
 
 
@@ -183,7 +183,12 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
 
 
 def _save(
-    content: Content, folder: Path, to: Path, dtype: torch.dtype, max_shard_size: str
+    content: Content,
+    tokenizer: Any,
+    folder: Path,
+    to: Path,
+    dtype: torch.dtype,
+    max_shard_size: str,
 ) -> None:
     """Model, tokenizer and adapter."""
     model, source, adapter = content.model, content.source, content.adapter
@@ -194,7 +199,6 @@ def _save(
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer = source.plain_tokenizer()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = content.tokenizer.pad_token
     tokenizer.save_pretrained(folder)
@@ -230,41 +234,9 @@ def _compare(content: Content, folder: Path) -> Deviation:
     model, tokenizer = load_plain(folder, base.head, trust_remote_code=base.trust_remote_code)
     check_weights(model, written)
     if content.adapter is not None:
-        model = attach(model, folder / ADAPTER_FOLDER)
+        model = attach_adapter(model, folder / ADAPTER_FOLDER)
     check_tokenizers(tokenizer, content.tokenizer, content.samples)
     return deviation(logits_of(model.eval(), content.samples), content.expected)
-
-
-@contextmanager
-def _writing_folder(to: Path) -> Iterator[Path]:
-    """A temporary folder beside `to` that takes its name when the block ends well."""
-    temporary: Path | None = None
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _flush(path)
-        temporary.replace(to)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {to}: {getattr(error, 'strerror', None) or error}; nothing was written "
-            "there. Free space or choose another folder"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and need not
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def replay_base(

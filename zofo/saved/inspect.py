@@ -15,12 +15,11 @@ from zofo.config.load import load_config
 from zofo.disk.files import read_json, refusing
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.artifact import HEADER_FILE, read_header
 from zofo.saved.checkpoint_folders import checkpoints, find_damage
 from zofo.saved.export_card import EXPORT_FILE
-from zofo.saved.layout import CONFIG_FILE, RESULT_FILE, STATE_FILE
-from zofo.saved.manifest import ADAPTER_FOLDER, check_files
-from zofo.saved.source import is_checkpoint
+from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, RESULT_FILE, STATE_FILE
+from zofo.saved.manifest import ADAPTER_FOLDER, HEADER_FILE, check_files, read_header
+from zofo.saved.source import is_checkpoint, read_base
 
 
 @dataclass
@@ -185,6 +184,8 @@ def _read_config(info: Info, run: Path) -> None:
     config = load_config(run / CONFIG_FILE)
     info.method, info.base, info.seed = config.method, config.model.name, config.seed
     info.task = config.task.name
+    if (run / BASE_FILE).is_file():
+        info.base = read_base(run)[0].name
 
 
 def _read_run(info: Info) -> None:
@@ -195,8 +196,8 @@ def _read_run(info: Info) -> None:
     if (info.path / RESULT_FILE).is_file():
         with refusing(f"{info.path / RESULT_FILE} is damaged"):
             info.scores = read_json(info.path / RESULT_FILE).get("test")
-    if not (info.path / "artifact" / HEADER_FILE).is_file():
+    if not (info.path / ARTIFACT_FOLDER / HEADER_FILE).is_file():
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it anew"
         raise UserError(f"the run has not ended; {remedy}")
-    _read_artifact(info, info.path / "artifact")
+    _read_artifact(info, info.path / ARTIFACT_FOLDER)

@@ -1,19 +1,37 @@
-"""The names of the files and folders that a run leaves on disk."""
+"""The names of the files and folders that a run leaves on disk.
+
+`zofo.saved.manifest` names those of an artefact, `zofo.optim.trajectory` that of the trajectory.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 CONFIG_FILE: Final = "run.yaml"
-
-
-RESULT_FILE: Final = "result.json"
-
-
+BASE_FILE: Final = "base.json"
+"""The base that the run begins with, and the names of the classes."""
+ENVIRONMENT_FILE: Final = "environment.json"
 ADVICE_FILE: Final = "advise.json"
-
-
+METRICS_FILE: Final = "metrics.jsonl"
 STOPPED_FILE: Final = "stopped.json"
+RESULT_FILE: Final = "result.json"
+ARTIFACT_FOLDER: Final = "artifact"
 
-
+CHECKPOINT_PREFIX: Final = "checkpoint-"
 STATE_FILE: Final = "trainer_state.json"
+ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
+SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
+BASE_COPIES: Final = (ORIGINAL_BASE_FILE, SNAPSHOT_FILE)
+"""Copies that a run keeps of its base and removes when it ends."""
+
+WRITTEN_WHOLE: Final = (
+    CONFIG_FILE,
+    BASE_FILE,
+    ENVIRONMENT_FILE,
+    ADVICE_FILE,
+    METRICS_FILE,
+    STOPPED_FILE,
+    RESULT_FILE,
+    *BASE_COPIES,
+)
+"""Files of a run folder that `zofo.disk.files.replacing` writes."""

@@ -26,6 +26,7 @@ from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.saved.layout import ARTIFACT_FOLDER
 from zofo.tasks.spec import TaskSpec
 
 FORMAT_VERSION: Final = 1
@@ -73,6 +74,21 @@ class BaseSpec:
         from zofo.models.loading import load_model
 
         return load_model(**vars(self))
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer alone."""
+        from zofo.models.loading import load_tokenizer
+
+        return load_tokenizer(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def empty(self) -> nn.Module:
+        """The base on torch's meta device: shapes without weights."""
+        from zofo.models.loading import empty_model
+
+        values = {k: v for k, v in vars(self).items() if k not in ("seed", "attn_implementation")}
+        return empty_model(**values)
 
 
 class _Manifest(pydantic.BaseModel):
@@ -172,7 +188,7 @@ def find_artifact(folder: str | Path) -> Path:
         UserError: if there is none.
     """
     folder = Path(folder).expanduser()
-    for candidate in (folder, folder / "artifact"):
+    for candidate in (folder, folder / ARTIFACT_FOLDER):
         if (candidate / HEADER_FILE).is_file():
             return candidate
     if not folder.exists():

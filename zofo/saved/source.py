@@ -8,58 +8,53 @@ whole     the whole model, if its history is not at hand or not needed
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from torch import nn
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
-from zofo.disk.files import refusing
+from zofo.disk.files import read_json, refusing, write_json
 from zofo.errors import UserError
 from zofo.models.loading import head_of
-from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS, methods_that
-from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
-from zofo.saved.artifact import HEADER_FILE, BaseSpec, read_header
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.saved.assemble import Assembly, Parts
 from zofo.saved.checkpoint_folders import find_damage
-from zofo.saved.layout import CONFIG_FILE, STATE_FILE
-from zofo.saved.manifest import ADAPTER_FOLDER, MODEL_FOLDER, find_artifact
+from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, STATE_FILE
+from zofo.saved.manifest import (
+    ADAPTER_FOLDER,
+    HEADER_FILE,
+    MODEL_FOLDER,
+    BaseSpec,
+    find_artifact,
+    read_header,
+)
 from zofo.tasks.spec import Splits
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the parts of a trained model lie.
+@dataclass(frozen=True, kw_only=True)
+class Source(Parts):
+    """Where the parts of a trained model lie, and how it was trained.
 
     Attributes:
         kind: "artefact" or "checkpoint".
-        folder: the artefact's or checkpoint's.
         base: the base it was trained from.
         method: how.
         task: the task's options, None if it was trained on none of zofo's.
         labels: names of the classes.
-        adapter: folder of the adapter.
-        trajectory: file of the base's history.
-        whole: folder of the whole model.
-        base_fingerprint: of the base before training, where the header has it.
-        trust_remote_code: run the code of a base that needs some.
     """
 
     kind: str
-    folder: Path
     base: BaseSpec
     method: str
     task: dict[str, Any] | None
     labels: tuple[str, ...]
-    adapter: Path | None
-    trajectory: Path | None
-    whole: Path | None
-    base_fingerprint: str | None
-    trust_remote_code: bool = False
 
     def history(self) -> Trajectory:
         """The base's updates.
@@ -74,26 +69,14 @@ class Source:
             )
         return Trajectory.load(self.trajectory)[0]
 
-    def expected_fingerprint(self) -> str | None:
-        """Of the base before training, from the header or the trajectory."""
-        if self.base_fingerprint is not None or self.trajectory is None:
-            return self.base_fingerprint
-        found = Trajectory.load(self.trajectory)[1].get("base_fingerprint")
-        return None if found is None else str(found)
-
     def load_start(self) -> tuple[nn.Module, Any]:
         """The base before training with the trained adapter on it, and the tokenizer.
 
         Raises:
             UserError: if the base cannot be loaded, is another, or the adapter does not fit it.
         """
-        model, tokenizer = self.base.load()
-        if self.adapter is not None:
-            model = attach(model, self.adapter)
-        expected = self.expected_fingerprint()
-        if expected is not None:
-            check_base(split_parameters(model).base, expected, str(self.folder))
-        return model, tokenizer
+        made = Assembly(self).run("files", "history", "base", "adapter", "fingerprint")
+        return made.model, made.tokenizer
 
     def plain_tokenizer(self) -> Any:
         """The tokenizer as its owner saved it, without what training sets."""
@@ -111,31 +94,17 @@ class Source:
                 trust_remote_code=self.base.trust_remote_code,
             )
 
-    def load(self) -> tuple[nn.Module, Any]:
+    def load(self, progress: Callable[[int, int], None] | None = None) -> tuple[nn.Module, Any]:
         """The trained model in evaluation mode, and the tokenizer.
+
+        Args:
+            progress: called during the replay with the numbers of weights done and to be done.
 
         Raises:
             UserError: as `load_start`, or if the history or the whole model is damaged.
         """
-        if self.kind == "artefact":
-            from zofo.saved.artifact import load
-
-            artifact = load(self.folder, trust_remote_code=self.trust_remote_code)
-            return artifact.model, artifact.tokenizer
-        if self.whole is not None:
-            from zofo.models.loading import load_tokenizer
-
-            values = {**vars(self.base), "name": str(self.whole), "revision": None}
-            tokenizer = load_tokenizer(
-                self.base.name,
-                revision=self.base.revision,
-                trust_remote_code=self.base.trust_remote_code,
-            )
-            return _load_whole(values, tokenizer), tokenizer
-        model, tokenizer = self.load_start()
-        if self.trajectory is not None:
-            self.history().replay(split_parameters(model).base)
-        return model.eval(), tokenizer
+        made = Assembly(self, progress=progress).run()
+        return made.model, made.tokenizer
 
 
 def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
@@ -152,49 +121,33 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
     source = _checkpoint(path) if is_checkpoint(path) else _artifact(find_artifact(path))
     if source.base.runs_remote_code and not trust_remote_code:
         raise UserError(
-            f"{path} needs code from the repository of {source.base.name}; pass trust_remote_code "
-            "if you trust its authors"
+            f"{path} needs code from the repository of {source.base.name}; pass "
+            "trust_remote_code=True (zofo eval and predict: model.trust_remote_code=true) if you "
+            "trust its authors"
         )
-    return dataclasses.replace(source, trust_remote_code=trust_remote_code)
+    return source
 
 
 def _artifact(folder: Path) -> Source:
     header = read_header(folder)
     method = METHODS[header["method"]]
     return Source(
-        "artefact",
-        folder,
-        BaseSpec(**header["base"]),
-        header["method"],
-        header.get("task"),
-        tuple(header.get("labels") or ()),
-        folder / ADAPTER_FOLDER if method.needs_adapter else None,
-        folder / TRAJECTORY_FILE if method.base == "zeroth" else None,
-        folder / MODEL_FOLDER if method.base == "first" else None,
-        header.get("base_fingerprint"),
+        kind="artefact",
+        folder=folder,
+        base=BaseSpec(**header["base"]),
+        method=header["method"],
+        task=header["task"],
+        labels=tuple(header["labels"]),
+        adapter=folder / ADAPTER_FOLDER if method.needs_adapter else None,
+        trajectory=folder / TRAJECTORY_FILE if method.base == "zeroth" else None,
+        whole=folder / MODEL_FOLDER if method.base == "first" else None,
+        header=header,
     )
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether it is a checkpoint in Trainer's layout."""
     return (path / STATE_FILE).is_file() and not (path / HEADER_FILE).is_file()
-
-
-def attach(model: nn.Module, folder: Path) -> nn.Module:
-    """The adapter of a folder on a base, as peft does it, without its remarks.
-
-    Raises:
-        UserError: if it does not fit.
-    """
-    import peft
-
-    from zofo.console import quiet
-
-    with (
-        refusing(f"the adapter in {folder} cannot be attached", "check the base and the folder"),
-        quiet(),
-    ):
-        return peft.PeftModel.from_pretrained(model, str(folder))
 
 
 def plain_base(
@@ -210,11 +163,9 @@ def plain_base(
         stop: how many updates; None: all, none where the method records none.
         progress: called with the numbers of weights done and to be done.
     """
-    plain, _ = source.base.load()
-    if source.trajectory is not None:
-        base = split_parameters(plain).base
-        source.history().replay(base, stop=stop, progress=progress)
-    return plain.eval()
+    assembly = Assembly(source, stop=stop, progress=progress)
+    model: nn.Module = assembly.run("history", "base", "replay", "finite").model
+    return model
 
 
 def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None) -> None:
@@ -239,55 +190,58 @@ def _checkpoint(folder: Path) -> Source:
     if damage is not None:
         raise UserError(f"{folder} is not whole: {damage}; choose another checkpoint")
     config = load_config(run / CONFIG_FILE)
-    base, labels = _base_of_run(run)
+    base, labels = read_base(run)
     method = METHODS[config.method]
     return Source(
-        "checkpoint",
-        folder,
-        base,
-        config.method,
-        config.task.model_dump(),
-        labels,
-        folder if method.needs_adapter else None,
-        folder / TRAJECTORY_FILE if method.base == "zeroth" else None,
-        None if method.needs_adapter else folder,
-        None,
+        kind="checkpoint",
+        folder=folder,
+        base=base,
+        method=config.method,
+        task=config.task.model_dump(),
+        labels=labels,
+        adapter=folder if method.needs_adapter else None,
+        trajectory=folder / TRAJECTORY_FILE if method.base == "zeroth" else None,
+        whole=None if method.needs_adapter else folder,
     )
 
 
-def _base_of_run(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
-    """From the artefact if the run ended, else from the configuration and its data."""
-    if (run / "artifact" / HEADER_FILE).is_file():
-        header = read_header(run / "artifact")
-        return BaseSpec(**header["base"]), tuple(header.get("labels") or ())
-    from zofo.models.loading import load_tokenizer
+class _BaseFile(pydantic.BaseModel):
+    """The form of `base.json`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    base: BaseSpec
+    labels: list[str]
+
+
+def write_base(run: Path, base: BaseSpec, labels: Sequence[str]) -> None:
+    """Write `base.json`, from which a checkpoint of the run can be loaded without its data."""
+    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels)})
+
+
+def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
+    """The base that a run began with, and the names of the classes.
+
+    Runs of older versions have no `base.json`: their artefact says it if the run ended, else their
+    configuration and its data.
+
+    Raises:
+        UserError: if the file is damaged, or the data cannot be read.
+    """
+    if (run / BASE_FILE).is_file():
+        values = read_json(run / BASE_FILE)
+        with refusing(f"{run / BASE_FILE} is damaged"):
+            found = _BaseFile.model_validate_json(json.dumps(values))
+        return found.base, tuple(found.labels)
+    if (run / ARTIFACT_FOLDER / HEADER_FILE).is_file():
+        header = read_header(run / ARTIFACT_FOLDER)
+        return BaseSpec(**header["base"]), tuple(header["labels"])
     from zofo.tasks.load import load_splits
 
     config = load_config(run / CONFIG_FILE)
-    tokenizer = load_tokenizer(config.model.name) if config.task.name == "chat" else None
+    tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     return base_of(config, splits), splits.labels
-
-
-def _load_whole(values: dict[str, Any], tokenizer: Any) -> nn.Module:
-    """A model saved without its tokenizer."""
-    from zofo.console import quiet
-    from zofo.models.loading import DTYPES, model_class, prepare
-
-    kwargs: dict[str, Any] = {}
-    if values["head"] == "classification":
-        kwargs["num_labels"] = values["num_labels"]
-    if values["attn_implementation"] is not None:
-        kwargs["attn_implementation"] = values["attn_implementation"]
-    with refusing(f"the model in {values['name']} cannot be loaded"), quiet():
-        model = model_class(values["head"]).from_pretrained(
-            values["name"],
-            dtype=DTYPES[values["dtype"]],
-            trust_remote_code=values["trust_remote_code"],
-            **kwargs,
-        )
-    prepare(model, tokenizer)
-    return model.eval()
 
 
 def base_of(config: RunConfig, splits: Splits) -> BaseSpec:

@@ -19,7 +19,6 @@ from zofo.config.schema import RunConfig
 from zofo.disk.files import read_json, write_json
 from zofo.environment import resolve_device
 from zofo.errors import UserError
-from zofo.models.loading import load_tokenizer
 from zofo.saved.artifact import Artifact, load
 from zofo.saved.layout import CONFIG_FILE, RESULT_FILE
 from zofo.saved.source import base_of
@@ -36,11 +35,7 @@ def measure_start(config_file: Path, output: Path) -> None:
     """
     config = load_config(config_file)
     device = _device(config)
-    tokenizer = load_tokenizer(
-        config.model.name,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    tokenizer = config.model.tokenizer()
     base = base_of(config, load_splits(config.task, seed=config.seed, tokenizer=tokenizer))
     model, tokenizer = base.load()
     model.to(device)

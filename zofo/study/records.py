@@ -22,13 +22,12 @@ from typing import Any, Final
 
 from zofo.disk.files import read_json, write_json, write_text
 from zofo.saved.checkpoint_folders import checkpoints
-from zofo.saved.layout import CONFIG_FILE, RESULT_FILE
+from zofo.saved.layout import ARTIFACT_FOLDER, BASE_COPIES, CONFIG_FILE, RESULT_FILE
 from zofo.study.grid import Cell, Grid, Run, as_json
 from zofo.study.select import Choice, DevScore, choose
 from zofo.study.spec import SPEC_FILE
 
 RECORD_FILE: Final = "study.json"
-_COPIES: Final = ("base_original.safetensors", "base_snapshot.safetensors")
 Record = dict[str, Any]
 
 
@@ -97,7 +96,11 @@ class StudyFolder:
     def restore(self, run: Run) -> None:
         """Have a run done again whose artefact went when its rates were not chosen."""
         record, folder = self.record(run), self.run_folder(run)
-        if record is not None and record["status"] == "done" and not (folder / "artifact").exists():
+        if (
+            record is not None
+            and record["status"] == "done"
+            and not (folder / ARTIFACT_FOLDER).exists()
+        ):
             shutil.rmtree(folder)
             self._records.pop(run.id)
 
@@ -130,7 +133,7 @@ class StudyFolder:
                 if record["chosen"] != is_chosen:
                     self.write_record(run, {**record, "chosen": is_chosen})
                 if not is_chosen and self.grid.spec.keep == "chosen":
-                    shutil.rmtree(self.run_folder(run) / "artifact", ignore_errors=True)
+                    shutil.rmtree(self.run_folder(run) / ARTIFACT_FOLDER, ignore_errors=True)
         return self._choices
 
     def final_run(self, cell: Cell, seed: int) -> Run | None:
@@ -177,7 +180,7 @@ class StudyFolder:
         if self.grid.spec.keep == "chosen" and status != "failed":
             for checkpoint in checkpoints(folder).values():
                 shutil.rmtree(checkpoint, ignore_errors=True)
-            for name in _COPIES:
+            for name in BASE_COPIES:
                 (folder / name).unlink(missing_ok=True)
         self.write_record(run, record)
         return record

@@ -21,7 +21,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,9 +31,8 @@ from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
 from zofo.optim.blocks import split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
 
-ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
-SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
 MARK = "zofo_load_with"
 """Key in adapter_config.json, which peft does not know and warns of."""
 

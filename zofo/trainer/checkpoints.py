@@ -17,7 +17,9 @@ from transformers import TrainerCallback
 from zofo.disk.files import write_json
 from zofo.disk.folders import writing_folder
 from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
+from zofo.models.loading import copy_weights
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
+from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.checks import is_sharded
 from zofo.trainer.trainer_mixin import TrainerMixin
 
@@ -78,7 +80,7 @@ class CheckpointMixin(TrainerMixin):
             super()._save_checkpoint(model, trial)
             return
         run_folder = Path(self._get_output_dir(trial))
-        place = run_folder / f"checkpoint-{state.global_step}"
+        place = run_folder / f"{CHECKPOINT_PREFIX}{state.global_step}"
         if trial is not None:
             run_folder.mkdir(exist_ok=True)
         if state.best_global_step == state.global_step:
@@ -89,7 +91,7 @@ class CheckpointMixin(TrainerMixin):
                 self._checkpoints_folder = staged.parent
                 super()._save_checkpoint(model, trial)
                 self._name_best(run_folder, place)
-                state.save_to_json(str(staged / "trainer_state.json"))
+                state.save_to_json(str(staged / STATE_FILE))
                 write_json(staged / ACCOUNTS_FILE, self._accounts())
         finally:
             self._checkpoints_folder, args.push_to_hub = None, pushes
@@ -107,7 +109,7 @@ class CheckpointMixin(TrainerMixin):
     def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
         """The best checkpoint lies where this run does, which may have been moved."""
         step = self.state.best_global_step
-        best = run_folder / f"checkpoint-{step}"
+        best = run_folder / f"{CHECKPOINT_PREFIX}{step}"
         if step and (best == coming or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
 
@@ -136,7 +138,9 @@ class CheckpointMixin(TrainerMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_peft(self.model) and not is_sharded(self):
             load_adapter(self.model, Path(resume_from_checkpoint))
-        else:
+        elif is_sharded(self) or not copy_weights(
+            Path(resume_from_checkpoint), self.model if model is None else model
+        ):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -159,7 +163,7 @@ class CheckpointMixin(TrainerMixin):
         best = Path(str(self.state.best_model_checkpoint))
         if is_peft(self.model) and not is_sharded(self):
             load_adapter(self.model, best)
-        else:
+        elif is_sharded(self) or not copy_weights(best, self.model):
             super()._load_best_model()
         if self._history is not None:
             self._history.go_to(best)

@@ -22,6 +22,8 @@ from typing import Any, Final
 
 from transformers import TrainerCallback
 
+from zofo.saved.layout import CHECKPOINT_PREFIX
+
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -85,7 +87,7 @@ class StopOnSignal(TrainerCallback):
             TrainingInterrupt: if asked to stop.
         """
         if self.signum is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
             raise TrainingInterrupt(self.signum, folder)
 
     def __enter__(self) -> StopOnSignal:
