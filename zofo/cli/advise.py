@@ -36,9 +36,7 @@ def advise(
     ] = None,
     split: Annotated[
         bool,
-        typer.Option(
-            "--split/--no-split", help="Measure a learning rate for each group of base modules."
-        ),
+        typer.Option("--split/--no-split", help="Measure one rate for each group of base modules."),
     ] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file for the values and the measurements.")

@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 def convergence(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[EXPERIMENT]...", help="Experiments to run; --list names them. Default: all."
-        ),
+        typer.Argument(metavar="[EXPERIMENT]...", help="Experiments (see --list). Default: all."),
     ] = None,
-    to: Annotated[
-        Path, typer.Option("--to", help="Folder of the study. A study that is there is continued.")
-    ] = (Path("runs/convergence")),
+    to: Annotated[Path, typer.Option("--to", help="Folder of a new or an earlier study.")] = (
+        Path("runs/convergence")
+    ),
     quick: Annotated[
         bool, typer.Option("--quick", help="A short trial with few seeds, epochs and rates.")
     ] = False,
@@ -38,12 +36,9 @@ def convergence(
         str, typer.Option(help="compiled (fast), or optimizer (zofo.HybridOptimizer itself, slow).")
     ] = "compiled",
     seeds: Annotated[
-        int | None,
-        typer.Option(help="Number of seeds of every cell. Default: 24, or 6 with --quick."),
+        int | None, typer.Option(help="Seeds of every cell. Default: 24, or 6 with --quick.")
     ] = None,
-    show_list: Annotated[
-        bool, typer.Option("--list", help="List the experiments and exit.")
-    ] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
 ) -> None:
     """Test the claims of the theory on problems whose constants are known.
 

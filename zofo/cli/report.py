@@ -26,12 +26,11 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or a study's folder.")
     ],
-    to: Annotated[
-        Path, typer.Option("--to", help="HTML page to write; an earlier one is replaced.")
-    ] = (Path("report.html")),
+    to: Annotated[Path, typer.Option("--to", help="HTML page to write or replace.")] = (
+        Path("report.html")
+    ),
     markdown: Annotated[
-        Path | None,
-        typer.Option(help="Also write the verdict and the tables to this Markdown file."),
+        Path | None, typer.Option(help="Markdown file for the verdict and the tables.")
     ] = None,
 ) -> None:
     """Compare runs in a table, and write one self-contained page with figures and statistics.

@@ -79,10 +79,7 @@ def info(
 @reports_errors
 def replay(
     path: Trained,
-    step: Annotated[
-        int,
-        typer.Option("--step", help="Number of updates of the base; 0 gives the original base."),
-    ],
+    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0 gives the original.")],
     to: NewFolder,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",

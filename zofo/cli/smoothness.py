@@ -28,16 +28,10 @@ _PAGE_ONLY = ("stable_rank", "rounding", "num_parameters")
 def smoothness(
     arguments: Overrides = None,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show what would be measured and what it would cost, and exit."
-        ),
+        bool, typer.Option("--dry-run", help="Show what would be measured and its cost.")
     ] = False,
     resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume", help="Folder of an interrupted measurement to continue.", metavar="FOLDER"
-        ),
+        Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
     ] = None,
 ) -> None:
     """Measure the curvature of the loss in base and adapter, and test the theory's assumptions.

@@ -28,21 +28,15 @@ _PLAIN_WIDTH = 100
 @reports_errors
 def study(
     name: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDY", help="YAML file, preset (laptop or paper), or folder of a study."
-        ),
+        str, typer.Argument(metavar="STUDY", help="YAML file, preset (laptop, paper), or folder.")
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Values to override, such as seeds=[0,1] output=studies/mine.",
+            metavar="[KEY=VALUE]...", help="Values such as seeds=[0,1] output=studies/mine."
         ),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Number of runs at the same time on this machine.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Parallel runs on this machine.")] = 1,
     join: Annotated[
         bool, typer.Option("--join", help="Join a study that another process has started.")
     ] = False,
@@ -50,11 +44,10 @@ def study(
         bool, typer.Option("--retry-failed", help="Repeat the runs that have failed.")
     ] = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show counts, cost and the first configurations, and exit."),
+        bool, typer.Option("--dry-run", help="Show counts, cost and the first configurations.")
     ] = False,
     status: Annotated[
-        bool, typer.Option("--status", help="Show the progress of the study and exit.")
+        bool, typer.Option("--status", help="Show the progress of the study.")
     ] = False,
 ) -> None:
     """Run a grid of methods, learning rates and seeds.

@@ -16,15 +16,10 @@ from zofo.errors import UserError
 @app.command()
 @reports_errors
 def tasks(
-    name: Annotated[
-        str | None, typer.Argument(help="Task to show. Default: list all tasks.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Task to show. Default: all.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Options, such as task.data_dir=rte task.num_dev=100 seed=1.",
-        ),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options such as task.data_dir=rte seed=1."),
     ] = None,
 ) -> None:
     """List the tasks, or show one with its prompt, its candidates and its rows."""

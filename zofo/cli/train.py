@@ -29,8 +29,7 @@ _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 def train(
     arguments: Overrides = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the plan: configuration, parameters, memory, cost."),
+        bool, typer.Option("--dry-run", help="Show configuration, parameters, memory and cost.")
     ] = False,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Run folder to continue.", metavar="RUN")

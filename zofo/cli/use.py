@@ -80,7 +80,7 @@ def predict(
         Path | None,
         typer.Option(
             "--file",
-            help="File of rows (jsonl, csv, ...) with the task's columns. Labels are optional.",
+            help="File of rows (jsonl, csv, ...) with the task's columns; labels are optional.",
         ),
     ] = None,
     output: Annotated[
@@ -94,10 +94,7 @@ def predict(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Most tokens to write. Default: 64 for completion and chat, else as in the task.",
-        ),
+        typer.Option(min=1, help="Most tokens to write. Default: the task's limit, else 64."),
     ] = None,
 ) -> None:
     """Predict labels with probabilities, or write completions, as one JSON object per row."""
