@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shutil
 import tempfile
 import time
@@ -186,7 +187,7 @@ def show(args: argparse.Namespace, results: Results) -> None:
         found = paired_difference(ours, theirs)
         assert found is not None
         estimate = found.estimate
-        is_within = estimate.mean <= spread or (estimate.low is not None and estimate.low <= 0)
+        is_within = estimate.value <= spread or estimate.low <= 0
         runs = [name_of(combination, *w) for w in grid_pairs]
         runs += [name_of(combination, *w) for w in sweep(args, results, combination, grid_pairs)]
         spent = sum(results.runs[r].get("forward_equivalents", 0) for r in dict.fromkeys(runs))
@@ -194,11 +195,13 @@ def show(args: argparse.Namespace, results: Results) -> None:
             results.runs[name_of(combination, auto, s)]["advice"]["cost"]["forward_equivalents"]
             for s in seeds
         ]
-        interval = "" if estimate.low is None else f" [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+        interval = (
+            "" if math.isnan(estimate.low) else f" [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+        )
         print(
             f"{combination}: auto {fmean(ours.values()):.4f}, winner {fmean(theirs.values()):.4f} "
             f"(base_lr {best['base_lr']:g}, adapter_lr {best['adapter_lr']:g}, eps "
-            f"{best['eps']:g}); difference {estimate.mean:+.4f}{interval}, seed sd {spread:.4f}: "
+            f"{best['eps']:g}); difference {estimate.value:+.4f}{interval}, seed sd {spread:.4f}: "
             f"{'within' if is_within else 'worse'}; advice {fmean(advice) / spent:.1%} of the grid"
         )
         for seed in seeds:

@@ -116,8 +116,8 @@ def train(config: Any, budget: float) -> dict[str, float]:
     import torch
 
     from zofo import HybridOptimizer, ZerothLoss, param_groups
+    from zofo.optim.batch_part import num_rows_of
     from zofo.optim.methods import METHODS
-    from zofo.optim.part import num_rows_of
     from zofo.scoring.evaluate import evaluate
     from zofo.tasks.losses import first_examples, objective_losses
 

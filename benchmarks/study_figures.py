@@ -11,6 +11,7 @@ TO.svg: dev loss at every pair of rates that was tried, the mean over seeds.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,14 +51,14 @@ def differences_and_curves(report: Report) -> dict[str, str]:
     rows = []
     for pair in report.comparison.pairs:
         estimate = pair.difference.estimate
-        bounds = [None if x is None else 100 * x for x in (estimate.low, estimate.high)]
+        bounds = [None if math.isnan(x) else 100 * x for x in (estimate.low, estimate.high)]
         label = ", ".join(_place(pair.hybrid, report))
         values = [100 * value for value in pair.values.values()]
-        rows.append(Interval(label, 100 * estimate.mean, *bounds, values))
+        rows.append(Interval(label, 100 * estimate.value, *bounds, values))
     total = report.verdict.estimate
     if total is not None:
-        bounds = [None if x is None else 100 * x for x in (total.low, total.high)]
-        rows.append(Interval("all pairs", 100 * total.mean, *bounds))
+        bounds = [None if math.isnan(x) else 100 * x for x in (total.low, total.high)]
+        rows.append(Interval("all pairs", 100 * total.value, *bounds))
         found["-differences"] = interval_chart(
             "Hybrid − fo-peft",
             "points of test accuracy; ticks are seeds, lines 95% intervals",

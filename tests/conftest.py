@@ -22,6 +22,12 @@ def _imported_objects_are_frozen():
 
 
 @pytest.fixture
+def own_working_folder(tmp_path, monkeypatch):
+    """The test runs in its own folder, where whatever it makes by accident is found."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def clone():
     return copy.deepcopy
 

@@ -8,7 +8,7 @@ import pytest
 from tests.advice.test_rates import measured
 from tests.support.models import ARCHITECTURES, build
 from zofo.advice.groups import groups_of, kind_of, pattern_of, patterns_of, split_rates
-from zofo.advice.rates import moments
+from zofo.advice.moments import moments
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 

@@ -8,6 +8,7 @@ import pytest
 
 from zofo.advice.caps import cap, epochs_to
 from zofo.advice.curvature import Directions
+from zofo.advice.moments import moments, total
 from zofo.advice.rates import (
     FAR,
     NEAR,
@@ -15,9 +16,7 @@ from zofo.advice.rates import (
     decrease,
     is_stable,
     loss_after,
-    moments,
     stable_rate,
-    total,
     zeroth_rate,
 )
 from zofo.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from zofo.convergence import engine, kernels, reference
 from zofo.convergence.cells import Cell, Rates, digest_of
 from zofo.convergence.engine import Setting
-from zofo.convergence.problems import make_problem
+from zofo.convergence.problems import ProblemModule, make_problem
 from zofo.errors import UserError
 from zofo.noise.combine import direction
 from zofo.optim.reshuffle import SAMPLINGS
@@ -140,7 +140,7 @@ def test_steady_state_of_gradient_noise_is_the_closed_form():
 
 def test_the_modules_point_is_the_start():
     problem = make_problem("quadratic", **SMALL)
-    module = problem.module()
+    module = ProblemModule(problem)
     assert torch.equal(module.point(), problem.start())
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["y"]
 

@@ -5,8 +5,8 @@ import pytest
 
 from zofo.convergence import claims, fits
 from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Claim
+from zofo.convergence.epochs import epochs_to
 from zofo.convergence.experiments.table import CLAIMS
-from zofo.convergence.readings import epochs_to
 from zofo.statistics.resampling import Interval
 
 NUM_SEEDS = 24

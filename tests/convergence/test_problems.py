@@ -205,7 +205,7 @@ def test_the_networks_smoothness_differs_by_block_and_grows():
         ("growing", {"law_x": {"kind": "cubic"}, "law_y": {"kind": "linear"}}, "law is 'cubic'"),
         ("growing", {"law_x": {"kind": "linear", "l1": 0.0}, "law_y": {"kind": "linear"}}, "l1 is"),
         ("logistic", {"regulariser": "lasso"}, "choose one of ridge"),
-        ("network", {"quartic": 0.0}, "the second positive"),
+        ("network", {"quartic": 0.0}, "at least 0, the second positive"),
         ("logistic", {"width": 3}, "width"),
     ],
 )

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,7 +16,7 @@ from scipy import stats
 from tests.support.pages import read_page
 from tests.support.run_folders import write_run, write_study
 from zofo.errors import UserError
-from zofo.pages.look import THEMES
+from zofo.pages.themes import THEMES
 from zofo.report import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'{{7*7}}<b>"
@@ -313,7 +314,7 @@ def contrast(a, b):
 
 
 def test_words_and_lines_stand_out_from_their_paper():
-    css = (Path(write_report.__code__.co_filename).parent / "assets" / "report.css").read_text()
+    css = (resources.files("zofo.pages") / "assets" / "report.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     assert len(blocks) == 3  # light, dark, print
     for block, theme in zip(blocks[:2], THEMES.values(), strict=True):

@@ -165,3 +165,12 @@ def test_a_studys_figures(svg, monkeypatch, tmp_path):
     assert {"1e-05 and 0.001", "0.0001 and 0.001"} <= set(words)
     assert len(root.findall(f"{SVG}polyline")) == 2  # the mean over seeds
     sys.modules.pop("study_figures")
+
+
+@pytest.mark.parametrize("name", ["step", "studies"])
+def test_the_figures_of_the_readme_are_what_the_measurements_give(svg, name):
+    import readme_figures
+
+    drawn = (BENCHMARKS.parent / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == getattr(readme_figures, name)()
+    sys.modules.pop("readme_figures")

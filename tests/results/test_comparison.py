@@ -35,7 +35,7 @@ def test_seeds_are_grouped_and_searches_failures_and_repeats_are_not(tmp_path):
     (group,) = found.groups
     assert group.seeds == (0, 1, 2)
     assert group.runs == ("s0", "s1", "s2")
-    assert group.accuracy.mean == pytest.approx(0.61)
+    assert group.accuracy.value == pytest.approx(0.61)
     assert found.left_out == {
         "t-again": "same configuration and seed as s1",
         "u-scoreless": "its result has no test score",
@@ -185,7 +185,7 @@ def test_adapters_of_one_task_do_not_make_its_seeds_more(tmp_path):
     assert together.estimate is not None
     assert alone.estimate is not None
     assert len(pairs) == 3
-    assert together.estimate.mean == pytest.approx(alone.estimate.mean)
+    assert together.estimate.value == pytest.approx(alone.estimate.value)
     assert together.estimate.low == pytest.approx(alone.estimate.low)
     assert together.outcome == alone.outcome == "undecided"
 

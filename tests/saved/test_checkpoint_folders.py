@@ -105,7 +105,7 @@ def test_without_a_list_the_files_themselves_are_read(run):
 
 def test_a_checkpoint_under_another_steps_name_is_damaged(run):
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-8")
-    assert "is of step 2" in find_damage(run / "checkpoint-8")
+    assert "belongs to step 2" in find_damage(run / "checkpoint-8")
 
 
 def test_resuming_passes_over_a_damaged_checkpoint(run):

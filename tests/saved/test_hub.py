@@ -81,7 +81,7 @@ def test_a_damaged_artefact_is_not_pushed(hub, artefact):
 
 
 def test_without_the_hub(hub):
-    with pytest.raises(UserError, match=r"me/none is no folder .*cannot reach the hub"):
+    with pytest.raises(UserError, match=r"me/none is not a local folder .*cannot reach the hub"):
         load("me/none")
     with pytest.raises(UserError, match="does not exist"):
         load("./me/none")
@@ -106,7 +106,7 @@ def test_paths_are_not_asked_for(name):
 def test_offline_for_real(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="cannot be had from the hub"):
+    with pytest.raises(UserError, match="cannot be downloaded from the hub"):
         load("zofo/there-is-none")
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from zofo.smoothness.fits import (
-    Quantity,
     below,
     block_length,
     envelope,
@@ -14,6 +13,7 @@ from zofo.smoothness.fits import (
     ratio,
     widening,
 )
+from zofo.statistics.resampling import Interval
 
 NUM_DRAWS = 120
 
@@ -100,7 +100,7 @@ def test_intervals_widen_with_dependence():
 
 def test_few_points_have_no_interval():
     found = fit_growth([1.0, 2.0, 4.0], [1.0, 2.0, 4.0])
-    assert found.power.exponent == Quantity(pytest.approx(1.0), None, None)
+    assert found.power.exponent == Interval(pytest.approx(1.0))
     assert found.is_subquadratic == "undecided at this scale"
     with pytest.raises(ValueError, match="2 or more"):
         fit_growth([1.0], [1.0])
@@ -121,6 +121,6 @@ def test_the_envelope_lies_above_all_points_and_touches_two():
 
 
 def test_verdicts_are_the_intervals():
-    assert below(Quantity(1.0, 0.5, 1.9), 2.0) == "confirmed"
-    assert below(Quantity(3.0, 2.1, 4.0), 2.0) == "refuted"
-    assert below(Quantity(1.9, 1.5, 2.1), 2.0) == "undecided at this scale"
+    assert below(Interval(1.0, 0.5, 1.9), 2.0) == "confirmed"
+    assert below(Interval(3.0, 2.1, 4.0), 2.0) == "refuted"
+    assert below(Interval(1.9, 1.5, 2.1), 2.0) == "undecided at this scale"

@@ -70,17 +70,7 @@ def write_run(
     )
     (folder / "run.yaml").write_text(config.to_yaml())
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    lines = []
-    for number, loss in enumerate(dev, 1):
-        step = number * every
-        spent = {
-            "forward_equivalents": step * COST[method],
-            "elapsed_s": round(step * seconds_per_step, 3),
-        }
-        train = {"loss": 0.7, "learning_rate": 1e-3, "peak_memory_bytes": memory}
-        lines.append({"step": step, **train, **spent})
-        lines.append({"step": step, "eval_loss": loss, "eval_accuracy": 0.6, **spent})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(folder, method, dev, every, seconds_per_step, memory)
     if study is not None:
         record = {
             "study": "mine",
@@ -103,6 +93,20 @@ def write_run(
     if result:
         write_result(folder, config, accuracy, steps, seconds_per_step, memory)
     return folder
+
+
+def write_metrics(folder, method, dev, every, seconds_per_step, memory):
+    lines = []
+    for number, loss in enumerate(dev, 1):
+        step = number * every
+        spent = {
+            "forward_equivalents": step * COST[method],
+            "elapsed_s": round(step * seconds_per_step, 3),
+        }
+        train = {"loss": 0.7, "learning_rate": 1e-3, "peak_memory_bytes": memory}
+        lines.append({"step": step, **train, **spent})
+        lines.append({"step": step, "eval_loss": loss, "eval_accuracy": 0.6, **spent})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_result(folder, config, accuracy, steps, seconds_per_step, memory):

@@ -67,7 +67,7 @@ def test_a_damaged_copy_is_passed_over(tmp_path, killed, replayed, damage):
         content[-9] ^= 1
     path.write_bytes({"truncated": content[:-5], "flipped": content, "empty": b""}[damage])
     rest, whole = model(), model()
-    with pytest.warns(UserWarning, match="base_snapshot.safetensors is passed over"):
+    with pytest.warns(UserWarning, match="base_snapshot.safetensors is ignored"):
         trainer_for(killed, rest, **CHANGES).train(resume_from_checkpoint=True)
     assert replayed == [6]
     trainer_for(tmp_path / "a", whole, **CHANGES).train()

@@ -168,7 +168,7 @@ def test_methods_that_move_the_base_refuse_a_quantized_one(tmp_path, kind, metho
     if METHODS[method].needs_adapter:
         model = with_lora(model)
     grads = {n: p.requires_grad for n, p in model.named_parameters()}
-    match = r"14 of whose weights are quantized, such as 'model\.layers\..*fo-peft or zo-peft"
+    match = r"but 14 of its weights are quantized, such as 'model\.layers\..*fo-peft or zo-peft"
     with pytest.raises(UserError, match=match):
         param_groups(model, method)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == grads

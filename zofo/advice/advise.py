@@ -1,16 +1,16 @@
-r"""Rates and smoothing radius for a run, from a few hundred forwards and backwards.
+"""Find the learning rates and the smoothing radius of a run from a few hundred forward passes.
 
-    1  ladder of ε along directions of the zeroth-order block      eps       zofo.advice.eps
-    2  slopes and curvatures along directions, at the start        moments   zofo.advice.rates
-    3  short trainings of the first-order block at a few rates     rate      short_trainings
-    4  slopes and curvatures again, where the best of them ended, each group of modules alone
-    5  rates, caps, expected progress, verdict
+    1  losses on a ladder of radii along directions of the zeroth-order block     eps.py
+    2  slopes and curvatures along directions, at the start                       moments.py
+    3  short trainings of the first-order block at a few rates                    short_trainings.py
+    4  slopes and curvatures again, after the best short training, one group of modules at a time
+    5  rates, the theorem's caps, expected progress, verdict
 
-Hybrid moves its base at points where the adapter has already learnt something, so the base is
-measured at both ends of a short training. The advised rate is the one that the model of a run
-prefers on average over the two, and never above half of what is stable at either.
+A hybrid run moves its base at points where the adapter has already learned something. The base is
+therefore measured before and after a short training. The advised rate gives the lowest expected
+loss on average over the two points. It never exceeds half of the stable rate at either point.
 
-Weights, buffers, flags and generators are bit for bit what they were afterwards.
+Weights, buffers, flags and random generators are restored bit for bit.
 """
 
 from __future__ import annotations
@@ -28,16 +28,9 @@ from zofo.advice.curvature import AlongUpdate, along_update, measure_directions
 from zofo.advice.eps import MOST_FORWARDS as LADDER_FORWARDS
 from zofo.advice.eps import Plateau, measure_ladder, plateau, weight_scale
 from zofo.advice.groups import NUM_KINDS, groups_of, split_rates
+from zofo.advice.moments import Moments, moments, total
 from zofo.advice.probe import NUM_HELD, LossAndRows, Probe, untouched
-from zofo.advice.rates import (
-    Moments,
-    ZerothRate,
-    compromise,
-    moments,
-    progress_at,
-    total,
-    zeroth_rate,
-)
+from zofo.advice.rates import ZerothRate, compromise, progress_at, zeroth_rate
 from zofo.advice.setting import Advice, Setting, remarks_of
 from zofo.advice.short_trainings import (
     MAX_RATES,
@@ -57,7 +50,7 @@ from zofo.perturb.view import Perturbation
 from zofo.statistics.resampling import Interval
 
 NUM_DIRECTIONS: Final = 6
-"""At each of the two points; three forwards each."""
+"""Directions at each of the two points. Each direction takes three forward passes."""
 DIRECTIONS_A_GROUP: Final = 4
 MIN_ROWS: Final = 16
 
@@ -75,46 +68,50 @@ def advise(
     """Find what the setting leaves "auto".
 
     Args:
-        model: adapter attached, on its device; left as it was.
-        loss: of a batch, and each row's share in it.
+        model: the model with its adapter, on its device. It is restored bit for bit.
+        loss: gives the loss of a batch and the loss of each row.
         batch_of: row indices -> batch.
-        num_rows: of the training set.
+        num_rows: rows of the training set.
         setting: the run.
-        split: whether to look for rates by group of modules.
-        report: told what begins, and the forward-equivalents so far.
+        split: whether to look for one rate per group of modules.
+        report: receives the name of each phase as it begins, and the forward-equivalents so far.
 
     Returns:
-        The advice; a function of weights, rows and setting alone, on one machine.
+        The advice. On one machine it depends only on the weights, the rows and the setting.
 
     Raises:
-        UserError: if there are fewer rows than anything can be said from, if the loss is not
-            finite, or if the method does not suit the model.
+        UserError: if the training set has fewer than `MIN_ROWS` rows, if the loss is not finite, or
+            if the method does not suit the model.
     """
     if num_rows < MIN_ROWS:
         raise UserError(
-            f"the training set has {num_rows} rows; auto needs {MIN_ROWS} at least to tell signal "
-            "from noise: give base_lr, adapter_lr and eps as numbers"
+            f"the training set has {num_rows} rows; auto needs at least {MIN_ROWS} to separate "
+            "signal from noise; give base_lr, adapter_lr and eps as numbers"
         )
-    seed = _own_seed(setting.seed)
+    seed = _advice_seed(setting.seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        work = _Work(model, loss, batch_of, num_rows, setting, seed, split, report)
-        with untouched(model, work.first, seed=seed % 2**63):
+        probe = Probe(
+            model,
+            loss,
+            batch_of,
+            num_rows=num_rows,
+            batch_size=min(setting.batch_size, num_rows // 2),
+            seed=seed,
+        )
+        advisor = _Advisor(probe, setting, split, report)
+        with untouched(model, advisor.first, seed=seed % 2**63):
             model.train()
-            return work.run()
+            return advisor.run()
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 def most_forwards(setting: Setting) -> int:
-    """Forward-equivalents that an advice costs at the most; a small model or set costs less.
+    """Upper bound of the forward-equivalents that an advice costs.
 
-    Args:
-        setting: the run.
-
-    Returns:
-        Forwards of a micro-batch, a backward counted as in the run.
+    A small model or training set costs less. One unit is the forward pass of a micro-batch.
     """
     zeroth, first = setting.zeroth, setting.first
     gradient = METHODS[setting.method].forwards_per_gradient
@@ -125,35 +122,32 @@ def most_forwards(setting: Setting) -> int:
     if zeroth is not None and (setting.asks(zeroth) or setting.eps == "auto"):
         most += LADDER_FORWARDS
     if setting.asks(first):
-        # Curvature along the update at both ends: two gradients of two batches each.
+        # The curvature along the update takes two gradients of two batches at each of two points.
         most += MAX_RATES * training + at_the_start + 8 * gradient
     if setting.asks(zeroth):
         most += 3 * NUM_DIRECTIONS
         if first is not None:
             most += 3 * max(NUM_DIRECTIONS, NUM_KINDS * DIRECTIONS_A_GROUP)
-            # At the end of a short training that the search need not have made.
+            # The search may have skipped the short training that this point needs.
             most += training if setting.asks(first) else training + at_the_start
     return most
 
 
-class _Work:
-    """The steps of an advice, with what they share."""
+class _Advisor:
+    """The measurements of one advice, and the state that they share."""
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: LossAndRows,
-        batch_of: Callable[[Sequence[int]], Any],
-        num_rows: int,
+        probe: Probe,
         setting: Setting,
-        seed: int,
         split: bool,
         report: Callable[[str, float], None] | None,
     ) -> None:
-        self.model, self.setting, self.seed, self.wants_split = model, setting, seed, split
+        self.probe, self.setting, self.wants_split = probe, setting, split
+        self.model, self.seed = probe.model, probe.seed
         self.report = report
         groups = param_groups(
-            model,
+            probe.model,
             setting.method,
             base_lr=setting.base_lr if isinstance(setting.base_lr, dict) else 0.0,
             adapter_lr=0.0,
@@ -167,15 +161,7 @@ class _Work:
                 pairs = zip(group["params"], group["tensors"], strict=True)
                 self.zeroth |= dict(zip(group["names"], pairs, strict=True))
         self.scale = weight_scale([parameter for parameter, _ in self.zeroth.values()])
-        self.probe = Probe(
-            model,
-            loss,
-            batch_of,
-            num_rows=num_rows,
-            batch_size=min(setting.batch_size, num_rows // 2),
-            seed=seed,
-        )
-        self.moves = num_moves(setting.num_steps, setting.base_every)
+        self.num_moves = num_moves(setting.num_steps, setting.base_every)
         rows = setting.batch_size if setting.base_rows is None else setting.base_rows
         self.batch_rows = rows * setting.accumulation
         self.start = [p.detach().clone() for p in self.first]
@@ -192,38 +178,38 @@ class _Work:
         asks_zeroth = setting.asks(zeroth)
         radius = 0.0
         if zeroth is not None and (asks_zeroth or setting.eps == "auto"):
-            self._say("eps")
+            self._announce("eps")
             advice.plateau, radius = self._eps()
             advice.eps = _rounded(advice.plateau.eps) if setting.eps == "auto" else setting.eps
         if asks_zeroth:
-            self._say(f"{zeroth}: curvature")
+            self._announce(f"{zeroth}: curvature")
             advice.at_start = self._moments(self._view(), radius, NUM_DIRECTIONS, 100)
         if setting.asks(first):
-            self._say(f"{first}: short trainings")
+            self._announce(f"{first}: short trainings")
             advice.first = self._search(advice)
             setattr(advice, f"{first}_lr", _rounded(advice.first.rate))
         if asks_zeroth:
             if first is not None:
-                self._say(f"{zeroth}: curvature after a short training")
-                self._go_on(advice)
-                advice.at_later = self._later(advice, radius)
-                self._put_back()
+                self._announce(f"{zeroth}: curvature after a short training")
+                self._train_first_block(advice)
+                advice.at_later = self._moments_after_training(advice, radius)
+                self._set(self.start)
             self._zeroth_rate(advice)
         advice.cost = self.probe.cost
         self._caps(advice)
         advice.remarks = remarks_of(advice)
         return advice
 
-    def _say(self, what: str) -> None:
+    def _announce(self, what: str) -> None:
         if self.report is not None:
             self.report(what, self.probe.cost)
 
     def _view(
         self, names: Sequence[str] | None = None, *, distribution: Distribution = "gaussian"
     ) -> Perturbation:
-        """The model at x + scale · v, with v over some or all weights of the zeroth-order block.
+        """The model at x + scale · v, where v covers some or all weights of the zeroth-order block.
 
-        Moments need Gaussian directions: `zofo.advice.rates`.
+        Moments need Gaussian directions. `zofo.advice.moments` says why.
         """
         chosen = [self.zeroth[name] for name in (self.zeroth if names is None else names)]
         return Perturbation(
@@ -245,11 +231,11 @@ class _Work:
         )
         if not math.isfinite(float(ladder.at.sum())):
             raise UserError(
-                "the loss of the untrained model is not finite, so nothing can be advised; look at "
+                "the loss of the untrained model is not finite, so nothing can be advised; check "
                 "the data and the dtype"
             )
         found = plateau(ladder, self.setting.estimator)
-        # Second differences want a larger radius than slopes do.
+        # Second differences need a larger radius than slopes, because rounding grows as 1 / ε².
         radius = max(found.eps, min(found.high, found.quadratic_to))
         return found, radius
 
@@ -257,7 +243,7 @@ class _Work:
         found = measure_directions(self.probe, view, radius=radius, num_directions=num, first=first)
         return moments(found, seed=self.seed % 2**32)
 
-    def _later(self, advice: Advice, radius: float) -> Moments:
+    def _moments_after_training(self, advice: Advice, radius: float) -> Moments:
         groups = {}
         if self.wants_split and self.setting.zeroth == "base" and self.setting.base_lr == "auto":
             groups = groups_of(list(self.zeroth))
@@ -283,7 +269,7 @@ class _Work:
         return zeroth_rate(
             found,
             batch_rows=self.batch_rows,
-            num_steps=self.moves,
+            num_steps=self.num_moves,
             trusted_to=advice.plateau.quadratic_to,
             num_directions=self.setting.num_directions,
             pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
@@ -292,18 +278,12 @@ class _Work:
     def _zeroth_rate(self, advice: Advice) -> None:
         assert advice.at_start is not None
         advice.zeroth_start = self._rate_of(advice.at_start, advice)
-        rate, later = advice.zeroth_start.rate, advice.at_start
+        points = [(advice.at_start, advice.zeroth_start)]
         if advice.at_later is not None:
             advice.zeroth_later = self._rate_of(advice.at_later, advice)
-            rate = compromise(
-                [
-                    (advice.at_start, advice.zeroth_start),
-                    (advice.at_later, advice.zeroth_later),
-                ]
-            )
-            later = advice.at_later
-        rate = _rounded(rate)
-        advice.progress = self._progress(later, rate)
+            points.append((advice.at_later, advice.zeroth_later))
+        rate = _rounded(points[0][1].rate if len(points) == 1 else compromise(points))
+        advice.progress = self._progress(points[-1][0], rate)
         if self.setting.zeroth == "adapter":
             advice.adapter_lr = rate
             return
@@ -311,9 +291,9 @@ class _Work:
         if advice.split is not None and advice.split.rates:
             assert advice.zeroth_later is not None
             scale = rate / advice.zeroth_later.rate
-            # All groups move by one s: none may leave what was measured, or wander too far.
-            points = [p for p in (advice.zeroth_start, advice.zeroth_later) if p is not None]
-            most = min(min(p.reach, p.drift) for p in points)
+            # All groups share one scalar s, so each rate must stay within the measured range and
+            # the allowed drift.
+            most = min(min(point.reach, point.drift) for _, point in points)
             advice.base_lr = {
                 p: _rounded(min(r * scale, most)) for p, r in advice.split.rates.items()
             }
@@ -323,7 +303,7 @@ class _Work:
             found,
             rate,
             batch_rows=self.batch_rows,
-            num_steps=self.moves,
+            num_steps=self.num_moves,
             num_directions=self.setting.num_directions,
         )
 
@@ -333,9 +313,9 @@ class _Work:
         rows = [self.probe.draw() for _ in range(2)]
 
         def gradient() -> None:
-            for part in rows:
+            for batch in rows:
                 torch.manual_seed(self.seed % 2**63)
-                self.probe.backward(part, is_full=is_full, share=1 / len(rows))
+                self.probe.backward(batch, is_full=is_full, share=1 / len(rows))
 
         is_sign = setting.optimizer == "adamw"
         along = along_update(self.first, gradient, is_sign=is_sign)
@@ -348,7 +328,7 @@ class _Work:
             rates = ", ".join(f"{run.rate:.1e}" for run in found.runs)
             raise UserError(
                 f"no rate of the {setting.first} can be advised: the loss is not finite within "
-                f"{self.steps} steps at any of {rates}; look at the data and the dtype, or give "
+                f"{self.steps} steps at any of {rates}; check the data and the dtype, or give "
                 f"{setting.first}_lr as a number"
             )
         if found.best in self.ends:
@@ -367,7 +347,7 @@ class _Work:
         if not math.isfinite(best):
             size = weight_scale(self.first) * math.sqrt(sum(p.numel() for p in self.first)) or 1.0
             best = 0.01 * size / norm if norm > 0 else setting.usual_rate
-        # A gradient that is clipped moves the block by the rate alone.
+        # With a clipped gradient, the rate alone sets the size of the step.
         clip = setting.max_grad_norm
         return best * max(1.0, norm / clip) if clip else best
 
@@ -393,21 +373,16 @@ class _Work:
         return run
 
     def _optimizer(self, parameters: Sequence[nn.Parameter], rate: float) -> Optimizer:
-        decay = self.setting.adapter_weight_decay
-        if self.setting.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        kind = torch.optim.SGD if self.setting.optimizer == "sgd" else torch.optim.AdamW
+        return kind(parameters, lr=rate, weight_decay=self.setting.adapter_weight_decay)
 
-    def _go_on(self, advice: Advice) -> None:
-        """Put the first-order block where a short training ended."""
+    def _train_first_block(self, advice: Advice) -> None:
+        """Set the first-order block to the end of a short training."""
         rate = advice.first.best if advice.first is not None else float(advice.adapter_lr or 0.0)
         if rate not in self.ends:
             self._train(rate)
         if rate in self.ends:
             self._set(self.ends[rate])
-
-    def _put_back(self) -> None:
-        self._set(self.start)
 
     @torch.no_grad()
     def _set(self, values: Sequence[Tensor]) -> None:
@@ -445,32 +420,29 @@ class _Work:
 
 
 def _apply(advice: Advice, block: str, limit: float) -> bool:
-    """Lower a block's rates to a limit; whether any was above it."""
+    """Lower the rates of a block to a limit. Return whether any rate exceeded it."""
     rate = getattr(advice, f"{block}_lr")
-    rates = list(rate.values()) if isinstance(rate, dict) else [rate]
-    if rate is None or max(rates) <= limit:
+    if rate is None or max(rate.values() if isinstance(rate, dict) else [rate]) <= limit:
         return False
     limit = _rounded_down(limit)
-    lowered = [min(r, limit) for r in rates]
-    setattr(
-        advice,
-        f"{block}_lr",
-        dict(zip(rate, lowered, strict=True)) if isinstance(rate, dict) else lowered[0],
-    )
+    if isinstance(rate, dict):
+        setattr(advice, f"{block}_lr", {name: min(r, limit) for name, r in rate.items()})
+    else:
+        setattr(advice, f"{block}_lr", limit)
     return True
 
 
-def _own_seed(seed: int) -> int:
-    """Directions and rows of the advice are none of the run's."""
+def _advice_seed(seed: int) -> int:
+    """A seed whose directions and row order differ from those of the run."""
     return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
 
 
 def _rounded(value: float) -> float:
-    """Two digits: more would claim what was not measured."""
+    """Keep two digits, since the measurement supports no more."""
     return float(f"{value:.2g}")
 
 
 def _rounded_down(value: float) -> float:
-    """Likewise, but not above it."""
+    """Keep two digits, and never exceed the value."""
     power = 10.0 ** (math.floor(math.log10(value)) - 1)
     return _rounded(math.floor(value / power) * power)

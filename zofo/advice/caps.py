@@ -1,16 +1,18 @@
-r"""The theorem's caps on both rates, beside what was measured.
+"""The theorem's caps on both learning rates.
 
     η_x ≤ min{ c / (L_x n d_x), c / (√(T n) L_x) }        η_y ≤ min{ c / (L_y n), c / (√(T n) L_y) }
 
-n: samples of an epoch, here its batches, each of which is one term of the sum; T: epochs. One
-source prints √T·n where √(T n) stands; both readings are computed. The constants c are not known: 1
-is taken. L_x and L_y are not known either: what forwards give are lower bounds, so the true caps
-are lower still. The caps hold for the worst function of the class, and their d_x is a worst case of
-tr H / λ_max: with few large eigenvalues, L_x d_x overstates tr H, which the best rate follows.
+Here n is the number of samples of an epoch and T the number of epochs. Each batch counts as one
+sample, because each batch is one term of the sum. One source prints √T·n in place of √(T n), so
+both forms are computed. The constants c are unknown and set to 1. L_x and L_y are unknown too.
+Forward passes give lower bounds of them, so the true caps are lower still. The caps hold for the
+worst function of the class. Their d_x is the worst case of tr H / λ_max. If few eigenvalues are
+large, L_x d_x exceeds tr H by far, and the best rate follows tr H.
 
     T ≥ C (ε⁻² / δ + ε⁻⁴ / n)
 
-epochs to an expected mean squared gradient norm of ε², with probability 1 − δ; C = 1 is taken.
+This many epochs give an expected mean squared gradient norm of ε² with probability 1 − δ. C is set
+to 1.
 
 References:
     arXiv 2604.09940, the convergence theorem of hybrid reshuffling SGD, as transcribed.
@@ -27,13 +29,13 @@ Reading = Literal["sqrt(Tn)", "sqrt(T)n"]
 
 @dataclass(frozen=True)
 class Cap:
-    """A block's cap.
+    """The cap on one block's rate.
 
     Attributes:
-        rate: the smaller of the two.
+        rate: the smaller of `first` and `second`.
         first: c / (L n d), without d for a first-order block.
-        second: c / (√(T n) L), or with √T·n.
-        reading: which of the two printed forms.
+        second: c / (√(T n) L), or c / (√T n L).
+        reading: which of the two printed forms `second` follows.
     """
 
     rate: float
@@ -51,14 +53,14 @@ def cap(
     reading: Reading = "sqrt(Tn)",
     constant: float = 1.0,
 ) -> Cap:
-    """The cap of a block.
+    """Compute the cap on a block's rate.
 
     Args:
-        smoothness: L; infinite caps where it is not positive.
+        smoothness: L. If it is not positive, the caps are infinite.
         batches: n.
         epochs: T.
-        num_weights: d_x of a zeroth-order block; None: first order.
-        reading: of the second term.
+        num_weights: d_x of a zeroth-order block; None for a first-order block.
+        reading: the printed form of the second term.
         constant: c.
     """
     if not smoothness > 0:

@@ -1,13 +1,17 @@
-r"""Slopes and curvatures along the estimator's own directions, and along a gradient.
+"""Slopes and curvatures along the estimator's own directions, and along an update.
 
-    for a direction v, with rows r of its own:
-        s_r = (f_r(x + h v) − f_r(x − h v)) / 2h                         vᵀ∇f_r
-        c_r = (f_r(x + h v) + f_r(x − h v) − 2 f_r(x)) / h²              vᵀ∇²f_r v
+For a direction v and each row r of its batch:
 
-Three forwards a direction, at any size of model. Because every row has its own s_r, one batch tells
-signal from noise: products of different rows have the mean (v·∇f)², whatever the rows' noise.
+    s_r = (f_r(x + h v) − f_r(x − h v)) / 2h                         vᵀ∇f_r
+    c_r = (f_r(x + h v) + f_r(x − h v) − 2 f_r(x)) / h²              vᵀ∇²f_r v
 
-    κ(u) = uᵀ(∇f(y + h u) − ∇f(y − h u)) / (2h ‖u‖²)                     two gradients
+A direction takes three forward passes, whatever the size of the model. Each row has its own s_r, so
+one batch separates signal from noise: the product of two different rows' slopes has the mean
+(v·∇f)², whatever the noise of the rows.
+
+Along an update u of the first-order block, two gradients give
+
+    κ(u) = uᵀ(∇f(y + h u) − ∇f(y − h u)) / (2h ‖u‖²)
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from zofo.perturb.view import Perturbation
 
 @dataclass(frozen=True)
 class Directions:
-    """What was measured along directions of a block.
+    """Measurements along directions of a block.
 
     Attributes:
-        slopes: of each row, [directions, rows].
-        curvatures: mean over a direction's rows, [directions].
-        losses: likewise of f, [directions].
-        num_weights: d, of the block.
+        slopes: slope of each row, [directions, rows].
+        curvatures: mean over the rows of a direction, [directions].
+        losses: mean loss at x over the rows of a direction, [directions].
+        num_weights: d, the number of weights of the block.
         radius: h.
     """
 
@@ -41,17 +45,6 @@ class Directions:
     losses: np.ndarray
     num_weights: int
     radius: float
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON: means over rows, and the variance of a row's slope around them."""
-        return {
-            "num_weights": self.num_weights,
-            "radius": self.radius,
-            "slopes": self.slopes.mean(axis=1).tolist(),
-            "row_variances": self.slopes.var(axis=1, ddof=1).tolist(),
-            "curvatures": self.curvatures.tolist(),
-            "losses": self.losses.tolist(),
-        }
 
 
 def measure_directions(
@@ -63,39 +56,37 @@ def measure_directions(
     first: int = 0,
     num_rows: int | None = None,
 ) -> Directions:
-    """Slopes of rows and curvatures along directions, each with rows of its own.
+    """Measure slopes and curvatures. Each direction uses a batch of its own.
 
     Args:
-        probe: rows and losses.
+        probe: supplies rows and losses.
         view: the perturbed view of the block.
-        radius: h; the upper end of the plateau of ε makes second differences stand out.
-        num_directions: how many; three forwards each.
-        first: number of the first direction: none should be measured twice.
-        num_rows: of a direction, at least 2; default: the probe's batch.
+        radius: h. The upper end of the plateau of ε separates second differences best from
+            rounding.
+        num_directions: number of directions; each takes three forward passes.
+        first: number of the first direction, so that no direction is measured twice.
+        num_rows: rows of a direction, at least 2; the default is the probe's batch size.
     """
     num_rows = max(2, probe.batch_size if num_rows is None else num_rows)
     slopes, curvatures, losses = [], [], []
     for k in range(first, first + num_directions):
+        # The same rows and dropout masks at all three points, so that their noise cancels.
         rows, masks = probe.draw(num_rows), probe.masks(k)
         at, ahead, behind = (
-            probe.seen_at(view, scale, rows, direction=k, masks=masks)[1]
+            probe.losses_at(view, scale, rows, direction=k, masks=masks)[1]
             for scale in (0.0, radius, -radius)
         )
-        slopes.append((ahead - behind) / (2 * radius))
+        slopes.append((ahead - behind) / (2 * radius))  # [rows]
         curvatures.append(float((ahead + behind - 2 * at).mean()) / radius**2)
         losses.append(float(at.mean()))
     return Directions(
-        np.array(slopes),
-        np.array(curvatures),
-        np.array(losses),
-        view.num_weights,
-        radius,
+        np.array(slopes), np.array(curvatures), np.array(losses), view.num_weights, radius
     )
 
 
 @dataclass(frozen=True)
 class AlongUpdate:
-    """The loss along an update direction u of a first-order block.
+    """The loss along an update u of a first-order block.
 
     Attributes:
         slope: ⟨∇f, u⟩.
@@ -109,12 +100,12 @@ class AlongUpdate:
 
     @property
     def rayleigh(self) -> float:
-        """uᵀ∇²f u / ‖u‖²: a lower bound of the block's smoothness constant where positive."""
+        """uᵀ∇²f u / ‖u‖². If positive, it is a lower bound of the block's smoothness constant."""
         return self.curvature / self.square if self.square else math.nan
 
     @property
     def best_rate(self) -> float:
-        """Where the parabola along −u is least; infinite without positive curvature."""
+        """The rate that minimises the parabola along −u; infinite without positive curvature."""
         if self.curvature <= 0 or self.slope <= 0:
             return math.inf
         return self.slope / self.curvature
@@ -127,13 +118,13 @@ def along_update(
     is_sign: bool,
     reach: float = 1e-2,
 ) -> AlongUpdate:
-    """Curvature along the gradient, or along its signs: the first step of Adam.
+    """Measure the curvature along the gradient, or along its signs (the first step of Adam).
 
     Args:
-        parameters: of the block; written within, and put back bit for bit.
-        gradient: fills their `grad`, always of the same rows under the same masks.
-        is_sign: whether u = sign(∇f), which Adam's first step is; else u = ∇f.
-        reach: h ‖u‖ over the norm of the parameters.
+        parameters: the parameters of the block. They are written, then restored bit for bit.
+        gradient: fills `grad` of the parameters, always for the same rows and dropout masks.
+        is_sign: whether u = sign(∇f), as in the first step of Adam; otherwise u = ∇f.
+        reach: h ‖u‖ relative to the norm of the parameters.
     """
     before = [p.detach().clone() for p in parameters]
     here = _gradient(parameters, gradient)

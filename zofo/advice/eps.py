@@ -1,18 +1,20 @@
-r"""The smoothing radius: on the plateau between rounding and curvature.
+"""The smoothing radius ε: large enough for rounding, small enough for curvature.
 
     forward   s(ε) = v·∇f + ε vᵀHv / 2 + (rounding of two losses) / ε
     central   s(ε) = v·∇f + ε² ∇³f[v,v,v] / 6 + (rounding of two losses) / 2ε
 
-Measured on a ladder of ε along a few directions, the error of s relative to its size is
+The losses are measured on a ladder of ε along a few directions. The relative error of s is modelled
+as
 
     e(ε) = a / ε + b ε^p        p = 1 (forward), 2 (central)
 
-The plateau is where both terms stay below a tolerance: a / tol ≤ ε ≤ (tol / b)^{1/p}. Its middle
-in logarithms is taken; for the forward difference that is √(a / b), where e is least. In 16 bits
-w + ε v is rounded to what the dtype holds, too: part of what is measured at small ε.
+The plateau is the range in which both terms stay below a tolerance: a / tol ≤ ε ≤ (tol / b)^{1/p}.
+The advised ε is its middle on a logarithmic scale. For the forward difference this is √(a / b),
+which minimises e. With 16-bit weights, w + ε v is rounded as well, and this rounding is part of the
+measured error at small ε.
 
-The bias of the forward difference has mean zero over directions (E v vᵀHv = 0 for symmetric v): it
-is noise of the estimate, and a tenth of s adds a hundredth to its variance.
+The bias of the forward difference has mean zero over directions, since E[v vᵀHv] = 0 for symmetric
+v. It only adds variance: an error of a tenth of s adds a hundredth to the variance of the estimate.
 """
 
 from __future__ import annotations
@@ -23,19 +25,21 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from torch import Tensor
 
 from zofo.advice.probe import Probe
 from zofo.optim.estimator import Estimator
 from zofo.perturb.view import Perturbation
 
 TOLERANCE: Final = 0.1
-"""Choice: a hundredth of the estimate's variance."""
+"""A choice: this error adds a hundredth to the variance of the estimate."""
 _RATIO: Final = 10 ** (2 / 3)
 _MAX_STEPS_OUT: Final = 3
+"""Rungs that the ladder may add at an end where the error still falls."""
 _NUM_RUNGS: Final = 6
 _NUM_DIRECTIONS: Final = 3
 MOST_FORWARDS: Final = _NUM_DIRECTIONS * (1 + 2 * (_NUM_RUNGS + _MAX_STEPS_OUT))
-"""Of a ladder."""
+"""Upper bound of the forward passes of a ladder."""
 """Rungs that the ladder grows at an end where the error is still falling."""
 
 
@@ -44,9 +48,9 @@ class Ladder:
     """Losses along directions.
 
     Attributes:
-        eps: ascending, [rungs].
-        ahead, behind: f(x + ε v), f(x − ε v): [rungs, directions].
-        at: f(x) of each direction's rows, [directions].
+        eps: radii, ascending, [rungs].
+        ahead, behind: f(x + ε v) and f(x − ε v), [rungs, directions].
+        at: f(x) on the batch of each direction, [directions].
     """
 
     eps: np.ndarray
@@ -55,28 +59,29 @@ class Ladder:
     at: np.ndarray
 
     def slopes(self, estimator: Estimator) -> np.ndarray:
-        """The scalars s as a step would have them: [rungs, directions]."""
+        """The scalars s that a training step would compute: [rungs, directions]."""
         if estimator == "forward":
             return (self.ahead - self.at) / self.eps[:, None]
         return (self.ahead - self.behind) / (2 * self.eps[:, None])
 
     def curvatures(self) -> np.ndarray:
-        """Second differences, vᵀHv up to their errors: [rungs, directions]."""
+        """Second differences, which approximate vᵀHv: [rungs, directions]."""
         return (self.ahead + self.behind - 2 * self.at) / self.eps[:, None] ** 2
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """Where the smoothing radius may lie.
+    """The range of suitable smoothing radii.
 
     Attributes:
-        eps: the advised one.
-        low, high: ends of the plateau; low > high where there is none.
-        error: expected error of s at `eps` over its size.
-        rungs: (ε, measured error over the size of s) of the ladder.
-        is_open_low, is_open_high: whether no error was met down or up to the ladder's end, so that
-            the end stands for the plateau's.
-        quadratic_to: largest rung up to which the loss along directions is a parabola within half.
+        eps: the advised radius.
+        low, high: ends of the plateau; low > high if there is no plateau.
+        error: expected relative error of s at `eps`.
+        rungs: pairs (ε, measured relative error of s).
+        is_open_low, is_open_high: whether the error stays small down (up) to the ladder's end. That
+            end then stands for the end of the plateau.
+        quadratic_to: the largest rung up to which a parabola predicts the loss within half of its
+            change.
     """
 
     eps: float
@@ -104,17 +109,17 @@ def measure_ladder(
     num_rungs: int = _NUM_RUNGS,
     is_16_bit: bool = False,
 ) -> Ladder:
-    """Evaluate the loss on a ladder of ε; it grows where the least error is at one of its ends.
+    """Evaluate the loss on a ladder of ε. The ladder grows while the smallest error lies at an end.
 
     Args:
-        probe: rows and losses; each direction has a batch of its own.
+        probe: supplies rows and losses. Each direction has a batch of its own.
         view: the perturbed view of the block.
-        scale: typical size of a weight: the ladder lies around a hundredth of it (a tenth in 16
-            bits); 0: 1e-3.
-        estimator: whose error decides.
-        num_directions: directions, at least 2.
-        num_rungs: to begin with.
-        is_16_bit: of the weights.
+        scale: typical size of a weight. The ladder is centred at a hundredth of it, or at a tenth
+            for 16-bit weights. If it is 0, the centre is 1e-3.
+        estimator: the estimator whose error is measured.
+        num_directions: number of directions, at least 2.
+        num_rungs: number of rungs at the beginning.
+        is_16_bit: whether the weights have 16 bits.
     """
     centre = (0.1 if is_16_bit else 0.01) * scale or 1e-3
     exponents = list(range(-(num_rungs // 2), num_rungs - num_rungs // 2))
@@ -124,7 +129,7 @@ def measure_ladder(
     def loss(sign: int, exponent: int, k: int) -> float:
         eps = sign * centre * _RATIO**exponent
         masks = probe.masks(k)
-        return probe.seen_at(view, eps, batches[k], direction=k, masks=masks)[0]
+        return probe.losses_at(view, eps, batches[k], direction=k, masks=masks)[0]
 
     at = [loss(0, 0, k) for k in range(num_directions)]
     steps_out = 0
@@ -150,24 +155,24 @@ def measure_ladder(
 
 @np.errstate(invalid="ignore", over="ignore")  # losses may have overflowed
 def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLERANCE) -> Plateau:
-    """The plateau of a ladder.
+    """Find the plateau of a ladder.
 
     Args:
-        ladder: at least three rungs.
-        estimator: whose error decides.
-        tol: largest error of s over its size.
+        ladder: losses on at least three rungs.
+        estimator: the estimator whose error is measured.
+        tol: the largest relative error of s that is accepted.
     """
     errors, eps = _errors(ladder, estimator), ladder.eps
     if not np.isfinite(errors).any():
         return _no_plateau(eps)
     power = 1 if estimator == "forward" else 2
     best = int(np.argmin(errors))
-    # Where a loss overflowed there is no error to fit, only an end.
+    # Rungs whose loss overflowed have no error to fit. They only end the usable range.
     finite = np.isfinite(errors)
     first, last = (int(i) for i in np.flatnonzero(finite)[[0, -1]])
     rungs = np.arange(len(eps))
     below, above = finite & (rungs < best), finite & (rungs > best)
-    # The least error bounds both terms; other rungs belong to the term that they are dominated by.
+    # Below the rung of least error the term a / ε dominates, above it the term b ε^p.
     a = float(np.median(errors[below] * eps[below])) if below.any() else 0.0
     b = float(np.median(errors[above] / eps[above] ** power)) if above.any() else 0.0
     low = a / tol if a > 0 else float(eps[first])
@@ -175,7 +180,7 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
     middle = math.sqrt(low * high)
     if low > high and a > 0 and b > 0:
         middle = (a / (power * b)) ** (1 / (power + 1))
-    # What was not measured is not advised.
+    # The advice stays within the measured rungs.
     middle = min(max(middle, float(eps[first])), float(eps[last]))
     error = max(a / middle + b * middle**power, float(errors[best]) if a == 0 or b == 0 else 0.0)
     return Plateau(
@@ -191,7 +196,7 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
 
 
 def _no_plateau(eps: np.ndarray) -> Plateau:
-    """Of a loss that no direction moves."""
+    """The result if no direction changes the loss."""
     return Plateau(
         eps=math.sqrt(float(eps[0]) * float(eps[-1])),
         low=math.inf,
@@ -204,27 +209,25 @@ def _no_plateau(eps: np.ndarray) -> Plateau:
     )
 
 
-def weight_scale(weights: Sequence[object]) -> float:
+def weight_scale(weights: Sequence[Tensor]) -> float:
     """Root mean square of weights: tensors of any shape."""
-    import torch
-
-    total, num = 0.0, 0
-    for weight in weights:
-        assert isinstance(weight, torch.Tensor)
-        total += float(weight.detach().float().square().sum())
-        num += weight.numel()
-    return math.sqrt(total / max(1, num))
+    total = sum(float(weight.detach().float().square().sum()) for weight in weights)
+    return math.sqrt(total / max(1, sum(weight.numel() for weight in weights)))
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def _errors(ladder: Ladder, estimator: Estimator) -> np.ndarray:
-    """Error of s over its size, by rung, against the central difference where that is steadiest."""
+    """Relative error of s at each rung, [rungs].
+
+    The reference is the central difference at the two rungs between which it changes least.
+    """
     central, eps = ladder.slopes("central"), ladder.eps
     size = np.sqrt((central**2).mean(axis=1))
     steps = np.sqrt((np.diff(central, axis=0) ** 2).mean(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         unsteady = steps / np.maximum(size[1:], size[:-1])
-    # Weights that rounding leaves where they are make no difference at all, the same at each rung.
+    # If rounding leaves the weights unchanged, all differences are 0 and look steady. They are not
+    # a valid reference.
     unsteady[~np.isfinite(unsteady) | ~_is_above_rounding(ladder)] = np.inf
     if not np.isfinite(unsteady).any():
         return np.full(len(eps), np.inf) if not size.any() else 1 / eps
@@ -236,7 +239,7 @@ def _errors(ladder: Ladder, estimator: Estimator) -> np.ndarray:
 
 
 def _is_above_rounding(ladder: Ladder) -> np.ndarray:
-    """Whether both rungs of a step have differences that are mostly not 0: [rungs − 1]."""
+    """Whether most differences of both neighbouring rungs are nonzero: [rungs − 1]."""
     moved = (ladder.ahead != ladder.behind).mean(axis=1) > 0.5
     return moved[1:] & moved[:-1]
 

@@ -1,21 +1,22 @@
-r"""Rates by group of modules: proposed only where groups of the base are told apart.
+"""One learning rate per group of modules, if the groups of the base differ measurably.
 
-All groups share one scalar s, so with rates η_g one step has, up to terms between groups,
+All groups share one scalar s. With rates η_g, one step has, except for terms between groups,
 
     E f(x⁺) − f = −Σ_g η_g G_g + ½ E s² Σ_g η_g² τ_g         E s² of the whole block
     τ_g = tr H_gg / K + (1 + 1/K) κ_g (G_g + S_g / b) / E s²
 
-since only the group's share of s goes with its own directions. It is least at
-η_g = G_g / (E s² τ_g): a group with much gradient and little curvature may move more. The best
-decrease is ½ Σ_g G_g² / (E s² τ_g); of one rate for all, ½ (Σ G_g)² / (E s² Σ τ_g). The first is
-never the smaller (Cauchy-Schwarz).
+because only the group's own share of s is correlated with its directions. The best rates are η_g =
+G_g / (E s² τ_g): a group with a large gradient and little curvature may move more. The best
+decrease is ½ Σ_g G_g² / (E s² τ_g) with one rate per group, and ½ (Σ G_g)² / (E s² Σ τ_g) with one
+rate for all. The first is at least as large (Cauchy-Schwarz).
 
-G_g is a mean of few squares, less the rows' noise: G_g = mean s² − S_g / b. Resampling four squares
-does not show how far their mean may be off, so an interval of η_g reaches at least as far as that
-of a mean of n squared normals, χ²_n / n, does for mean s².
+G_g is the mean of a few squares minus the noise of the rows: G_g = mean s² − S_g / b. Resampling
+four squares understates how far their mean may be wrong. The interval of η_g therefore reaches at
+least as far as the interval that χ²_n / n, the mean of n squared standard normals, gives for mean
+s².
 
-A group's name is a set of shell patterns, the names of its weights with numbers replaced by `*`, as
-`base_lr` takes them.
+A group is written as shell patterns, as `base_lr` takes them: the names of its weights with `*` in
+place of numbers.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from typing import Final
 
 import numpy as np
 
-from zofo.advice.rates import CAUTION, Moments, bend
+from zofo.advice.moments import CAUTION, Moments
+from zofo.advice.rates import bend
 from zofo.statistics.resampling import Interval, interval, quantile
 
 _TAIL: Final = 0.01
-"""Of a group's χ² interval on either side: with ten pairs of groups, one or two in a hundred false
-splits."""
+"""Probability in each tail of a group's χ² interval. With ten pairs of groups it gives one or two
+false splits in a hundred."""
 LARGEST_RATIO: Final = 30.0
-"""Choice: rates farther apart than any grid in the literature rest on too few directions."""
+"""A choice: larger ratios of rates than in any grid in the literature would rest on too few
+directions."""
 
 _KINDS: Final = (
     ("embedding", r"embed|wte|wpe|shared"),
@@ -50,13 +53,13 @@ NUM_KINDS: Final = len(_KINDS) + 1
 
 @dataclass(frozen=True)
 class Split:
-    """Rates of groups.
+    """Rates per group.
 
     Attributes:
-        rates: pattern of names -> rate, as `base_lr` takes it; empty: one rate for all.
+        rates: pattern of names -> rate, as `base_lr` takes it; empty if one rate serves all.
         groups: group -> best rate of a single step, with its interval.
-        gain: best decrease of a step with a rate for each group over that with one rate.
-        reason: why there is a split, or why not.
+        gain: best decrease of a step with one rate per group, relative to one rate for all.
+        reason: why the rates are split or not.
     """
 
     rates: dict[str, float]
@@ -66,22 +69,22 @@ class Split:
 
 
 def kind_of(name: str) -> str:
-    """The group that a base weight belongs to: embedding, head, norm, attention, mlp or other."""
+    """The group of a base weight: embedding, head, norm, attention, mlp or other."""
     lower = name if "DenseReluDense" in name else name.lower()
     return next((kind for kind, pattern in _KINDS if re.search(pattern, lower)), "other")
 
 
 def pattern_of(name: str) -> str:
-    """The name with the numbers of layers replaced by `*`."""
+    """The name with `*` in place of layer numbers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def groups_of(names: Sequence[str], *, smallest: int = 1) -> dict[str, list[str]]:
-    """Names of base weights by kind.
+    """Names of base weights by group.
 
     Args:
         names: canonical names.
-        smallest: groups of fewer tensors join the largest.
+        smallest: groups with fewer tensors join the largest group.
     """
     found: dict[str, list[str]] = {}
     for name in names:
@@ -93,12 +96,12 @@ def groups_of(names: Sequence[str], *, smallest: int = 1) -> dict[str, list[str]
 
 
 def patterns_of(groups: Mapping[str, Sequence[str]]) -> dict[str, str] | None:
-    """Pattern -> group, such that each name's first match is its group's; None if that fails."""
+    """Pattern -> group, such that the first match of each name is its own group, or None."""
     patterns: dict[str, str] = {}
     for group, names in groups.items():
         for name in names:
             patterns.setdefault(pattern_of(name), group)
-    # A longer pattern says more.
+    # Longer patterns come first, because they are more specific.
     ordered = dict(sorted(patterns.items(), key=lambda item: (-len(item[0]), item[0])))
     used: set[str] = set()
     for group, names in groups.items():
@@ -118,14 +121,14 @@ def split_rates(
     rate: float,
     num_directions: int = 1,
 ) -> Split:
-    """One rate for each group if their best rates lie apart, else none.
+    """Give each group its own rate if the best rates of two groups differ measurably.
 
     Args:
         parts: group -> its moments, measured alone.
-        groups: group -> names.
+        groups: group -> names of its weights.
         batch_rows: b.
-        rate: of the block as a whole: the groups' are scaled so that the expected bend of a step,
-            Σ η_g² τ_g, is that of this one rate.
+        rate: rate of the whole block. The groups' rates are scaled so that the expected curvature
+            term of a step, Σ η_g² τ_g, equals that of this one rate.
         num_directions: K.
     """
     replicates = {name: part.replicates for name, part in parts.items()}
@@ -138,7 +141,7 @@ def split_rates(
     careful_bends = {n: max(quantile(b, CAUTION, parts[n].num), 1e-30) for n, b in bends.items()}
     intervals: dict[str, Interval] = {}
     for name, r in replicates.items():
-        # As for the block: never below what the spread of the curvatures leaves open.
+        # As for the whole block, the interval of the curvature guards against underestimates.
         scales = size * np.maximum(bends[name], careful_bends[name] / 2)
         rates_of_step = np.maximum(r[:, 0], 0) / scales
         found = interval(float(rates_of_step[0]), rates_of_step, parts[name].num)
@@ -149,30 +152,30 @@ def split_rates(
     gain = apart / together if together > 0 else 1.0
     if len(parts) < 2:
         return Split({}, intervals, 1.0, "one group")
-    told = [
+    separated = [
         (low, high)
         for low in intervals
         for high in intervals
         if intervals[low].high < intervals[high].low
     ]
-    if not told:
+    if not separated:
         return Split({}, intervals, gain, "the groups' intervals overlap")
     patterns = patterns_of(groups)
     if patterns is None:
-        return Split({}, intervals, gain, "no patterns of names tell the groups apart")
-    # A group without signal keeps a small rate, not 0: it may have one yet.
+        return Split({}, intervals, gain, "no patterns of names separate the groups")
+    # A group without signal keeps a small rate, because a signal may appear during training.
     raw = {n: signals[n] / careful_bends[n] for n in parts}
     least = max(raw.values()) / LARGEST_RATIO
     raw = {n: max(value, least) for n, value in raw.items()}
     bent = sum(raw[n] ** 2 * careful_bends[n] for n in parts)
     scale = rate * np.sqrt(sum(careful_bends.values()) / bent)
     rates = {pattern: float(raw[group] * scale) for pattern, group in patterns.items()}
-    low, high = told[0]
-    return Split(rates, intervals, gain, f"{low} and {high} lie apart")
+    low, high = separated[0]
+    return Split(rates, intervals, gain, f"the intervals of {low} and {high} do not overlap")
 
 
 def _reach(found: Interval, part: Moments, scale: float) -> Interval:
-    """The hull of an interval of G / scale and of what a mean of squared normals leaves open."""
+    """Widen an interval of G / scale to the interval that a mean of squared normals has."""
     from scipy.stats import chi2
 
     noise = part.row_noise / part.num_rows

@@ -1,4 +1,4 @@
-"""An advice as JSON and as lines of text: numbers with intervals, and where they come from."""
+"""An advice as JSON and as lines of text: the numbers, their intervals and their reasons."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from zofo.advice.rates import Moments, ZerothRate
+from zofo.advice.moments import Moments
+from zofo.advice.rates import ZerothRate
 from zofo.advice.setting import Advice
 from zofo.config.schema import AUTO
+from zofo.disk.files import finite
 from zofo.statistics.resampling import Interval
 
 
 def as_json(advice: Advice) -> dict[str, Any]:
-    """Plain values; what is infinite or undefined is null."""
+    """Plain values for JSON. Infinite and undefined numbers become null."""
     setting = advice.setting
     asked = [key for key in ("eps", "base_lr", "adapter_lr") if getattr(setting, key) == AUTO]
     first = advice.first
@@ -53,11 +55,11 @@ def as_json(advice: Advice) -> dict[str, Any]:
         "capped": advice.capped,
         "setting": asdict(setting),
     }
-    return _plain(value)
+    return finite(value)
 
 
 def lines_of(advice: Advice) -> list[str]:
-    """The advice in a few lines."""
+    """The advice in a few lines of text."""
     setting, lines = advice.setting, []
     for key in ("eps", "base_lr", "adapter_lr"):
         value = getattr(advice, key)
@@ -66,14 +68,14 @@ def lines_of(advice: Advice) -> list[str]:
     lines += advice.remarks
     lines += cap_lines(advice)
     lines.append(
-        f"the advice took {advice.cost:.0f} forward-equivalents; the run takes "
+        f"the advice cost {advice.cost:.0f} forward-equivalents; the run costs "
         f"{setting.forwards_of_run:.0f}"
     )
     return lines
 
 
 def reason_of(advice: Advice, key: str) -> str:
-    """What a number rests on."""
+    """The reason for an advised number."""
     if key.removesuffix("_lr") in advice.capped:
         return f"the theorem's cap; without it: {_reason_of(advice, key)}"
     return _reason_of(advice, key)
@@ -84,7 +86,7 @@ def _reason_of(advice: Advice, key: str) -> str:
         found = advice.plateau
         assert found is not None
         if not found.exists:
-            return f"no plateau; the error of the difference is {found.error:.0%} there"
+            return f"no plateau was found; the difference has an error of {found.error:.0%} there"
         low = "≤ " if found.is_open_low else ""
         high = "≥ " if found.is_open_high else ""
         return f"the plateau reaches from {low}{found.low:.1e} to {high}{found.high:.1e}"
@@ -108,18 +110,17 @@ def _reason_of(advice: Advice, key: str) -> str:
     if first.is_below_harm:
         return (
             f"{first.best:.2g} is below all of {len(first.runs)} trainings of {first.num_steps} "
-            f"steps, each of which did harm, times √(n/N) = {first.shrinkage:.2f}"
+            f"steps, all of which raised the loss, times √(n/N) = {first.shrinkage:.2f}"
         )
-    what = "not told from the best" if first.moved else "harmless"
+    what = "not measurably worse than the best" if first.moved else "harmless"
     return (
-        f"{first.best:.2g} is the largest that is {what} of "
-        f"{len(first.runs)} trainings of {first.num_steps} steps, times √(n/N) = "
-        f"{first.shrinkage:.2f}"
+        f"{first.best:.2g} is the largest rate that is {what} among {len(first.runs)} trainings of "
+        f"{first.num_steps} steps, times √(n/N) = {first.shrinkage:.2f}"
     )
 
 
 def cap_lines(advice: Advice) -> list[str]:
-    """The theorem's caps, and how far from what was measured they are."""
+    """The theorem's caps, and how far they lie from the advised rates."""
     lines = []
     for block in ("base", "adapter"):
         caps = {name: c for name, c in advice.caps.items() if name.startswith(f"{block} ")}
@@ -129,7 +130,7 @@ def cap_lines(advice: Advice) -> list[str]:
         if all(math.isinf(c.rate) for c in caps.values()):
             lines.append(
                 f"the theorem's cap of {block}_lr cannot be computed, since no positive curvature "
-                "was measured; it lowers nothing"
+                "was measured; it lowers no rate"
             )
             continue
         top = max(rate.values()) if isinstance(rate, dict) else rate
@@ -137,7 +138,7 @@ def cap_lines(advice: Advice) -> list[str]:
         least = min(c.rate for c in caps.values())
         text = f"the theorem's cap of {block}_lr with c = 1: {shown}"
         if top > 2 * least and block not in advice.capped:
-            text += f"; it is worst case, {top / least:.0f} times below the advised rate"
+            text += f"; it is a worst case, {top / least:.0f} times below the advised rate"
         done = "applied" if advice.setting.caps == "apply" else "not applied"
         lines.append(f"{text} ({done})")
     return lines
@@ -159,19 +160,5 @@ def _point(found: Moments | None, rate: ZerothRate | None) -> dict[str, Any] | N
         "num_directions": found.num,
         "largest_slope": found.largest_slope,
         **{name: i.as_dict() for name, i in found.intervals().items()},
-        "rate": _fields(rate),
+        "rate": {k: v.as_dict() if isinstance(v, Interval) else v for k, v in vars(rate).items()},
     }
-
-
-def _fields(rate: ZerothRate) -> dict[str, Any]:
-    return {k: v.as_dict() if isinstance(v, Interval) else v for k, v in vars(rate).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

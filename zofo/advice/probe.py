@@ -1,12 +1,13 @@
-"""What the advisor may evaluate: losses of rows of the training set, at a cost that it counts.
+"""Evaluations of the advisor: losses and gradients on training rows, with their cost.
 
-    forward                  rows / batch_size forward-equivalents
-    forward and backward     that times 2 for an adapter's gradient, times 3 for every weight's
+    pass                     cost in forward-equivalents
+    forward                  rows / batch_size
+    forward and backward     twice as much for an adapter's gradient, three times for all weights
 
-Rows come in one permutation of the training set, drawn from the advisor's own seed: the first are
-held aside, the others are handed out batch by batch. Nothing that is evaluated here leaves a trace:
-the base is perturbed on use, an adapter that moved is put back bit for bit, and so are generators,
-gradients, flags and the mode.
+Rows come in one permutation of the training set, drawn from the advisor's own seed. The first rows
+are held aside. The others are drawn batch by batch. No evaluation changes the model: the base is
+perturbed only while it is used, and a trained adapter, generators, gradients, flags and modes are
+restored bit for bit.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from zofo.optim.generators import GeneratorState
 from zofo.perturb.view import Perturbation
 
 LossAndRows = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-"""Model and batch -> the loss, a scalar with its graph, and each row's share, [rows]: the mean of
-the shares is the loss."""
+"""Model and batch -> the loss, a scalar with its graph, and the loss of each row, [rows]. The mean
+over rows is the loss."""
 NUM_HELD: Final = 48
-"""Rows held aside, where a quarter of all is as many."""
+"""Largest number of rows held aside. At most a quarter of all rows is held aside."""
 
 
 class Probe:
-    """Evaluations of a model on rows of a training set.
+    """Evaluate a model on rows of a training set.
 
     Args:
-        model: in the mode it trains in.
-        loss: of a batch.
+        model: in training mode.
+        loss: gives the loss of a batch and of its rows.
         batch_of: row indices -> batch.
-        num_rows: of the training set.
+        num_rows: rows of the training set.
         batch_size: rows of a micro-batch.
         num_held: rows to hold aside, at most a quarter of all.
-        seed: of the order of the rows, and of dropout masks.
+        seed: seed of the row order and of the dropout masks.
     """
 
     def __init__(
@@ -63,35 +64,35 @@ class Probe:
         self._next = 0
 
     def rewind(self) -> None:
-        """Hand out the same rows again."""
+        """Start again with the first batch."""
         self._next = 0
 
     def draw(self, num: int | None = None) -> list[int]:
-        """The next rows; a training set that is used up begins anew."""
+        """The next rows. After the last row of the training set, the first follows."""
         num = self.batch_size if num is None else num
         chosen = [self.open[(self._next + i) % len(self.open)] for i in range(num)]
         self._next += num
         return chosen
 
     def masks(self, direction: int) -> GeneratorState:
-        """Dropout masks for all evaluations along a direction."""
+        """The generator state that fixes the dropout masks of all evaluations along a direction."""
         torch.manual_seed(self.seed % 2**63 + direction)
         return GeneratorState.capture()
 
     @torch.no_grad()
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """Each row's loss: float64, [rows], on the CPU."""
+        """Loss of each row: float64, [rows], on the CPU."""
         self.cost += len(indices) / self.batch_size
         return self.loss(self.model, self.batch_of(indices))[1].detach().double().cpu()
 
     @torch.no_grad()
     def batch_loss(self, indices: Sequence[int]) -> tuple[float, np.ndarray]:
-        """The loss as a step computes it, in its own dtype, and each row's share: [rows]."""
+        """The loss in the dtype that a step computes it in, and the loss of each row, [rows]."""
         self.cost += len(indices) / self.batch_size
         loss, shares = self.loss(self.model, self.batch_of(indices))
         return float(loss), shares.detach().double().cpu().numpy()
 
-    def seen_at(
+    def losses_at(
         self,
         view: Perturbation,
         scale: float,
@@ -100,20 +101,21 @@ class Probe:
         direction: int,
         masks: GeneratorState,
     ) -> tuple[float, np.ndarray]:
-        """`batch_loss` at x + scale · v, under given dropout masks."""
+        """`batch_loss` at x + scale · v with given dropout masks."""
         with masks.replayed():
             if scale == 0:
                 return self.batch_loss(indices)
-            # The direction is the step: fresh for each, and none of the run's (the seed differs).
+            # Using the direction's number as the step gives each direction fresh noise. The run's
+            # noise differs, because its seed differs.
             with view.at(scale, step=direction):
                 return self.batch_loss(indices)
 
     def backward(self, indices: Sequence[int], *, is_full: bool, share: float = 1.0) -> float:
-        """Forward and backward of share · loss; gradients add up in the parameters.
+        """Run forward and backward of share · loss. Gradients accumulate in the parameters.
 
         Args:
             indices: rows of a micro-batch.
-            is_full: whether every weight has a gradient, for the cost.
+            is_full: whether all weights have gradients, which sets the cost.
             share: factor of the loss.
         """
         self.cost += (3 if is_full else 2) * len(indices) / self.batch_size
@@ -125,12 +127,12 @@ class Probe:
 
 @contextmanager
 def untouched(model: nn.Module, moved: Sequence[nn.Parameter], *, seed: int) -> Iterator[None]:
-    """Within the context a model may be trained a little; afterwards it is as it was.
+    """Restore the model when the context ends, so that it may be trained within.
 
     Args:
-        model: whose buffers, mode, flags, gradients and generators are put back.
-        moved: parameters that may be written; copied, and put back bit for bit.
-        seed: of torch's generators within the context.
+        model: its buffers, modes, flags and gradients are restored, and torch's generators too.
+        moved: parameters that may be written. They are copied and restored bit for bit.
+        seed: seed of torch's generators within the context.
     """
     generators = GeneratorState.capture()
     modes = [(module, module.training) for module in model.modules()]

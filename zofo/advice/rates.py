@@ -1,4 +1,4 @@
-r"""From measurements to the rate of a zeroth-order block and its progress: pure functions.
+"""From moments to the learning rate of a zeroth-order block and its progress: pure functions.
 
 One step x ← x − η s v with s = v·g_B of a batch of b rows, E vvᵀ = I:
 
@@ -6,39 +6,37 @@ One step x ← x − η s v with s = v·g_B of a batch of b rows, E vvᵀ = I:
     A = E[s² vᵀHv] = E‖g_B‖² · τ            τ = tr H + 2 κ,  κ = gᵀHg / ‖g‖²  (Gaussian)
     E‖g_B‖² = E s² = G + S / b              S = variance of a row's gradient, summed over weights
 
-For signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes
-A_K = E‖g_B‖² (τ / K + (1 − 1/K) κ). The best single step has η = G / A_K. Moments are measured
-along Gaussian directions whatever the run's are: signs do not see the diagonal of H, cov(s², vᵀHv)
-is 2 gᵀHg − 2 Σ H_ii g_i² for them, and κ, which decides for large K, would come out too small.
+For random signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes A_K = E‖g_B‖² (τ
+/ K + (1 − 1/K) κ). The best rate for a single step is η = G / A_K.
 
-Over N steps a constant rate meets gradients that shrink and noise that stays. With the closure
-G ∝ f, which is what a Polyak–Łojasiewicz function with minimum 0 does at worst, the loss follows
+Over N steps at a constant rate, the gradient shrinks and the noise stays. We assume G ∝ f, the
+worst case of a Polyak–Łojasiewicz function with minimum 0. The loss then follows
 
     f_N = f_∞ + (f_0 − f_∞) e^{−aN},   a = (η G − ½ η² G τ_K) / f_0,   f_∞ = ½ η² (S / b) τ_K / a
 
-and the advised η is the one that makes f_N least, with τ at the upper end of its 80% one-sided
-interval, so that a curvature that could not be told from 0, or is negative, does not ask for a
-large rate; and with G = 0 unless the lower end of its interval is positive. It is a model for
-choosing a number and no theorem: the true minimum is above 0.
+The advised η minimises f_N. It uses the upper end of the 80% one-sided interval of τ, so that an
+uncertain or negative curvature does not lead to a large rate. It uses G = 0 unless the lower end of
+the interval of G is positive. This is a model for choosing a number, not a theorem: the true
+minimum is above 0.
 
-What a loss does not show is what its weights will be needed for. The steps are a random walk of
-size η √(N E s² / K) a weight; over the weights' own size that is the relative noise it puts on
-every layer, and it is kept below `FAR`, or `NEAR` where no signal was found.
+The loss does not show which weights later training needs. The steps are a random walk of size η √(N
+E s² / K) per weight. Relative to the size of the weights, this is the noise added to every layer.
+It is kept below `FAR`, or below `NEAR` if no signal was found.
 
-Stability, exact. On f = ½ xᵀHx with eigenvalues λ ≥ 0 and no noise the second moments m_i = E x_i²
-along the eigenvectors obey, for K Gaussian directions,
+Stability is exact. On f = ½ xᵀHx with eigenvalues λ ≥ 0 and no noise, the second moments m_i = E
+x_i² along the eigenvectors obey, for K Gaussian directions,
 
     m_i ← (1 − 2ηλ_i + (1 + 1/K) η²λ_i²) m_i + (η²/K) Σ_j λ_j² m_j
 
-a diagonal plus a matrix of rank one. All m with λ_i > 0, and so f, → 0 exactly if every
-(K + 1) ηλ_i < 2K and
+which is a diagonal matrix plus a matrix of rank one. All m with λ_i > 0, and so f, converge to 0 if
+and only if every (K + 1) ηλ_i < 2K and
 
     Σ_i ηλ_i / (2K − (K + 1) ηλ_i) < 1
 
-for which η (tr H / K + (1 + 1/K) λ_max) < 2 suffices; K = 1: η (tr H + 2 λ_max) < 2. For K = 1 and
-signs with a diagonal H: η tr H < 2, exactly. For signs and any other H the Gaussian condition
-suffices, because E vvᵀMvvᵀ = 2M + tr(M) I − 2 diag(M) lies below the Gaussian's. λ_max is not
-measured, but bounded: λ_max ≤ tr H and λ_max ≤ ‖H‖_F, where Var(vᵀHv) = 2 ‖H‖_F².
+A sufficient condition is η (tr H / K + (1 + 1/K) λ_max) < 2; for K = 1, η (tr H + 2 λ_max) < 2. For
+K = 1, random signs and a diagonal H, the exact condition is η tr H < 2. For random signs and any
+other H the Gaussian condition suffices, because E vvᵀMvvᵀ = 2M + tr(M) I − 2 diag(M) lies below the
+Gaussian value.
 
 References:
     Nesterov and Spokoiny, "Random Gradient-Free Minimization of Convex Functions", 2017 (the second
@@ -54,182 +52,25 @@ from typing import Final
 
 import numpy as np
 
-from zofo.advice.curvature import Directions
-from zofo.errors import UserError
-from zofo.statistics.resampling import Interval, interval, quantile, resamples
+from zofo.advice.moments import CAUTION, Moments
+from zofo.statistics.resampling import Interval, interval, quantile
 
-CAUTION: Final = 0.8
-"""One-sided level at which curvature is taken."""
 HARMLESS: Final = 0.01
-"""Share of the loss that noise may add over the run where no signal was found."""
+"""Share of the loss that noise may add over the run if no signal was found."""
 FAR: Final = 0.5
-"""Choice: how far pretrained weights may wander over the run with a signal, over their own size."""
+"""A choice: how far pretrained weights may move over the run relative to their size, with a signal.
+"""
 NEAR: Final = 0.02
-"""Choice: how far without a signal. Seen once: MiniLM, whose fresh head does not use the features
-yet, so that the loss does not show what becomes of them."""
+"""A choice: how far without a signal. One case led to it: MiniLM with a fresh head, which does not
+use the features yet, so the loss does not show damage to them."""
 _NUM_RATES: Final = 241
 _DECADES: Final = 4
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What the rate of a zeroth-order block follows from, with resampled replicates.
-
-    Attributes:
-        loss: f.
-        signal: G = ‖∇f‖².
-        row_noise: S: variance of the gradient of one row, summed over the weights.
-        trace: mean vᵀHv: tr H.
-        rayleigh: κ, from the covariance of s² and vᵀHv: within [0, trace] where no vᵀHv was
-            negative, so that H may be positive semi-definite, else within [0, largest vᵀHv].
-        spread: ‖H‖_F, from the variance of vᵀHv; at least λ_max.
-        least: smallest vᵀHv that was seen; below 0, H has negative eigenvalues.
-        replicates: of (signal, row_noise, trace, rayleigh, spread): [resamples, 5].
-        num: directions.
-        num_rows: of a direction.
-        largest_slope: largest |s| of a batch that was seen.
-        num_weights: d.
-    """
-
-    loss: float
-    signal: float
-    row_noise: float
-    trace: float
-    rayleigh: float
-    spread: float
-    least: float
-    replicates: np.ndarray
-    num: int
-    num_rows: int
-    largest_slope: float
-    num_weights: int
-
-    @property
-    def sure_signal(self) -> float:
-        """G where the lower end of its 80% one-sided interval is positive, else 0."""
-        low = quantile(self.replicates[:, 0], 1 - CAUTION, self.num)
-        return self.signal if low > 0 else 0.0
-
-    @property
-    def mean_square(self) -> float:
-        """Mean s² of the measured batches: G + S / num_rows."""
-        return self.signal + self.row_noise / self.num_rows
-
-    @property
-    def careful_trace(self) -> float:
-        """The trace at the upper end of its 80% one-sided interval."""
-        return max(quantile(self.replicates[:, 2], CAUTION, self.num), self.trace, 0.0)
-
-    @property
-    def careful_largest(self) -> float:
-        """A bound of λ_max: ‖H‖_F, and tr H where no vᵀHv was negative, both at the upper end."""
-        spread = max(quantile(self.replicates[:, 4], CAUTION, self.num), self.spread, self.rayleigh)
-        return min(spread, self.careful_trace) if self.least >= 0 else spread
-
-    def intervals(self) -> dict[str, Interval]:
-        """Signal, noise, trace and κ with 95% intervals: resampled, expanded percentiles."""
-        names = ("signal", "row_noise", "trace", "rayleigh")
-        return {
-            name: interval(getattr(self, name), self.replicates[:, i], self.num)
-            for i, name in enumerate(names)
-        }
-
-
-def moments(directions: Directions, *, seed: int = 0) -> Moments:
-    """Signal, noise and curvature of a block.
-
-    Signal: the mean over directions of the products of different rows' slopes, unbiased for ‖∇f‖²
-    of the population that the rows are from. (Of the N rows themselves it is too small by S / N.)
-
-    Args:
-        directions: at least two, Gaussian, of at least two rows.
-        seed: of the resampling.
-
-    Raises:
-        UserError: if a loss was not finite.
-    """
-    slopes, curvatures = directions.slopes, directions.curvatures
-    finite = np.isfinite(slopes).all(axis=1) & np.isfinite(curvatures)
-    if not finite.all():
-        raise UserError(
-            f"the loss is not finite along {np.sum(~finite)} of {len(finite)} directions at "
-            f"distance {directions.radius:.1e}, so no rate can be advised; give the rates as "
-            "numbers, or use a dtype with more range (model.dtype=bfloat16 or float32)"
-        )
-    num_rows = slopes.shape[1]
-    means, variances = slopes.mean(axis=1), slopes.var(axis=1, ddof=1)
-    signals = means**2 - variances / num_rows
-    drawn, least = resamples(len(means), seed=seed), float(curvatures.min())
-
-    def statistics(index: np.ndarray) -> np.ndarray:
-        signal, noise = signals[index].mean(axis=-1), variances[index].mean(axis=-1)
-        trace = curvatures[index].mean(axis=-1)
-        squares = means[index] ** 2
-        size = squares.mean(axis=-1)
-        shared = (squares * curvatures[index]).mean(axis=-1) - size * trace
-        unbiased = index.shape[-1] / (index.shape[-1] - 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rayleigh = np.where(size > 0, unbiased * shared / (2 * size), 0.0)
-        largest = trace if least >= 0 else curvatures[index].max(axis=-1)
-        rayleigh = np.clip(rayleigh, 0.0, np.maximum(largest, 0.0))
-        spread = np.sqrt(unbiased * curvatures[index].var(axis=-1) / 2)
-        return np.stack((signal, noise, trace, rayleigh, spread), axis=-1)
-
-    replicates = statistics(drawn)
-    signal, noise, trace, rayleigh, spread = replicates[0].tolist()
-    return Moments(
-        loss=float(directions.losses.mean()),
-        signal=signal,
-        row_noise=noise,
-        trace=trace,
-        rayleigh=rayleigh,
-        spread=spread,
-        least=least,
-        replicates=replicates,
-        num=len(means),
-        num_rows=num_rows,
-        largest_slope=float(np.abs(means).max()),
-        num_weights=directions.num_weights,
-    )
-
-
-def total(parts: Sequence[Moments]) -> Moments:
-    """Moments of a block from those of its groups, each perturbed alone.
-
-    Signal, noise and trace add up; κ is weighted by each group's share of E s², without the terms
-    between groups. λ_max of a positive semi-definite H is at most the sum of the groups', and so
-    the spreads add up too.
-    """
-    stacked = np.stack([part.replicates for part in parts])
-    summed = stacked.sum(axis=0)
-    rows = np.array([part.num_rows for part in parts])[:, None]
-    weights = np.maximum(stacked[:, :, 0], 0) + stacked[:, :, 1] / rows
-    sizes = weights.sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(sizes > 0, weights / sizes, 1 / len(parts))
-    summed[:, 3] = (shares * stacked[:, :, 3]).sum(axis=0)
-    signal, noise, trace, rayleigh, spread = summed[0].tolist()
-    return Moments(
-        loss=float(np.mean([part.loss for part in parts])),
-        signal=signal,
-        row_noise=noise,
-        trace=trace,
-        rayleigh=rayleigh,
-        spread=spread,
-        least=min(part.least for part in parts),
-        replicates=summed,
-        # The smallest group decides how far the percentiles are expanded.
-        num=min(part.num for part in parts),
-        num_rows=min(part.num_rows for part in parts),
-        largest_slope=math.sqrt(sum(part.largest_slope**2 for part in parts)),
-        num_weights=sum(part.num_weights for part in parts),
-    )
 
 
 def bend(
     trace: float | np.ndarray, rayleigh: float | np.ndarray, num_directions: int = 1
 ) -> float | np.ndarray:
-    """τ_K: the curvature that a step of K directions meets, over E‖g_B‖²."""
+    """τ_K: the curvature that a step of K directions meets, relative to E‖g_B‖²."""
     share = 1 / num_directions
     return np.maximum((trace + 2 * rayleigh) * share + (1 - share) * rayleigh, 0.0)
 
@@ -261,9 +102,9 @@ def loss_after(
     noise: float | np.ndarray,
     curvature: float | np.ndarray,
 ) -> np.ndarray:
-    """f_N of the model in the module's text; arguments as for `decrease`, broadcast together.
+    """f_N of the model in the module's docstring; the arguments of `decrease` broadcast.
 
-    A negative signal, which an unbiased estimate of a small one may be, counts as none.
+    An unbiased estimate of a small signal may be negative. A negative signal counts as none.
     """
     signal = np.maximum(signal, 0.0)
     scale = max(loss, 1e-12)
@@ -278,12 +119,12 @@ def loss_after(
 def best_constant_rate(
     num_steps: int, *, loss: float, signal: float, noise: float, curvature: float
 ) -> float:
-    """The constant rate with the least f_N, at most that of the best single step.
+    """The constant rate that minimises f_N, at most the best rate for a single step.
 
     Args:
         num_steps: N ≥ 1.
         loss: f_0.
-        signal: G; without one, the rate at which noise adds `HARMLESS` of the loss.
+        signal: G. If it is 0, the result is the rate at which noise adds `HARMLESS` of the loss.
         noise: S / b.
         curvature: τ_K > 0.
     """
@@ -296,11 +137,11 @@ def best_constant_rate(
 
 
 def is_stable(rate: float, eigenvalues: Sequence[float], num_directions: int = 1) -> bool:
-    """Whether zeroth-order SGD with Gaussian directions contracts on ½ xᵀHx in mean square; exact.
+    """Whether zeroth-order SGD with Gaussian directions contracts on ½ xᵀHx in mean square (exact).
 
     Args:
         rate: η.
-        eigenvalues: of H, at least 0.
+        eigenvalues: eigenvalues of H, at least 0.
         num_directions: K.
     """
     step = rate * np.asarray(eigenvalues, dtype=float)
@@ -317,22 +158,22 @@ def stable_rate(trace: float, largest: float, num_directions: int = 1) -> float:
 
 @dataclass(frozen=True)
 class ZerothRate:
-    """The rate of a zeroth-order block.
+    """The learning rate of a zeroth-order block.
 
     Attributes:
-        rate: advised.
-        one_step: best for one step; infinite where curvature is not told from 0 or negative.
-        stable: half of what is stable, for curvature that stays as it was measured.
-        reach: rate at which the largest step seen leaves what was measured.
-        drift: rate at which the weights wander as far as they may; infinite for fresh weights.
+        rate: the advised rate.
+        one_step: best rate for one step; infinite if the curvature is not measurably positive.
+        stable: half of the stable rate. It is halved because curvature may grow during training.
+        reach: the rate at which the largest measured step leaves the measured range.
+        drift: the rate at which the weights move as far as allowed; infinite for fresh weights.
         limited_by: "horizon", "stability", "reach", "drift", or "no signal".
-        signal: G it was computed with: 0 where there is none for sure.
-        curvature: τ_K it was computed with.
+        signal: the G that was used: 0 unless it is measurably positive.
+        curvature: the τ_K that was used.
         noise: S / b.
-        decrease: expected of the first step.
+        decrease: expected decrease of the loss by the first step.
         progress: expected decrease of the loss over the horizon.
         num_steps: the horizon.
-        loss: at its beginning.
+        loss: the loss at the start of the horizon.
     """
 
     rate: float
@@ -362,35 +203,31 @@ def zeroth_rate(
     """The rate of a block from its moments.
 
     Args:
-        found: moments.
-        batch_rows: b: rows that a step's difference is taken on.
-        num_steps: moves of the block in the run.
-        trusted_to: how far along a direction the loss was seen to be a parabola.
+        found: the moments.
+        batch_rows: b, the rows on which a step's difference is taken.
+        num_steps: updates of the block in the run.
+        trusted_to: distance along a direction up to which the loss was measured to be a parabola.
         num_directions: K.
-        pretrained_scale: root mean square of the weights, where they were trained before; 0: fresh.
+        pretrained_scale: root mean square of pretrained weights; 0 for fresh weights.
     """
     replicates = found.replicates
     bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
     signal = found.sure_signal
     noise = found.row_noise / batch_rows
-    # Never below what the spread of the curvatures leaves open.
+    # The upper end of the interval guards against a curvature that was underestimated.
     curvature = quantile(bends, CAUTION, found.num)
     curvature = max(curvature, float(bends[0]), 1e-30)
     stable = 0.5 * stable_rate(found.careful_trace, found.careful_largest, num_directions)
     reach = trusted_to / found.largest_slope if found.largest_slope > 0 else math.inf
     wanted = best_constant_rate(
-        num_steps,
-        loss=found.loss,
-        signal=signal,
-        noise=max(noise, 1e-30),
-        curvature=curvature,
+        num_steps, loss=found.loss, signal=signal, noise=max(noise, 1e-30), curvature=curvature
     )
     size = max(found.signal, 0.0) + noise
     drift = math.inf
     if pretrained_scale > 0 and size > 0:
         allowed = (FAR if signal > 0 else NEAR) * pretrained_scale
         drift = allowed / math.sqrt(num_steps * size / num_directions)
-    if found.largest_slope == 0:  # no direction moves the loss: neither does the block
+    if found.largest_slope == 0:  # no direction changes the loss, so no rate lowers it
         wanted = 0.0
     limits = {"no signal" if signal <= 0 else "horizon": wanted}
     limits |= {"stability": stable, "reach": reach, "drift": drift}
@@ -399,6 +236,12 @@ def zeroth_rate(
     one_step = 0.0
     if size > 0 and found.signal > 0:
         one_step = found.signal / (size * curvature) if curvature > 1e-30 else math.inf
+    by_replicate = {
+        "signal": replicates[:, 0],
+        "noise": replicates[:, 1] / batch_rows,
+        "curvature": bends,
+    }
+    gains = np.asarray(decrease(rate, **by_replicate))
     return ZerothRate(
         rate=rate,
         one_step=one_step,
@@ -409,8 +252,10 @@ def zeroth_rate(
         signal=signal,
         curvature=curvature,
         noise=noise,
-        decrease=_decrease_of(found, rate, bends, batch_rows),
-        progress=_progress_of(found, rate, bends, batch_rows, num_steps),
+        decrease=interval(float(gains[0]), gains, found.num),
+        progress=progress_at(
+            found, rate, batch_rows=batch_rows, num_steps=num_steps, num_directions=num_directions
+        ),
         num_steps=num_steps,
         loss=found.loss,
     )
@@ -419,12 +264,12 @@ def zeroth_rate(
 def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
     """One rate for a run that passes through several points.
 
-    It makes the mean over the points of f_N / f_0 least, each with its own signal, noise and
-    careful curvature, and lies neither above what is stable or within reach at any of them, nor
-    above all of their own rates. Without signal anywhere it is the least of these.
+    It minimises the mean of f_N / f_0 over the points, each with its own signal, noise and careful
+    curvature. It exceeds neither a stable rate, reach or drift of any point, nor the largest of
+    their own rates. Without signal at every point it is the smallest of these.
 
     Args:
-        points: moments with the rate that follows from each.
+        points: moments, each with the rate that follows from it.
     """
     ends = (min(z.stable, z.reach, z.drift) for _, z in points)
     top = min(max(z.rate for _, z in points), *ends)
@@ -448,34 +293,15 @@ def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
 def progress_at(
     found: Moments, rate: float, *, batch_rows: int, num_steps: int, num_directions: int = 1
 ) -> Interval:
-    """Expected decrease of the loss over a run at some rate, with its interval."""
+    """Expected decrease of the loss over a run at a given rate, with its interval."""
     replicates = found.replicates
-    bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
-    return _progress_of(found, rate, bends, batch_rows, num_steps)
-
-
-def _decrease_of(found: Moments, rate: float, bends: np.ndarray, batch_rows: int) -> Interval:
-    values = np.asarray(
-        decrease(
-            rate,
-            signal=found.replicates[:, 0],
-            noise=found.replicates[:, 1] / batch_rows,
-            curvature=bends,
-        )
-    )
-    return interval(float(values[0]), values, found.num)
-
-
-def _progress_of(
-    found: Moments, rate: float, bends: np.ndarray, batch_rows: int, num_steps: int
-) -> Interval:
     after = loss_after(
         rate,
         num_steps,
         loss=found.loss,
-        signal=found.replicates[:, 0],
-        noise=found.replicates[:, 1] / batch_rows,
-        curvature=bends,
+        signal=replicates[:, 0],
+        noise=replicates[:, 1] / batch_rows,
+        curvature=bend(replicates[:, 2], replicates[:, 3], num_directions),
     )
-    values = found.loss - after
+    values = found.loss - after  # [resamples]
     return interval(float(values[0]), values, found.num)

@@ -9,7 +9,8 @@ from zofo.advice.caps import Cap
 from zofo.advice.curvature import AlongUpdate
 from zofo.advice.eps import Plateau
 from zofo.advice.groups import Split
-from zofo.advice.rates import Moments, ZerothRate
+from zofo.advice.moments import Moments
+from zofo.advice.rates import ZerothRate
 from zofo.advice.short_trainings import FirstRate
 from zofo.optim.cost import forward_equivalents, forwards_of_a_move, num_moves
 from zofo.optim.methods import METHODS, Block

@@ -1,24 +1,29 @@
-r"""The rate of a first-order block, from short trainings that are undone.
+"""The learning rate of a first-order block, from short trainings that are undone.
 
-Curvature along the first step says where to begin: η = ⟨∇f, u⟩ / (uᵀ∇²f u) with u = ∇f for SGD and
-u = sign(∇f), Adam's first step. It does not say where to end: at LoRA's start B = 0, curvature and
-gradient are another's than a few steps on. So the block is really trained for n steps at a few
-rates on a geometric ladder, each time from the same weights with the same batches and masks, and
-put back.
+The curvature along the first step gives the starting rate: η = ⟨∇f, u⟩ / (uᵀ∇²f u), with u = ∇f for
+SGD and u = sign(∇f), Adam's first step, for Adam. It cannot give the final rate: LoRA starts at B =
+0, and its curvature and gradient are different a few steps later. The block is therefore trained
+for n steps at a few rates on a geometric ladder. Every training starts from the same weights, sees
+the same batches and dropout masks, and is undone.
 
     score of a rate = ½ (mean loss of the last half's fresh batches + loss on held-aside rows)
 
-The loss of a batch before the step that uses it is a held-out loss that costs nothing. With common
-batches two rates are compared row by row. Whether a rate does harm is seen in its score, against
-the same rows under the same masks at the weights of the beginning, evaluated once for all rates.
-The first half counts for nothing: Adam's first steps are signs, and a loss that rises under them
-and comes back is how the larger of two good rates begins.
+The loss of a batch before the step that uses it is a held-out loss without extra cost. All rates
+see the same batches, so two rates are compared row by row. A rate is harmful if its score exceeds
+the score of the initial weights on the same rows and masks. That score is evaluated once for all
+rates. The first half is ignored: Adam's first steps are signs, and with the larger of two good
+rates the loss often rises first and then falls.
 
-From n to N steps: where the distance to go decides, the best rate shrinks like 1 / N; where the
-curvature decides it stays; where noise decides, it shrinks like 1 / √N. √(n / N) is taken, the
-middle one, applied to the largest rate that is not told apart from the best and does no harm. Where
-the best has not moved beyond noise it is told apart from none: what does no harm is all that can be
-said.
+The best rate of n steps must be carried over to N steps:
+
+    limited by               how the best rate changes
+    distance to go           shrinks like 1 / N
+    noise                    shrinks like 1 / √N
+    curvature                stays
+
+The middle factor, √(n / N), is applied to the largest harmless rate that is not measurably worse
+than the best. If no rate improved the loss measurably, none can be preferred, and the largest
+harmless rate is taken.
 
 References:
     Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3 (a range test).
@@ -41,23 +46,24 @@ from zofo.advice.probe import Probe
 RATIO: Final = 10**0.5
 MAX_RATES: Final = 5
 _WORSE: Final = 2.0
-"""Standard errors of the paired difference by which a rate must be worse to be told apart."""
+"""A rate is measurably worse if the paired difference exceeds this many standard errors."""
 _SHARE: Final = 0.02
-"""Share of the loss at the start by which a rate is worse than another, however uncertain that is:
-twice what 48 rows leave open where losses are near ln 2 (MiniLM, rotten-tomatoes)."""
+"""A rate also counts as worse if its score is higher by this share of the loss at the start,
+however uncertain the difference. This is twice the uncertainty of 48 rows with losses near ln 2
+(MiniLM, rotten-tomatoes)."""
 _HARM: Final = 0.05
-"""Share of the loss at the start by which a rate is worse than standing still: two standard errors
-of that, in the middle of 14 trainings of MiniLM at rates that move the shares of the classes."""
+"""A rate is harmful if its score exceeds the initial score by this share. This is the median of two
+standard errors of the score over 14 trainings of MiniLM at rates that change the proportions of the
+predicted classes."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Losses at the weights that every short training starts from.
+    """Losses at the weights from which every short training starts.
 
     Attributes:
-        held: of the held-aside rows, [rows].
-        fresh: of the batches that the last half's steps will see, under their masks,
-            [steps - steps // 2].
+        held: losses of the held-aside rows, [rows].
+        fresh: losses of the last half's batches under their dropout masks, [steps - steps // 2].
     """
 
     held: np.ndarray
@@ -65,7 +71,7 @@ class Beginning:
 
     @property
     def score(self) -> float:
-        """Of a training that does not move."""
+        """The score of the initial weights."""
         return 0.5 * (float(np.mean(self.fresh)) + float(self.held.mean()))
 
 
@@ -74,10 +80,11 @@ class VirtualRun:
     """A short training.
 
     Attributes:
-        rate: of the block.
-        losses: of each step's fresh batch before the step, [steps]; short if it blew up.
-        held: losses of the held-aside rows at the end, [rows]; empty if it blew up.
-        start: losses of the same rows, and of the last half's batches, at the beginning.
+        rate: learning rate of the block.
+        losses: loss of each step's batch before the step, [steps]; shorter if a loss was not
+            finite.
+        held: losses of the held-aside rows at the end, [rows]; empty if a loss was not finite.
+        start: losses of the same rows and batches at the start.
     """
 
     rate: float
@@ -92,24 +99,24 @@ class VirtualRun:
 
     @property
     def score(self) -> float:
-        """Lower is better; infinite if it blew up."""
+        """Lower is better; infinite if a loss was not finite."""
         if self.blew_up:
             return math.inf
         return 0.5 * (float(np.mean(self.last_half)) + float(self.held.mean()))
 
     @property
     def last_half(self) -> tuple[float, ...]:
-        """Losses of the fresh batches that count, [steps - steps // 2]."""
+        """Losses of the batches that count, [steps - steps // 2]."""
         return self.losses[len(self.losses) // 2 :]
 
     @property
     def is_harmful(self) -> bool:
-        """Whether standing still would have been better, beyond what few rows leave open."""
+        """Whether the score exceeds the initial score by more than few rows leave uncertain."""
         return self.score > (1 + _HARM) * self.start.score
 
     @property
     def decrease(self) -> float:
-        """Of the loss on the held-aside rows."""
+        """Decrease of the loss on the held-aside rows."""
         return -math.inf if self.blew_up else float(self.start.held.mean() - self.held.mean())
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,17 +134,17 @@ class VirtualRun:
 
 @dataclass(frozen=True)
 class FirstRate:
-    """The rate of a first-order block.
+    """The learning rate of a first-order block.
 
     Attributes:
-        rate: advised.
-        best: of the harmless short trainings, the largest that is not told apart from the best;
-            below all of them where each did harm.
-        start: where the ladder began.
-        shrinkage: rate / best: √(n / N).
-        runs: by rate, ascending.
-        num_steps: of a short training.
-        moved: whether the best harmless one lowered the loss on held-aside rows beyond its noise.
+        rate: the advised rate.
+        best: the largest harmless rate that is not measurably worse than the best one. If all rates
+            were harmful, it lies one rung below them.
+        start: first rate of the ladder.
+        shrinkage: rate / best = √(n / N).
+        runs: the short trainings, by ascending rate.
+        num_steps: steps of a short training.
+        moved: whether the best harmless rate lowered the loss on held-aside rows measurably.
     """
 
     rate: float
@@ -150,7 +157,7 @@ class FirstRate:
 
     @property
     def is_below_harm(self) -> bool:
-        """Whether every rate that was tried did harm."""
+        """Whether every tried rate was harmful."""
         return all(run.is_harmful for run in self.runs)
 
 
@@ -167,19 +174,19 @@ def virtual_training(
     start: Beginning | None = None,
     seed: int = 0,
 ) -> VirtualRun:
-    """Train a block for a few steps, from and back to where it stands only in the caller's hands.
+    """Train a block for a few steps. The caller restores the weights.
 
     Args:
-        probe: rows; it is rewound, so that every rate sees the same.
-        parameters: of the block; written.
+        probe: supplies rows. It is rewound, so that every rate sees the same rows.
+        parameters: the parameters of the block, which are written.
         rate: learning rate.
         optimizer: parameters and rate -> a new optimizer.
         num_steps: n.
         accumulation: micro-batches a step.
-        max_grad_norm: clipping, as in the run.
-        is_full: whether every weight has a gradient, for the cost.
-        start: losses at the beginning, if known.
-        seed: of the dropout masks.
+        max_grad_norm: gradient clipping, as in the run.
+        is_full: whether all weights have gradients, which sets the cost.
+        start: losses at the start, if they are known.
+        seed: seed of the dropout masks.
     """
     if start is None:
         start = beginning(probe, num_steps=num_steps, accumulation=accumulation, seed=seed)
@@ -208,7 +215,7 @@ def virtual_training(
 
 
 def beginning(probe: Probe, *, num_steps: int, accumulation: int = 1, seed: int = 0) -> Beginning:
-    """Losses of a short training's rows where the model stands; arguments as there."""
+    """Losses of a short training's rows at the current weights."""
     held = _held(probe)
     probe.rewind()
     fresh: list[float] = []
@@ -228,14 +235,14 @@ def search_rate(
     horizon: int,
     max_rates: int = MAX_RATES,
 ) -> FirstRate:
-    """Walk up or down a geometric ladder until the best rate lies inside, and shrink it for N.
+    """Walk along a geometric ladder until the best rate lies inside, then shrink it for N steps.
 
     Args:
         train: rate -> a short training.
-        start: where to begin.
+        start: first rate.
         num_steps: n.
         horizon: N.
-        max_rates: short trainings at most.
+        max_rates: largest number of short trainings.
     """
     runs: dict[int, VirtualRun] = {}
 
@@ -250,7 +257,8 @@ def search_rate(
         safe = {rung: run for rung, run in runs.items() if not run.is_harmful}
         low, high = min(runs), max(runs)
         best = min(safe, key=lambda rung: (safe[rung].score, rung)) if safe else low
-        # Up first: a rate that is too large shows at once, one that is too small never does.
+        # Larger rates first: a short training reveals a rate that is too large, but a rate that is
+        # too small looks harmless.
         if high in safe and _is_equal(runs[high], runs[best]):
             at(high + 1)
         elif best == low:
@@ -265,21 +273,22 @@ def search_rate(
         moved = _has_moved(best_run)
     else:
         tied, moved = min(run.rate for run in runs.values()) / RATIO, False
-    return FirstRate(tied * shrinkage, tied, start, shrinkage, _ordered(runs), num_steps, moved)
+    ordered = tuple(runs[rung] for rung in sorted(runs))
+    return FirstRate(tied * shrinkage, tied, start, shrinkage, ordered, num_steps, moved)
 
 
 def num_virtual_steps(horizon: int) -> int:
-    """n: a fifth of the run, from 5 to 50 steps."""
+    """n: a fifth of the run, at least 5 and at most 50 steps."""
     return max(5, min(50, horizon // 5))
 
 
 def _seed_masks(seed: int, step: int) -> None:
-    """Dropout masks of a step, the same at every rate and where the model stood."""
+    """Give a step the same dropout masks at every rate and at the start."""
     torch.manual_seed((seed + step) % 2**63)
 
 
 def _held(probe: Probe) -> np.ndarray:
-    """Losses of the held-aside rows, without dropout's noise."""
+    """Losses of the held-aside rows without dropout."""
     was_training = probe.model.training
     probe.model.eval()
     try:
@@ -291,13 +300,14 @@ def _held(probe: Probe) -> np.ndarray:
 
 
 def _is_equal(run: VirtualRun, best: VirtualRun) -> bool:
-    """Whether a harmless rate is not told apart from the best harmless one."""
+    """Whether a harmless rate is not measurably worse than the best harmless one."""
     if run is best or not _has_moved(best):
         return True
     fresh = np.array(run.last_half) - np.array(best.last_half)
     both = (run.held - best.held, fresh)
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
-    # A loss that swings is uncertain, and no reason to take the rate that makes it swing.
+    # A rate that makes the loss oscillate also widens its standard error. The second bound keeps
+    # such a rate from passing as equal.
     margin = min(_WORSE * 0.5 * math.hypot(*errors), _SHARE * best.start.score)
     return run.score - best.score <= margin
 
@@ -307,7 +317,3 @@ def _has_moved(run: VirtualRun) -> bool:
         return False
     change = run.start.held - run.held
     return bool(change.mean() > _WORSE * change.std(ddof=1) / math.sqrt(len(change)))
-
-
-def _ordered(runs: dict[int, VirtualRun]) -> tuple[VirtualRun, ...]:
-    return tuple(runs[rung] for rung in sorted(runs))

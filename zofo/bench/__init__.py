@@ -1,12 +1,12 @@
-"""What a step costs: `zofo bench`, steps and noise kernels in one alternating run.
+"""The cost of a step: `zofo bench` measures steps and noise kernels in alternating rounds.
 
-settings.py     what is asked for, checked whole
-models.py       the model, also with random weights, and the batch
+settings.py     the settings of a benchmark and their checks
+models.py       the model, also with random weights, and its batch
 contenders.py   one step of each method, ours and as published
 timing.py       rounds that time each contender once, in rotating order
 memory.py       peak memory, each contender in a process of its own
 noise.py        the kernels beside torch's own operations
-results.py      samples -> medians, ratios, JSON
+results.py      medians, ratios and JSON of the samples
 report.py       the tables
-run.py          all of it, in order
+run.py          runs all measurements in order
 """

@@ -13,8 +13,8 @@
     fo-ft            forward, backward into every weight, AdamW                    3
     fo-ft-fused      every weight moved by SGD inside the backward                 3
 
-Forwards are forward-equivalents: a backward counts one for an adapter's gradient, two for every
-weight's. All write to the same weights, really, with a rate so small that they hardly change.
+Forwards are forward-equivalents: a backward pass counts one for the adapter's gradients and two for
+those of every weight. All contenders update the same weights, by a negligibly small learning rate.
 
 References:
     Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, Algorithm 1.
@@ -40,14 +40,14 @@ from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 RATE: Final = 1e-9
-"""Learning rate of every block: all the work of an update, next to none of its effect."""
+"""Learning rate of every block: an update does all its work and has almost no effect."""
 EPS: Final = 1e-3
 WEIGHT_DECAY: Final = 0.0
-"""MeZO's default, which its code multiplies with all the same."""
+"""MeZO's default; its code multiplies by it even though it is 0."""
 
 
 class Contender:
-    """One step of one method; this one: a forward without gradients.
+    """One step of one method; the base class is a forward pass without gradients.
 
     Args:
         bench: model and batch.
@@ -133,7 +133,7 @@ class FullFirstOrder(FirstOrder):
 
 
 class FusedFirstOrder(Contender):
-    """Full fine-tuning that holds one gradient at a time: each weight moves as soon as it can."""
+    """Full fine-tuning that updates each weight, and frees its gradient, during the backward."""
 
     what = "every weight moved by SGD inside the backward (as LOMO)"
     forward_equivalents = get_method("fo-ft").forwards_per_gradient
@@ -154,7 +154,7 @@ class FusedFirstOrder(Contender):
         self.loss().backward()
 
     def leave(self) -> None:
-        """Unhook: fo-ft's gradients are its own."""
+        """Remove the hooks, so that fo-ft keeps its gradients."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -210,7 +210,7 @@ class OursCentral(Ours):
 
 
 class OursOverlap(Ours):
-    """The same as `Ours` with two scratch buffers and a stream beside."""
+    """As `Ours`, with two scratch buffers and a second stream."""
 
     what = "hybrid, a layer perturbed while the one before it runs"
     overlap = True
@@ -244,7 +244,7 @@ class OursFullCentral(OursFull):
 
 
 class Mezo(Contender):
-    """MeZO as its authors' code does it: θ goes to θ + εz, θ − εz, θ and on to its new place."""
+    """MeZO as in its authors' code: the weights become θ + εz, θ − εz, θ, and the updated θ."""
 
     what = "MeZO as published: four passes of torch.normal"
     forward_equivalents = 2
@@ -257,12 +257,12 @@ class Mezo(Contender):
         self._num_steps = 0
 
     def enter(self) -> None:
-        """Every pass makes new tensors; the other contenders' weights stay where they lie."""
+        """Remember the weights' storage, because every pass replaces their tensors."""
         super().enter()
         self._homes = [] if self.is_alone else [weight.data for weight in self.base]
 
     def leave(self) -> None:
-        """Put the weights back into their places."""
+        """Copy the weights back into their original storage."""
         super().leave()
         for weight, home in zip(self.base, self._homes, strict=not self.is_alone):
             weight.data = home.copy_(weight.data)
@@ -288,20 +288,11 @@ class Mezo(Contender):
             weight.data = weight.data + scale * z * EPS
 
     def _directions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each weight with the step's z, drawn anew."""
+        """Each weight with the step's direction z, generated again from the seed."""
         self._generator.manual_seed(self._num_steps)
         for weight in self.base:
-            yield (
-                weight,
-                torch.normal(
-                    0.0,
-                    1.0,
-                    weight.shape,
-                    generator=self._generator,
-                    dtype=weight.dtype,
-                    device=weight.device,
-                ),
-            )
+            like: Any = {"dtype": weight.dtype, "device": weight.device}
+            yield weight, torch.normal(0.0, 1.0, weight.shape, generator=self._generator, **like)
 
 
 class _MezoBesideAdapter(Mezo):
@@ -309,7 +300,7 @@ class _MezoBesideAdapter(Mezo):
 
 
 class NaiveHybrid(FirstOrder):
-    """Hybrid without a method of its own: both steps in turn."""
+    """Hybrid as two separate steps, one after the other."""
 
     what = "fo-peft's step, then mezo's"
     forward_equivalents = FirstOrder.forward_equivalents + Mezo.forward_equivalents

@@ -1,4 +1,4 @@
-"""What differs between devices: when work is done, how it is timed, how memory peaks."""
+"""Synchronisation, timing and peak memory of each kind of device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -29,9 +29,9 @@ def seconds_of(run: Callable[[], object], device: torch.device, *, repeats: int 
     """Wall-clock seconds of one call, from an idle device to an idle device.
 
     Args:
-        run: what is timed.
-        device: where it runs.
-        repeats: calls between two waits: work of microseconds hides its launches only in a queue.
+        run: the call to time.
+        device: the device that it runs on.
+        repeats: calls between two synchronisations; a queue hides the launch time of short calls.
     """
     synchronise(device)
     began = time.perf_counter()
@@ -47,14 +47,14 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed for want of memory; on the CPU it has no class for that."""
+    """Whether an error means a lack of memory; on the CPU torch has no class for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
 
 
 def free_cached(device: torch.device) -> None:
-    """Give back what only the allocator holds."""
+    """Return the allocator's unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -88,7 +88,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of loading the model, where the system can."""
+    """Reset the recorded peak, if the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

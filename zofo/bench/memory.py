@@ -1,8 +1,8 @@
-"""Peak memory, each contender in a process of its own.
+"""Measures the peak memory of each contender in a separate process.
 
-On the CPU memory is what is resident: libraries, code of the compiled kernels, the loaded model,
-and on top what the steps need. Each part is read in that order, so that the constant ones can be
-told from the method's. On CUDA it is what torch has allocated, which knows no libraries.
+On the CPU, memory is the resident set: libraries, code of the compiled kernels, the model, and what
+the steps need. The parts are read in that order, to separate constant parts from the method's. On
+CUDA, memory is what torch has allocated, which excludes libraries.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure_here(settings: Settings, name: str) -> dict[str, int]:
     contender = KINDS[name](Workbench(settings))
     contender.is_alone = True
     for parameter in contender.base:
-        parameter.detach().sum()  # a weight that is mapped from its file becomes resident
+        parameter.detach().sum()  # reading makes a weight resident that is mapped from its file
     model = used_bytes(device) - libraries - kernels
     reset_peak(device)
     for _ in range(_NUM_STEPS):

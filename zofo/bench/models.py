@@ -1,7 +1,7 @@
-"""The model that is measured, and its batch.
+"""Builds the model of a benchmark and its batch.
 
-Time and memory do not depend on what the weights are, so `random:SIZE` builds an untrained Llama on
-the device itself, without any download.
+Time and memory do not depend on the values of the weights, so `random:SIZE` builds an untrained
+Llama directly on the device, without a download.
 """
 
 from __future__ import annotations
@@ -20,14 +20,7 @@ from zofo.errors import UserError
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model without its weights.
-
-    Attributes:
-        num_parameters: of the base.
-        num_adapter_parameters: of the adapter.
-        base_bytes: size of the base.
-        largest_layer_bytes: size of the largest module's own weights.
-    """
+    """Sizes of a model; the largest layer is the module with the largest weights of its own."""
 
     num_parameters: int
     num_adapter_parameters: int

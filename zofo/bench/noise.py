@@ -3,8 +3,8 @@
     perturb    out = w + c v          reads w, writes out     as torch.add(w, c, out=)
     update     w ← w + c v            reads w, writes w       as w.add_(c)
 
-Both move two times the weight's bytes, as a copy does. Drawing z with torch.randn and adding it
-moves four times that, so there it is the time for the same job that is compared.
+Both move twice the weight's bytes, as a copy does. torch.randn followed by an addition moves twice
+as much again, so that comparison is of the time for the same job.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ NUM_DIRECTIONS: Final = 4
 
 
 class Kernel:
-    """One operation on the weight.
-
-    Args:
-        run: the operation.
-        num_bytes: what it reads and writes.
-    """
+    """One operation on the weight, and the number of bytes that it reads and writes."""
 
     def __init__(self, run: Callable[[], object], num_bytes: int) -> None:
         self.step, self.num_bytes = run, num_bytes

@@ -1,4 +1,4 @@
-"""The tables of a benchmark: they show, they do not judge."""
+"""Prints the tables of a benchmark."""
 
 from __future__ import annotations
 

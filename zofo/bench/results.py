@@ -1,4 +1,4 @@
-"""Samples, and what is made of them: medians, ratios within rounds, JSON."""
+"""Samples of a benchmark and their summary: medians, ratios within rounds, JSON."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ SCHEMA: Final = 1
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of some contenders over seconds of others.
-
-    Attributes:
-        label: what is printed.
-        above: names whose samples are summed.
-        below: likewise; a name may stand twice.
-    """
+    """Summed seconds of `above` over those of `below`; a name may occur twice."""
 
     label: str
     above: tuple[str, ...]
     below: tuple[str, ...]
 
     def samples(self, seconds: Mapping[str, Sequence[float]]) -> list[float]:
-        """One a round that measured them all; none if a contender is missing."""
+        """One ratio for each round that measured all contenders; none if one is missing."""
         names = {*self.above, *self.below}
         if not names <= seconds.keys():
             return []
@@ -55,7 +49,7 @@ STEP_RATIOS: Final = (
     Ratio("hybrid / fo-ft", ("hybrid",), ("fo-ft",)),
     Ratio("fo-ft-fused / fo-ft", ("fo-ft-fused",), ("fo-ft",)),
 )
-"""Time over time: less is better for what stands first."""
+"""Time over time: a smaller ratio favours the first name."""
 
 NOISE_RATIOS: Final = (
     Ratio("rademacher perturb / torch.add(out=)", ("torch.add(out=)",), ("rademacher perturb",)),
@@ -65,7 +59,7 @@ NOISE_RATIOS: Final = (
     Ratio("gaussian perturb / (randn + add)", ("randn + add",), ("gaussian perturb",)),
     Ratio("gaussian update / (randn + add)", ("randn + add",), ("gaussian update",)),
 )
-"""Speed over speed: more is better for what stands first."""
+"""Speed over speed: a larger ratio favours the first name."""
 
 
 def spread(samples: Sequence[float], unit: str = "") -> dict[str, Any]:
@@ -88,7 +82,7 @@ def ratios_of(
 
 @dataclass
 class Row:
-    """What is known of a contender apart from its times."""
+    """Facts about a contender besides its times."""
 
     what: str
     forward_equivalents: int
@@ -124,13 +118,7 @@ class StepTimes:
 
 @dataclass
 class NoiseTimes:
-    """Kernels with one number of threads.
-
-    Attributes:
-        threads: of the CPU.
-        num_bytes: name -> bytes read and written by one call.
-        seconds: name -> samples.
-    """
+    """Kernels with one number of threads; `num_bytes` counts what one call reads and writes."""
 
     threads: int
     num_bytes: dict[str, int] = field(default_factory=dict)
@@ -171,7 +159,7 @@ class Memory:
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratios(self, layer_bytes: int) -> dict[str, float]:
-        """Hybrid over FO-PEFT, as it is and without what is not the method's."""
+        """Peak of hybrid over FO-PEFT, also without the kernels' code and one layer's buffer."""
         found = {}
         peft = self.contenders.get("fo-peft", {})
         for name in ("hybrid", "hybrid-central"):
@@ -192,7 +180,7 @@ class Memory:
 
 @dataclass
 class Results:
-    """What was measured so far; filled while the benchmark goes on."""
+    """All measurements so far; filled while the benchmark runs."""
 
     settings: Settings
     environment: dict[str, Any] = field(default_factory=dict)

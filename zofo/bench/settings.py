@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure, checked whole before any work."""
+"""Settings of a benchmark, all checked before any measurement."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _problems(settings: Settings) -> list[str]:
 
 
 def _problems_of_file(path: Path) -> list[str]:
-    """A benchmark takes minutes: what would keep its file from being written is said before."""
+    """Check the output file first, because a benchmark takes minutes."""
     problem = problem_of_target(path)
     return [] if problem is None else [f"the JSON file {problem}"]
 

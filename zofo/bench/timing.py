@@ -1,7 +1,7 @@
-"""Rounds: each times every contender once, in an order that rotates.
+"""Times every contender once a round, in rotating order.
 
-What slows the machine for a while slows all contenders of a round alike, so ratios are taken within
-a round and only then summed up by their median.
+A slow phase of the machine slows all contenders of a round alike. Ratios are therefore taken within
+a round, and their median is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from zofo.bench.device import free_cached, is_out_of_memory, seconds_of
 
 NUM_WARM_UPS = 2
-"""Calls before the first sample: the first compiles, the second allocates what is kept."""
+"""Calls before the first sample: the first compiles, the second allocates lasting buffers."""
 
 
 class Timeable(Protocol):
@@ -28,7 +28,7 @@ class Timeable(Protocol):
         """What is timed."""
 
     def leave(self) -> None:
-        """Leave nothing that another would feel."""
+        """Remove everything that could affect another contender."""
 
 
 def warm_up(

@@ -23,9 +23,9 @@ from pydantic import (
 )
 
 from zofo.models.adapter_kinds import AdapterType
+from zofo.optim.batch_part import num_rows_of
 from zofo.optim.methods import METHODS, MethodName
 from zofo.optim.options import STEP_KEYS, Radius, StepOptions
-from zofo.optim.part import num_rows_of
 from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"

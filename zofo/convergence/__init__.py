@@ -1,11 +1,11 @@
-"""What the theory claims, measured: `zofo convergence`.
+"""Measure what the theory claims: `zofo convergence`.
 
-problems      finite sums with known constants               zofo.convergence.problems
-engine        many seeds and rates of one problem            kernels (compiled), reference
-cells         one problem in one setting, kept on disk
+problems      finite sums with known constants
+engine        many seeds and rates of one problem (compiled in kernels, checked by reference)
+cells         one problem in one setting, stored on disk
 experiments   the table of cells
 fits          tuned values and exponents, with intervals
-measures      what is read off cells
-claims        the table of claims, and their verdicts
-page          figures and table in one file
+measures      numbers computed from cells (also epochs, radius)
+claims        the table of claims and their verdicts
+page          figures and tables in one file
 """

@@ -1,8 +1,9 @@
 """A cell of the study: one problem in one setting, over a grid of rates and some seeds.
 
-A finished cell is one file (safetensors: exact, whole or not at all) that carries what it was made
-of, so a study that was stopped goes on with the cells that are missing. The digest of all of it is
-in the file's name: the same cell with other seeds or another engine is another file.
+A finished cell is one safetensors file, which is written completely or not at all. The file also
+holds the description of its cell. A stopped study therefore continues with the missing cells. The
+file's name contains a digest of the description, so a cell with other seeds or another engine has
+another file.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from zofo.errors import UserError
 Engine = Literal["compiled", "optimizer"]
 ENGINES: Final = {"compiled": engine.run, "optimizer": reference.run}
 FORMAT: Final = 1
-"""Raised whenever a cell's numbers would come out otherwise."""
+"""Increase this number whenever the numbers of a cell would change."""
 
 Labels = Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A grid of learning rates, even on a logarithmic scale.
+    """A grid of learning rates, evenly spaced on a logarithmic scale.
 
     Attributes:
         low, high: exponents of 2, both ends included.
-        per_octave: rates for each factor of 2.
+        per_octave: rates per factor of 2.
         times_x: η_x is this many times the rate.
-        times_y: η_y likewise.
-        high_y: if given, η_x and η_y vary apart: η_x from 2^low to 2^high, η_y from 2^low to
-            2^high_y.
+        times_y: η_y is this many times the rate.
+        high_y: if given, η_x and η_y vary independently: η_x from 2^low to 2^high, η_y from 2^low
+            to 2^high_y.
     """
 
     low: float
@@ -56,7 +57,7 @@ class Rates:
         return [2.0 ** (self.low + i / self.per_octave) for i in range(num)]
 
     def pairs(self) -> list[tuple[float, float]]:
-        """(η_x, η_y), ascending."""
+        """Pairs (η_x, η_y), ascending."""
         if self.high_y is None:
             return [(r * self.times_x, r * self.times_y) for r in self._axis(self.high)]
         return [(a, b) for a in self._axis(self.high) for b in self._axis(self.high_y)]
@@ -67,14 +68,14 @@ class Cell:
     """What is run.
 
     Attributes:
-        experiment: that it belongs to.
+        experiment: the experiment that the cell belongs to.
         labels: what varies within the experiment, name -> value.
-        problem: name in `PROBLEMS`.
-        options: the problem's.
-        setting: how it is run.
-        rates: the grid.
+        problem: a name in `PROBLEMS`.
+        options: options of the problem.
+        setting: how the problem is run.
+        rates: the grid of rates.
         checkpoints: numbers of epochs T, ascending.
-        num_seeds: seeds 0, 1, ...
+        num_seeds: the seeds are 0, 1, ..., num_seeds − 1.
     """
 
     experiment: str
@@ -88,7 +89,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Experiment and labels, fit for a file."""
+        """Experiment and labels, as part of a file name."""
         parts = [self.experiment, *(f"{key}={value}" for key, value in self.labels.items())]
         return ",".join(parts)
 
@@ -100,7 +101,7 @@ class Cell:
     def run(
         self, engine_name: Engine, on_progress: Callable[[float], None] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run it: arrays by name, `mean_x`, `mean_y` and `last` [T, rates, seeds], `rates`."""
+        """Run the cell. Arrays: `mean_x`, `mean_y` and `last` [T, rates, seeds], and `rates`."""
         pairs = self.rates.pairs()
         total = self.checkpoints[-1]
         problem = make_problem(self.problem, **self.options)
@@ -129,9 +130,9 @@ class Result:
 
     Attributes:
         cell: what was run.
-        arrays: what `run` gave.
-        elapsed_s: how long it took.
-        engine: which engine.
+        arrays: the arrays from `run`.
+        elapsed_s: duration of the run.
+        engine: the engine that ran it.
     """
 
     cell: Any
@@ -142,36 +143,33 @@ class Result:
 
     @property
     def checkpoints(self) -> np.ndarray:
-        """T, ascending."""
+        """Numbers of epochs T, ascending."""
         return self.arrays["checkpoints"]
 
 
 def _content(cell: Any) -> dict[str, Any]:
-    """What a cell's file says of it."""
+    """The description of a cell in its file."""
     own = {"setting": cell.setting.as_dict()} if isinstance(cell, Cell) else {}
     return asdict(cell) | own
 
 
 def digest_of(cell: Any, engine_name: str) -> str:
-    """What a cell's file must have been made of."""
+    """Digest of everything that determines the numbers of a cell."""
     return json_digest({"cell": _content(cell), "engine": engine_name, "format": FORMAT})
 
 
 def path_of(folder: Path, cell: Any, engine_name: str) -> Path:
-    """Where a cell's file lies."""
+    """Path of a cell's file."""
     return folder / "cells" / f"{cell.name},{digest_of(cell, engine_name)[:8]}.safetensors"
 
 
 def finish(
-    folder: Path,
-    cell: Any,
-    engine_name: Engine,
-    on_progress: Callable[[float], None] | None = None,
+    folder: Path, cell: Any, engine_name: Engine, on_progress: Callable[[float], None] | None = None
 ) -> Result:
     """Run a cell and write its file.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     began = time.monotonic()
     arrays = cell.run(engine_name, on_progress)
@@ -188,7 +186,7 @@ def finish(
 
 
 def read(folder: Path, cell: Any, engine_name: Engine) -> Result | None:
-    """A finished cell; None if it is not there, is damaged, or was made of something else."""
+    """Read a finished cell; None if its file is missing, damaged or of another cell."""
     try:
         tensors, metadata = read_tensors(path_of(folder, cell, engine_name))
     except UserError:

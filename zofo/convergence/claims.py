@@ -1,12 +1,13 @@
-"""The claims, as a table, and what the measurements say of each.
+"""The claims, and the rule that decides what the measurements say about each.
 
-An exponent has candidates. It is decided for one if the whole interval lies nearer to it than to
-any other, no further from it than a third of the way to the next; then the claim is confirmed, if
-that is the candidate it names, or refuted. A number has a range: confirmed if the interval lies
-within, refuted if it lies without. All else is undecided at this scale, with the reason.
+An exponent has candidates. It is assigned to a candidate if the whole interval is nearer to that
+candidate than to any other, and within a third of the distance to the next. The claim is then
+confirmed if it names this candidate, and refuted otherwise. A number has a range. Its claim is
+confirmed if the interval lies within the range, and refuted if it lies outside. All other claims
+are undecided at this scale, with a reason.
 
-The theorem's conditions are sufficient ones. A cap on a rate is "refuted" here when runs do not
-need it on these problems; that is no counter-example to the theorem.
+The theorem's conditions are sufficient. A cap on a rate is "refuted" here if runs do not need it on
+these problems. This is not a counter-example to the theorem.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ PAPER: Final = "arXiv 2604.09940, theorem"
 MKR: Final = "Mishchenko, Khaled, Richtárik, arXiv 2006.05988"
 OURS: Final = "derived in docs/explain/theory.md"
 _SHARE: Final = 1 / 3
-"""Of the way to the next candidate."""
+"""Largest share of the distance to the next candidate."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement and how it is tested.
+    """A statement and its test.
 
     Attributes:
-        name: for machines.
-        experiment: that it is read from.
-        statement: in words.
-        source: where it comes from.
-        measure: a function of `zofo.convergence.measures`.
-        options: of the measure, beside the experiment.
+        name: identifier.
+        experiment: the experiment that tests it.
+        statement: the statement in words.
+        source: where the statement comes from.
+        measure: a function of `zofo.convergence.measures`, `epochs` or `radius`.
+        options: keyword arguments of the measure, besides the experiment.
+        claimed: name of the claimed candidate, or the claimed range (low, high).
         candidates: name -> exponent; empty for a range.
-        claimed: name of the candidate, or the range (low, high).
     """
 
     name: str
@@ -58,13 +59,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what was found.
+    """A claim and its result.
 
     Attributes:
-        claim: it.
-        measured: the number.
-        outcome: confirmed, refuted, undecided at this scale.
-        reason: in words.
+        claim: the claim.
+        measured: the measured number.
+        outcome: confirmed, refuted, or undecided at this scale.
+        reason: the reason in words.
     """
 
     claim: Claim
@@ -74,8 +75,8 @@ class Finding:
 
 
 def judge(claim: Claim, found: Interval) -> tuple[str, str]:
-    """Outcome and reason."""
-    if found.note:
+    """Outcome and reason of a claim, given the measured interval."""
+    if found.note:  # the note says why the number cannot be trusted
         return UNDECIDED, found.note
     if not np.isfinite([found.value, found.low, found.high]).all():
         return UNDECIDED, "not measured"
@@ -84,33 +85,33 @@ def judge(claim: Claim, found: Interval) -> tuple[str, str]:
         if low <= found.low and found.high <= high:
             return CONFIRMED, f"the interval lies within {_range(low, high)}"
         if found.high < low or found.low > high:
-            return REFUTED, f"the interval lies outside of {_range(low, high)}"
-        return UNDECIDED, f"the interval reaches over an end of {_range(low, high)}"
+            return REFUTED, f"the interval lies outside {_range(low, high)}"
+        return UNDECIDED, f"the interval crosses an end of {_range(low, high)}"
     names, values = [*claim.candidates], np.array([*claim.candidates.values()])
     ends = np.array([found.low, found.high])
-    nearest = np.abs(values[:, None] - ends).argmin(0)
+    nearest = np.abs(values[:, None] - ends).argmin(0)  # nearest candidate of each end, [2]
     if nearest[0] != nearest[1]:
         between = " and ".join(names[i] for i in sorted({*map(int, nearest)}))
-        return UNDECIDED, f"the interval does not tell {between} apart"
+        return UNDECIDED, f"the interval does not separate {between}"
     i = int(nearest[0])
     gap = np.abs(np.delete(values, i) - values[i]).min()
     off = np.abs(ends - values[i]).max()
     if off > _SHARE * gap:
-        return UNDECIDED, f"nearest to {names[i]}, but off by up to {off:.2f}"
+        return UNDECIDED, f"{names[i]} is nearest, but it is off by up to {off:.2f}"
     outcome = CONFIRMED if names[i] == claim.claimed else REFUTED
     return outcome, f"{names[i]}, off by at most {off:.2f}"
 
 
 def _range(low: float, high: float) -> str:
     if np.isinf(high):
-        return f"what is above {low:g}"
+        return f"values above {low:g}"
     if np.isinf(low):
-        return f"what is below {high:g}"
+        return f"values below {high:g}"
     return f"{low:.3g} to {high:.3g}"
 
 
 def findings(study: Study, claims: Sequence[Claim]) -> list[Finding]:
-    """Every claim whose cells are there."""
+    """Judge every claim whose cells are present."""
     found = []
     for claim in claims:
         if not study.find(claim.experiment, {}):

@@ -1,8 +1,8 @@
-"""What one estimate is worth: its error, bias and size at a fixed point, without any run.
+"""Error, bias and size of a single estimate at a fixed point, without a run.
 
     s = (f(x + eps v, y) − f(x, y)) / eps          (or central),   g = s v
 
-The mean of g does not depend on forward or central when v and −v are equally likely: with
+If v and −v are equally likely, forward and central differences have the same mean g: with
 s_central(v) = (s_forward(v) + s_forward(−v)) / 2, E[s_forward(v) v] = E[s_central(v) v]. Only the
 spread differs.
 """
@@ -22,19 +22,19 @@ from zofo.convergence.problems import make_problem
 
 @dataclass(frozen=True)
 class EstimateCell:
-    """Estimates of ∇_x f at the start of a problem, for several eps.
+    """Estimates of ∇_x f at one point of a problem, for several eps.
 
     Attributes:
-        experiment: that it belongs to.
-        labels: what varies within it.
-        problem: name in `PROBLEMS`.
-        options: the problem's.
-        at_minimum: at the origin, where ∇f of the problems used here is zero, not at the start.
+        experiment: the experiment that the cell belongs to.
+        labels: what varies within the experiment.
+        problem: a name in `PROBLEMS`.
+        options: options of the problem.
+        at_minimum: whether the point is the origin, where ∇f = 0 in these problems, or the start.
         estimator: "forward" or "central".
         distribution: "gaussian" or "rademacher".
         eps: smoothing radii.
-        num_draws: directions of a seed, a power of two.
-        num_seeds: seeds 0, 1, ...
+        num_draws: directions per seed, a power of two.
+        num_seeds: the seeds are 0, 1, ..., num_seeds − 1.
     """
 
     experiment: str
@@ -50,22 +50,22 @@ class EstimateCell:
 
     @property
     def name(self) -> str:
-        """Experiment and labels, fit for a file."""
+        """Experiment and labels, as part of a file name."""
         return ",".join([self.experiment, *(f"{k}={v}" for k, v in self.labels.items())])
 
     @property
     def num_steps(self) -> int:
-        """A measure of the work, beside that of runs."""
+        """The amount of work, comparable with the steps of a run."""
         return self.num_draws // 32
 
     def run(
         self, engine_name: str, on_progress: Callable[[float], None] | None = None
     ) -> dict[str, np.ndarray]:
-        """Draw and average.
+        """Draw directions and average.
 
         Returns:
-            `error2` [eps, seeds]: mean of (s − ⟨v, ∇f⟩)²; `bias` [eps, seeds, d_x]: mean of
-            (s − ⟨v, ∇f⟩) v, whose expectation is the estimate's bias; `size2` [eps, seeds]: mean of
+            `error2` [eps, seeds]: mean of (s − ⟨v, ∇f⟩)²; `bias` [eps, seeds, d_x]: mean of (s −
+            ⟨v, ∇f⟩) v, whose expectation is the bias of the estimate; `size2` [eps, seeds]: mean of
             ‖s v‖²; `eps`; `gradient2`: ‖∇_x f‖².
         """
         from zofo.convergence.kernels import draw_many

@@ -1,4 +1,4 @@
-"""Figures of the page, as plotly's JSON: one a claim, its points beside the candidates' slopes."""
+"""Figures of the page as plotly JSON: one per claim, with the points and the candidates' slopes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from zofo.convergence.claims import Finding
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import DASHES, Theme
+from zofo.pages.themes import DASHES, Theme
 
 
 def figures_of(found: Sequence[Finding], theme: Theme) -> dict[str, Choices]:
-    """Experiment -> a figure for each of its claims, and one of the verdicts over all."""
+    """Experiment -> one figure per claim. The key "exponents" holds one figure of all verdicts."""
     choices: dict[str, Choices] = {}
     for experiment in dict.fromkeys(f.claim.experiment for f in found):
         inside = [f for f in found if f.claim.experiment == experiment]
@@ -27,7 +27,7 @@ def figures_of(found: Sequence[Finding], theme: Theme) -> dict[str, Choices]:
 
 
 def claim_figure(finding: Finding, theme: Theme) -> Figure:
-    """The measured points with intervals; dotted, each candidate's slope through the last one."""
+    """The measured points with intervals, and dotted lines with the candidates' slopes."""
     import plotly.graph_objects as go
 
     measured, colours = finding.measured, list(theme.methods.values())
@@ -85,7 +85,7 @@ def _add_candidates(figure: Any, finding: Finding, theme: Theme) -> None:
 
 
 def exponents_figure(found: Sequence[Finding], theme: Theme) -> Figure:
-    """Every exponent with its interval, and the candidates as ticks."""
+    """Every exponent with its interval. Ticks mark the candidates."""
     import plotly.graph_objects as go
 
     names = [f.claim.name for f in found]

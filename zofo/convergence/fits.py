@@ -1,14 +1,14 @@
-"""Tuned values, exponents and ratios, each with an interval from resampling the seeds.
+"""Tuned values, exponents and ratios, with intervals from resampled seeds.
 
-Of a cell with values [T, rates, seeds]: a resample of the seeds gives mean values [T, rates]; for
-every T the rate with the least mean is the tuned one, refined by the parabola through it and its
-neighbours in log rate, log value. Everything is computed once for each resample, rates tuned anew,
-so an interval holds the uncertainty of tuning too. Seeds are resampled together in all cells: what
-a seed shares between cells (orders, directions) stays paired.
+A cell has values [T, rates, seeds]. A resample of the seeds gives mean values [T, rates]. For every
+T, the rate with the smallest mean is the tuned one. A parabola through it and its neighbours
+refines it on logarithmic scales. Each resample is tuned anew, so the intervals include the
+uncertainty of tuning. All cells resample the same seeds together, so what a seed shares between
+cells (orders, directions) stays paired.
 
-An exponent is a slope of least squares on log scales. Powers hold only in the limit, so two fits
-are made: over the whole window and over its upper half; the interval is the hull of both 95%
-intervals. It widens where the local exponent drifts.
+An exponent is a least-squares slope on logarithmic scales. Power laws hold only in the limit.
+Therefore two fits are made, over the whole window and over its upper half, and the reported
+interval covers both 95% intervals. It widens if the local exponent drifts.
 
 References:
     Efron, Tibshirani, An Introduction to the Bootstrap, 1993: percentile intervals.
@@ -27,11 +27,11 @@ from zofo.statistics.resampling import Interval
 NUM_RESAMPLES: Final = 1_000
 LEVEL: Final = 0.95
 _HUGE: Final = 1e200
-"""Stands for an infinite value in means, so that nothing becomes NaN."""
+"""Replaces infinity in means, which would otherwise become NaN."""
 
 
 def resamples(num_seeds: int, num: int = NUM_RESAMPLES) -> np.ndarray:
-    """Weights of the seeds: [seeds, 1 + num], the first column all alike."""
+    """Weights of the seeds: [seeds, 1 + num]. The first column weights all seeds equally."""
     generator = np.random.default_rng(20240406)
     picks = generator.integers(num_seeds, size=(num, num_seeds))
     counts = np.stack([np.bincount(row, minlength=num_seeds) for row in picks], axis=1)
@@ -45,12 +45,12 @@ def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best over the rates.
+    """The best result over the rates.
 
     Attributes:
         log_value: logarithm of the tuned value, [T, resamples].
-        log_rate: of the rate that gives it.
-        is_inside: [T]: whether the best rate of the grid was at neither end, in all seeds' mean.
+        log_rate: logarithm of its rate, [T, resamples].
+        is_inside: whether the best rate of the mean over all seeds lies inside the grid, [T].
     """
 
     log_value: np.ndarray
@@ -59,7 +59,7 @@ class Tuned:
 
 
 def tune(values: np.ndarray, rates: np.ndarray, weights: np.ndarray) -> Tuned:
-    """The best over a grid of rates.
+    """Find the best result over a grid of rates.
 
     Args:
         values: [T, rates, seeds].
@@ -73,6 +73,8 @@ def tune(values: np.ndarray, rates: np.ndarray, weights: np.ndarray) -> Tuned:
     below, here, above = (
         np.take_along_axis(logs, (inside + k)[:, None], axis=1)[:, 0] for k in (-1, 0, 1)
     )
+    # The vertex of the parabola through three neighbouring rates, if the best rate is inside the
+    # grid and the parabola opens upwards.
     bend = below - 2 * here + above
     usable = (bend > 1e-12) & (best == inside) & (above < np.log(_HUGE) / 2)
     shift = np.where(usable, 0.5 * (below - above) / np.where(usable, bend, 1.0), 0.0)
@@ -96,7 +98,7 @@ def at_rates(
     Args:
         values: [T, rates, seeds].
         rates: [rates].
-        wanted: a rate for each T; beyond the grid gives NaN.
+        wanted: one rate per T; a rate outside the grid gives NaN.
         weights: as from `resamples`.
     """
     logs, log_rates = np.log(means(values, weights)), np.log(rates)
@@ -111,13 +113,13 @@ def at_rates(
 
 
 def slopes(log_x: np.ndarray, log_y: np.ndarray) -> np.ndarray:
-    """Slopes of least squares: log_x [points], log_y [points, resamples] -> [resamples]."""
+    """Least-squares slopes: log_x [points], log_y [points, resamples] -> [resamples]."""
     centred = log_x - log_x.mean()
     return np.asarray(centred @ (log_y - log_y.mean(0)) / (centred @ centred))
 
 
 def interval(samples: np.ndarray, note: str = "") -> Interval:
-    """From resamples, the first of which is the value itself."""
+    """The interval of resampled values. The first value is that of the sample itself."""
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(samples[1:], (tail, 100 - tail))
     return Interval(float(samples[0]), float(low), float(high), note)
@@ -129,7 +131,7 @@ def exponent(x: Sequence[float] | np.ndarray, log_y: np.ndarray, note: str = "")
     Args:
         x: abscissae, ascending, at least three.
         log_y: [points, resamples].
-        note: handed on.
+        note: the note of the resulting interval.
     """
     log_x = np.log(np.asarray(x, dtype=np.float64))
     whole = interval(slopes(log_x, log_y))

@@ -1,8 +1,8 @@
 """The hybrid step compiled: many seeds and many rates of one problem in one loop.
 
-The losses and gradients are those of the problems' own torch code, to rounding: `Problem.compiled`
-hands over what is needed as plain numbers. Directions are drawn by zofo's noise kernels at the
-addresses that `zofo.HybridOptimizer` uses; all rates of a seed share them.
+Losses and gradients equal those of the problems' torch code up to rounding. `Problem.compiled`
+supplies the numbers that define a problem. Directions come from zofo's noise kernels at the
+addresses that `zofo.HybridOptimizer` uses. All rates of a seed share them.
 """
 
 # Numba reads these functions' types from their arguments.
@@ -45,7 +45,7 @@ def _law_slope(law, z):
 
 @numba.njit(cache=True)
 def _residual(params, row, w, d_x, projected, activation):
-    """The network's forward: fills Vᵀ z and the activations."""
+    """Forward pass of the network. It fills Vᵀ z and the activations."""
     hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
     v = d_x + hidden * rank
     for r in range(rank):
@@ -108,7 +108,7 @@ def loss_of(kind, d_x, params, row, w, scratch):
 
 @numba.njit(cache=True)
 def gradient_of(kind, d_x, params, row, w, scratch, begin, out):
-    """∇f_i(w) from coordinate `begin` on, which is 0 or d_x, into out."""
+    """Write ∇f_i(w) into out, from coordinate `begin` on, which is 0 or d_x."""
     d = w.size
     if kind == QUADRATIC:
         for j in range(begin, d):
@@ -161,7 +161,7 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
 
 @numba.njit(cache=True)
 def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
-    """∇f(w) into out."""
+    """Write ∇f(w) into out."""
     begin = np.int64(0)
     if mean_row.size > 0:
         gradient_of(kind, d_x, params, mean_row, w, scratch, begin, out)
@@ -175,7 +175,7 @@ def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
 
 @numba.njit(cache=True)
 def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
-    """Write ‖∇_x f‖² and ‖∇_y f‖² of every point that is not lost; mark those beyond the limit."""
+    """Write ‖∇_x f‖² and ‖∇_y f‖² of every run that is not lost; mark new lost runs."""
     d = points.shape[2]
     out, part, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)
     for q in range(points.shape[0]):
@@ -273,7 +273,7 @@ def move_quadratic(
     num_directions,
     eps,
 ):
-    """`move` of quadratics with a zeroth-order base: the same numbers without calls, 4 × faster."""
+    """`move` for quadratics with a zeroth-order base: the same numbers, inlined, 4 × faster."""
     num_rates, num_seeds, d = points.shape
     shared, coupling = min(d_x, d - d_x), params[0]
     directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
@@ -338,7 +338,7 @@ def _quadratic(params, data, sample, w, coupling, shared, d_x):
 
 @numba.njit(cache=True)
 def _along(kind, d_x, params, row, w, scratch, directions, is_central, eps, away, lr, delta):
-    """The base's step −(lr / K) Σ_k s_k v_k into delta."""
+    """Write the base's step −(lr / K) Σ_k s_k v_k into delta."""
     loss = 0.0 if is_central else loss_of(kind, d_x, params, row, w, scratch)
     away[:] = w
     delta[:] = 0

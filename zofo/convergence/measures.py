@@ -1,8 +1,8 @@
-"""What can be read off finished cells: exponents, caps, ratios, epochs to a target.
+"""Numbers computed from finished cells: exponents, caps and ratios.
 
-Each measure gives one `Measured`: a number with its interval, and the points behind it for a
-figure. `value` is the tuned (1/T) Σ ‖∇f‖², `rate` the rate that gives it, `cap` the largest rate at
-which runs do not diverge.
+Each measure returns one `Measured`: a number with its interval, and the points of its figure.
+`value` is the tuned (1/T) Σ ‖∇f‖², `rate` is the rate that gives it, and `cap` is the largest rate
+at which runs do not diverge.
 """
 
 from __future__ import annotations
@@ -14,18 +14,11 @@ from typing import Any, Final
 import numpy as np
 
 from zofo.convergence.cells import Result
-from zofo.convergence.fits import (
-    Tuned,
-    exponent,
-    interval,
-    means,
-    resamples,
-    tune,
-)
+from zofo.convergence.fits import Tuned, exponent, interval, means, resamples, tune
 from zofo.statistics.resampling import Interval
 
 _DIVERGED: Final = 10.0
-"""A run counts as diverged when its mean ‖∇f‖² exceeds this many times that of the start."""
+"""A run counts as diverged if its mean ‖∇f‖² exceeds this many times that of the start."""
 AT_EDGE: Final = "the best rate lies at the end of the grid"
 
 
@@ -34,8 +27,9 @@ class Series:
     """Points of a figure.
 
     Attributes:
-        name: in the legend.
-        x, y: points; low, high: their 95% intervals.
+        name: name in the legend.
+        x, y: points.
+        low, high: their 95% intervals.
     """
 
     name: str
@@ -47,13 +41,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Measured:
-    """A number, and what it was read from.
+    """A number and the points that it was computed from.
 
     Attributes:
-        interval: the number.
-        series: points.
-        x_title, y_title: of the figure's axes.
-        is_power: whether the number is the slope of the first series on log axes.
+        interval: the number with its interval.
+        series: the points.
+        x_title, y_title: titles of the axes.
+        is_power: whether the number is the slope of the first series on logarithmic axes.
     """
 
     interval: Interval
@@ -65,11 +59,7 @@ class Measured:
 
 @dataclass
 class Study:
-    """Finished cells.
-
-    Attributes:
-        results: all of them.
-    """
+    """The finished cells of a study."""
 
     results: list[Result]
     _weights: dict[int, np.ndarray] = field(default_factory=dict)
@@ -84,20 +74,20 @@ class Study:
         ]
 
     def one(self, experiment: str, where: Mapping[str, Any]) -> Result:
-        """The only such cell."""
+        """The only cell of an experiment with these labels."""
         found = self.find(experiment, where)
         assert len(found) == 1, f"{experiment} {dict(where)}: {len(found)} cells"
         return found[0]
 
     def weights(self, result: Result) -> np.ndarray:
-        """Resamples of the seeds; the same for every cell with as many seeds."""
+        """Resamples of the seeds. Cells with equally many seeds share them."""
         num = result.cell.num_seeds
         if num not in self._weights:
             self._weights[num] = resamples(num)
         return self._weights[num]
 
     def tuned(self, result: Result, part: str) -> Tuned:
-        """Tuned values of a cell whose rates lie on one line."""
+        """Tuned values of a cell whose rates form one line."""
         key = ("tuned", part)
         if key not in result.cache:
             rates = result.arrays["rates"]
@@ -174,18 +164,18 @@ def across(
 ) -> Measured:
     """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap at the last T.
 
-    The interval of a cap's exponent is widened by what the grid's spacing leaves open.
+    The interval of a cap's exponent is widened by the spacing of the grid.
 
     Args:
         study: finished cells.
-        experiment: which.
-        where: labels that are held.
-        label: that varies.
+        experiment: name of the experiment.
+        where: labels that are fixed.
+        label: the label that varies.
         of: "value", "rate" or "cap".
-        part: of the gradient.
+        part: part of the gradient.
         per: the abscissa as a function of the label.
-        x_title: of the abscissa.
-        name: in the legend.
+        x_title: title of the abscissa.
+        name: name in the legend.
     """
     rows, xs, inside = [], [], True
     for result in study.find(experiment, where):
@@ -201,29 +191,24 @@ def across(
     log_y = np.stack(rows)
     found = exponent(xs, log_y, "" if inside else AT_EDGE)
     if of == "cap":
-        # Each cap is known to half a step of the grid, however many seeds agree.
+        # The grid limits the precision of each cap to half a step, even if all seeds agree.
         step = float(np.diff(np.log(result.arrays["rates"][:2, 0]))[0])
         slack = step / abs(np.log(xs[-1] / xs[0]))
         found = replace(found, low=found.low - slack, high=found.high + slack)
-    return Measured(
-        found,
-        [series_of(name, xs, log_y)],
-        x_title or label,
-        _TITLES[of],
-    )
+    return Measured(found, [series_of(name, xs, log_y)], x_title or label, _TITLES[of])
 
 
 def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:
     """Logarithm of the largest rate at which runs do not diverge, mean over seeds: [resamples].
 
-    A seed's cap lies midway, in logarithm, between the last rate before the first that diverged
-    and that one; NaN if none or all of the rates diverged.
+    The cap of a seed is the geometric mean of the first diverging rate and the rate before it. It
+    is NaN if none or all of the rates diverge.
     """
     start = result.arrays["start"]
     reference = start[0] if part == "x" else start[1] if part == "y" else start.sum()
     is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)  # [rates, seeds]
     log_rates = np.log(result.arrays["rates"][:, 1 if part == "y" else 0])
-    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)
+    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)  # first diverging rate, [seeds]
     middle = np.where(first > 0, 0.5 * (log_rates[first] + log_rates[first - 1]), np.nan)
     return np.asarray(middle @ weights)
 
@@ -237,9 +222,9 @@ def ratio(
     part: str = "all",
     name: str = "measured",
 ) -> Measured:
-    """Tuned value of one cell over that of another, at the last T."""
+    """Tuned value of one cell divided by that of another, at the last T."""
     results = [study.one(experiment, where) for where in (first, second)]
-    tuned = [study.tuned(result, part) for result in results]
+    tuned = [study.tuned(result, part) for result in results]  # both share the resamples
     logs = tuned[0].log_value - tuned[1].log_value
     inside = all(t.is_inside[-1] for t in tuned)
     return Measured(
@@ -252,12 +237,12 @@ def ratio(
 
 
 def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Measured:
-    """Best value with η_x = η_y over the best with two rates, on one grid of pairs."""
+    """Best value with η_x = η_y divided by the best value with two rates, on one grid of pairs."""
     result = study.one(experiment, where)
     rates = result.arrays["rates"]
     logs = np.log(means(values_of(result, "all"), study.weights(result)))
     is_one = np.isclose(rates[:, 0], rates[:, 1])
-    gain = logs[:, is_one].min(1) - logs.min(1)
+    gain = logs[:, is_one].min(1) - logs.min(1)  # [T, resamples]
     x, y = rates[logs[-1, :, 0].argmin()]
     on_edge = x in (rates[:, 0].min(), rates[:, 0].max()) or y in (
         rates[:, 1].min(),
@@ -273,14 +258,15 @@ def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Meas
 
 
 def lost_with_one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Measured:
-    """Share of seeds that diverge when both blocks take the adapter's best rate."""
+    """Share of seeds that diverge if both blocks take the adapter's best rate."""
     result = study.one(experiment, where)
     rates, weights = result.arrays["rates"], study.weights(result)
     logs = np.log(means(values_of(result, "all")[-1], weights))
     best_y = rates[logs[:, 0].argmin(), 1]
     pair = int(np.flatnonzero(np.isclose(rates, best_y).all(1))[0])
     start = result.arrays["start"].sum()
-    is_lost = ~(values_of(result, "all")[-1, pair] < _DIVERGED * start)
+    # `not <` also counts NaN as diverged.
+    is_lost = ~(values_of(result, "all")[-1, pair] < _DIVERGED * start)  # [seeds]
     share = interval(is_lost.astype(np.float64) @ weights)
     return Measured(
         share,

@@ -1,4 +1,4 @@
-"""The page: figures and the table of claims in one file that asks the network for nothing."""
+"""The page: figures and the table of claims in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zofo.convergence.claims import CONFIRMED, REFUTED, UNDECIDED, Finding
 from zofo.convergence.figures import figures_of
 from zofo.disk.files import write_text
 from zofo.pages.document import json_of, render_document
-from zofo.pages.look import THEMES, template_of
+from zofo.pages.themes import THEMES, template_of
 
 if TYPE_CHECKING:
     from zofo.convergence.plan import Plan
@@ -23,7 +23,7 @@ _CLASSES: Final = {CONFIRMED: "win", REFUTED: "loss", UNDECIDED: "undecided"}
 
 
 def number(value: float) -> str:
-    """Three significant digits, or as many as an interval needs."""
+    """Three digits after the point, or four significant digits from 10 on."""
     return f"{value:+.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
@@ -34,7 +34,7 @@ def measured_text(finding: Finding) -> str:
 
 
 def claimed_text(finding: Finding) -> str:
-    """The candidate that is claimed, or the range."""
+    """The claimed candidate or range."""
     claim = finding.claim
     if isinstance(claim.claimed, str):
         name, value = claim.claimed.split(" (")[0], f"{claim.candidates[claim.claimed]:.3g}"
@@ -49,13 +49,13 @@ def write_page(plan: Plan, results: Sequence[Result], found: Sequence[Finding], 
     """Write the page.
 
     Args:
-        plan: what was run.
+        plan: the plan that was run.
         results: its cells.
-        found: what they say.
+        found: the findings.
         path: the file.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     write_text(path, render(plan, results, found))
 

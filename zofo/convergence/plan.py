@@ -1,4 +1,4 @@
-"""What a convergence study computes: the chosen experiments at the chosen scale."""
+"""The plan of a convergence study: the chosen experiments at the chosen scale."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from zofo.disk.files import problem_of_target
 from zofo.errors import UserError
 
 JSON_NAME: Final = "convergence.json"
-
-
 PAGE_NAME: Final = "convergence.html"
 
 
@@ -25,9 +23,9 @@ class Plan:
     """What is run.
 
     Attributes:
-        folder: where.
-        experiments: which.
-        scale: how much.
+        folder: folder of the study.
+        experiments: the chosen experiments.
+        scale: sizes and numbers of seeds.
         engine: "compiled", or "optimizer" for `zofo.HybridOptimizer` itself.
     """
 
@@ -49,14 +47,15 @@ def make_plan(
     engine: str = "compiled",
     num_seeds: int | None = None,
 ) -> Plan:
-    """Check what was asked for.
+    """Check a request and make its plan.
 
     Args:
-        folder: of the study.
-        names: experiments; empty: all.
-        quick: few seeds, epochs and rates: for trying out, not for conclusions.
+        folder: folder of the study.
+        names: names of experiments; empty for all.
+        quick: use few seeds, epochs and rates, to try the study out. The results support no
+            conclusions.
         engine: "compiled" or "optimizer".
-        num_seeds: instead of the scale's.
+        num_seeds: replaces the number of seeds of the scale.
 
     Returns:
         The plan.

@@ -1,4 +1,4 @@
-"""What eps costs: exponents of an estimate's error, bias and size, and the largest harmless eps."""
+"""The cost of eps: error, bias and size of an estimate, and the largest harmless eps."""
 
 from __future__ import annotations
 
@@ -8,27 +8,22 @@ from typing import Any
 import numpy as np
 
 from zofo.convergence.cells import Result
+from zofo.convergence.epochs import epochs_to
 from zofo.convergence.fits import exponent
 from zofo.convergence.measures import Measured, Study, series_of
-from zofo.convergence.readings import epochs_to
 
 
 def of_estimate(
-    study: Study,
-    *,
-    experiment: str,
-    where: Mapping[str, Any],
-    of: str,
-    name: str = "measured",
+    study: Study, *, experiment: str, where: Mapping[str, Any], of: str, name: str = "measured"
 ) -> Measured:
     """Exponent in eps of an estimate's error or bias in one cell.
 
     Args:
         study: finished cells.
-        experiment: which.
+        experiment: name of the experiment.
         where: labels of the cell.
         of: "error" (root mean square of s − ⟨v, ∇f⟩) or "bias" (norm of the mean of g − ∇f).
-        name: in the legend.
+        name: name in the legend.
     """
     result = study.one(experiment, where)
     weights, eps = study.weights(result), result.arrays["eps"]
@@ -42,7 +37,7 @@ def _log_error(result: Result, weights: np.ndarray) -> np.ndarray:
 
 
 def _log_bias(result: Result, weights: np.ndarray) -> np.ndarray:
-    """Of the norm of the mean; what chance adds to its square is taken off."""
+    """Logarithm of the norm of the mean, without the part that chance adds to its square."""
     bias = np.moveaxis(result.arrays["bias"], 1, -1)  # [eps, d, seeds]
     mean = bias @ weights
     spread = (bias**2 @ weights - mean**2).sum(1) / bias.shape[-1]
@@ -87,7 +82,7 @@ def harmless_eps(
         ordered = sorted(results, key=lambda r: float(r.cell.labels["eps"]))
         eps = np.array([float(r.cell.labels["eps"]) for r in ordered])
         logs = np.stack([study.tuned(r, "x").log_value[-1] for r in ordered])
-        # Falls where the value rises: `epochs_to` finds the first crossing.
+        # The value rises with eps, so its negative falls. `epochs_to` finds the first crossing.
         rows.append(epochs_to(eps, -logs, -(logs[0] + np.log(factor))))
     log_y = np.stack(rows)
     xs = [*per_label]

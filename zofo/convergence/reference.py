@@ -1,6 +1,6 @@
 """The same runs with `zofo.HybridOptimizer` and zofo's sampler, one seed and one rate at a time.
 
-Slow, and what the vectorised engine is tested against: nothing of it is used here.
+It is slow and shares no code with the compiled engine. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(
     *,
     on_epoch: Callable[[int], None] | None = None,
 ) -> Traces:
-    """Run every rate with every seed; as `engine.run`."""
+    """Run every rate with every seed, like `engine.run`."""
     shape = (len(checkpoints), len(rates), len(seeds))
     rows = {name: np.full(shape, np.inf) for name in ("mean_x", "mean_y", "last")}
     ends = np.zeros((len(rates), len(seeds), problem.d_x + problem.d_y))
@@ -49,7 +49,7 @@ def run(
 def optimizer_of(
     model: ProblemModule, setting: Setting, rate: tuple[float, float], seed: int
 ) -> HybridOptimizer:
-    """The optimizer that a setting stands for."""
+    """The optimizer that a setting describes."""
     groups: list[dict[str, Any]]
     if setting.base_order == "zeroth":
         groups = param_groups(model, "hybrid", base_lr=rate[0], adapter_lr=rate[1])
@@ -84,7 +84,7 @@ def _one(
         square = problem.gradient(model.point().detach()).square()
         now = [float(part.sum()) for part in problem.split(square)]
         limit = DIVERGED * max(sum(now), 1e-12) if limit is None else limit
-        if not sum(now) < limit:
+        if not sum(now) < limit:  # true for NaN as well
             break
         if epoch in checkpoints:
             num = max(epoch, 1)

@@ -1,13 +1,13 @@
-"""The study from end to end: cells that are missing, then claims, JSON and page.
+"""Run a study: compute missing cells, then write the claims as JSON and as a page.
 
-A folder holds `cells/` (one file a finished cell), `convergence.json` and `convergence.html`, which
-cover the experiments of the last command. A study that was stopped goes on where it was.
+A folder holds `cells/` (one file per finished cell), `convergence.json` and `convergence.html`. The
+last two cover the experiments of the last command. A stopped study continues with the missing
+cells.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,18 +20,18 @@ from zofo.convergence.claims import Finding, findings
 from zofo.convergence.experiments.table import CLAIMS
 from zofo.convergence.measures import Study
 from zofo.convergence.plan import JSON_NAME, PAGE_NAME, Plan
-from zofo.disk.files import write_json
+from zofo.disk.files import finite, write_json
 
 
 def run(plan: Plan, console: Console) -> list[Finding]:
-    """Run what is missing, judge the claims, write JSON and page.
+    """Run the missing cells, judge the claims, and write JSON and page.
 
     Args:
-        plan: checked.
-        console: for the progress.
+        plan: a checked plan.
+        console: shows the progress.
 
     Returns:
-        What was found, a claim each.
+        One finding per claim.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -54,7 +54,7 @@ def _results(plan: Plan, console: Console) -> list[Result]:
     done = [storage.read(plan.folder, cell, plan.engine) for cell in every]
     num = sum(result is not None for result in done)
     if num:
-        console.print(f"{num} of {len(every)} cells are there already", highlight=False)
+        console.print(f"{num} of {len(every)} cells are finished already", highlight=False)
     progress = new_progress(console, "cells")
     task = progress.add_task("convergence", total=len(every), completed=num, text="")
     if console.is_terminal:
@@ -65,12 +65,12 @@ def _results(plan: Plan, console: Console) -> list[Result]:
             if known is not None:
                 results.append(known)
                 continue
-            said = 0.0
+            last_shown = 0.0
 
             def show(share: float, name: str = cell.name) -> None:
-                nonlocal said
-                if time.monotonic() - said > 0.2:
-                    said = time.monotonic()
+                nonlocal last_shown
+                if time.monotonic() - last_shown > 0.2:
+                    last_shown = time.monotonic()
                     progress.update(task, text=f"{name} {share:.0%}")
 
             results.append(
@@ -88,10 +88,10 @@ def _results(plan: Plan, console: Console) -> list[Result]:
 
 
 def summary_of(plan: Plan, results: Sequence[Result], found: Sequence[Finding]) -> dict[str, Any]:
-    """What was found, as plain values; NaN and infinite are null."""
+    """The results as plain values. Infinite and undefined numbers become null."""
     from zofo.environment import environment
 
-    return _plain(
+    return finite(
         {
             "scale": dataclasses.asdict(plan.scale),
             "engine": plan.engine,
@@ -128,13 +128,3 @@ def _claim(finding: Finding) -> dict[str, Any]:
         "y_title": measured.y_title,
         "series": [dataclasses.asdict(series) for series in measured.series],
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -11,27 +11,23 @@ from zofo.errors import UserError
 from zofo.perturb.compiled import WRAPPED_NAME
 
 ADAPTER_TENSORS_FROM: Final = 1 << 19
-"""Adapter tensors are numbered from here on, so that they share no direction with the base."""
-
-
+"""First tensor index of the adapter. Base indices lie below it, so no direction is shared."""
 _ADALORA_RANK: Final = "ranknum"
-"""AdaLoRA keeps its present rank as a parameter that nothing trains."""
-
-
+"""AdaLoRA stores its current rank in a parameter of this name, which is never trained."""
 _MIXED_KINDS: Final = ("ADAPTION_PROMPT", "CPT")
-"""Kinds of adapter whose trained weights cannot be told by name."""
+"""Adapter kinds whose trained weights cannot be recognised by their names."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The parameters of a model by block, under names that do not depend on the adapter.
+    """The parameters of a model by block, with names that do not depend on the adapter.
 
     Attributes:
-        base: canonical name -> parameter; the name is the one in the model without adapter.
+        base: canonical name -> parameter. The canonical name is the one without an adapter.
         adapter: name -> parameter.
-        base_index: canonical name -> tensor index of its directions: the rank among the sorted
-            names of all base tensors, so it does not depend on the order of modules, on the
-            adapter, or on which part of the base is trained.
+        base_index: canonical name -> tensor index, which addresses the tensor's directions. It is
+            the rank of the name among all sorted base names, so neither the order of modules, nor
+            the adapter, nor the choice of trained base weights changes it.
     """
 
     base: dict[str, nn.Parameter]
@@ -45,12 +41,13 @@ class Blocks:
 
 
 def split_parameters(model: nn.Module) -> Blocks:
-    """Sort a model's parameters into base and adapter.
+    """Split the parameters of a model into base and adapter.
 
-    In a `PeftModel` the adapter is what peft added for the active adapters, whatever requires a
-    gradient at the moment; inactive ones (the frozen reference of trl's DPO) are in no block. In
-    another model whose parameters partly require a gradient those are the adapter; otherwise all
-    are base. Tied parameters count once, under the first of their sorted names.
+    In a `PeftModel`, the adapter is what peft added for the active adapters, whether or not it
+    requires a gradient now. Inactive adapters, such as the frozen reference of trl's DPO, belong to
+    no block. In any other model, the parameters that require a gradient are the adapter if only
+    some do; otherwise all parameters are base. Tied parameters count once, under their first name
+    in sorted order.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -61,7 +58,7 @@ def split_parameters(model: nn.Module) -> Blocks:
 
     markers = _adapter_markers(model)
     if markers is None:
-        # Quantized weights cannot require a gradient, whoever they belong to.
+        # A quantized weight cannot require a gradient, so its flag says nothing about its block.
         trainable = [p.requires_grad for p in parameters.values() if not _is_quantized(p)]
         by_grad = any(trainable) and not all(trainable)
         is_adapter = {i: by_grad and parameters[i].requires_grad for i in parameters}
@@ -80,22 +77,22 @@ def split_parameters(model: nn.Module) -> Blocks:
             if not all(inactive & set(name.split(".")) for name in names[i]):
                 adapter[min(names[i])] = parameter
             continue
-        # Prompt learning registers the embedding a second time, outside the wrapped model.
+        # Prompt learning registers the embedding again, outside the wrapped model.
         own = [name for name in names[i] if name.startswith(wrapper)] or names[i]
         canonical = min(canonical_name(name, wrapper) for name in own)
         numbered.append(canonical)
-        # peft keeps the module that a trained copy replaced; the forward does not use it.
+        # peft stores the module that a trained copy replaced. The forward pass ignores it.
         if not all("original_module." in name for name in names[i]):
             base[canonical] = parameter
     return Blocks(base, adapter, {name: rank for rank, name in enumerate(sorted(numbered))})
 
 
 def canonical_name(name: str, wrapper: str = "") -> str:
-    """The name that a base parameter has in the model without an adapter.
+    """Return the name of a base parameter in the model without an adapter.
 
     Args:
         name: its name in the wrapped model.
-        wrapper: the prefix that peft's wrapping adds.
+        wrapper: the prefix that peft's wrapper adds.
     """
     name = name.removeprefix(wrapper)
     for inserted in (".token_adapter.", ".base_layer.", ".original_module."):
@@ -104,44 +101,44 @@ def canonical_name(name: str, wrapper: str = "") -> str:
 
 
 def _wrapper_prefix(model: nn.Module) -> str:
-    """Tuners (LoRA, IA3, ...) wrap the model twice, prompt learning once."""
+    """The prefix of base names: tuners (LoRA, IA3) wrap the model twice, prompt learning once."""
     if not hasattr(model, "peft_config"):
         return ""
     return "base_model.model." if hasattr(model.base_model, "prefix") else "base_model."
 
 
 def check_adapter_kinds(model: nn.Module) -> None:
-    """Refuse what would put one weight into both blocks, or a frozen one into the adapter."""
+    """Refuse adapters that train base weights, or whose weights look like base weights."""
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "bias", "none") != "none":
             raise UserError(
-                f"adapter {name!r} has bias={config.bias!r}, which trains biases of the base as "
-                "part of the adapter; the base moves by the method's own order: use bias='none'"
+                f"adapter {name!r} has bias={config.bias!r}, which trains biases of the base "
+                "with the adapter, although the base has an order of its own; use bias='none'"
             )
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind in _MIXED_KINDS:
             raise UserError(
-                f"adapter {name!r} is of kind {kind}, which zofo cannot tell from the base; choose "
-                "LoRA, prefix tuning, prompt tuning or another kind"
+                f"adapter {name!r} is of kind {kind}, whose weights zofo cannot distinguish from "
+                "the base; choose LoRA, prefix tuning, prompt tuning or another kind"
             )
 
 
 def check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method: str) -> None:
-    """Refuse a method that moves a quantized base."""
+    """Refuse to update quantized base weights."""
     quantized = [name for name, parameter in base.items() if _is_quantized(parameter)]
     quantized += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]  # GPTQ
     if quantized:
         raise UserError(
-            f"method {method!r} moves the base, {len(quantized)} of whose weights are quantized, "
-            f"such as {quantized[0]!r}: a step is smaller than what lies between two of their "
-            "values. Load the base in bfloat16, or choose fo-peft or zo-peft"
+            f"method {method!r} updates the base, but {len(quantized)} of its weights are "
+            f"quantized, such as {quantized[0]!r}. An update is smaller than the gap between two "
+            "quantized values. Load the base in bfloat16, or choose fo-peft or zo-peft"
         )
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on the CPU when it evaluates.
+    """Stop bitsandbytes from repacking 4-bit weights for evaluation on the CPU.
 
-    Measured with 0.50: it does not unpack them for training, and their gradients are then wrong.
+    Version 0.50 was measured: it does not unpack them for training, so gradients are then wrong.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -150,14 +147,14 @@ def keep_unpacked(model: nn.Module) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(
                 f"the 4-bit weights of {name!r} were packed when the model was evaluated on the "
-                "CPU, and bitsandbytes computes wrong gradients with them; load the base anew and "
-                "evaluate it after it was given to zofo"
+                "CPU, and bitsandbytes computes wrong gradients with packed weights; load the base "
+                "anew and pass it to zofo before you evaluate it"
             )
         module.support_avx512bf16_for_cpu = False
 
 
 def _is_quantized(parameter: nn.Parameter) -> bool:
-    """Bitsandbytes may store 4 bits in a floating type; torchao's tensors say they are floating."""
+    # A floating dtype proves nothing: bitsandbytes may store 4 bits in one, torchao reports one.
     return (
         not parameter.is_floating_point()
         or hasattr(parameter, "quant_state")
@@ -166,7 +163,7 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
 
 
 def _adapter_markers(model: nn.Module) -> list[str] | None:
-    """Parts of parameter names that tell an adapter's from the base's; None without peft."""
+    """Substrings that mark the adapter's parameter names; None for a model without peft."""
     if not hasattr(model, "peft_config"):
         return None
     tuner_prefix = getattr(getattr(model, "base_model", None), "prefix", "")

@@ -1,10 +1,12 @@
-"""Zeroth-order estimates: differences of the loss along random directions.
+"""Zeroth-order estimates of the gradient: loss differences along random directions.
 
-    forward:  s_k = (f(w + eps v_k) − f(w)) / eps                   one forward a direction
-    central:  s_k = (f(w + eps v_k) − f(w − eps v_k)) / (2 eps)     two
+    forward:  s_k = (f(w + eps v_k) − f(w)) / eps                   1 extra forward per direction
+    central:  s_k = (f(w + eps v_k) − f(w − eps v_k)) / (2 eps)     2 extra forwards per direction
 
-The gradient's estimate is g = mean_k s_k v_k. All evaluations use one batch and, by replaying the
-generators, the same dropout masks: two losses differ by the perturbation and nothing else.
+    g = mean_k s_k v_k                                              the estimate of ∇f(w)
+
+All evaluations of a step use the same batch and, because the random generators are replayed, the
+same dropout masks. Two losses therefore differ only by the perturbation.
 
 References:
     arXiv 2604.09940, the hybrid algorithm's base step (forward difference, one direction).
@@ -28,7 +30,7 @@ ESTIMATORS: Final[tuple[str, ...]] = get_args(Estimator)
 
 
 def forwards_per_direction(estimator: Estimator) -> int:
-    """Extra forwards that one direction costs beyond the unperturbed loss."""
+    """Forward passes per direction, beyond the one of the unperturbed loss."""
     return 1 if estimator == "forward" else 2
 
 
@@ -46,24 +48,25 @@ def projected_gradients(
     self_check: bool = False,
     with_graph: bool = False,
 ) -> Tensor:
-    """The scalars s_k.
+    """Compute the projected gradients s_k.
 
     Args:
         closure: returns the loss of the batch, a scalar.
-        perturbation: the view of the model at w + eps v.
-        loss: f(w) on the same batch with the same masks; needed by the forward difference.
+        perturbation: evaluates the model at w + eps v.
+        loss: f(w) on the same batch with the same masks. The forward difference needs it.
         eps: smoothing radius.
-        step: the optimiser step; addresses the directions.
-        num_directions: how many directions.
+        step: the optimizer step, which addresses the directions.
+        num_directions: K.
         estimator: "forward" or "central".
-        generators: state before f(w) was computed; None: leave the generators alone.
-        self_check: watch the first evaluation for reads around the perturbation. Where something is
-            compiled, which runs eagerly under the watch, it is repeated and compared.
-        with_graph: whether `loss` was computed in gradient mode. In a compiled model so is then
-            what it is compared with: the graph without gradients rounds differently.
+        generators: the state before f(w) was computed; None: do not replay masks.
+        self_check: check the first evaluation for weights that are read unperturbed. Compiled parts
+            run eagerly during the check, so the evaluation is then repeated with the graph.
+        with_graph: whether `loss` was computed in gradient mode. A compiled model then computes
+            the perturbed losses in that mode too, because the graph without gradients rounds
+            differently.
 
     Returns:
-        float64, shape [num_directions], on the loss's device.
+        s, float64, shape [num_directions], on the device of the loss.
 
     Raises:
         SelfCheckError: if a weight is read unperturbed.
@@ -73,7 +76,7 @@ def projected_gradients(
         replay = generators.replayed() if generators is not None else untouched()
         seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
         with replay, torch.set_grad_enabled(graph), seen:
-            # Copied: a loss that is itself a weight lies in the scratch.
+            # The clone is needed if the loss is itself a weight: it then lies in the scratch.
             return _value(closure()).double().clone()
 
     graph = with_graph and perturbation.is_compiled
@@ -83,7 +86,7 @@ def projected_gradients(
             expected = perturbation.entered
             ahead = evaluate(eps, 0, graph=with_graph)
             perturbation.check_entered(expected)
-    scalars = []
+    scalars = []  # s_k, each of shape []
     for k in range(num_directions):
         if k > 0 or not self_check:
             ahead = evaluate(eps, k, graph=graph)
@@ -102,7 +105,7 @@ def unperturbed(
     *,
     with_graph: bool = False,
 ) -> Tensor:
-    """The loss as it is, under the masks and in the gradient mode of a perturbed evaluation."""
+    """Evaluate f(w) under the masks and in the gradient mode of a perturbed evaluation."""
     replay = generators.replayed() if generators is not None else untouched()
     with replay, torch.set_grad_enabled(with_graph):
         return _value(closure())

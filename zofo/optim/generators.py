@@ -1,4 +1,4 @@
-"""The state of torch's random generators, so that every evaluation sees the same masks."""
+"""The state of all random generators, so that every evaluation has the same dropout masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GeneratorState:
-    """The state of every global generator that a forward may draw dropout masks from."""
+    """The state of every global generator that a forward pass may draw dropout masks from."""
 
     torch_cpu: Tensor
     accelerator: dict[int, Tensor]
@@ -24,16 +24,11 @@ class GeneratorState:
 
     @classmethod
     def capture(cls) -> GeneratorState:
-        """Read the states; draws nothing."""
+        """Read the states without drawing a number."""
         accelerator = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             accelerator = dict(enumerate(torch.cuda.get_rng_state_all()))
-        return cls(
-            torch.get_rng_state(),
-            accelerator,
-            np.random.get_state(),
-            random.getstate(),
-        )
+        return cls(torch.get_rng_state(), accelerator, np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
         """Set every generator back to this state."""
@@ -44,7 +39,7 @@ class GeneratorState:
         random.setstate(self.python)
 
     def is_current(self) -> bool:
-        """Whether nothing was drawn since: no dropout was active."""
+        """Whether no number was drawn since, which means that no dropout was active."""
         present = GeneratorState.capture()
         return (
             torch.equal(self.torch_cpu, present.torch_cpu)
@@ -56,18 +51,15 @@ class GeneratorState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Within the context the generators start from this state; afterwards as if unused."""
-        present = GeneratorState.capture()
-        self.restore()
-        try:
+        """Start the generators from this state inside the context, and undo their use after it."""
+        with untouched():
+            self.restore()
             yield
-        finally:
-            present.restore()
 
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """The generators are left as they were found, but not replayed."""
+    """Restore the generators after the context, without replaying them inside it."""
     present = GeneratorState.capture()
     try:
         yield

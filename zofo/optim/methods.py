@@ -1,11 +1,15 @@
-"""A method is an assignment of an order to each block of the model.
+"""A method assigns an order to each of the two blocks of a model.
 
-    block     what it holds                                       order
-    base      every weight of the pretrained model                first, zeroth or frozen
-    adapter   the PEFT module's weights, and a fresh head's       first, zeroth or frozen
+    block     parameters                                              orders
+    base      every weight of the pretrained model                    first, zeroth or frozen
+    adapter   the weights of the PEFT adapter and of a new head       first, zeroth or frozen
 
-`first`: moved by the exact gradient; `zeroth`: by differences of losses along random directions;
-`frozen`: not at all. The five methods that the paper compares are five rows of one table.
+    order     update
+    first     along the exact gradient
+    zeroth    along an estimate from loss differences in random directions
+    frozen    none
+
+The five methods that the paper compares are the five rows of `METHODS`.
 """
 
 from __future__ import annotations
@@ -43,25 +47,25 @@ class Method:
 
     @property
     def forwards_per_gradient(self) -> int:
-        """What a first-order pass costs in forwards; 0 where there is none.
+        """Cost of a first-order pass in forward passes; 0 where the method has none.
 
-        A backward costs about one forward for an adapter's gradient, two for every weight's.
+        A backward pass costs about one forward for an adapter's gradient, two for all weights.
         """
         return 3 if self.base == "first" else 2 if self.adapter == "first" else 0
 
     @property
     def needs_adapter(self) -> bool:
-        """Whether the method moves an adapter."""
+        """Whether the method updates an adapter."""
         return self.adapter != "frozen"
 
     @property
     def first(self) -> Block | None:
-        """The block that moves by its exact gradient."""
+        """The block that follows its exact gradient."""
         return self._block_of("first")
 
     @property
     def zeroth(self) -> Block | None:
-        """The block that moves by loss differences."""
+        """The block that follows loss differences."""
         return self._block_of("zeroth")
 
     def _block_of(self, order: Order) -> Block | None:
@@ -78,16 +82,16 @@ METHODS: Final[Mapping[str, Method]] = {
 
 
 def methods_that(fit: Callable[[Method], bool], *, joined_by: str = "or") -> str:
-    """The names of the methods that fit, as a list in a sentence: "a, b or c"."""
+    """The names of the methods that satisfy `fit`, as a list in a sentence: "a, b or c"."""
     names = [name for name, method in METHODS.items() if fit(method)]
     return f" {joined_by} ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
+    """Look up a method by its name.
 
     Raises:
-        UserError: if there is none; names the nearest.
+        UserError: if there is none; the message names the nearest.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name.lower(), METHODS, n=1)
@@ -97,12 +101,12 @@ def get_method(name: str) -> Method:
 
 
 def apply_method(model: nn.Module, method: str) -> Blocks:
-    """Set `requires_grad` as the method's orders ask, and return the blocks.
+    """Set `requires_grad` to what the method's orders need, and return the blocks.
 
     Raises:
-        UserError: if the method moves an adapter and the model has none, or the other way round,
-            if the adapter's weights cannot be told from the base's, if it would move quantized
-            weights, or if these are packed so that gradients through them are wrong.
+        UserError: if the method needs an adapter and the model has none, or the reverse; if the
+            weights of the adapter and the base cannot be distinguished; if the method would update
+            quantized weights; or if weights are packed so that their gradients are wrong.
     """
     chosen = get_method(method)
     blocks = split_parameters(model)
@@ -137,24 +141,25 @@ def param_groups(
     adapter_weight_decay: float = 0.0,
     no_decay: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `HybridOptimizer`; the adapter's come first.
+    """Build the parameter groups for `HybridOptimizer`; those of the adapter come first.
 
     Args:
-        model: the model, adapter attached; its `requires_grad` flags are set by the method.
+        model: the model with its adapter. The method sets its `requires_grad` flags.
         method: a name in `METHODS`.
-        base_lr: learning rate of the base, or a map from a shell-style pattern of base parameter
-            names to a rate: the first that matches counts, what none matches stays frozen.
+        base_lr: learning rate of the base, or a map from shell-style patterns of base parameter
+            names to learning rates. The first pattern that matches a name decides. A parameter
+            that no pattern matches stays frozen.
         adapter_lr: learning rate of the adapter.
         base_weight_decay: decoupled weight decay of the base.
-        adapter_weight_decay: handed to the adapter's optimizer.
-        no_decay: names of adapter (or first-order base) parameters to spare from weight decay.
+        adapter_weight_decay: weight decay, passed to the adapter's optimizer.
+        no_decay: names of first-order parameters that have no weight decay.
 
     Returns:
-        Dicts with `params`, `names`, `tensors` (direction indices), `order`, `block`, `lr`,
-        `weight_decay`.
+        Dicts with `params`, `names`, `tensors` (tensor indices of the directions), `order`,
+        `block`, `lr` and `weight_decay`.
 
     Raises:
-        UserError: for a pattern that matches no parameter, or a negative rate.
+        UserError: for a pattern that matches no parameter, or a negative learning rate.
     """
     blocks, chosen = apply_method(model, method), get_method(method)
     no_decay = [name.replace(WRAPPED_NAME, "") for name in no_decay]
@@ -163,11 +168,9 @@ def param_groups(
     groups: list[dict[str, Any]] = []
 
     def add(names: list[str], block: str, order: Order, lr: float, weight_decay: float) -> None:
-        source, index = (
-            (blocks.base, blocks.base_index)
-            if block == "base"
-            else (blocks.adapter, blocks.adapter_index)
-        )
+        is_base = block == "base"
+        source = blocks.base if is_base else blocks.adapter
+        index = blocks.base_index if is_base else blocks.adapter_index
         spared = set(no_decay) if order == "first" else set()
         for part, decay in (
             ([n for n in names if n not in spared], weight_decay),
@@ -207,9 +210,9 @@ def _match(rates: Mapping[str, float], names: list[str]) -> dict[str, list[str]]
     unused = [pattern for pattern, found in matched.items() if not found]
     if unused:
         raise UserError(
-            f"base_lr pattern {', '.join(map(repr, unused))} matches no base parameter that an "
-            f"earlier pattern left; patterns are shell-style, names look like {names[0]!r} and "
-            f"{names[len(names) // 2]!r}"
+            f"base_lr pattern {', '.join(map(repr, unused))} matches no base parameter, or only "
+            "parameters that an earlier pattern matches; patterns are shell-style, names look like "
+            f"{names[0]!r} and {names[len(names) // 2]!r}"
         )
     return matched
 
@@ -221,7 +224,7 @@ def _check_rates(rates: Mapping[str, float]) -> None:
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], base_every: int) -> None:
-    """Raises UserError for a group that lacks something."""
+    """Raise UserError if a group lacks something that `HybridOptimizer` needs."""
     for i, group in enumerate(groups):
         if group.get("order") not in ("first", "zeroth"):
             raise UserError(
@@ -240,6 +243,6 @@ def check_groups(groups: Sequence[Mapping[str, Any]], base_every: int) -> None:
     orders = {group["order"] for group in groups}
     if base_every > 1 and orders == {"zeroth"}:
         raise UserError(
-            f"base_every is {base_every} and there is no first-order group to move in the other "
-            "steps; leave it at 1, or choose method hybrid"
+            f"base_every is {base_every}, but no first-order group would move in the steps "
+            "between; set it to 1, or choose method hybrid"
         )

@@ -1,15 +1,16 @@
 """The hybrid step as a torch optimizer.
 
-    loss = f(x, y)                          with gradients for the first-order groups
-    s_k  = differences of f along v_k       no gradients, only zeroth-order groups perturbed
-    x ← (1 − lr_x · decay) x − lr_x mean_k s_k v_k
-    y ← any torch optimizer's step
+    loss = f(x, y)                          forward and backward pass, gradients for y only
+    s_k  = (f(x + eps v_k, y) − loss) / eps without gradients; or the central difference
+    x ← (1 − lr_x · weight_decay) x − lr_x · mean_k s_k v_k
+    y ← optimizer(y, ∇_y loss)              any torch optimizer
 
-Both blocks move at the end, from the same point and batch (Jacobi). Every method in
-`zofo.optim.methods.METHODS` is this step with another table of orders.
+x is the zeroth-order block and y the first-order block. Both are updated at the end of the step,
+from the same point and the same batch (Jacobi). Every method in `zofo.optim.methods.METHODS` is
+this step with other orders of the blocks.
 
 References:
-    arXiv 2604.09940, the hybrid algorithm. Beyond it: any first-order optimizer for y, several
+    arXiv 2604.09940, the hybrid algorithm. We add: any first-order optimizer for y, several
     directions, Rademacher directions, central differences, weight decay, rates by module.
 """
 
@@ -41,27 +42,26 @@ from zofo.perturb.view import Perturbation
 
 
 class HybridOptimizer(Optimizer):
-    """Moves each parameter group by the order it carries.
+    """Update each parameter group by its order.
 
     Args:
         groups: as from `zofo.optim.methods.param_groups`: dicts with `params`, `order` ("first" or
             "zeroth"), `lr`, `weight_decay`, and for zeroth-order groups `names` and `tensors`.
-        model: the module whose forwards the zeroth-order groups are perturbed in.
-        optimizer: what steps the first-order groups: a `torch.optim.Optimizer` class, or the name
-            of one in `torch.optim` ("SGD", "AdamW", ...; case does not matter).
+        model: the module in whose forward pass the zeroth-order groups are perturbed.
+        optimizer: the optimizer of the first-order groups: a `torch.optim.Optimizer` class, or the
+            name of one in `torch.optim` ("SGD", "AdamW", ...; case is ignored).
         optimizer_kwargs: its further arguments.
-        seed: of the directions, in [0, 2^64).
-        max_grad_norm: clip the first-order gradient to this norm; None: do not.
-        reads_late: leave a step's scalars on the device and read them a step later, so that the
-            host never waits; None: on CUDA. What is computed is the same. `last_step`,
-            `trajectory` and `state_dict` wait.
-        options: how the zeroth-order groups are measured and when they move; copied. The copy is
-            the attribute `options`. With `base_every` k these groups move, and cost forwards, only
-            in steps 0, k, 2k, ...
-        **changes: fields of `StepOptions`, such as `eps=1e-3`; they go before `options`.
+        seed: seed of the directions, in [0, 2^64).
+        max_grad_norm: clip the first-order gradient to this norm; None: do not clip.
+        reads_late: keep the scalars s_k of a step on the device and read them one step later, so
+            that the host never waits. The results are the same. None: True on CUDA. `last_step`,
+            `trajectory` and `state_dict` wait for the newest scalars.
+        options: the step options. The optimizer holds a checked copy as `options`. With
+            `base_every` k, zeroth-order groups are evaluated and updated only in steps 0, k, 2k.
+        **changes: fields of `StepOptions`, such as `eps=1e-3`; they take precedence over `options`.
 
     Raises:
-        UserError: for values outside their ranges, all of them at once.
+        UserError: for values outside their ranges; it lists all of them.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class HybridOptimizer(Optimizer):
         self.seed, self.max_grad_norm = seed, max_grad_norm
         self._self_check = options.self_check
 
-        # The inner optimizer holds the same group dicts and the same state: schedulers and
-        # checkpoints see one optimizer.
+        # The inner optimizer shares the group dicts and the state, so that learning-rate schedulers
+        # and checkpoints see one optimizer.
         first = self._groups("first")
         self.inner = (
             optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
@@ -107,6 +107,7 @@ class HybridOptimizer(Optimizer):
             if zeroth
             else None
         )
+        # Only the base has a trajectory: a checkpoint holds the adapter itself.
         recorded = tuple(
             GroupSpec(tuple(group["names"]), tuple(group["tensors"]))
             for group in zeroth
@@ -119,31 +120,31 @@ class HybridOptimizer(Optimizer):
         self._has_stepped = False
         self.step_count = 0
         self.num_forwards: float = 0
-        self._loss: Tensor | None = None
-        self._scalars: Tensor | None = None
+        self._loss: Tensor | None = None  # float64, []
+        self._scalars: Tensor | None = None  # float64, [directions]
         self._num_forwards: float = 0
         self.discard_measurements()
 
     @property
     def last_step(self) -> StepReport | None:
-        """What the last step did; waits for it."""
+        """Report of the last step; waits for its numbers."""
         self._log.read_pending()
         return self._log.last
 
     @property
     def last_read(self) -> StepReport | None:
-        """The newest report that is there without waiting."""
+        """The newest report that is available without waiting."""
         return self._log.last
 
     @property
     def last_measured(self) -> StepReport | None:
-        """The last step that had projected gradients; waits for it."""
+        """Report of the last step with projected gradients; waits for its numbers."""
         self._log.read_pending()
         return self._log.last_measured
 
     @property
     def trajectory(self) -> Trajectory:
-        """How the zeroth-order base has moved; waits for the last step."""
+        """All updates of the zeroth-order base; waits for the numbers of the last step."""
         self._log.read_pending()
         return self._log.trajectory
 
@@ -153,12 +154,12 @@ class HybridOptimizer(Optimizer):
 
     @property
     def zeroth_is_due(self) -> bool:
-        """Whether the step under way measures and moves zeroth-order groups."""
+        """Whether the current step evaluates and updates zeroth-order groups."""
         return self.perturbation is not None and self.step_count % self.options.base_every == 0
 
     @property
     def evaluates_with_graph(self) -> bool:
-        """Whether perturbed losses are computed as the first-order loss is, for a backward."""
+        """Whether perturbed losses are computed in gradient mode, as the first-order loss is."""
         is_compiled = self.perturbation is not None and self.perturbation.is_compiled
         return is_compiled and self.inner is not None
 
@@ -169,17 +170,17 @@ class HybridOptimizer(Optimizer):
         generators: GeneratorState | None = None,
         zeroth_loss: ZerothLoss | None = None,
     ) -> None:
-        """Add one micro-batch's loss differences to the step under way.
+        """Add the loss differences of one micro-batch to the current step.
 
-        For loops that do forward and backward themselves; `accumulate` does all three.
+        Use it in loops that run forward and backward themselves; `accumulate` does all three.
 
         Args:
-            closure: returns the micro-batch's loss, scaled as `loss` is.
-            loss: the unperturbed loss of the micro-batch.
-            generators: their state before `loss` was computed; None: masks are not replayed.
-            zeroth_loss: what to evaluate instead of `closure`; None: `closure`.
+            closure: returns the loss of the micro-batch, scaled as `loss` is.
+            loss: the unperturbed loss of the micro-batch, shape [].
+            generators: their state before `loss` was computed; None: do not replay masks.
+            zeroth_loss: the loss to evaluate instead of `closure`; None: `closure`.
         """
-        # Noted only once all is evaluated: an interrupted measurement leaves nothing behind.
+        # The sums change only after all evaluations, so an interrupted call has no effect.
         if self.perturbation is not None and self.zeroth_is_due:
             generators = generators if self.options.replay_dropout else None
             options = self.options
@@ -204,7 +205,7 @@ class HybridOptimizer(Optimizer):
                 with_graph=self.inner is not None,
             )
             self._self_check = False
-            if loss is not None:  # one that is not may live elsewhere
+            if loss is not None:  # a loss of another kind may lie on another device
                 scalars = scalars.to(loss.device)
             self._scalars = scalars if self._scalars is None else self._scalars + scalars
             self._num_forwards += instead.cost_since(before, evaluations)
@@ -216,16 +217,16 @@ class HybridOptimizer(Optimizer):
         closure: Callable[[], Tensor],
         zeroth_loss: Callable[[], ZerothLoss] | None = None,
     ) -> Tensor:
-        """Forward, backward and loss differences of one micro-batch; moves nothing.
+        """Run forward, backward and loss differences of one micro-batch, without an update.
 
         Args:
             closure: computes and returns the loss. It must not call backward. With n micro-batches
-                a step it divides its loss by n.
-            zeroth_loss: called after `closure`, says what the differences are taken of and, if
-                `closure` noted it, its unperturbed value; None: of `closure`'s loss.
+                per step, it divides its loss by n.
+            zeroth_loss: called after `closure`; returns the loss for the differences, with its
+                unperturbed value if `closure` stored it; None: the loss of `closure`.
 
         Returns:
-            The unperturbed loss, detached.
+            The unperturbed loss, detached, shape [].
         """
         generators = GeneratorState.capture() if self.zeroth_is_due else None
         try:
@@ -245,7 +246,7 @@ class HybridOptimizer(Optimizer):
             is_asked = zeroth_loss is not None and self.zeroth_is_due
             self.measure(closure, loss, generators, zeroth_loss() if is_asked else None)  # type: ignore[misc]
         except RuntimeError as error:
-            # A graph used twice, or a backward where the optimizer evaluates without gradients.
+            # The closure freed its graph, or called backward in an evaluation without gradients.
             if any(sign in str(error) for sign in ("second time", "does not require grad")):
                 raise ValueError(
                     "the closure called backward; it must only return the loss: the optimizer "
@@ -260,15 +261,15 @@ class HybridOptimizer(Optimizer):
         closure: Callable[[], Tensor] | None = None,
         zeroth_loss: Callable[[], ZerothLoss] | None = None,
     ) -> Tensor | None:
-        """Move both blocks.
+        """Update both blocks.
 
         Args:
-            closure: as for `accumulate`, called first when given (gradients are zeroed before it
-                unless micro-batches were accumulated).
+            closure: as for `accumulate`, which is called first if a closure is given. Gradients are
+                zeroed before it unless micro-batches were accumulated.
             zeroth_loss: as for `accumulate`.
 
         Returns:
-            The unperturbed loss of the closure, or None without one.
+            The unperturbed loss of the closure, or None without a closure.
         """
         loss = None
         if closure is not None:
@@ -279,7 +280,7 @@ class HybridOptimizer(Optimizer):
         elif self.zeroth_is_due and self._scalars is None:
             raise ValueError(
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "
-                "call accumulate(closure) for each micro-batch before it"
+                "call accumulate(closure) for each micro-batch first"
             )
         self._move()
         self.num_forwards += self._num_forwards
@@ -289,15 +290,16 @@ class HybridOptimizer(Optimizer):
         return loss
 
     def _move(self) -> None:
-        """Move both blocks by what was measured, and report it."""
-        # Waits for the step before, which this one's forwards stand behind in the device's queue.
+        """Update both blocks with the losses and scalars of the step, and report it."""
+        # The wait costs little: the forwards of this step are queued behind the previous step, so
+        # the device stays busy.
         self._log.read_pending()
         numbers = StepNumbers(self._loss, self._scalars, reads_late=self._is_read_late())
         numbers.note("grad_norm", self._clip())
         if self.inner is not None:
-            first = [p for group in self._groups("first") for p in group["params"]]
+            first = self._first_parameters()
             states = [v for p in first for v in self.state.get(p, {}).values()]
-            before = [p.clone() for p in self._adapter()]
+            before = [p.clone() for p in self._first_parameters("adapter")]
             numbers.step_first(
                 self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
             )
@@ -314,16 +316,13 @@ class HybridOptimizer(Optimizer):
         self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
 
     def _is_read_late(self) -> bool:
-        """Not the first step, which may create the first-order optimizer's state."""
+        """Whether to read later; never in the first step, which may create optimizer state."""
         has_small_first = all(g.get("block") == "adapter" for g in self._groups("first"))
-        device = self._measured_on()
+        measured = self._scalars if self._loss is None else self._loss
+        device = None if measured is None else measured.device
         if device is None or not self._has_stepped or not has_small_first:
             return False
         return device.type == "cuda" if self._reads_late is None else self._reads_late
-
-    def _measured_on(self) -> torch.device | None:
-        measured = self._loss if self._loss is not None else self._scalars
-        return None if measured is None else measured.device
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's optimizer state, and the step count that addresses the directions."""
@@ -338,7 +337,7 @@ class HybridOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; the weights themselves and the trajectory are restored apart.
+        """Restore the state; weights and trajectory are restored separately.
 
         Raises:
             UserError: if the state was saved with other directions.
@@ -347,8 +346,8 @@ class HybridOptimizer(Optimizer):
         for key, value in self._direction_keys().items():
             if own[key] != value:
                 raise UserError(
-                    f"the state was saved with {key} {own[key]!r}, this optimizer has {value!r}; "
-                    "its directions would differ: use the saved one"
+                    f"the state was saved with {key} {own[key]!r}, but this optimizer has "
+                    f"{value!r}; its directions would differ, so use the saved value"
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
@@ -359,7 +358,7 @@ class HybridOptimizer(Optimizer):
         self.discard_measurements()
 
     def _direction_keys(self) -> dict[str, Any]:
-        """What the directions depend on besides the step count."""
+        """The options that determine the directions, apart from the step count."""
         return {
             "seed": self.seed,
             "distribution": self.options.distribution,
@@ -377,19 +376,18 @@ class HybridOptimizer(Optimizer):
             for group in self._groups("zeroth")
         )
 
-    def _adapter(self) -> list[Tensor]:
-        groups = [g for g in self._groups("first") if g.get("block") == "adapter"]
+    def _first_parameters(self, block: str | None = None) -> list[Tensor]:
+        groups = [g for g in self._groups("first") if block in (None, g.get("block"))]
         return [p for group in groups for p in group["params"]]
 
     def _distance_from(self, before: list[Tensor]) -> Tensor:
-        moved = torch._foreach_sub(self._adapter(), before)
+        moved = torch._foreach_sub(self._first_parameters("adapter"), before)
         return torch.stack(torch._foreach_norm(moved)).double().norm()
 
     def _clip(self) -> Tensor | None:
         if self.max_grad_norm is None or self.inner is None:
             return None
-        parameters = [p for group in self._groups("first") for p in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return nn.utils.clip_grad_norm_(self._first_parameters(), self.max_grad_norm)
 
     def _groups(self, order: str) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["order"] == order]
@@ -400,5 +398,5 @@ class HybridOptimizer(Optimizer):
             self.inner.param_groups = self._groups("first")
 
     def discard_measurements(self) -> None:
-        """Forget the losses and scalars of the step under way, so that it begins anew."""
+        """Discard the losses and scalars of the current step, so that it starts again."""
         self._loss, self._scalars, self._num_forwards = None, None, 0

@@ -1,7 +1,7 @@
-"""The options of a hybrid step: type, default, range and help of each, written once.
+"""The options of a hybrid step: type, default, range and help text of each, written once.
 
 `RunConfig`, `HybridOptions` and the settings of the advisor and of the convergence study inherit
-`StepOptions`; `HybridOptimizer` holds one. An option that is added here appears in all of them.
+from `StepOptions`, and `HybridOptimizer` holds one. A new option here appears in all of them.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ Radius = Annotated[
 
 @dataclass(kw_only=True)
 class StepOptions:
-    """How a step estimates the gradient of the zeroth-order block, and when."""
+    """How a step estimates the gradient of the zeroth-order block, and in which steps."""
 
     eps: Radius = 1e-3
     estimator: Annotated[
         Estimator, Field(description="forward (paper): 1 extra forward; central: 2")
     ] = "forward"
-    num_directions: Annotated[int, Field(ge=1, description="directions a step (paper: 1)")] = 1
-    # Rademacher is a choice: unbiased as the normal distribution is, and faster to draw.
+    num_directions: Annotated[int, Field(ge=1, description="directions per step (paper: 1)")] = 1
+    # Rademacher is our choice: it is unbiased, as the Gaussian is, and faster to draw.
     distribution: Annotated[
-        Distribution, Field(description="of the directions (paper: gaussian)")
+        Distribution, Field(description="distribution of the directions (paper: gaussian)")
     ] = "rademacher"
     base_every: Annotated[
-        int, Field(ge=1, description="steps from one move of the base to the next (paper: 1)")
+        int, Field(ge=1, description="steps from one update of the base to the next (paper: 1)")
     ] = 1
     replay_dropout: Annotated[
-        bool, Field(description="same masks for all evaluations of a step")
+        bool, Field(description="same dropout masks in all evaluations of a step")
     ] = True
-    self_check: Annotated[bool, Field(description="watch the first perturbed forward")] = True
-    # Off by default: it has not been timed on a GPU, and it needs the scratch of one more layer.
+    self_check: Annotated[bool, Field(description="check the first perturbed forward pass")] = True
+    # Off by default: it has no timing on a GPU yet, and it needs the scratch of one more layer.
     overlap: Annotated[
         bool,
-        Field(description="on CUDA, perturb a layer while the one before it runs; same bits"),
+        Field(description="on CUDA, perturb a layer while the previous one runs; same bits"),
     ] = False
 
 
@@ -61,7 +61,7 @@ for _field in fields(StepOptions):
 
 
 def step_values(options: StepOptions) -> dict[str, Any]:
-    """The values of the step's options in an object that may carry further ones."""
+    """The step options of an object, which may have further ones, as a dict."""
     return {key: getattr(options, key) for key in STEP_KEYS}
 
 
@@ -71,14 +71,14 @@ def _checker() -> TypeAdapter[StepOptions]:
 
 
 def checked_options(options: StepOptions, other_problems: Sequence[str] = ()) -> StepOptions:
-    """A copy of the step's options with values of their types.
+    """Return a copy of the step options, converted to their types.
 
     Args:
-        options: a `StepOptions`, or what inherits from it; left as it is.
-        other_problems: what is wrong with the rest of the user's input.
+        options: a `StepOptions` or an instance of a subclass; it is not changed.
+        other_problems: problems in the rest of the user's input, for the same message.
 
     Raises:
-        UserError: for values outside their ranges, all of them at once.
+        UserError: for values outside their ranges; it lists all of them.
     """
     problems = list(other_problems)
     try:
@@ -91,7 +91,7 @@ def checked_options(options: StepOptions, other_problems: Sequence[str] = ()) ->
 
 
 def _known_optimizers() -> dict[str, type[Optimizer]]:
-    """The optimizers of `torch.optim` by their names in lower case."""
+    """The optimizer classes of `torch.optim` by their names in lower case."""
     return {
         name.lower(): value
         for name, value in vars(torch.optim).items()
@@ -100,14 +100,14 @@ def _known_optimizers() -> dict[str, type[Optimizer]]:
 
 
 def optimizer_class(optimizer: str | type[Optimizer]) -> type[Optimizer]:
-    """The class, or the one of `torch.optim` with this name; case does not matter."""
+    """Return the class, or look it up in `torch.optim` by its name; case is ignored."""
     return _known_optimizers()[optimizer.lower()] if isinstance(optimizer, str) else optimizer
 
 
 def optimizer_problems(
     optimizer: str | type[Optimizer], seed: int, max_grad_norm: float | None
 ) -> list[str]:
-    """What is wrong with the arguments of `HybridOptimizer` beside `StepOptions`, in words."""
+    """Describe invalid arguments of `HybridOptimizer` other than its `StepOptions`."""
     known = _known_optimizers()
     asked = optimizer.lower() if isinstance(optimizer, str) else None
     near = difflib.get_close_matches(asked, known, n=1) if asked else []

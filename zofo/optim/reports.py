@@ -1,8 +1,8 @@
-"""What the optimizer's steps did: the newest report, and the trajectory of the base.
+"""Reports of the optimizer's steps: the newest report, and the trajectory of the base.
 
-A host that waits for a step's scalars lets the device idle while it prepares the next step. So on
-CUDA the scalars stay where they are: the device itself leaves a step out whose loss or scalars are
-not finite, and the host reads the numbers for trajectory and logs one step later.
+If the host waited for the scalars of a step, the device would idle while the host prepares the next
+step. On CUDA the scalars therefore stay on the device. The device itself skips the update of a step
+whose loss or scalars are not finite, and the host reads the numbers one step later.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 from zofo.optim.trajectory import Trajectory, Update
 
 Rates = tuple[tuple[str, int, float, float], ...]
-"""Block, number of weights, lr and weight decay of each zeroth-order group."""
+"""Block, number of weights, learning rate and weight decay of each zeroth-order group."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did.
+    """What one step measured and updated.
 
     Attributes:
-        step: its number, from 0.
-        loss: unperturbed loss, summed over micro-batches; None where none was measured.
-        projected_grad: s_k, one a direction; empty where the zeroth-order groups were not due.
+        step: the number of the step, from 0.
+        loss: unperturbed loss, summed over micro-batches; None if none was measured.
+        projected_grad: s_k, one per direction; empty if the zeroth-order groups were not due.
         grad_norm: norm of the first-order gradient before clipping; None without `max_grad_norm`.
-        non_finite: whether a loss or scalar was not finite, so that it was not applied.
-        num_forwards: forwards spent on the zeroth-order estimate; those of a part by its share.
-        update_norms: block -> norm of its update. Of a zeroth-order block its expectation over the
-            directions, lr sqrt(d Σ s_k²) / K, exact for one direction of signs; of a first-order
-            adapter measured; weight decay apart.
+        non_finite: whether the step was skipped because its loss or a scalar was not finite.
+        num_forwards: forward passes of the zeroth-order estimate; some rows count as their share.
+        update_norms: block -> norm of its update without weight decay. A first-order adapter's is
+            measured. A zeroth-order block's is the expectation over the directions,
+            lr sqrt(d Σ s_k²) / K with d weights, exact for one Rademacher direction.
     """
 
     step: int
@@ -46,8 +46,8 @@ class StepReport:
     update_norms: Mapping[str, float] = field(default_factory=dict)
 
 
-class Reading:
-    """Numbers on their way to the host.
+class HostCopy:
+    """An asynchronous copy of numbers from the device to the host.
 
     Args:
         values: name -> float tensor of any shape, on the device.
@@ -57,9 +57,11 @@ class Reading:
         self._sizes = {name: value.numel() for name, value in values.items()}
         device = next((value.device for value in values.values()), None)
         columns = [value.detach().double().reshape(-1).to(device) for value in values.values()]
+        # One flat tensor, so that the device makes one copy: float64, [numbers].
         flat = torch.cat(columns or [torch.empty(0)])
         self._event: torch.cuda.Event | None = None
         if flat.device.type == "cuda":
+            # Only pinned host memory lets the copy run without a wait.
             self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._host.copy_(flat, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -68,32 +70,33 @@ class Reading:
             self._host = flat
 
     def get(self) -> dict[str, tuple[float, ...]]:
-        """Wait for the numbers: name -> its elements."""
+        """Wait for the copy and return name -> the elements of its tensor."""
         if self._event is not None:
             self._event.synchronize()
-        numbers, result = iter(self._host.tolist()), {}
-        for name, size in self._sizes.items():
-            result[name] = tuple(next(numbers) for _ in range(size))
-        return result
+        numbers = iter(self._host.tolist())
+        return {
+            name: tuple(next(numbers) for _ in range(size)) for name, size in self._sizes.items()
+        }
 
 
 class StepNumbers:
-    """The numbers of one step, read now or later, and what they allow to move.
+    """The numbers of one step, read now or later, and which updates they allow.
 
-    Read now, the host waits for loss and scalars before anything moves, and leaves out what is not
-    finite. Read later, they stay on the device, which leaves it out itself; the host never waits.
+    Read now, the host waits for loss and scalars before the update, and skips the update if a
+    number is not finite. Read later, the numbers stay on the device, which skips the update itself,
+    and the host never waits.
 
     Args:
         loss: unperturbed loss, float64, shape []; None: none was measured.
         scalars: s_k, float64, [directions], on the loss's device; None: none were measured.
-        reads_late: whether the numbers are read later; needs a loss or scalars.
+        reads_late: whether to read the numbers later, which needs a loss or scalars.
 
     Attributes:
         values: name -> tensor, everything that `StepLog` reports.
-        counters: tensors of the first-order optimizer on the host, each with its value before.
-        moves_zeroth: whether the zeroth-order groups are to be moved.
-        projected_grad: the scalars, empty while they are unread.
-        unread: the scalars on the device, NaN where nothing is to move; None when read now.
+        counters: host tensors of the first-order optimizer, each with its previous value.
+        moves_zeroth: whether to update the zeroth-order groups.
+        projected_grad: the scalars; empty while they are unread.
+        unread: the scalars on the device, NaN to skip the update; None if they are read now.
     """
 
     def __init__(self, loss: Tensor | None, scalars: Tensor | None, *, reads_late: bool) -> None:
@@ -121,16 +124,16 @@ class StepNumbers:
             self.unread = torch.where(is_finite, scalars, torch.nan)
 
     def note(self, name: str, value: Tensor | None) -> None:
-        """Add a number to the report; None: there is none."""
+        """Add a number to the report, unless it is None."""
         if value is not None:
             self.values[name] = value
 
     def step_first(self, step: Callable[[], object], held: Sequence[Tensor]) -> None:
-        """Step the first-order groups, unless the loss is not finite.
+        """Run the first-order update, unless the loss is not finite.
 
         Args:
-            step: changes the tensors in place.
-            held: every tensor that it changes.
+            step: changes tensors in place.
+            held: every tensor that `step` changes.
         """
         if isinstance(self._loss_is_finite, Tensor):
             self.counters = _step_unless(step, held, self._loss_is_finite)
@@ -140,20 +143,20 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was taken and not yet read."""
+    """A finished step whose numbers the host has not read."""
 
     step: int
     num_forwards: float
     rates: Rates
-    reading: Reading
+    host_copy: HostCopy
     counters: Sequence[tuple[Tensor, Tensor]]
 
 
 class StepLog:
-    """Reports of the steps.
+    """The reports of all steps.
 
     Args:
-        trajectory: where updates of the base are noted.
+        trajectory: receives the updates of the base.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -163,18 +166,18 @@ class StepLog:
         self.last_measured: StepReport | None = None
 
     def add(self, step: int, num_forwards: float, rates: Rates, numbers: StepNumbers) -> None:
-        """Note a step; report it now, unless its numbers are read later."""
-        reading = Reading(numbers.values)
-        self.pending = PendingStep(step, num_forwards, rates, reading, numbers.counters)
+        """Add a step, and report it at once unless its numbers are read later."""
+        host_copy = HostCopy(numbers.values)
+        self.pending = PendingStep(step, num_forwards, rates, host_copy, numbers.counters)
         if not numbers.reads_late:
             self.read_pending()
 
     def read_pending(self) -> None:
-        """Wait for the step that is not yet read, and report it in the trajectory and as newest."""
+        """Wait for the unread step; record its update and make its report the newest."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        step, rates, values = pending.step, pending.rates, pending.reading.get()
+        step, rates, values = pending.step, pending.rates, pending.host_copy.get()
         scalars = values.get("scalars", ())
         loss, grad_norm, adapter_norm = (
             values[name][0] if name in values else None
@@ -184,6 +187,7 @@ class StepLog:
         is_finite = loss_is_finite and all(map(math.isfinite, scalars))
         norms: dict[str, float] = {}
         if not loss_is_finite:
+            # The device skipped the update, so the counts on the host go back too.
             for counter, before in pending.counters:
                 counter.copy_(before)
         elif adapter_norm is not None:
@@ -211,16 +215,16 @@ class StepLog:
 def _step_unless(
     step: Callable[[], object], held: Sequence[Tensor], applies: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Run `step`, which changes `held`; where `applies` is false all of it stays as it was.
+    """Run `step`; if `applies` turns out false, everything in `held` keeps its previous value.
 
     Args:
         step: changes the tensors in place.
-        held: every tensor that it changes.
-        applies: a bool on the device; not waited for.
+        held: every tensor that `step` changes.
+        applies: bool, shape [], on the device; the host does not wait for it.
 
     Returns:
-        The held tensors that lie elsewhere (torch counts an optimizer's steps on the host), each
-        with its value before: to be put back by whoever reads `applies`.
+        The held tensors on other devices, each with its previous value. (Torch counts the steps of
+        an optimizer on the host.) The caller restores them once it has read `applies`.
     """
     there = [t for t in held if t.device == applies.device]
     elsewhere = [(t, t.clone()) for t in held if t.device != applies.device]
@@ -231,9 +235,7 @@ def _step_unless(
     return elsewhere
 
 
-def _expected_norms(
-    scalars: tuple[float, ...], rates: Sequence[tuple[str, int, float, float]]
-) -> dict[str, float]:
+def _expected_norms(scalars: tuple[float, ...], rates: Rates) -> dict[str, float]:
     squares: dict[str, float] = {}
     for block, num_weights, lr, _ in rates:
         squares[block] = squares.get(block, 0.0) + lr**2 * num_weights

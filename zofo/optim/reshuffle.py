@@ -1,11 +1,12 @@
-"""The order of the samples: random reshuffling, and what the theory compares it with.
+"""The order of the samples: random reshuffling, and the two orders that theory compares it with.
 
-    reshuffle          a fresh permutation every epoch, each sample exactly once (the paper's)
+    reshuffle          a new permutation in every epoch, each sample exactly once (the paper's)
     shuffle-once       one permutation for all epochs
-    with-replacement   n independent draws an epoch
+    with-replacement   n independent draws per epoch
 
-The order of an epoch is a pure function of (seed, epoch): it does not depend on the global
-generator, on the number of workers, or on what ran before. The state is the pair (epoch, position).
+The order of an epoch is a pure function of (seed, epoch). It does not depend on the global
+generator, the number of workers, or anything that ran before. The sampler's state is the pair
+(epoch, position).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SAMPLINGS: Final[tuple[str, ...]] = get_args(Sampling)
 def epoch_order(num_samples: int, *, seed: int, epoch: int, sampling: Sampling) -> np.ndarray:
     """Sample indices of one epoch: int64, shape [num_samples].
 
-    Drawn with numpy's Philox generator, keyed by (seed, epoch).
+    The indices come from numpy's Philox generator with key (seed, epoch).
     """
     key = (seed, 0 if sampling == "shuffle-once" else epoch)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
@@ -39,7 +40,7 @@ class ReshufflingSampler(Sampler[int]):
 
     Args:
         num_samples: size of the data set.
-        seed: of the order.
+        seed: seed of the order.
         sampling: "reshuffle", "shuffle-once" or "with-replacement".
 
     Raises:
@@ -63,24 +64,19 @@ class ReshufflingSampler(Sampler[int]):
         epoch, num = self.epoch, self.num_samples
         order = epoch_order(num, seed=self.seed, epoch=epoch, sampling=self.sampling)
         for position, index in enumerate(order[self.position :], self.position + 1):
-            # The state names the next sample; after an epoch's last that is the next one's first.
+            # The state addresses the next sample, which may be the first of the next epoch.
             self.epoch, self.position = (epoch, position) if position < num else (epoch + 1, 0)
             yield int(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at this epoch's first sample; a no-op within that epoch."""
+        """Start the next iteration at the first sample of `epoch`, unless it is under way."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands."""
-        return {
-            "seed": self.seed,
-            "sampling": self.sampling,
-            "num_samples": self.num_samples,
-            "epoch": self.epoch,
-            "position": self.position,
-        }
+        """The identity of the order and the position in it."""
+        keys = ("seed", "sampling", "num_samples", "epoch", "position")
+        return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.

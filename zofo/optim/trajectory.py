@@ -2,10 +2,16 @@
 
     w_{t+1} = round((1 − lr_t · weight_decay) · w_t − (lr_t / K) Σ_k s_{t,k} v_{t,k})
 
-Directions and rounding are pure functions of their address, so the recorded scalars and learning
-rates are the whole difference between the original base and the trained one: a full-model
-fine-tune at a few bytes a step. Training moves the weights by `Update.apply`, one step at a time.
-`Trajectory.replay` applies many updates in one pass over the weights and gives the same bits.
+s_{t,k} is the projected gradient of direction k in step t, and v_{t,k} is that direction.
+Directions and stochastic rounding are pure functions of their address (seed, step, tensor,
+element). The recorded scalars and learning rates therefore turn the original base into the trained
+one: a fine-tuned model costs a few bytes per step. Training updates the weights with
+`Update.apply`, one step at a time. `Trajectory.replay` applies many updates in one pass over the
+weights and gives the same bits.
+
+References:
+    Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, on storing a run
+    as seeds and scalars.
 """
 
 from __future__ import annotations
@@ -27,47 +33,40 @@ from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSI
 
 FORMAT_VERSION = 1
 DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
-"""How an update is computed and stored; float64 weights are computed in float64."""
+"""How an update is computed and stored. Updates of float64 weights use float64 arithmetic."""
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
 _REPLAY_BLOCK = 4096
-"""Updates in one pass: their scalars stay small beside the chunk of weights."""
+"""Updates per pass, few enough that their scalars are small beside a chunk of weights."""
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Which base tensors a group holds, by name, and the indices of their directions."""
+    """The base tensors of a parameter group: their names and their tensor indices."""
 
-    # GroupSpec and Update keep their names and fields: `BaseSnapshot` of zofo.trainer hashes their
-    # `repr` to tell whether a copy of the base lies on a trajectory.
+    # Keep the names and fields of GroupSpec and Update: zofo.trainer.base_history hashes their
+    # `repr` to check whether a copy of the base belongs to a trajectory.
     names: tuple[str, ...]
     tensors: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Update:
-    """One step of one group.
+    """One step of one parameter group."""
 
-    Attributes:
-        step: address of the directions.
-        projected_grad: s_k, one a direction.
-        lr: learning rate.
-        weight_decay: decoupled weight decay.
-    """
-
-    step: int
-    projected_grad: tuple[float, ...]
+    step: int  # addresses the directions
+    projected_grad: tuple[float, ...]  # s_k, one per direction
     lr: float
-    weight_decay: float
+    weight_decay: float  # decoupled
 
     @property
     def coefficients(self) -> list[float]:
-        """What each direction is added with."""
+        """The factor of each direction: −lr · s_k / K."""
         num_directions = len(self.projected_grad)
         return [-self.lr * s / num_directions for s in self.projected_grad]
 
     @property
     def decay(self) -> float:
-        """The factor of the weight."""
+        """The factor of the weight: 1 − lr · weight_decay."""
         return 1.0 - self.lr * self.weight_decay
 
     def apply(
@@ -79,16 +78,16 @@ class Update:
         distribution: Distribution,
         unread: Tensor | None = None,
     ) -> None:
-        """Move the parameters in place. A rate of 0 leaves every bit as it is.
+        """Update the parameters in place. A learning rate of 0 leaves every bit unchanged.
 
         Args:
             parameters: the weights of the group.
-            tensors: the indices of their directions.
-            seed: run seed.
-            distribution: of the directions.
-            unread: the scalars while they are still on the device: float64, [directions]. They
-                replace `projected_grad` and give the same bits. If one of them is not finite,
-                nothing moves. None: `projected_grad` holds the scalars.
+            tensors: the tensor indices that address their directions.
+            seed: seed of the run.
+            distribution: distribution of the directions.
+            unread: the scalars s_k while they are on the device, float64, shape [directions]. They
+                replace `projected_grad` and give the same bits. If any is NaN or infinite, no
+                weight changes. None: use `projected_grad`.
         """
         if self.lr == 0:
             return
@@ -106,15 +105,15 @@ class Update:
 
 @dataclass
 class Trajectory:
-    """Every zeroth-order update of the base in a run.
+    """All zeroth-order updates of the base in a run.
 
     Attributes:
-        seed: run seed of the directions.
-        distribution: of the directions.
-        eps: smoothing radius (for the record; replay does not need it).
+        seed: seed of the directions.
+        distribution: distribution of the directions.
+        eps: smoothing radius, for information only; replay does not use it.
         estimator: likewise.
-        groups: what each recorded group holds.
-        updates: one row a step, in it one update a group.
+        groups: the recorded parameter groups.
+        updates: one row per step, which holds one update per group.
     """
 
     seed: int
@@ -135,30 +134,30 @@ class Trajectory:
         stop: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Apply updates start .. stop to the parameters, in place.
+        """Apply the updates start .. stop − 1 to the parameters, in place.
 
-        Each weight takes a block of updates in one pass over its memory; the bits are those of the
-        updates one by one.
+        Each weight takes a block of updates in one pass over memory, with the same bits as one
+        update at a time.
 
         Args:
-            parameters: name -> parameter at its value before update `start`.
+            parameters: name -> parameter, at its value before update `start`.
             start: first update.
-            stop: one past the last; None: all.
-            progress: called with the numbers of weights done and to be done.
+            stop: one past the last update; None: all.
+            progress: called with the number of weights done and their total number.
 
         Raises:
-            UserError: if a recorded name is missing.
+            UserError: if the parameters lack a recorded name.
         """
         missing = [n for g in self.groups for n in g.names if n not in parameters]
         if missing:
             raise UserError(
-                f"the trajectory moves {missing[0]!r} ({len(missing)} missing in all), which this "
-                "model does not have; load it on the base it was recorded on"
+                f"the trajectory updates {missing[0]!r} ({len(missing)} missing in all), which "
+                "this model does not have; replay it on the base of the recorded run"
             )
         num_done = 0
         num_weights = sum(parameters[n].numel() for g in self.groups for n in g.names)
         for g, group in enumerate(self.groups):
-            # A rate of 0 leaves every bit as it is.
+            # An update with learning rate 0 changes no bit, so it is skipped.
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
             for name, tensor in zip(group.names, group.tensors, strict=True):
                 for block in range(0, len(updates), _REPLAY_BLOCK):
@@ -178,18 +177,18 @@ class Trajectory:
                     progress(num_done, num_weights)
 
     def save(self, path: Path, **extra: Any) -> None:
-        """Write safetensors, whole or not at all; `extra` goes to the metadata as JSON."""
+        """Write a safetensors file atomically; `extra` is added to its metadata as JSON."""
         rows = self.updates
 
         def column(get: Callable[[Update], float]) -> Tensor:
-            """[steps, groups], or [1, groups] if it never changes."""
+            """float64, [steps, groups]; [1, groups] if every step has the same values."""
             values = [[get(update) for update in row] for row in rows]
             table = torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(self.groups))
             return table[:1].clone() if rows and bool((table == table[0]).all()) else table
 
         scalars = [row[0].projected_grad for row in rows]
         tensors = {
-            "step": _without_run([row[0].step for row in rows]),
+            "step": _compressed([row[0].step for row in rows]),
             "projected_grad": torch.tensor(scalars, dtype=torch.float64).reshape(
                 len(rows), len(scalars[0]) if scalars else 0
             ),
@@ -230,21 +229,21 @@ class Trajectory:
                 if header[key] != known:
                     raise UserError(
                         f"{path} has {key} {header[key]!r:.80}; this zofo reads {known}: install "
-                        "the zofo that wrote it"
+                        "the version of zofo that wrote it"
                     )
             if header.pop("digest") != _digest(header, tensors):
-                raise UserError(f"{path} is damaged (its digest does not fit); copy it again")
+                raise UserError(f"{path} is damaged (its digest does not match); copy it again")
             trajectory = _from_file(header, tensors)
         return trajectory, header
 
 
 def check_base(base: Mapping[str, Tensor], expected: str | None, owner: str) -> None:
-    """Refuse a base that is not the one a trajectory or adapter belongs to.
+    """Check that a base is the one that a trajectory or adapter was trained on.
 
     Args:
         base: name -> tensor.
-        expected: its fingerprint on record.
-        owner: what has it on record, for the message.
+        expected: the recorded fingerprint.
+        owner: the trajectory or adapter, for the message.
 
     Raises:
         UserError: if the fingerprints differ.
@@ -252,16 +251,16 @@ def check_base(base: Mapping[str, Tensor], expected: str | None, owner: str) -> 
     found = fingerprint(base)
     if found != expected:
         raise UserError(
-            f"{owner} was trained on a base with fingerprint {expected}, this base has {found}; "
-            "load the base that the run began with"
+            f"{owner} was trained on a base with fingerprint {expected}, but this base has "
+            f"{found}; load the base that the run began with"
         )
 
 
 def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trajectory:
-    """What a file says, checked: a digest tells damage, not whether the writer meant well.
+    """Validate the content of a file: a digest detects damage, but not a hostile writer.
 
     Raises:
-        ValueError, KeyError, TypeError: if it says what no run records.
+        ValueError, KeyError, TypeError: if no run could have recorded the content.
     """
     groups = tuple(GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in header["groups"])
     names = [name for group in groups for name in group.names]
@@ -288,8 +287,8 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     }
     wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} cannot be")
-    if len(steps) < num_steps:
+        raise ValueError(f"invalid values of {', '.join(wrong)}")
+    if len(steps) < num_steps:  # the file holds only the first of consecutive steps
         steps = steps + torch.arange(num_steps)
     lrs, decays = (table.expand(num_steps, len(groups)).tolist() for table in tables)
     updates = [
@@ -301,15 +300,15 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     return Trajectory(seed, header["distribution"], eps, header["estimator"], groups, updates)
 
 
-def _without_run(steps: list[int]) -> Tensor:
-    """The steps, or only the first of them if they follow one another, as in most runs."""
+def _compressed(steps: list[int]) -> Tensor:
+    """int64, [steps]; or only the first, [1], if they are consecutive, as in most runs."""
     if steps and steps == list(range(steps[0], steps[0] + len(steps))):
         steps = steps[:1]
     return torch.tensor(steps, dtype=torch.int64)
 
 
 def _is_table(table: Tensor, num_rows: Collection[int], num_columns: int | None = None) -> bool:
-    """Finite float64 of that shape."""
+    """Whether the table is finite float64, [num_rows, num_columns]."""
     return (
         table.dtype == torch.float64
         and table.ndim == 2
@@ -320,6 +319,6 @@ def _is_table(table: Tensor, num_rows: Collection[int], num_columns: int | None 
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of a file's whole content: one changed bit would be another model."""
+    """Digest of a whole file: one changed bit would give another model."""
     text = json.dumps(header) + fingerprint(tensors)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

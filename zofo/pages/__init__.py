@@ -1,1 +1,1 @@
-"""The parts that every HTML page of zofo is made of."""
+"""The building blocks of every HTML page of zofo."""

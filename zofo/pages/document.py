@@ -1,8 +1,8 @@
-"""A document: everything in one file, which asks the network for nothing.
+"""HTML documents in one file, which load nothing from the network.
 
-Names in run folders are anyone's, so the templates escape every one, the data lie in a block that
-is no script, and a content security policy lets run the page's two scripts (by their digests) and
-load nothing.
+Anyone may have chosen the names in a run folder. Therefore the templates escape every name, and the
+data lie in a block that is not a script. A content security policy allows only the two scripts of
+the page, by their digests.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from zofo.errors import UserError
 
 
 def render_document(template: str, *, mark: str, **context: Any) -> str:
-    """A page as text: a template with styles, scripts and policy.
+    """The text of a page: a template with styles, scripts and policy.
 
     Args:
-        template: its name among the assets.
-        mark: the element that tells whose page it is.
-        context: what the template asks for; `data` as from `json_of`.
+        template: name of the template in the assets.
+        mark: an element that identifies the kind of page.
+        context: variables of the template; `data` is as from `json_of`.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -48,22 +48,22 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
 
 
 def json_of(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot end the HTML element around it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def check_target(path: Path, mark: str, option: str = "--to", name: str = "report.html") -> None:
-    """Refuse to replace what is not ours.
+    """Refuse to replace a file that is not an earlier report.
 
     Args:
-        path: where a report is to be written.
-        mark: what an earlier one has in its first 4 KiB.
-        option: of the command, that names the file.
-        name: a good one.
+        path: where the report will be written.
+        mark: text in the first 4 KiB of an earlier report.
+        option: the command-line option that gives the path.
+        name: a file name for the error message.
 
     Raises:
-        UserError: if it is a folder, or a file without the mark.
+        UserError: if `path` is a folder, or a file without the mark.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {option} {path / name}")

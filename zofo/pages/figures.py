@@ -1,4 +1,4 @@
-"""A plotly figure on a page, with its choices."""
+"""Plotly figures on a page, and the choice between them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choices:
-    """A figure that has several states.
+    """The figures that a reader can choose from.
 
     Attributes:
-        panels: key -> label of what is shown (a task, a grid).
-        axes: key -> label of the x axis; empty: there is one.
+        panels: key -> label of the subject, such as a task.
+        axes: key -> label of the x axis; empty if there is only one.
         figures: "panel" or "panel|axis" -> figure.
     """
 
@@ -24,7 +24,7 @@ class Choices:
 
 
 def plain(figure: Any) -> Figure:
-    """JSON without a template, which the page supplies by theme."""
+    """The JSON of a figure without its template, because the page adds that of its theme."""
     found = figure.to_plotly_json()
     found["layout"].pop("template", None)
     return found

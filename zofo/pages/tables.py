@@ -1,9 +1,10 @@
-"""A table on a page: columns, cells, and how they are shown."""
+"""Tables on a page: columns, cells, and how they are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -11,11 +12,11 @@ class Cell:
     """One entry.
 
     Attributes:
-        text: what is shown.
-        value: what it is sorted by; None, which comes last, where nothing is known.
-        aside: shown beside the text, fainter.
-        href: where the text leads.
-        mark: class of its look.
+        text: the text that is shown.
+        value: the sort key; None comes last.
+        aside: fainter text beside `text`.
+        href: target of a link.
+        mark: CSS class.
     """
 
     text: str
@@ -27,27 +28,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading.
-
-    Attributes:
-        key: name for machines.
-        title: name for readers.
-        is_number: whether it is set flush right.
-    """
+    """A heading: a name for machines, a title for readers, and whether to align right."""
 
     key: str
     title: str
     is_number: bool = True
 
 
+Columns = Mapping[Column, Callable[[Any], Cell]]
+"""Column -> function that makes its cell from the item of a row."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows; the first column names the row.
+    """Headings and rows. The first column names the row.
 
     Attributes:
         columns: headings.
-        rows: cells.
-        common: heading -> text, of columns that all rows share and that therefore are not there.
+        rows: one cell for each column.
+        common: title -> text of columns that are omitted, because all rows have the same text.
     """
 
     columns: tuple[Column, ...]
@@ -58,18 +57,29 @@ class Table:
 _MAY_BE_COMMON = ("task", "model", "adapter", "optimizer", "method", "stage", "setting")
 
 
-def make_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Table:
-    """Without the columns in which every cell is blank, or says the same of where it belongs."""
+def text_cell(text: str, mark: str = "") -> Cell:
+    """A cell that is sorted by its text."""
+    return Cell(text, text, mark=mark)
+
+
+def make_table(columns: Columns, items: Iterable[Any]) -> Table:
+    """A table with one row for each item."""
+    rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
+    return Table(tuple(columns), rows, {})
+
+
+def make_short_table(columns: Columns, items: Iterable[Any]) -> Table:
+    """A table without its blank columns; columns of a setting that all rows share are `common`."""
+    table = make_table(columns, items)
     kept, common = [0], {}
-    for i, column in enumerate(columns[1:], 1):
-        texts = {row[i].text for row in rows}
+    for i, column in enumerate(table.columns[1:], 1):
+        texts = {row[i].text for row in table.rows}
         if len(texts) == 1 and column.key in _MAY_BE_COMMON:
             common[column.title] = texts.pop()
         elif any(texts):
             kept.append(i)
-    common = {title: text for title, text in common.items() if text and title != "options"}
     return Table(
-        tuple(columns[i] for i in kept),
-        tuple(tuple(row[i] for i in kept) for row in rows),
-        common,
+        tuple(table.columns[i] for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in table.rows),
+        {title: text for title, text in common.items() if text and title != "options"},
     )

@@ -1,4 +1,4 @@
-"""The figure of dev loss while training, against steps, forward-equivalents and seconds."""
+"""The figure of dev loss during training, against steps, forward-equivalents and seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import DASHES, Theme, faded
+from zofo.pages.themes import DASHES, Theme, faded
 from zofo.report.scores_figure import mark_of, panel_labels
 from zofo.results.comparison import CURVE_COSTS, Comparison, Group, treatment_of
 from zofo.results.table import Runs
@@ -23,9 +23,9 @@ CURVE_AXES: Final = {
 
 
 def curve_figures(comparison: Comparison, runs: Runs, theme: Theme) -> Choices:
-    """Dev loss against each cost: the mean over seeds, and a band from the lowest to the highest.
+    """Dev loss against each cost: the mean over seeds, and a band from minimum to maximum.
 
-    Runs that are in no group, because they go on or have failed, are thin lines of their own.
+    Runs without a group, because they are unfinished or failed, are thin lines.
     """
     chosen = [group for group in comparison.groups if group.is_chosen]
     grouped = {run for group in comparison.groups for run in group.runs}
@@ -59,13 +59,13 @@ def _curves(
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    seen: dict[str, int] = {}
+    num_of_method: dict[str, int] = {}
     for group in inside:
         band = band_of(curves[curves["run"].isin(group.runs)], cost)
         colour = theme.methods.get(group.method, theme.text)
         name = html.escape(treatment_of(group, comparison.groups), quote=False)
-        dash = DASHES[seen.setdefault(group.method, 0) % len(DASHES)]
-        seen[group.method] += 1
+        dash = DASHES[num_of_method.setdefault(group.method, 0) % len(DASHES)]
+        num_of_method[group.method] += 1
         if not len(band):
             continue
         xs = band["x"].tolist()
@@ -112,13 +112,13 @@ def _curves(
 
 
 def band_of(curves: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """Mean, lowest and highest dev loss over runs, at each step that all of them were measured at.
+    """Dev loss over runs at each step at which all runs were evaluated.
 
     Returns:
-        Columns step, x (mean cost), mean, low, high, num (runs).
+        Columns step, x (mean cost), mean, low (minimum), high (maximum), num (number of runs).
     """
     known = curves[curves[cost].notna() & curves["dev_loss"].notna()]
-    # `cost` may be the step itself.
+    # A copy, because `cost` may be the step, by which the rows are grouped.
     known = known.assign(x=known[cost])
     band = known.groupby("step").agg(
         x=("x", "mean"),

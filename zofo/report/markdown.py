@@ -1,6 +1,7 @@
-"""What a report found, as Markdown: the verdict and the tables, for a README, a paper or an issue.
+"""A report as Markdown: the verdict and the tables, for a README, a paper or an issue.
 
-Names in run folders are anyone's, so what Markdown or HTML would read as a sign is escaped.
+Anyone may have chosen the names in a run folder, so characters with a meaning in Markdown or HTML
+are escaped.
 """
 
 from __future__ import annotations
@@ -19,34 +20,30 @@ from zofo.report.tables import group_table, pair_table, rank_table, reach_table
 MARK: Final = "<!-- written by zofo report -->"
 _SIGNS: Final = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _PLAIN_BRACKETS: Final = re.compile(r"\\\[([-+.,\d\s]+)\\\]")
-"""An interval is no link."""
+"""Brackets around numbers are an interval, not a link."""
 
 
 def write_markdown(report: Report, to: str | Path) -> None:
-    """Write the Markdown; it takes the place of an earlier one.
-
-    Args:
-        report: what was found.
-        to: the file.
+    """Write the Markdown, or replace an earlier one.
 
     Raises:
-        UserError: if `to` is a folder, or another file than one of ours.
+        UserError: as `check_markdown_target`.
     """
     check_markdown_target(to)
     write_text(Path(to).expanduser(), render_markdown(report))
 
 
 def check_markdown_target(to: str | Path) -> None:
-    """Refuse what is not ours to replace.
+    """Refuse to replace a file that is not an earlier report.
 
     Raises:
-        UserError: if `to` is a folder, or another file than one of ours.
+        UserError: if `to` is a folder, or a file that this module did not write.
     """
     check_target(Path(to).expanduser(), MARK, "--markdown", "report.md")
 
 
 def render_markdown(report: Report) -> str:
-    """The Markdown as text."""
+    """The text of the Markdown."""
     from zofo.smoothness.tables import smoothness_table
 
     comparison, verdict = report.comparison, report.verdict
@@ -87,6 +84,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it stands, on one line."""
+    """Text on one line, escaped so that Markdown shows it unchanged."""
     line = " ".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text).split())
     return _PLAIN_BRACKETS.sub(r"[\1]", _SIGNS.sub(r"\\\1", line))

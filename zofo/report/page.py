@@ -1,4 +1,4 @@
-"""The page on some runs: what it shows, and the plain values behind it."""
+"""The page on a set of runs, with its data as plain values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from urllib.parse import quote
 from zofo.disk.files import write_text
 from zofo.pages.document import check_target, json_of, render_document
 from zofo.pages.figures import Choices
-from zofo.pages.look import THEMES, template_of
 from zofo.pages.tables import Table
+from zofo.pages.themes import THEMES, template_of
 from zofo.report.curves_figure import curve_figures
 from zofo.report.rates_figure import rate_figures
 from zofo.report.scores_figure import difference_figure, pareto_figures
@@ -24,21 +24,16 @@ from zofo.report.tables import group_table, pair_table, rank_table, reach_table,
 from zofo.results.comparison import Comparison, compare
 from zofo.results.table import Runs, read_runs, relative_to
 from zofo.results.verdict import Verdict, judge
+from zofo.statistics.estimates import Estimate
 
 MARK: Final = '<meta name="generator" content="zofo report">'
 _MAX_VALUES: Final = 12
-"""Of an option that differs between runs; the rest are counted."""
+"""Values shown of an option that differs between runs; only the number of others is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a page shows.
-
-    Attributes:
-        runs: as read.
-        comparison: of them.
-        verdict: on hybrid against fo-peft.
-    """
+    """The content of a page: runs, their comparison, and the verdict on hybrid against fo-peft."""
 
     runs: Runs
     comparison: Comparison
@@ -49,10 +44,10 @@ def make_report(paths: Sequence[str | Path]) -> Report:
     """Read runs and compare them.
 
     Args:
-        paths: run folders, or folders that hold some, such as a study's.
+        paths: run folders, or folders that contain them, such as that of a study.
 
     Raises:
-        UserError: if one of them is no run and holds none.
+        UserError: if a path neither is nor contains a run folder.
     """
     runs = read_runs(paths)
     comparison = compare(runs)
@@ -60,14 +55,14 @@ def make_report(paths: Sequence[str | Path]) -> Report:
 
 
 def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
-    """Write the page on some runs; it takes the place of an earlier one.
+    """Write the page on a set of runs, or replace an earlier one.
 
     Args:
         paths: as for `make_report`.
         to: the file.
 
     Raises:
-        UserError: as `make_report`, and if `to` is something else than a page of ours.
+        UserError: as `make_report`, or if `to` exists and is not such a page.
     """
     target = Path(to).expanduser()
     check_target(target, MARK)
@@ -77,12 +72,7 @@ def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
 
 
 def render(report: Report, folder: Path) -> str:
-    """The page as text.
-
-    Args:
-        report: what it shows.
-        folder: where it will lie: links to runs are relative to it.
-    """
+    """The text of the page; links to runs are relative to `folder`, where the page will lie."""
     return render_document("report.html.j2", mark=MARK, **_context(report, folder))
 
 
@@ -126,7 +116,7 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
 
 
 def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
-    """The figures that there is something for, by name."""
+    """Name -> figures, without those that are empty."""
     from zofo.smoothness.figures import path_figures
 
     theme, comparison = THEMES[theme_name], report.comparison
@@ -146,7 +136,7 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
 
 
 def smoothness_of(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Run -> what `zofo smoothness` found, of those that have it."""
+    """Run -> summary of `zofo smoothness`, for the runs that have one."""
     from zofo.smoothness.tables import read_summary
 
     rows: list[Any] = list(runs.table.itertuples())
@@ -155,28 +145,24 @@ def smoothness_of(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def summary_of(report: Report) -> dict[str, Any]:
-    """What was found, as plain values: NaN is null, infinite "never"."""
+    """The results as plain values; NaN becomes None, and infinity becomes "never"."""
     comparison, verdict = report.comparison, report.verdict
     table = report.runs.table.drop(columns="folder")
-    groups = [dataclasses.asdict(group) for group in comparison.groups]
-    indices = {group: i for i, group in enumerate(map(id, comparison.groups))}
-    pairs = []
-    for pair in comparison.pairs:
-        values = {f.name: getattr(pair, f.name) for f in dataclasses.fields(pair)}
-        values["hybrid"] = indices[id(pair.hybrid)]
-        values["fo_peft"] = indices[id(pair.fo_peft)]
-        pairs.append(values | {"difference": dataclasses.asdict(pair.difference)})
-    ranks = None
-    if comparison.ranks is not None:
-        ranks = dataclasses.asdict(comparison.ranks)
-        ranks["p_values"] = [[*names, p] for names, p in comparison.ranks.p_values.items()]
+    indices = {id(group): i for i, group in enumerate(comparison.groups)}
+    pairs = [
+        vars(p) | {"hybrid": indices[id(p.hybrid)], "fo_peft": indices[id(p.fo_peft)]}
+        for p in comparison.pairs
+    ]
+    ranks = comparison.ranks and vars(comparison.ranks) | {
+        "p_values": [[*names, p] for names, p in comparison.ranks.p_values.items()]
+    }
     return _plain(
         {
-            "verdict": dataclasses.asdict(verdict),
-            "groups": groups,
+            "verdict": verdict,
+            "groups": comparison.groups,
             "pairs": pairs,
             "ranks": ranks,
-            "grids": [dataclasses.asdict(grid) for grid in comparison.grids],
+            "grids": comparison.grids,
             "left_out": comparison.left_out,
             "runs": table.to_dict(orient="records"),
         }
@@ -184,6 +170,10 @@ def summary_of(report: Report) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        value = value.as_dict()
+    elif dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -198,7 +188,7 @@ def _plain(value: Any) -> Any:
 def _options(
     values: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]
 ) -> dict[str, list[tuple[str, Any]]]:
-    """Options that all runs share, and the others with how many runs have which value."""
+    """Options with one value in all runs, and the others with the number of runs per value."""
     known = [found for found in values.values() if found]
     alike, unlike = [], []
     for key in dict.fromkeys(key for found in known for key in found):
@@ -225,5 +215,5 @@ def _nonempty(table: Table) -> Table | None:
 
 
 def _link(path: str) -> str:
-    # Without the dot a colon in the first part would make it the name of a protocol.
+    # Without "./" a colon in the first part would make it the name of a protocol.
     return path if path.startswith("file:") else quote(f"./{path}/")

@@ -1,4 +1,4 @@
-"""The figures of learning rates that were tried: over both of them, and over their ratio."""
+"""Figures of the learning rates that were tried: over both rates, and over their ratio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import DASHES, Theme
+from zofo.pages.themes import DASHES, Theme
 from zofo.results.comparison import Grid
 
 

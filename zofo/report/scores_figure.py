@@ -1,16 +1,17 @@
-"""Figures of scores, as plotly's JSON: hybrid against fo-peft, score against cost.
+"""Figures of scores as plotly's JSON: hybrid against fo-peft, score against cost.
 
-Every name comes from a run folder and plotly reads a little HTML, so names are escaped.
+Names come from run folders and plotly interprets some HTML, so names are escaped.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import MARKS, Theme
+from zofo.pages.themes import MARKS, Theme
 from zofo.results.comparison import Group, Pair, treatment_of
 from zofo.statistics.estimates import Estimate
 
@@ -23,7 +24,7 @@ COST_AXES: Final = {
 
 
 def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> Figure:
-    """Hybrid minus fo-peft: a line a pair with interval and seeds, and the mean of all."""
+    """Hybrid minus fo-peft: one line per pair with interval and seeds, and the mean of all."""
     import plotly.graph_objects as go
 
     labels = [pair_label(pair, pairs) for pair in pairs]
@@ -73,7 +74,7 @@ def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> F
 
 
 def pareto_figures(groups: Sequence[Group], theme: Theme) -> Choices:
-    """Score against each cost, a panel a task; a line joins what nothing else beats in both."""
+    """Score against each cost with one panel per task; a line marks the Pareto frontier."""
     panels = list(dict.fromkeys((group.model, group.task) for group in groups))
     figures = {}
     for i, panel in enumerate(panels):
@@ -96,7 +97,7 @@ def _pareto(
     title, unit = COST_AXES[cost]
     figure = go.Figure()
     known = [(g, value / unit) for g in inside if (value := g.costs[cost]) is not None]
-    front = frontier([(x, g.accuracy.mean) for g, x in known])
+    front = frontier([(x, g.accuracy.value) for g, x in known])
     figure.add_scatter(
         x=[x for x, _ in front],
         y=[100 * y for _, y in front],
@@ -137,7 +138,7 @@ def _pareto(
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, score), those that no other is at least as good as in both, by cost."""
+    """The Pareto frontier of (cost, score) points, ordered by cost."""
     front: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or score > front[-1][1]:
@@ -146,7 +147,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def panel_labels(panels: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Number of a (model, task) -> the task, and the model too where there are several."""
+    """Index of a (model, task) -> the task, with the model if there are several models."""
     is_one = len({model for model, _ in panels}) == 1
     return {
         str(i): task if is_one else f"{task}, {model}" for i, (model, task) in enumerate(panels)
@@ -154,7 +155,7 @@ def panel_labels(panels: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def pair_label(pair: Pair, pairs: Sequence[Pair]) -> str:
-    """Task of a pair, and whatever else the pairs differ in; escaped."""
+    """The task of a pair with everything else that differs between the pairs, escaped."""
     parts = [pair.hybrid.task]
     for key in ("model", "adapter", "optimizer"):
         if len({getattr(other.hybrid, key) for other in pairs}) > 1:
@@ -163,7 +164,7 @@ def pair_label(pair: Pair, pairs: Sequence[Pair]) -> str:
 
 
 def mark_of(group: Group, theme: Theme) -> dict[str, Any]:
-    """Symbol and colour of a method."""
+    """Symbol and colour of the method of a group."""
     return {
         "symbol": MARKS.get(group.method, "circle"),
         "color": theme.methods.get(group.method, theme.text),
@@ -171,19 +172,18 @@ def mark_of(group: Group, theme: Theme) -> dict[str, Any]:
 
 
 def _with_interval(estimates: Sequence[Estimate], axis: str) -> dict[str, Any]:
-    """Values in percent along an axis, with their intervals."""
+    """Values in percent along an axis, with error bars; no interval means bars of length 0."""
 
-    def arm(side: Callable[[Estimate], float | None], sign: int) -> list[float]:
-        ends = [(e.mean, side(e)) for e in estimates]
-        return [0.0 if end is None else 100 * sign * (end - mean) for mean, end in ends]
+    def lengths(differences: Iterable[float]) -> list[float]:
+        return [0.0 if math.isnan(length) else 100 * length for length in differences]
 
     return {
-        axis: [100 * e.mean for e in estimates],
+        axis: [100 * e.value for e in estimates],
         f"error_{axis}": {
             "type": "data",
             "symmetric": False,
-            "array": arm(lambda e: e.high, 1),
-            "arrayminus": arm(lambda e: e.low, -1),
+            "array": lengths(e.high - e.value for e in estimates),
+            "arrayminus": lengths(e.value - e.low for e in estimates),
             "thickness": 2,
             "width": 5,
         },
@@ -192,7 +192,5 @@ def _with_interval(estimates: Sequence[Estimate], axis: str) -> dict[str, Any]:
 
 def _interval_text(estimate: Estimate, *, signed: bool = True) -> str:
     form = "+.2f" if signed else ".2f"
-    text = f"{100 * estimate.mean:{form}}"
-    if estimate.low is None or estimate.high is None:
-        return f"{text} (no interval)"
-    return f"{text} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
+    value, low, high = (f"{100 * x:{form}}" for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} (no interval)" if math.isnan(estimate.low) else f"{value} [{low}, {high}]"

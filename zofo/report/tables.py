@@ -1,15 +1,16 @@
-"""The tables of a report, for the page and for the terminal alike.
+"""The tables of a report, for the page and for the terminal.
 
-A cell has what is shown and what it is sorted by; numbers are sorted, and tested, unrounded.
+A cell has the text that is shown and the value that it is sorted by. Values are not rounded.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zofo.pages.tables import Cell, Column, Table, make_table
+from zofo.pages.tables import Cell, Column, Columns, Table, make_short_table, text_cell
 from zofo.results.comparison import Comparison, Group, Pair, treatment_of
 from zofo.statistics.estimates import Estimate, Ranks
 
@@ -18,239 +19,196 @@ _OUTCOMES = {"win": "won", "loss": "lost", "tie": "tie", "undecided": "undecided
 
 
 def group_table(comparison: Comparison) -> Table:
-    """The main table: scores with intervals, and costs, one row a group."""
+    """The main table: scores with intervals, and costs, with one row per group."""
     groups = comparison.groups
-    per_cell: dict[Any, int] = {}
-    for group in groups:
-        cell = (group.model, group.task, group.method, group.adapter, group.optimizer)
-        per_cell[cell] = per_cell.get(cell, 0) + 1
-    columns = [
-        Column("method", "method", False),
-        Column("task", "task", False),
-        Column("model", "model", False),
-        Column("base_lr", "base_lr"),
-        Column("adapter_lr", "adapter_lr"),
-        Column("setting", "options", False),
-        Column("seeds", "seeds"),
-        Column("accuracy", "accuracy, % [95% interval]"),
-        Column("auc", "AUC"),
-        Column("majority", "majority, %"),
-        Column("accuracy_before", "before, %"),
-        Column("best_dev_loss", "dev loss"),
-        Column("forward_equivalents", "forward-eq."),
-        Column("train_s", "training, s"),
-        Column("peak_memory_bytes", "peak, MiB"),
-        Column("artifact_bytes", "to store, KiB"),
-    ]
-    rows = []
-    for group in groups:
-        cell = (group.model, group.task, group.method, group.adapter, group.optimizer)
-        stands = "stands for its cell" if group.is_chosen and per_cell[cell] > 1 else ""
-        rows.append(
-            (
-                Cell(name := treatment_of(group, groups), name, stands, mark="name short"),
-                Cell(group.task, group.task),
-                Cell(group.model, group.model),
-                _rate(group.base_lr),
-                _rate(group.adapter_lr),
-                Cell(group.setting, group.setting),
-                Cell(str(len(group.seeds)), float(len(group.seeds))),
-                _score(group),
-                estimate_cell(group.auc, 1, ".3f", with_interval=False),
-                _number(group.majority, ".1f", 100),
-                estimate_cell(group.accuracy_before, 100, ".1f", with_interval=False),
-                estimate_cell(group.best_dev_loss, 1, ".4f", with_interval=False),
-                _number(group.costs["forward_equivalents"], ",.0f"),
-                _number(group.costs["train_s"], ",.1f"),
-                _number(group.costs["peak_memory_bytes"], ",.0f", 1 / _MIB),
-                _number(group.costs["artifact_bytes"], ",.0f", 1 / 1024),
-            )
-        )
-    return make_table(columns, rows)
+
+    def cell_of(group: Group) -> tuple[str, ...]:
+        return group.model, group.task, group.method, group.adapter, group.optimizer
+
+    sizes = Counter(map(cell_of, groups))
+
+    def name(group: Group) -> Cell:
+        is_one_of_many = group.is_chosen and sizes[cell_of(group)] > 1
+        text = treatment_of(group, groups)
+        return Cell(text, text, "represents its cell" if is_one_of_many else "", mark="name short")
+
+    def accuracy(group: Group) -> Cell:
+        cell = estimate_cell(group.accuracy, 100, ".2f")
+        if group.majority is not None and group.accuracy.value <= group.majority:
+            return Cell(cell.text, cell.value, f"{cell.aside} ≤ majority".strip(), mark="weak")
+        return cell
+
+    def mean(key: str, form: str, scale: float = 1) -> Any:
+        return lambda group: estimate_cell(getattr(group, key), scale, form, with_interval=False)
+
+    def cost(key: str, form: str, scale: float = 1) -> Any:
+        return lambda group: _number(group.costs[key], form, scale)
+
+    columns: Columns = {
+        Column("method", "method", False): name,
+        Column("task", "task", False): lambda group: text_cell(group.task),
+        Column("model", "model", False): lambda group: text_cell(group.model),
+        Column("base_lr", "base_lr"): lambda group: _rate(group.base_lr),
+        Column("adapter_lr", "adapter_lr"): lambda group: _rate(group.adapter_lr),
+        Column("setting", "options", False): lambda group: text_cell(group.setting),
+        Column("seeds", "seeds"): lambda group: _number(len(group.seeds), ".0f"),
+        Column("accuracy", "accuracy, % [95% interval]"): accuracy,
+        Column("auc", "AUC"): mean("auc", ".3f"),
+        Column("majority", "majority, %"): lambda group: _number(group.majority, ".1f", 100),
+        Column("accuracy_before", "before, %"): mean("accuracy_before", ".1f", 100),
+        Column("best_dev_loss", "dev loss"): mean("best_dev_loss", ".4f"),
+        Column("forward_equivalents", "forward-eq."): cost("forward_equivalents", ",.0f"),
+        Column("train_s", "training, s"): cost("train_s", ",.1f"),
+        Column("peak_memory_bytes", "peak, MiB"): cost("peak_memory_bytes", ",.0f", 1 / _MIB),
+        Column("artifact_bytes", "to store, KiB"): cost("artifact_bytes", ",.0f", 1 / 1024),
+    }
+    return make_short_table(columns, groups)
 
 
-def _score(group: Group) -> Cell:
-    cell = estimate_cell(group.accuracy, 100, ".2f")
-    if group.majority is not None and group.accuracy.mean <= group.majority:
-        return Cell(cell.text, cell.value, f"{cell.aside} ≤ majority".strip(), mark="weak")
-    return cell
+_OF_PAIR: Columns = {
+    Column("task", "task", False): lambda pair: text_cell(pair.hybrid.task, "name"),
+    Column("model", "model", False): lambda pair: text_cell(pair.hybrid.model),
+    Column("adapter", "adapter", False): lambda pair: text_cell(pair.hybrid.adapter),
+    Column("optimizer", "optimizer", False): lambda pair: text_cell(pair.hybrid.optimizer),
+}
 
 
 def pair_table(pairs: Sequence[Pair]) -> Table:
-    """Hybrid against fo-peft, one row a pair."""
-    columns = [
-        Column("task", "task", False),
-        Column("model", "model", False),
-        Column("adapter", "adapter", False),
-        Column("optimizer", "optimizer", False),
-        Column("hybrid", "hybrid, %"),
-        Column("fo_peft", "fo-peft, %"),
-        Column("difference", "difference, points [95% interval]"),
-        Column("seeds", "seeds"),
-        Column("outcome", "outcome", False),
-        Column("forward_equivalents", "× forward-eq."),
-        Column("train_s", "× seconds"),
-        Column("peak_memory_bytes", "× peak memory"),
-        Column("unlike", "other options that differ", False),
-    ]
-    rows = []
-    for pair in pairs:
-        group, difference = pair.hybrid, pair.difference
-        rows.append(
-            (
-                Cell(group.task, group.task, mark="name"),
-                Cell(group.model, group.model),
-                Cell(group.adapter, group.adapter),
-                Cell(group.optimizer, group.optimizer),
-                _number(pair.hybrid_mean, ".2f", 100),
-                _number(pair.fo_peft_mean, ".2f", 100),
-                estimate_cell(difference.estimate, 100, "+.2f"),
-                Cell(str(len(difference.seeds)), float(len(difference.seeds))),
-                Cell(
-                    _OUTCOMES[difference.outcome],
-                    difference.outcome,
-                    mark=f"outcome {difference.outcome}",
-                ),
-                *(
-                    _number(pair.cost_ratios[cost], ".2f")
-                    for cost in ("forward_equivalents", "train_s", "peak_memory_bytes")
-                ),
-                Cell(_unlike(pair.unlike), _unlike(pair.unlike)),
-            )
-        )
-    return make_table(columns, rows)
+    """Hybrid against fo-peft, with one row per pair."""
+
+    def outcome(pair: Pair) -> Cell:
+        found = pair.difference.outcome
+        return Cell(_OUTCOMES[found], found, mark=f"outcome {found}")
+
+    def unlike(pair: Pair) -> Cell:
+        texts = (f"{key}: {ours} against {theirs}" for key, (ours, theirs) in pair.unlike.items())
+        return text_cell("; ".join(texts))
+
+    def ratio(cost: str) -> Any:
+        return lambda pair: _number(pair.cost_ratios[cost], ".2f")
+
+    columns: Columns = {
+        **_OF_PAIR,
+        Column("hybrid", "hybrid, %"): lambda pair: _number(pair.hybrid_mean, ".2f", 100),
+        Column("fo_peft", "fo-peft, %"): lambda pair: _number(pair.fo_peft_mean, ".2f", 100),
+        Column("difference", "difference, points [95% interval]"): lambda pair: estimate_cell(
+            pair.difference.estimate, 100, "+.2f"
+        ),
+        Column("seeds", "seeds"): lambda pair: _number(len(pair.difference.seeds), ".0f"),
+        Column("outcome", "outcome", False): outcome,
+        Column("forward_equivalents", "× forward-eq."): ratio("forward_equivalents"),
+        Column("train_s", "× seconds"): ratio("train_s"),
+        Column("peak_memory_bytes", "× peak memory"): ratio("peak_memory_bytes"),
+        Column("unlike", "other options that differ", False): unlike,
+    }
+    return make_short_table(columns, pairs)
 
 
 def reach_table(pairs: Sequence[Pair]) -> Table:
-    """What it took to reach fo-peft's best dev loss, one row a pair."""
-    columns = [
-        Column("task", "task", False),
-        Column("model", "model", False),
-        Column("adapter", "adapter", False),
-        Column("optimizer", "optimizer", False),
-        Column("reached", "seeds in which hybrid got there"),
-    ]
-    for cost, title in (
-        ("step", "steps"),
-        ("forward_equivalents", "forward-eq."),
-        ("elapsed_s", "seconds"),
+    """The costs until fo-peft's best dev loss was reached, with one row per pair."""
+
+    def reached(pair: Pair) -> Cell:
+        return Cell(f"{pair.num_reached} of {len(pair.difference.seeds)}", float(pair.num_reached))
+
+    def spent(cost: str, side: int, form: str) -> Any:
+        def cell(pair: Pair) -> Cell:
+            value = (pair.reach[cost] or (None, None))[side]
+            is_never = value is not None and math.isinf(value)
+            return Cell("never", math.inf) if is_never else _number(value, form)
+
+        return cell
+
+    columns = {**_OF_PAIR, Column("reached", "seeds in which hybrid got there"): reached}
+    for cost, title, form in (
+        ("step", "steps", ",.0f"),
+        ("forward_equivalents", "forward-eq.", ",.0f"),
+        ("elapsed_s", "seconds", ",.1f"),
     ):
-        columns += [
-            Column(f"hybrid_{cost}", f"{title}, hybrid"),
-            Column(f"fo_peft_{cost}", f"{title}, fo-peft"),
-        ]
-    rows = []
-    for pair in pairs:
-        group, num = pair.hybrid, len(pair.difference.seeds)
-        row = [
-            Cell(group.task, group.task, mark="name"),
-            Cell(group.model, group.model),
-            Cell(group.adapter, group.adapter),
-            Cell(group.optimizer, group.optimizer),
-            Cell(f"{pair.num_reached} of {num}", float(pair.num_reached)),
-        ]
-        for cost, form in (
-            ("step", ",.0f"),
-            ("forward_equivalents", ",.0f"),
-            ("elapsed_s", ",.1f"),
-        ):
-            for spent in pair.reach[cost] or (None, None):
-                never = spent is not None and math.isinf(spent)
-                row.append(Cell("never", math.inf) if never else _number(spent, form))
-        rows.append(row)
-    return make_table(columns, rows)
+        columns[Column(f"hybrid_{cost}", f"{title}, hybrid")] = spent(cost, 0, form)
+        columns[Column(f"fo_peft_{cost}", f"{title}, fo-peft")] = spent(cost, 1, form)
+    return make_short_table(columns, pairs)
 
 
 def rank_table(ranks: Ranks) -> Table:
-    """Mean ranks, and Nemenyi's p-values against each other treatment."""
+    """Mean ranks, and Nemenyi's p-value against each other treatment."""
+
+    def p_value(other: str) -> Any:
+        def cell(name: str) -> Cell:
+            found = ranks.p_values.get((name, other), ranks.p_values.get((other, name)))
+            return Cell("–", None) if name == other else _number(found, ".3f")
+
+        return cell
+
     names = list(ranks.mean_ranks)
-    columns = [
-        Column("method", "method", False),
-        Column("rank", "mean rank"),
-        *(Column(f"p_{i}", f"p against {name}") for i, name in enumerate(names)),
-    ]
-    rows = []
-    for name, rank in ranks.mean_ranks.items():
-        row = [Cell(name, name, mark="name"), _number(rank, ".2f")]
-        for other in names:
-            p_value = ranks.p_values.get((name, other), ranks.p_values.get((other, name)))
-            row.append(_number(p_value, ".3f") if other != name else Cell("–", None))
-        rows.append(row)
-    return make_table(columns, rows)
+    columns: Columns = {
+        Column("method", "method", False): lambda name: text_cell(name, "name"),
+        Column("rank", "mean rank"): lambda name: _number(ranks.mean_ranks[name], ".2f"),
+        **{Column(f"p_{i}", f"p against {name}"): p_value(name) for i, name in enumerate(names)},
+    }
+    return make_short_table(columns, names)
 
 
 def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[str, str]) -> Table:
-    """All runs, or some of them.
+    """A table with one row per run.
 
     Args:
-        rows: of `Runs.table`.
-        links: run -> where its folder lies.
+        rows: rows of `Runs.table`.
+        links: run -> link to its folder.
         reasons: run -> why it is not compared.
     """
-    columns = [
-        Column("run", "run", False),
-        Column("status", "status", False),
-        Column("why", "why", False),
-        Column("stage", "stage", False),
-        Column("task", "task", False),
-        Column("model", "model", False),
-        Column("method", "method", False),
-        Column("adapter", "adapter", False),
-        Column("base_lr", "base_lr"),
-        Column("adapter_lr", "adapter_lr"),
-        Column("seed", "seed"),
-        Column("steps", "steps"),
-        Column("accuracy", "accuracy, %"),
-        Column("best_dev_loss", "best dev loss"),
-        Column("train_s", "training, s"),
-    ]
-    found = []
-    for row in rows:
-        steps = _number(row.steps, ",.0f")
-        if _known(row.planned_steps) is not None:
-            steps = Cell(f"{steps.text or '0'} of {row.planned_steps:,.0f}", steps.value)
-        why = row.error or reasons.get(row.run, "")
-        why = why or ("no result yet" if row.status == "unfinished" else "")
-        found.append(
-            (
-                Cell(row.run, row.run, href=links[row.run], mark="name"),
-                Cell(row.status, row.status, mark=f"status {row.status}"),
-                Cell(why, why),
-                Cell(row.stage, row.stage),
-                Cell(row.task, row.task),
-                Cell(row.model, row.model),
-                Cell(row.method, row.method),
-                Cell(row.adapter if row.adapter != "none" else "", row.adapter),
-                _rate(row.base_lr),
-                _rate(row.adapter_lr),
-                _number(row.seed, ".0f"),
-                steps,
-                _number(row.accuracy, ".2f", 100),
-                _number(row.best_dev_loss, ".4f"),
-                _number(row.train_s, ",.1f"),
-            )
-        )
-    return make_table(columns, found)
+
+    def why(row: Any) -> Cell:
+        waits = "no result yet" if row.status == "unfinished" else ""
+        return text_cell(row.error or reasons.get(row.run, "") or waits)
+
+    def steps(row: Any) -> Cell:
+        done = _number(row.steps, ",.0f")
+        if _known(row.planned_steps) is None:
+            return done
+        return Cell(f"{done.text or '0'} of {row.planned_steps:,.0f}", done.value)
+
+    columns: Columns = {
+        Column("run", "run", False): lambda row: Cell(
+            row.run, row.run, href=links[row.run], mark="name"
+        ),
+        Column("status", "status", False): lambda row: text_cell(
+            row.status, f"status {row.status}"
+        ),
+        Column("why", "why", False): why,
+        Column("stage", "stage", False): lambda row: text_cell(row.stage),
+        Column("task", "task", False): lambda row: text_cell(row.task),
+        Column("model", "model", False): lambda row: text_cell(row.model),
+        Column("method", "method", False): lambda row: text_cell(row.method),
+        Column("adapter", "adapter", False): lambda row: Cell(
+            row.adapter if row.adapter != "none" else "", row.adapter
+        ),
+        Column("base_lr", "base_lr"): lambda row: _rate(row.base_lr),
+        Column("adapter_lr", "adapter_lr"): lambda row: _rate(row.adapter_lr),
+        Column("seed", "seed"): lambda row: _number(row.seed, ".0f"),
+        Column("steps", "steps"): steps,
+        Column("accuracy", "accuracy, %"): lambda row: _number(row.accuracy, ".2f", 100),
+        Column("best_dev_loss", "best dev loss"): lambda row: _number(row.best_dev_loss, ".4f"),
+        Column("train_s", "training, s"): lambda row: _number(row.train_s, ",.1f"),
+    }
+    return make_short_table(columns, rows)
 
 
 def estimate_cell(
     estimate: Estimate | None, scale: float, form: str, *, with_interval: bool = True
 ) -> Cell:
-    """A mean, with its interval beside it; sorted by the mean, unscaled."""
+    """A mean with its interval beside it, sorted by the unscaled mean."""
     if estimate is None:
         return Cell("", None)
-    text = f"{scale * estimate.mean:{form}}"
-    if not with_interval:
-        return Cell(text, estimate.mean)
-    if estimate.low is None or estimate.high is None:
-        return Cell(text, estimate.mean, "no interval")
-    interval = f"[{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
-    return Cell(text, estimate.mean, interval)
+    aside = ""
+    if with_interval:
+        aside = f"[{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
+        aside = "no interval" if math.isnan(estimate.low) else aside
+    return Cell(f"{scale * estimate.value:{form}}", estimate.value, aside)
 
 
 def _rate(rate: float | str | None) -> Cell:
-    """A learning rate; a map of them is text."""
-    return Cell(rate, rate) if isinstance(rate, str) else _number(rate, "g")
+    """A learning rate, or a map of several as text."""
+    return text_cell(rate) if isinstance(rate, str) else _number(rate, "g")
 
 
 def _number(value: float | None, form: str, scale: float = 1) -> Cell:
@@ -260,7 +218,3 @@ def _number(value: float | None, form: str, scale: float = 1) -> Cell:
 
 def _known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
-
-
-def _unlike(options: Mapping[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{key}: {ours} against {theirs}" for key, (ours, theirs) in options.items())

@@ -1,10 +1,10 @@
-"""What a set of runs says: groups over seeds, hybrid against fo-peft, ranks, rates tried.
+"""Compares runs: groups over seeds, hybrid against fo-peft, ranks, and the learning rates tried.
 
-Runs that differ in nothing but the seed are a *group*; a *cell* is a model, task, method, adapter
-and optimizer. Where a cell has several groups (several rates were tried) one of them stands for it:
-the one that the study chose, else the one with the lowest mean dev loss. Never the test score: the
-best of several by that is better than it will be again. A *pair* is hybrid and fo-peft of one
-model, task, adapter and optimizer.
+A *group* is a set of runs that differ only in their seed. A *cell* is a model, task, method,
+adapter and optimizer. If several learning rates were tried, a cell has several groups, and one of
+them represents the cell: the choice of the study, or else the group with the lowest mean dev loss.
+The test score is never used for this, because the best of several test scores is biased upwards. A
+*pair* is hybrid and fo-peft of one model, task, adapter and optimizer.
 """
 
 from __future__ import annotations
@@ -35,26 +35,25 @@ CELL: Final = ("model", "task", "method", "adapter", "optimizer")
 COSTS: Final = ("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes")
 CURVE_COSTS: Final = ("step", "forward_equivalents", "elapsed_s")
 _ZEROTH_ONLY: Final = frozenset((*STEP_KEYS, "base_batch_fraction", "base_weight_decay"))
-"""Options that fo-peft has no use for, so that a pair may differ in them."""
+"""Options without effect on fo-peft, so the two runs of a pair may differ in them."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in their seed.
 
     Attributes:
-        model, task, method, adapter, optimizer: its cell.
+        model, task, method, adapter, optimizer: the cell.
         rates: both learning rates as text.
         setting: digest of the other options.
-        base_lr: learning rate, or a map of several as text; None where the base is frozen.
-        adapter_lr: learning rate; None where there is no adapter.
-        runs: names, in order of their seeds.
-        seeds: likewise.
-        is_chosen: whether it stands for its cell.
-        accuracy, auc, accuracy_before, best_dev_loss: over seeds; None where not measured.
-        majority: rate of the test rows' commonest class.
-        num_test: test rows.
-        costs: mean of each of `COSTS`; None where not measured.
+        base_lr: learning rate, or a map of several as text; None if the base is frozen.
+        adapter_lr: learning rate; None if there is no adapter.
+        runs, seeds: names and seeds of the runs, ordered by seed.
+        is_chosen: whether the group represents its cell.
+        accuracy, auc, accuracy_before, best_dev_loss: means over seeds; None if not measured.
+        majority: share of the most frequent class of the test rows.
+        num_test: number of test rows.
+        costs: mean of each of `COSTS`; None if not measured.
     """
 
     model: str
@@ -84,15 +83,15 @@ class Pair:
 
     Attributes:
         hybrid, fo_peft: the groups.
-        difference: in test accuracy, hybrid − fo-peft.
-        hybrid_mean, fo_peft_mean: test accuracy over the seeds that both have.
+        difference: difference of the test accuracies, hybrid − fo-peft.
+        hybrid_mean, fo_peft_mean: mean test accuracy over the seeds that both have.
         values: seed -> difference.
         cost_ratios: mean cost of hybrid over that of fo-peft, for the same seeds.
-        reach: cost -> (hybrid's, fo-peft's) median over seeds, of what it took until the dev loss
-            was at most fo-peft's best of that seed; infinite where half of the seeds never got
-            there; None where a log lacks costs.
-        num_reached: seeds in which hybrid got there.
-        unlike: option -> (hybrid's, fo-peft's), where they should be alike and are not.
+        reach: cost -> medians over seeds for (hybrid, fo-peft), of the cost until the dev loss was
+            at most fo-peft's best of that seed. A median is infinite if half of the seeds never
+            reached this loss. None if a log lacks costs.
+        num_reached: number of seeds in which hybrid reached this loss.
+        unlike: option -> (value of hybrid, value of fo-peft), for options that should be equal.
     """
 
     hybrid: Group
@@ -113,8 +112,8 @@ class Grid:
 
     Attributes:
         model, task, method, adapter, optimizer: the cell.
-        points: (base_lr, adapter_lr, mean best dev loss or None where no run was measured, runs,
-            whether it is the rate that stands for the cell), a rate None where the block is frozen.
+        points: (base_lr, adapter_lr, mean best dev loss, number of runs, whether these rates
+            represent the cell). A rate is None if its block is frozen, the loss if none is known.
     """
 
     model: str
@@ -127,14 +126,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is compared.
+    """The comparison of a set of runs.
 
     Attributes:
-        groups: of finished runs outside a search.
-        pairs: of the groups that stand for their cells.
-        ranks: over tasks; None, with `no_ranks` saying why.
+        groups: groups of finished runs that are not part of a search.
+        pairs: pairs of the groups that represent their cells.
+        ranks, no_ranks: ranks over tasks; None, with the reason in `no_ranks`.
         grids: cells in which more than one rate was tried.
-        left_out: run -> why it is in none of these.
+        left_out: run -> why the comparison omits it.
     """
 
     groups: tuple[Group, ...]
@@ -150,14 +149,8 @@ def compare(runs: Runs) -> Comparison:
     left_out: dict[str, str] = {}
     groups = _groups(runs.table, left_out)
     ranks, no_ranks = _ranks(groups)
-    return Comparison(
-        groups,
-        _pairs(groups, runs),
-        ranks,
-        no_ranks,
-        _grids(runs.table, groups),
-        left_out,
-    )
+    pairs, grids = _pairs(groups, runs), _grids(runs.table, groups)
+    return Comparison(groups, pairs, ranks, no_ranks, grids, left_out)
 
 
 def _groups(table: pd.DataFrame, left_out: dict[str, str]) -> tuple[Group, ...]:
@@ -177,16 +170,16 @@ def _groups(table: pd.DataFrame, left_out: dict[str, str]) -> tuple[Group, ...]:
 
 
 def _order(group: Group) -> tuple[Any, ...]:
-    """Hybrid first, then what it is compared with; as they came otherwise."""
+    """Sort key: methods in the order of `METHODS`, unknown ones last."""
     known = list(METHODS).index(group.method) if group.method in METHODS else len(METHODS)
     return group.model, group.task, known, group.adapter, group.optimizer
 
 
 def _standing_for(cell: Any, found: Mapping[Any, pd.DataFrame]) -> Any:
-    """The key of the group that stands for a cell."""
+    """The key of the group that represents a cell."""
     keys = [key for key in found if key[:5] == cell]
     by_study = [key for key in keys if found[key]["chosen"].any()]
-    # A group without dev losses comes last, whatever is known of the others.
+    # The mean is NaN for a group without dev losses, which comes last.
     losses = {key: float(found[key]["best_dev_loss"].mean()) for key in by_study or keys}
     return min(losses, key=lambda key: math.inf if math.isnan(losses[key]) else losses[key])
 
@@ -267,7 +260,7 @@ def _pair(hybrid: Group, fo_peft: Group, runs: Runs) -> Pair | None:
 def _reach(
     pairs: Sequence[tuple[str, str]], curves: pd.DataFrame
 ) -> tuple[dict[str, tuple[float, float] | None], int]:
-    """Costs of (hybrid, fo-peft) until fo-peft's best dev loss, and how many hybrids got there."""
+    """The values `reach` and `num_reached` of a pair, from the (hybrid, fo-peft) runs per seed."""
     by_run = dict(iter(curves.groupby("run")))
     costs: dict[str, tuple[list[float], list[float]]] = {c: ([], []) for c in CURVE_COSTS}
     num_reached = 0
@@ -282,7 +275,7 @@ def _reach(
     medians: dict[str, tuple[float, float] | None] = {}
     for cost, both in costs.items():
         is_known = bool(both[0]) and not any(map(math.isnan, both[0] + both[1]))
-        # The higher of two middle values: half of the seeds are there by then.
+        # The higher of two middle values: the cost at which half of the seeds reached the loss.
         medians[cost] = (
             (stdlib.median_high(both[0]), stdlib.median_high(both[1])) if is_known else None
         )
@@ -296,7 +289,7 @@ def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tup
 
 
 def treatment_of(group: Group, groups: Sequence[Group]) -> str:
-    """Method and adapter of a group; the optimizer too where the groups have several."""
+    """Method and adapter of a group, and its optimizer if the groups have several."""
     parts = [group.method]
     parts += [group.adapter] if group.adapter != "none" else []
     optimizers = {g.optimizer for g in groups if g.optimizer}
@@ -305,7 +298,7 @@ def treatment_of(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _ranks(groups: Sequence[Group]) -> tuple[Ranks | None, str]:
-    """Ranks over (model, task), of the treatments that leave at least two complete blocks."""
+    """Ranks over (model, task); drops the rarest treatments until two blocks are complete."""
     import pandas as pd
 
     chosen = [group for group in groups if group.is_chosen]
@@ -313,7 +306,7 @@ def _ranks(groups: Sequence[Group]) -> tuple[Ranks | None, str]:
         {
             "block": [f"{g.model}, {g.task}" for g in chosen],
             "treatment": [treatment_of(g, groups) for g in chosen],
-            "accuracy": [g.accuracy.mean for g in chosen],
+            "accuracy": [g.accuracy.value for g in chosen],
         }
     )
     scores = frame.pivot(index="block", columns="treatment", values="accuracy")
@@ -321,9 +314,9 @@ def _ranks(groups: Sequence[Group]) -> tuple[Ranks | None, str]:
         scores = scores.drop(columns=str(scores.notna().sum().idxmin()))
     complete = scores.dropna()
     if complete.shape[1] < 3:
-        return None, "ranks over tasks want three methods or more"
+        return None, "ranks over tasks need three methods or more"
     if len(complete) < 2:
-        return None, "ranks want two tasks or more on which the same three methods have finished"
+        return None, "ranks need two tasks or more on which the same three methods have finished"
     return rank_treatments(complete), ""
 
 
@@ -338,8 +331,8 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
     grids = []
     for key, rows in tried.groupby([*CELL, "setting"], sort=False):
         standing = set(rows["rates"][rows["chosen"]]) or {chosen.get(key)}
-        # The run of a search that is chosen is a final one from then on; other seeds of that rate
-        # would make it look unlike its neighbours.
+        # The chosen rates also have final runs with other seeds. Only the seeds of the search are
+        # comparable with the other rates.
         searched = set(rows["seed"][rows["stage"] == "search"])
         rows = rows[rows["seed"].isin(searched)] if searched else rows
         if rows["rates"].nunique() < 2:
@@ -354,8 +347,7 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
             )
             for rates, same in rows.groupby("rates", sort=False)
         )
-        cell: dict[str, Any] = dict(zip((*CELL, "setting"), key, strict=True))
-        cell.pop("setting")
+        cell: dict[str, Any] = dict(zip(CELL, key, strict=False))  # without the setting
         grids.append(Grid(**cell, points=points))
     return tuple(grids)
 
@@ -366,6 +358,6 @@ def _mean(values: pd.Series) -> float | None:
 
 
 def _first(values: pd.Series) -> Any:
-    """The first value that is there; None if none is."""
+    """The first value that is not missing, or None."""
     values = values.dropna()
     return values.iloc[0] if len(values) else None

@@ -1,8 +1,8 @@
-"""Run folders as tables: one row a run, one row an evaluation on dev.
+"""Run folders as tables: one row per run, and one row per evaluation on dev.
 
-Whatever a run folder holds may be missing (the run goes on), cut short (it was killed) or written
-by another version, so nothing here insists: what cannot be read is a blank, and a run that cannot
-be read at all is a row that says why.
+A file may be missing (the run continues), incomplete (the run was killed) or written by another
+version. Therefore a value that cannot be read is blank, and a run that cannot be read at all is a
+row with the reason.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ CONFIG_FILE: Final = "run.yaml"
 STUDY_FILE: Final = "study.json"
 COLUMNS: Final[dict[str, str]] = {
     "run": "name of the run, unique in the table",
-    "folder": "where it lies",
+    "folder": "path of the run folder",
     "study": "name of the study",
-    "stage": "search (of rates), or final: a seed at chosen rates, or a run outside a study",
+    "stage": "search (of learning rates), or final: a seed at the chosen rates, or a single run",
     "status": "done, failed, stopped, damaged, or unfinished: no result yet",
     "error": "why it failed, or cannot be read",
     "chosen": "whether the study chose its rates",
     "model": "base",
-    "task": "name, and the file of rows where they are one's own",
+    "task": "name, with the file name if the rows are the user's own",
     "method": f"{', '.join(METHODS)}; a study's hybrid-tied has one rate for both",
     "adapter": "type of the adapter, or the name of its configuration file",
-    "optimizer": "of the first-order block; blank where there is none",
-    "base_lr": "learning rate of the base, a map of several as text; blank where it is frozen",
-    "adapter_lr": "learning rate of the adapter; blank where there is none",
-    "rates": "both as text, by which runs are grouped",
-    "seed": "of the run",
+    "optimizer": "optimizer of the first-order block; blank if there is none",
+    "base_lr": "learning rate of the base, a map of several as text; blank if the base is frozen",
+    "adapter_lr": "learning rate of the adapter; blank if there is none",
+    "rates": "both learning rates as text, which group the runs",
+    "seed": "seed of the run",
     "setting": "digest of every other option that can change a result",
-    "steps": "optimiser steps done",
-    "planned_steps": "optimiser steps configured; blank where epochs are",
-    "accuracy": "on the test rows, after training",
-    "accuracy_before": "the same before training",
-    "auc": "on the test rows, after training (two classes)",
-    "majority": "share of the commonest class of the test rows: what guessing reaches",
-    "test_loss": "on the test rows, after training",
-    "num_test": "test rows",
+    "steps": "optimizer steps done",
+    "planned_steps": "optimizer steps configured; blank if epochs are configured",
+    "accuracy": "accuracy on the test rows, after training",
+    "accuracy_before": "accuracy on the test rows, before training",
+    "auc": "area under the ROC curve on the test rows, after training (two classes)",
+    "majority": "share of the most frequent class of the test rows",
+    "test_loss": "loss on the test rows, after training",
+    "num_test": "number of test rows",
     "best_dev_loss": "lowest loss on dev",
     "last_dev_loss": "loss on dev when last measured",
-    "forward_equivalents": "cost of training, in forwards of a micro-batch without gradients",
+    "forward_equivalents": "cost of training, in forward passes of a micro-batch without gradients",
     "train_s": "seconds of training, without evaluations and checkpoints",
-    "peak_memory_bytes": "of the process, or of the accelerator",
-    "artifact_bytes": "what is stored to have the trained model, base apart",
+    "peak_memory_bytes": "peak memory of the process, or of the accelerator",
+    "artifact_bytes": "size of the artefact, without the base",
 }
-"""What `Runs.table` has, and what it means."""
+"""The columns of `Runs.table`, and what they mean."""
 CURVE_COLUMNS: Final[dict[str, str]] = {
     "run": "as in the table of runs",
-    "step": "optimiser steps done",
-    "forward_equivalents": "spent until then",
+    "step": "optimizer steps done",
+    "forward_equivalents": "forward-equivalents until then",
     "elapsed_s": "seconds of training until then",
     "dev_loss": "loss on the dev rows",
     "dev_accuracy": "accuracy on the dev rows",
@@ -80,18 +80,18 @@ APART: Final = frozenset(
         *("measure_test", "early_stopping"),
     )
 )
-"""Options that have a column of their own, or that change no result."""
+"""Options with a column of their own, or without effect on a result."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs, read.
+    """The contents of run folders.
 
     Attributes:
-        table: one row a run, columns as `COLUMNS`.
-        curves: one row an evaluation on dev, columns as `CURVE_COLUMNS`.
-        configs: run -> its resolved configuration, dotted keys.
-        environments: run -> versions and machine, dotted keys.
+        table: one row per run, with the columns `COLUMNS`.
+        curves: one row per evaluation on dev, with the columns `CURVE_COLUMNS`.
+        configs: run -> its resolved configuration, with dotted keys.
+        environments: run -> versions and machine, with dotted keys.
     """
 
     table: pd.DataFrame
@@ -104,10 +104,10 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     """Read run folders.
 
     Args:
-        paths: run folders, or folders that hold some: a study (in `runs/`), or `runs` itself.
+        paths: run folders, or folders that contain them: that of a study, or its folder `runs`.
 
     Raises:
-        UserError: if one of them is no run and holds none.
+        UserError: if a path neither is nor contains a run folder.
     """
     import pandas as pd
 
@@ -132,10 +132,10 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
-    """The run folders in or at some paths, each once, in the order given.
+    """The run folders at or in the paths, in their order and without repetition.
 
     Raises:
-        UserError: for a path that is no run and holds none.
+        UserError: if a path neither is nor contains a run folder.
     """
     if not paths:
         raise UserError("no runs are named; name run folders, or a study's folder")
@@ -162,12 +162,12 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    # A run of a study that failed before it began has only the study's word for it.
+    # A run of a study that failed at its start has only the file of the study.
     return any((folder / name).is_file() for name in (CONFIG_FILE, STUDY_FILE))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents as tell them apart."""
+    """Folder names, with as many parents as make them unique."""
     paths = [folder.resolve() for folder in folders]
     names = [path.name for path in paths]
     length = 1
@@ -180,7 +180,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read_run(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A run's row and its curve."""
+    """The row of a run, and its evaluations."""
     study = _mapping(folder / STUDY_FILE)
     is_chosen = study.get("chosen") is True
     result = _mapping(folder / "result.json")
@@ -193,7 +193,7 @@ def _read_run(
     elapsed = last.get("elapsed_s")
     row = {
         "study": _text(study.get("study")),
-        # A search at the rates that were chosen becomes the run of its seed: it is scored on test.
+        # If the rates are chosen, the run of the search is scored on test and becomes final.
         "stage": "search" if study.get("stage") == "search" and not is_final else "final",
         "chosen": is_chosen,
         **_status(folder, study, result, config, last),
@@ -225,7 +225,7 @@ def _status(
     config: Mapping[str, Any],
     last: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`status` and `error`: what the study says of a run that did not end well, else its files."""
+    """`status` and `error`, from the study if it recorded a failure, else from the run's files."""
     said, error = study.get("status"), _text(study.get("error"))
     if said in ("failed", "stopped"):
         return {"status": said, "error": error}
@@ -241,7 +241,7 @@ def _status(
 
 
 def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells runs apart, from the configuration, under the study's names where it has some."""
+    """The columns that identify a run, with the names of the study if it has any."""
     cell, rates = _inner(study, "cell"), _inner(study, "rates")
     model, task, adapter = (_inner(config, key) for key in ("model", "task", "adapter"))
     method = _text(config.get("method") or str(cell.get("method", "")).removesuffix("-tied"))
@@ -281,7 +281,7 @@ def _base_lr(rate: Any) -> float | str | None:
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations on dev; costs from the training entry of the step where they lack them."""
+    """The evaluations on dev; the training entry of the same step supplies missing costs."""
     at_step: dict[Any, Mapping[str, Any]] = {}
     for entry in log:
         if "loss" in entry:
@@ -310,7 +310,7 @@ def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log, without those that cannot be read: the last may be half written."""
+    """The entries of a log that can be read; the last may be incomplete."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -325,9 +325,9 @@ def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration as it was written; empty if it cannot be read.
+    """The configuration as written, or empty if it cannot be read.
 
-    Not through `load_config`: a run of another version is still worth a row.
+    `load_config` would refuse a run of another version, which still deserves a row.
     """
     try:
         return read_yaml(folder / CONFIG_FILE)
@@ -351,7 +351,7 @@ def _inner(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: a diverged run logs "nan"."""
+    """The value if it is a finite number, else None; a diverged run logs "nan"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -368,7 +368,7 @@ def _size(folder: Path) -> int | None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones; a map of rates stays one value."""
+    """Nested keys as dotted keys; a map of learning rates stays one value."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and prefix + str(key) != "base_lr":
@@ -379,8 +379,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def relative_to(folder: Path, start: Path) -> str:
-    """A path from one folder to another, with slashes; absolute where there is none."""
+    """The relative path from `start` to `folder` with slashes, or an absolute URI."""
     try:
         return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
-    except ValueError:  # another drive
+    except ValueError:  # Windows has no relative path to another drive
         return folder.resolve().as_uri()

@@ -1,7 +1,8 @@
-"""Was hybrid worth it: one sentence with its interval, and what keeps it from saying more."""
+"""The verdict on hybrid against fo-peft: one sentence with its interval, and its limits."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +21,15 @@ _COST_WORDS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the pairs say together.
+    """The result of all pairs together.
 
     Attributes:
-        outcome: whether hybrid's test accuracy was higher or lower than fo-peft's; undecided where
-            the interval holds 0 or there is none; none where nothing is paired.
-        sentence: the same in words, with interval and number of seeds.
-        notes: cost, pair by pair, and the limits of the sentence.
+        outcome: "higher" or "lower" test accuracy of hybrid; "undecided" if the interval contains 0
+            or if there is no interval; "none" if there are no pairs.
+        sentence: the outcome in words, with interval and number of seeds.
+        notes: costs, outcomes of the pairs, and the limits of the sentence.
         estimate: mean of the pairs' mean differences.
-        counts: win, tie, loss, undecided -> pairs.
+        counts: win, tie, loss or undecided -> number of pairs.
     """
 
     outcome: Literal["higher", "lower", "undecided", "none"]
@@ -39,18 +40,18 @@ class Verdict:
 
 
 def judge(pairs: Sequence[Pair]) -> Verdict:
-    """The verdict on hybrid against fo-peft; never more than the interval bears."""
+    """The verdict on hybrid against fo-peft, which claims no more than the interval supports."""
     if not pairs:
         sentence = (
             "Nothing to compare yet: no hybrid and fo-peft runs of one model, task, adapter, "
             "optimizer and seed have both finished."
         )
         return Verdict("none", sentence, (), None, {})
-    # Pairs of a task have the same rows seed by seed, whatever their model and adapter.
+    # For the same seed all pairs of a task use the same rows, whatever their model and adapter.
     estimate = mean_over_pairs([pair.values for pair in pairs], [p.hybrid.task for p in pairs])
     counts = Counter(pair.difference.outcome for pair in pairs)
-    found = f"{_points(estimate.mean)} of test accuracy"
-    if estimate.low is not None and estimate.high is not None:
+    found = f"{_points(estimate.value)} of test accuracy"
+    if not math.isnan(estimate.low):
         found += f", 95% interval [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}],"
     found += f" {_over(pairs)}"
     outcome: Literal["higher", "lower", "undecided"]
@@ -108,12 +109,12 @@ def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:
 def _is_guessing(pair: Pair) -> bool:
     majority = pair.hybrid.majority
     return majority is not None and all(
-        group.accuracy.mean <= majority for group in (pair.hybrid, pair.fo_peft)
+        group.accuracy.value <= majority for group in (pair.hybrid, pair.fo_peft)
     )
 
 
 def _over(pairs: Sequence[Pair]) -> str:
-    """Over which pairs, with how many seeds."""
+    """The pairs and the number of their seeds, in words."""
     seeds = [len(pair.difference.seeds) for pair in pairs]
     num = _range([float(s) for s in seeds], ".0f")
     word = "seed" if max(seeds) == 1 else "seeds"

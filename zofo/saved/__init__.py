@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, artefacts, exports."""
+"""The folders that a run writes: checkpoints, artefacts and exports."""

@@ -1,12 +1,12 @@
-"""What one ships: the adapter and the base's trajectory, bound to the base they belong to.
+"""The artefact: a folder that holds a trained model in a form that is small enough to share.
 
-    zofo.json                       how to load: base, head, method, task; the base's fingerprint
-    adapter/                        peft's files (methods with an adapter)
-    base_trajectory.safetensors     how the base moved (hybrid, zo-ft)
-    model/                          the whole model (fo-ft, whose history is not a few scalars)
+    zofo.json                       base, method, task, fingerprint of the base, digests of files
+    adapter/                        files of peft (methods with an adapter)
+    base_trajectory.safetensors     updates of the base, one scalar a direction (hybrid, zo-ft)
+    model/                          the whole model (fo-ft, which has no such scalars)
 
-The adapter lies in a folder of its own: `PeftModel.from_pretrained` on the artefact fails, instead
-of silently joining the adapter to a base that it was not trained with.
+The adapter lies in a subfolder so that `PeftModel.from_pretrained` on the artefact fails. Otherwise
+peft would attach the adapter to the original base, with which it was not trained.
 """
 
 from __future__ import annotations
@@ -49,14 +49,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Artifact:
-    """A trained model, ready to use.
+    """A trained model in evaluation mode, with its tokenizer.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer: its tokenizer.
-        base: where it came from.
-        method: how it was trained.
-        task: the task's options (plain values), None if it was trained on none of zofo's.
+        base: the base that training began with.
+        method: name of the method that trained the model.
+        task: options of the task; None if the model was trained on a task outside zofo.
         labels: names of the classes.
     """
 
@@ -83,18 +81,18 @@ def save_artifact(
     """Write an artefact.
 
     Args:
-        folder: where to; made if it does not exist.
+        folder: the folder of the artefact; it is created if it does not exist.
         model: the trained model.
-        base: the base it was trained from.
-        method: the method.
-        trajectory: of the base, for methods that move it by zeroth order.
-        base_fingerprint: of the base before training; needed where the base moved by zeroth order.
-        tokenizer: saved with a whole model.
-        task: the task's options.
+        base: the base that training began with.
+        method: name of the method.
+        trajectory: the updates of the base. Methods that train the base by zeroth order need it.
+        base_fingerprint: fingerprint of the base before training. The same methods need it.
+        tokenizer: it is saved if the whole model is saved.
+        task: options of the task.
         labels: names of the classes.
 
     Raises:
-        UserError: if the folder cannot be written, or what the method needs is not given.
+        UserError: if the folder cannot be written, or an argument that the method needs is missing.
     """
     folder, orders = Path(folder), METHODS[method]
     if orders.base == "zeroth" and trajectory is None:
@@ -106,12 +104,7 @@ def save_artifact(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if orders.needs_adapter:
-            for config in model.peft_config.values():
-                config.base_model_name_or_path = base.name
-            # No adapter of ours changes the vocabulary; looking it up would ask the hub.
-            model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
-            # peft's card shows how to join the adapter to a base it was not trained with.
-            (folder / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
+            save_adapter(model, folder / ADAPTER_FOLDER, base_name=base.name)
         elif orders.base == "first":
             model.save_pretrained(folder / MODEL_FOLDER)
             if tokenizer is not None:
@@ -131,6 +124,16 @@ def save_artifact(
     return folder
 
 
+def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
+    """Write the adapter of a `PeftModel`, with `base_name` as the base that it belongs to."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_name
+    # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # The card of peft shows how to attach the adapter to the original base, which would be wrong.
+    (folder / CARD_FILE).unlink(missing_ok=True)
+
+
 def load(
     folder: str | Path,
     *,
@@ -139,18 +142,19 @@ def load(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
-    """Load what `save_artifact` or `zofo train` wrote.
+    """Load an artefact that `save_artifact` or `zofo train` wrote.
 
     Args:
-        folder: an artefact, a run folder that holds one, or an artefact's hub id.
-        device: where the model goes.
-        trust_remote_code: run code that the base's repository brings, if the base needs that. What
-            the artefact says of it is not enough.
-        revision: of the hub id: branch, tag or commit.
-        progress: called during the replay with the numbers of weights done and to be done.
+        folder: an artefact, a run folder that holds one, or the hub id of an artefact.
+        device: device of the loaded model.
+        trust_remote_code: whether to run code from the base's repository, if the base needs it. The
+            artefact cannot grant this permission.
+        revision: branch, tag or commit of the hub id.
+        progress: called during the replay with the number of weights done and the total number.
 
     Raises:
-        UserError: if it is no artefact, is damaged, or its base cannot be found or is another.
+        UserError: if there is no artefact, a file is damaged, or the base cannot be loaded or
+            differs from the one that training began with.
     """
     name = str(folder)
     if not Path(name).expanduser().exists() and hub.looks_like_hub_id(name):

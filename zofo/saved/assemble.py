@@ -1,16 +1,16 @@
-"""From the parts on disk to the trained model, one checked step after the other.
+"""Loads a trained model in steps, each of which checks what it reads.
 
-    files         the files of an artefact have the digests that its header records
-    history       the trajectory is readable and belongs to this base
-    base          the base loads as it was before training
-    adapter       the adapter belongs to the trajectory and fits the base
-    fingerprint   the base is the one that training began with
-    replay        the recorded updates move the base
-    whole         a model that was saved whole loads
-    finite        every weight is finite
+    files         The files of an artefact have the digests that its header records.
+    history       The trajectory is readable and belongs to this base.
+    base          The base loads as it was before training.
+    adapter       The adapter belongs to the trajectory and fits the base.
+    fingerprint   The base is the one that training began with.
+    replay        The recorded updates apply to the base.
+    whole         The model that was saved as a whole loads.
+    finite        Every weight is finite.
 
-Whoever loads, evaluates, exports, replays or verifies runs these steps, so `zofo verify` finds what
-loading would refuse. An assembly holds one model at a time.
+Loading, evaluation, export, replay and verification all run these steps. `zofo verify` therefore
+finds every fault for which loading would fail. An assembly holds one model at a time.
 """
 
 from __future__ import annotations
@@ -31,29 +31,20 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory, check_base
 from zofo.saved.manifest import BaseSpec, check_files
 
-STEPS: Final = (
-    "files",
-    "history",
-    "base",
-    "adapter",
-    "fingerprint",
-    "replay",
-    "whole",
-    "finite",
-)
+STEPS: Final = ("files", "history", "base", "adapter", "fingerprint", "replay", "whole", "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a trained model consists of.
+    """Where the parts of a trained model lie; None for a part that it does not have.
 
     Attributes:
-        folder: where the parts lie, for messages.
-        base: the base that training began with; None: the caller has loaded it.
+        folder: the folder that messages name.
+        base: the base that training began with; None if the caller has loaded it.
         adapter: folder of the adapter.
-        trajectory: file of the base's history.
-        whole: folder of the whole model.
-        header: of an artefact, as `zofo.json` says.
+        trajectory: file with the updates of the base.
+        whole: folder of the model that was saved as a whole.
+        header: content of `zofo.json`, for an artefact.
     """
 
     folder: Path
@@ -65,20 +56,20 @@ class Parts:
 
 
 class Assembly:
-    """A trained model while it is put together.
+    """A trained model while its parts are loaded.
 
-    Each step is a method that returns what it found, or None where the parts do not call for it,
-    and raises a `UserError` where a check fails.
+    Each step is a method. It returns a sentence for `zofo verify`, or None if the parts do not need
+    the step. It raises a `UserError` if a check fails.
 
     Args:
-        parts: what to put together.
-        model: the base, where `parts` does not name it; changed in place.
-        stop: updates to replay; None: all.
-        progress: called during the replay with the numbers of weights done and to be done.
+        parts: the parts to load.
+        model: the base, if `parts` does not name it; the steps change it in place.
+        stop: number of updates to replay; None for all.
+        progress: called during the replay with the number of weights done and the total number.
 
     Attributes:
-        model: as far as the steps have come.
-        tokenizer: its tokenizer.
+        model: the result of the steps so far.
+        tokenizer: the tokenizer of the model.
     """
 
     def __init__(
@@ -96,7 +87,8 @@ class Assembly:
         self._record: dict[str, Any] = {}
 
     def run(self, *names: str) -> Assembly:
-        """Take the named steps; without names those that lead to the trained model."""
+        """Run the named steps; without names, all that the trained model needs."""
+        # A model that was saved as a whole needs no base, so loading skips its replay.
         every = STEPS if self.parts.whole is None else ("files", "whole", "finite")
         for name in names or every:
             getattr(self, name)()
@@ -104,10 +96,10 @@ class Assembly:
         return self
 
     def files(self) -> str:
-        """Compare digests; those of a checkpoint were compared when it was opened."""
+        """Compare the digests of an artefact; `open_source` compares those of a checkpoint."""
         if self.parts.header is not None:
             check_files(self.parts.folder, self.parts.header)
-        return "every digest holds"
+        return "every file has the recorded digest"
 
     def history(self) -> str | None:
         """Read the trajectory."""
@@ -117,15 +109,15 @@ class Assembly:
         self._trajectory, self._record = Trajectory.load(path)
         recorded = self._record.get("base_fingerprint")
         if header is not None and recorded != header["base_fingerprint"]:
-            raise UserError(f"{path} is of another base; copy the artefact again")
-        return f"{len(self._trajectory)} updates of the base, digest holds"
+            raise UserError(f"{path} belongs to another base; copy the artefact again")
+        return f"{len(self._trajectory)} updates of the base, with the recorded digest"
 
     def base(self) -> str | None:
-        """Load the base."""
+        """Load the base as it was before training."""
         spec = self.parts.base
         if spec is None or (self.parts.whole is not None and self._trajectory is None):
             return None
-        with refusing(f"the base {spec.name!r} cannot be loaded", "look at its name"):
+        with refusing(f"the base {spec.name!r} cannot be loaded", "check its name"):
             self.model, self.tokenizer = spec.load()
         return f"{spec.name} loads"
 
@@ -134,56 +126,58 @@ class Assembly:
         folder, trajectory = self.parts.adapter, self.parts.trajectory
         if folder is None:
             return None
-        if trajectory is not None and trajectory.parent == folder:  # the layout of a checkpoint
+        # In a checkpoint, the trajectory lies beside the adapter and records its digest. In an
+        # artefact, `zofo.json` records the digests of both.
+        if trajectory is not None and trajectory.parent == folder:
             check_adapter(folder, self._record)
         self.model = attach_adapter(self.model, folder)
         return f"{len(split_parameters(self.model).adapter)} tensors attached"
 
     def fingerprint(self) -> str | None:
-        """Compare the base with the one on record."""
+        """Compare the fingerprint of the base with the recorded one."""
         record = self._record if self.parts.header is None else self.parts.header
         if self.model is None or not record:
             return None
         expected, name = record.get("base_fingerprint"), getattr(self.parts.base, "name", None)
         owner = str(self.parts.folder) + (f", of {name}," if name else "")
         check_base(split_parameters(self.model).base, expected, owner)
-        return f"{expected} is that of the base"
+        return f"the base has the recorded fingerprint {expected}"
 
     def replay(self) -> str | None:
-        """Move the base to where training left it."""
+        """Apply the recorded updates to the base."""
         if self._trajectory is None:
             return None
         base = split_parameters(self.model).base
         self._trajectory.replay(base, stop=self._stop, progress=self._progress)
-        return "every update applies"
+        return "every update was applied"
 
     def whole(self) -> str | None:
-        """Load the model that was saved whole, in place of one that was replayed."""
+        """Load the model that was saved as a whole, in place of a replayed one."""
         folder, spec = self.parts.whole, self.parts.base
         if folder is None or spec is None:
             return None
         if self.model is not None:
             self.finite()
-            self.model = None  # one model at a time
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+            self.model = None  # Frees the replayed model before the saved one is read.
         saved = dataclasses.replace(spec, name=str(folder), revision=None)
         with refusing(f"the model in {folder} cannot be loaded"):
-            tokenizer = None if has_tokenizer else spec.tokenizer()
+            tokenizer = None if has_tokenizer(folder) else spec.tokenizer()
             self.model, self.tokenizer = load_model(**vars(saved), tokenizer=tokenizer)
         return f"{folder.name} loads"
 
     def finite(self) -> str:
-        """Look at every weight."""
+        """Check that every weight is finite."""
         require_finite(self.model, self.parts.folder)
         return "every weight is finite"
 
 
-def require_finite(model: nn.Module, owner: Path) -> None:
-    """Refuse a model with a weight that is infinite or not a number.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved in the folder."""
+    return (folder / "tokenizer_config.json").is_file()
 
-    Raises:
-        UserError: which names the weight and the folder.
-    """
+
+def require_finite(model: nn.Module, owner: Path) -> None:
+    """Raise a `UserError` that names the first weight with an infinity or NaN."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise UserError(

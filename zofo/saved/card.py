@@ -1,7 +1,7 @@
 """The model card of an artefact: README.md, as the Hugging Face hub reads it.
 
-It says what was trained on what, how well it does with the interval that the number of test rows
-leaves, what that cost, and how to load it. Names of local files stay out of it.
+It states the base, the method and the data, the test scores with their confidence intervals, the
+cost, and how to load the model. It never names local files, because the card may be published.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zofo.saved.manifest import CARD_FILE, BaseSpec
 from zofo.tasks.families.table import BUILTIN
 
 _SCORES: Final = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
+LOCAL_MODEL: Final = "a local model"
 _PACKAGES: Final = ("zofo", "torch", "transformers", "peft")
 
 
@@ -33,32 +34,32 @@ def write_card(
     num_rows: Mapping[str, int],
     summary: Mapping[str, Any],
 ) -> Path:
-    """Write the card of an artefact.
+    """Write the model card of an artefact.
 
     Args:
         folder: the artefact.
-        base: what it was trained from.
-        task: the task's options.
-        num_rows: part of the data -> rows.
-        summary: what `result.json` says.
+        base: the base that training began with.
+        task: options of the task.
+        num_rows: part of the data -> number of rows.
+        summary: content of `result.json`.
     """
-    text = _front_matter(base, task, summary) + _body(base, task, num_rows, summary)
-    write_text(folder / CARD_FILE, text)
-    return folder / CARD_FILE
-
-
-def _front_matter(base: BaseSpec, task: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     method, adapter = summary["method"], summary["adapter"]
     tags = ["zofo", method, *([adapter] if adapter != "none" else [])]
     if METHODS[method].zeroth:
         tags.append("zeroth-order")
-    values: dict[str, Any] = {
-        "base_model": _public_name(base.name),
+    values = {
+        "base_model": public_name(base.name),
         "library_name": "zofo",
         "pipeline_tag": HEAD_NAMES[base.head][1],
         "tags": tags,
         "datasets": _datasets(task),
     }
+    write_text(folder / CARD_FILE, front_matter(values) + _body(base, task, num_rows, summary))
+    return folder / CARD_FILE
+
+
+def front_matter(values: Mapping[str, Any]) -> str:
+    """The YAML block at the beginning of a model card, without the keys that have no value."""
     known = {key: value for key, value in values.items() if value}
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n\n"
 
@@ -70,15 +71,14 @@ def _body(
     summary: Mapping[str, Any],
 ) -> str:
     method, cost = summary["method"], summary["cost"]
-    name = _public_name(base.name) or "a local model"
+    name = public_name(base.name) or LOCAL_MODEL
     data = ", ".join(_datasets(task) or [])
-    rows = ", ".join(f"{num} {part}" for part, num in num_rows.items())
     facts = {
         "base": f"{name}, {base.dtype}",
         "method": f"{method}: {METHODS[method].description}",
         "adapter": summary["adapter"],
         "task": task["name"] + (f" ({data})" if data else ""),
-        "rows": rows,
+        "rows": ", ".join(f"{num} {part}" for part, num in num_rows.items()),
         "seed": summary["seed"],
     }
     costs = {
@@ -94,7 +94,7 @@ def _body(
             f"# {name}, fine-tuned on {task['name']}",
             "",
             _table(("", ""), facts.items()),
-            *_test(num_rows["test"], summary.get("test")),
+            *_scores(num_rows["test"], summary.get("test")),
             "## What it cost",
             _table(("", ""), costs.items()),
             "## How to load it",
@@ -106,7 +106,7 @@ def _body(
             "```",
             "",
             *_warning(method),
-            "`zofo.json` holds a digest of every file: damaged files and another base are refused.",
+            "Digests in `zofo.json` detect damaged files and another base.",
             "",
             "Written with " + ", ".join(f"{p} {versions[p]}" for p in _PACKAGES) + ".",
             "",
@@ -114,39 +114,31 @@ def _body(
     )
 
 
-def _test(num_rows: int, scores: Mapping[str, Any] | None) -> list[str]:
-    """A study measures the test rows after training, of the runs that it chooses."""
-    if scores is None:
-        return []
-    return [
-        f"## Scores on {num_rows} held-out test rows",
-        "With 95% intervals where they are known.",
-        "",
-        _scores(scores["before"], scores["after"]),
-    ]
-
-
 def _warning(method: str) -> list[str]:
     orders = METHODS[method]
     if orders.base == "zeroth":
         return [
             "**Do not use plain `peft` or `transformers`.** Training moved every weight of the "
-            "base. How it moved is in `base_trajectory.safetensors`, from which `zofo.load` "
-            "regenerates the trained base on the original one. "
+            "base. `base_trajectory.safetensors` records the updates, and `zofo.load` applies them "
+            "to the original base. "
             + (
-                "`PeftModel.from_pretrained` would join the adapter to a base that it was not "
-                "trained with."
+                "`PeftModel.from_pretrained` would attach the adapter to the original base, with "
+                "which it was not trained."
                 if orders.needs_adapter
                 else "The original base alone is the untrained model."
             ),
             "",
         ]
     if orders.base == "first":
-        return ["The whole model is in `model/`, which plain `transformers` reads too.", ""]
-    return ["The base did not move; plain `peft` reads the adapter in `adapter/` too.", ""]
+        return ["Plain `transformers` can also read the whole model in `model/`.", ""]
+    return ["Training left the base as it was. Plain `peft` can also read `adapter/`.", ""]
 
 
-def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def _scores(num_rows: int, scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:  # A study scores the test rows later, and only for the runs that it selects.
+        return []
+    before, after = scores["before"], scores["after"]
+
     def shown(values: Mapping[str, float], key: str) -> str:
         low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
         interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
@@ -156,28 +148,32 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         (key, shown(before, key), shown(after, key)) for key in _SCORES if key in after
     ]
     if "majority" in after:
-        lines.append(("share of the commonest class", *[f"{after['majority']:.4f}"] * 2))
-    return _table(("", "before", "after"), lines)
+        lines.append(("share of the most frequent class", *[f"{after['majority']:.4f}"] * 2))
+    return [
+        f"## Scores on {num_rows} held-out test rows",
+        "Brackets hold 95% confidence intervals.",
+        "",
+        _table(("", "before", "after"), lines),
+    ]
 
 
 def _table(header: tuple[str, ...], rows: Any) -> str:
+    def cell(value: Any) -> str:  # Line breaks and bars would break the table.
+        return " ".join(str(value).split()).replace("|", "\\|")
+
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in lines) + "\n"
 
 
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _public_name(name: str) -> str | None:
-    """The hub id of a model; None for a local folder."""
+def public_name(name: str) -> str | None:
+    """The hub id of a model; None for a local folder, whose name must not be published."""
     if name in ALIASES:
         return ALIASES[name].origin
     return name if looks_like_hub_id(name) and not Path(name).exists() else None
 
 
 def _datasets(task: Mapping[str, Any]) -> list[str] | None:
-    """Hub ids of the data, where they are known."""
+    """Hub ids of the data; None if they are unknown or the data are local."""
     if task["name"] in BUILTIN:
         known = BUILTIN[task["name"]]
         return [known.hub.dataset] if known.embedded is None else None

@@ -1,4 +1,4 @@
-"""Loads a checkpoint of `HybridTrainer` into a model."""
+"""Loads a checkpoint of `HybridTrainer` for a base that the caller has loaded."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from zofo.saved.assemble import Assembly, Parts
 
 
 def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
-    """The trained model of a checkpoint, or of a folder that a hybrid trainer's save_model wrote.
+    """Load a checkpoint, or a folder that `HybridTrainer.save_model` wrote.
 
     Args:
-        base: the model that the run began with, without adapter; changed in place.
-        folder: where the adapter and the base's trajectory are.
+        base: the model that training began with, without adapter; it is changed in place.
+        folder: the folder that holds the adapter and the trajectory.
 
     Returns:
-        The `PeftModel`, in evaluation mode.
+        The trained `PeftModel`, in evaluation mode.
 
     Raises:
-        UserError: if the folder holds no trajectory, or that of another base or adapter, or is
+        UserError: if the trajectory is missing, belongs to another base or adapter, or a file is
             damaged.
     """
     folder = Path(folder)

@@ -1,9 +1,8 @@
-"""Checkpoint folders that are whole or not there.
+"""Finds, checks and removes checkpoint folders.
 
-A checkpoint is written under a hidden name beside its place. When it is complete its files are
-listed with their digests and flushed to the disk, and only then does the folder get its name; older
-ones go after that. So a kill, a full disk or a power cut leaves the older checkpoints as they were,
-and a checkpoint that was damaged later is told from a sound one.
+zofo writes a checkpoint under a hidden name, lists its files with their digests, flushes everything
+to the disk and then renames the folder. It removes older checkpoints last. A kill, a full disk or a
+power cut therefore leaves the older checkpoints intact, and the digests reveal later damage.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Remove what a killed run was writing or removing."""
+    """Remove the temporary files and folders of a run that was killed."""
     for path in run_folder.glob(f".{CHECKPOINT_PREFIX}*{HIDDEN}"):
         shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN_WHOLE:  # as zofo.disk.files.replacing names them
+    for name in WRITTEN_WHOLE:  # `zofo.disk.files.replacing` gives temporary files these names.
         for path in run_folder.glob(f".{name}.????????"):
             path.unlink(missing_ok=True)
 
 
 def step_of(folder: Path) -> int | None:
-    """The N of checkpoint-N; None for other names."""
+    """The number N of a folder `checkpoint-N`; None for other names."""
     number = folder.name.removeprefix(CHECKPOINT_PREFIX)
     is_one = folder.name.startswith(CHECKPOINT_PREFIX) and number.isdecimal() and folder.is_dir()
     return int(number) if is_one else None
 
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, whole or not."""
+    """Step -> folder of every checkpoint, whether damaged or not."""
     found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
 
 def rotate(run_folder: Path, limit: int | None, *, newest: int, best: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the newest or the best.
+    """Remove the oldest checkpoints beyond `limit`, but keep those of steps `newest` and `best`.
 
-    Those of later steps than `newest` are left from another attempt, and go first.
+    Checkpoints of later steps than `newest` remain from an earlier attempt. They are removed first.
     """
     if not limit or limit < 0:
         return
@@ -60,11 +59,11 @@ def rotate(run_folder: Path, limit: int | None, *, newest: int, best: int | None
 
 
 def newest_whole(run_folder: Path, report: Callable[[str], Any] | None = None) -> Path | None:
-    """The checkpoint of the highest step that is whole.
+    """The undamaged checkpoint of the highest step.
 
     Args:
-        run_folder: where the checkpoints are.
-        report: told of each damaged one that is passed over.
+        run_folder: the folder that holds the checkpoints.
+        report: called with a message for each damaged checkpoint that is passed over.
     """
     for _, path in sorted(checkpoints(run_folder).items(), reverse=True):
         damage = find_damage(path)
@@ -76,11 +75,11 @@ def newest_whole(run_folder: Path, report: Callable[[str], Any] | None = None) -
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """The first fault of a checkpoint, in words; None if it is whole."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if state["global_step"] != step_of(folder):
-            return f"{STATE_FILE} is of step {state['global_step']}"
+            return f"{STATE_FILE} belongs to step {state['global_step']}"
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -94,12 +93,12 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _differences_from_list(folder: Path) -> str | None:
-    """Checkpoints that Trainer wrote by itself, on several devices, have no list."""
     path = folder / LIST_FILE
-    if not path.exists():
+    if not path.exists():  # Trainer writes no list when it saves on several devices.
         return None
     try:
-        listed = {str(n): (f["bytes"], f["blake2b"]) for n, f in _read_json(path)["files"].items()}
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (f["bytes"], f["blake2b"]) for name, f in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{LIST_FILE} cannot be read ({error!r})"
     for name, (size, digest) in listed.items():
@@ -107,7 +106,7 @@ def _differences_from_list(folder: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size or file_digest(file) != digest:
-            return f"{name} is damaged (its digest does not fit)"
+            return f"{name} is damaged (its digest differs from the recorded one)"
     return None
 
 
@@ -126,7 +125,3 @@ def _find_unreadable(folder: Path) -> str | None:
         except zipfile.BadZipFile as error:
             return f"{file.name} is damaged ({error})"
     return None
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

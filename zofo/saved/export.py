@@ -1,11 +1,11 @@
-"""A trained model as a plain Hugging Face folder, for tools that know nothing of zofo.
+"""Writes a trained model as a plain Hugging Face folder, which tools read without zofo.
 
-    DIR/            base at its trained values, adapter merged into it (LoRA and its kin)
-    DIR/adapter/    the adapter, where it cannot be merged (prefix, prompt): peft's files
+    DIR/            the trained base, with the adapter merged into it (such as LoRA)
+    DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt)
 
-A LoRA is merged in float32, then rounded once to the dtype asked for. What was written is loaded
-again with plain transformers and peft, and compared with the trained model before the folder gets
-its name: a folder that exists is a folder that was checked.
+The adapter is merged in float32, and the result is rounded once to the requested dtype. zofo writes
+to a temporary folder, loads it with plain transformers and peft, compares it with the trained model
+and then renames it. Every folder that exists has therefore passed the comparison.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from zofo.errors import UserError
 from zofo.models.adapters import attach_adapter, is_peft
 from zofo.models.loading import DTYPES, model_class
 from zofo.optim.blocks import split_parameters
+from zofo.saved.artifact import save_adapter
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (
     Deviation,
@@ -37,23 +38,23 @@ from zofo.saved.export_check import (
     sample_inputs,
     tolerance_of,
 )
-from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
+from zofo.saved.manifest import ADAPTER_FOLDER
 from zofo.saved.source import Source, drop_weights, open_source, plain_base
 
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into a folder, and what it must do there.
+    """The content of an exported folder, and the logits that it must give.
 
     Attributes:
-        model: the plain model; cast in place, and without weights once it is written.
-        adapter: the `PeftModel` whose adapter goes beside it (its base may lack weights); None:
-            merged, or there is none.
-        source: where it is from.
-        tokenizer: as it was in training.
-        samples: inputs to compare on.
-        expected: logits on them.
-        step: of the base, if that is written instead of the trained model.
+        model: the model without adapter. Writing casts it in place and then frees its weights.
+        adapter: the `PeftModel` whose adapter is written separately (its base may lack weights);
+            None if the adapter is merged or there is none.
+        source: the trained model on disk.
+        tokenizer: the tokenizer as training used it.
+        samples: inputs for the comparison.
+        expected: logits on each input, as `logits_of` gives them.
+        step: the step of the base, if the base alone is written.
     """
 
     model: Any
@@ -77,15 +78,15 @@ def export_model(
 
     Args:
         folder: a run, an artefact, or a checkpoint in a run folder.
-        to: where to; must not exist, or be empty.
-        dtype: "float32", "bfloat16" or "float16"; None: that of the base.
-        max_shard_size: largest safetensors file, such as "5GB" or "500MB".
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
+        to: the target folder; it must be empty or not exist.
+        dtype: "float32", "bfloat16" or "float16"; None for the dtype of the base.
+        max_shard_size: size limit of a safetensors file, such as "5GB" or "500MB".
+        trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
     Raises:
         UserError: if the folder holds no trained model, `to` is in use or cannot be written, or
-            what was written is not the trained model within the dtype's tolerance
-            (`zofo.saved.export_check`). Nothing is left behind then.
+            the logits differ by more than the tolerance of the dtype
+            (`zofo.saved.export_check`). The export then leaves no files.
     """
     to = check_target(to, dtype, max_shard_size)
     source = open_source(folder, trust_remote_code=trust_remote_code)
@@ -95,7 +96,8 @@ def export_model(
     model: Any = _merge(trained, samples, expected)
     adapter: Any = None
     if model is None:
-        drop_weights(trained)  # merging may have changed them
+        # A failed merge may have changed the weights, so the parts are loaded again.
+        drop_weights(trained)
         adapter, tokenizer = source.load_start()
         drop_weights(adapter, split_parameters(adapter).base.values())
         model = plain_base(source)
@@ -104,10 +106,10 @@ def export_model(
 
 
 def check_target(to: str | Path, dtype: str | None, max_shard_size: str) -> Path:
-    """Refuse what cannot be written, before anything is loaded.
+    """Check the arguments before anything is loaded, and return the target folder.
 
     Raises:
-        UserError: for a folder in use, or an unknown dtype or size.
+        UserError: if the folder is in use, or the dtype or the size is invalid.
     """
     path = Path(to).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -122,13 +124,13 @@ def check_target(to: str | Path, dtype: str | None, max_shard_size: str) -> Path
 def write_folder(
     content: Content, to: Path, *, dtype: str | None = None, max_shard_size: str = "5GB"
 ) -> Exported:
-    """Write a folder, load it with plain libraries, compare, and give it its name.
+    """Write a folder, check it with plain transformers and peft, and rename it.
 
     Args:
-        content: what to write.
-        to: the folder.
-        dtype: of the weights; None: the base's.
-        max_shard_size: of a safetensors file.
+        content: the model and the expected logits.
+        to: the target folder.
+        dtype: dtype of the weights; None for the dtype of the base.
+        max_shard_size: size limit of a safetensors file.
 
     Raises:
         UserError: as `export_model`.
@@ -143,8 +145,8 @@ def write_folder(
         found = _compare(content, temporary)
         if not found.within(tolerance):
             raise UserError(
-                f"the folder would not be the trained model: its logits differ by "
-                f"{found.largest:.3g}, {found.share:.3%} of the largest logit, on "
+                "the exported model differs from the trained model: its logits differ by "
+                f"{found.largest:.3g} ({found.share:.3%} of the largest logit) on "
                 f"{samples.origin}; {tolerance:.3%} is allowed in {chosen}. Nothing was exported; "
                 "try dtype float32"
             )
@@ -164,7 +166,7 @@ def write_folder(
 
 
 def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module | None:
-    """The model with its adapter in the base's weights, in float32; None where peft cannot."""
+    """The model with the adapter merged in float32; None if peft cannot merge it correctly."""
     if not is_peft(trained):
         return trained
     if not hasattr(trained.base_model, "merge_and_unload"):
@@ -177,7 +179,7 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
             merged: nn.Module = trained.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
         return None
-    # An adapter on a tied embedding, for one, would leak into the output layer.
+    # Merging can be wrong: an adapter on a tied embedding would also change the output layer.
     is_same = deviation(logits_of(merged, samples), expected).within(tolerance_of("float32"))
     return merged if is_same else None
 
@@ -190,11 +192,10 @@ def _save(
     dtype: torch.dtype,
     max_shard_size: str,
 ) -> None:
-    """Model, tokenizer and adapter."""
     model, source, adapter = content.model, content.source, content.adapter
     config = model.config
     if hasattr(config, "use_cache"):
-        config.use_cache = True  # training and scoring have no use for it, generating does
+        config.use_cache = True  # Training turns the cache off, but generation needs it.
     if source.base.head == "classification" and source.labels:
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
@@ -203,21 +204,18 @@ def _save(
         tokenizer.pad_token = content.tokenizer.pad_token
     tokenizer.save_pretrained(folder)
     if adapter is not None:
-        for config in adapter.peft_config.values():
-            config.base_model_name_or_path = str(to.resolve())
-        adapter.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
-        (folder / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
+        save_adapter(adapter, folder / ADAPTER_FOLDER, base_name=str(to.resolve()))
 
 
 def load_plain(
     folder: Path, head: str, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """Model (without adapter) and tokenizer of an export, as plain transformers loads them.
+    """Load the model (without adapter) and the tokenizer of an export with plain transformers.
 
     Args:
         folder: the export.
-        head: the model's.
-        trust_remote_code: run code that lies in the folder.
+        head: head of the model, one of `zofo.models.loading.HEADS`.
+        trust_remote_code: whether to run code that lies in the folder.
     """
     import transformers as hf
 
@@ -228,9 +226,9 @@ def load_plain(
 
 
 def _compare(content: Content, folder: Path) -> Deviation:
-    """What plain transformers and peft make of the folder, against the trained model."""
+    """Load the folder with plain transformers and peft, and compare it with the trained model."""
     base, written = content.source.base, digests_of(content.model)
-    drop_weights(content.model)  # what is read from the folder takes their place
+    drop_weights(content.model)  # Only one model is in memory at a time.
     model, tokenizer = load_plain(folder, base.head, trust_remote_code=base.trust_remote_code)
     check_weights(model, written)
     if content.adapter is not None:
@@ -249,21 +247,21 @@ def replay_base(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Write the base as it was after some updates, as a plain Hugging Face folder.
+    """Write the base as it was after `step` updates, as a plain Hugging Face folder.
 
-    The adapter's history is not recorded, so there is none in the folder.
+    The folder holds no adapter, because zofo records no history of the adapter.
 
     Args:
-        path: a run, artefact or checkpoint whose method moves the base by zeroth order.
-        to: where to; must not exist, or be empty.
-        step: number of updates, from 0 (the original base) to all that are recorded.
-        dtype: of the weights; None: the base's.
-        max_shard_size: largest safetensors file.
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
-        progress: called with the numbers of weights done and to be done.
+        path: a run, artefact or checkpoint whose method trains the base by zeroth order.
+        to: the target folder; it must be empty or not exist.
+        step: number of updates, from 0 (the original base) to the number that is recorded.
+        dtype: dtype of the weights; None for the dtype of the base.
+        max_shard_size: size limit of a safetensors file.
+        trust_remote_code: whether to run code from the base's repository, if the base needs it.
+        progress: called with the number of weights done and the total number.
 
     Raises:
-        UserError: for a step that is not recorded, and as `zofo.export_model`.
+        UserError: if the step is not recorded, and as `zofo.export_model`.
     """
     to = check_target(to, dtype, max_shard_size)
     source = open_source(path, trust_remote_code=trust_remote_code)
@@ -274,7 +272,7 @@ def replay_base(
             f"number from 0 to {len(history)}"
         )
     start, tokenizer = source.load_start()
-    drop_weights(start)  # base and adapter fit; the base alone is what is written
+    drop_weights(start)  # Loading has checked that base and adapter fit.
     model = plain_base(source, stop=step, progress=progress)
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)

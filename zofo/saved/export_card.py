@@ -1,39 +1,36 @@
-"""What an exported folder says of itself: a record for `zofo info`, and a card for people.
+"""The files that describe an exported folder: a record for `zofo info`, and a model card.
 
-Both may travel to a hub, so names of local files stay out of them.
+Neither names local files, because the folder may be published.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 from zofo.disk.files import write_json, write_text
-from zofo.models.embedded import ALIASES
 from zofo.models.loading import HEAD_NAMES
-from zofo.saved.hub import looks_like_hub_id
+from zofo.saved.card import LOCAL_MODEL, front_matter, public_name
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source
 
 EXPORT_FILE: Final = "zofo_export.json"
-"""What the folder was made from; no loader reads it."""
-_LOCAL: Final = "a local model"
+"""The record of the export. Loaders ignore it."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to.
+    """The result of an export.
 
     Attributes:
         path: the folder.
-        is_merged: whether the base alone is the whole model.
-        dtype: of the weights.
-        max_logit_difference: between the folder and the trained model, on `inputs`.
-        tolerance: what it had to stay under.
-        inputs: what was compared, in words.
+        is_merged: whether the folder needs no separate adapter.
+        dtype: dtype of the weights.
+        max_logit_difference: largest difference between the logits of the folder and those of the
+            trained model on `inputs`.
+        tolerance: the largest difference that was allowed.
+        inputs: description of the inputs that were compared.
         usage: a line of Python that loads the folder without zofo.
     """
 
@@ -47,7 +44,7 @@ class Exported:
 
     @property
     def size_bytes(self) -> int:
-        """Of the folder."""
+        """Size of the folder."""
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 
@@ -64,24 +61,22 @@ def usage(folder: Path, head: str, *, is_merged: bool) -> str:
 
 
 def describe(exported: Exported, source: Source, step: int | None, folder: Path) -> None:
-    """Write the record and the card.
+    """Write the record and the model card.
 
     Args:
-        exported: what was written.
-        source: where it is from.
-        step: of the base, if that was written instead of the trained model.
-        folder: where to.
+        exported: the result of the export.
+        source: the trained model that was exported.
+        step: the step of the base, if the base alone was exported.
+        folder: the folder that gets both files.
     """
     from zofo.version import __version__
 
-    name = source.base.name
-    is_on_hub = looks_like_hub_id(name) and not Path(name).exists()
-    origin = ALIASES[name].origin if name in ALIASES else name if is_on_hub else None
+    origin = public_name(source.base.name)
     record = {
         "format": 1,
         "zofo_version": __version__,
         "method": source.method,
-        "base": origin or _LOCAL,
+        "base": origin or LOCAL_MODEL,
         "head": source.base.head,
         "task": (source.task or {}).get("name"),
         "labels": list(source.labels),
@@ -97,31 +92,29 @@ def describe(exported: Exported, source: Source, step: int | None, folder: Path)
 
 
 def _card(exported: Exported, source: Source, step: int | None, origin: str | None) -> str:
-    front: dict[str, Any] = {
+    front = {
         "base_model": origin,
         "library_name": "transformers",
         "pipeline_tag": HEAD_NAMES[source.base.head][1],
         "tags": ["zofo", source.method],
     }
-    known = {key: value for key, value in front.items() if value}
     task = (source.task or {}).get("name")
-    title, compared = f"{origin or _LOCAL}, fine-tuned", "the trained model"
+    title, compared = f"{origin or LOCAL_MODEL}, fine-tuned", "the trained model"
     if task:
         title += f" on {task}"
     if step is not None:
         title = f"The base of a fine-tuned {origin or 'model'} after {step} updates, no adapter"
         compared = "the base in memory"
     parts = (
-        "The adapter is merged into the weights, or there is none; nothing else is needed."
+        "These weights are the whole model; an adapter, if there was one, is merged into them."
         if exported.is_merged
         else f"The adapter lies in `{ADAPTER_FOLDER}/` and belongs to this base alone."
     )
-    # The folder will not stay where it was written.
+    # The card names no path, because the folder may be moved.
     code = usage(Path("this folder"), source.base.head, is_merged=exported.is_merged)
     return "\n".join(
         [
-            f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n",
-            f"# {title}\n",
+            f"{front_matter(front)}# {title}\n",
             f"By zofo, method {source.method}, weights in {exported.dtype}. {parts}\n",
             "```python",
             *code.split("; "),

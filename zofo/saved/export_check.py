@@ -1,16 +1,17 @@
-"""Whether an exported folder is the trained model: the same logits on the same tokens.
+"""Checks that an exported folder gives the logits of the trained model.
 
     deviation = max |exported − trained| / max |trained|
 
-over the last positions of a few inputs. The tolerance is that of the coarser of the two dtypes:
+The maxima are over the last positions of a few inputs. Of the tolerances of both dtypes, the larger
+applies. The last column is the deviation of SmolLM2-135M with a merged LoRA.
 
-    float64, float32   1e-4    merging W + BA rounds once a weight, and sums run in another order
-    float16            2e-2    weights and activations rounded to 10 bits of mantissa
-    bfloat16           1e-1    7 bits
+    dtype              tolerance   source of the error                          measured
+    float64, float32   1e-4        one rounding per weight, order of the sums   2e-6
+    float16            2e-2        rounding to 10 bits of mantissa              6e-3
+    bfloat16           1e-1        rounding to 7 bits of mantissa               3e-2
 
-Measured on SmolLM2-135M with a merged LoRA: 2e-6, 6e-3, 3e-2. So wide a tolerance could hide an
-error; therefore merging is checked in float32 before anything is rounded, and every weight on disk
-must be the rounded one, bit for bit.
+A wide tolerance could hide an error. Therefore the merge is checked in float32 before rounding, and
+every weight on disk must equal the rounded weight bit for bit.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _RANDOM_LENGTH: Final = 24
 
 @dataclass(frozen=True)
 class Samples:
-    """What the two models are compared on.
+    """Inputs on which two models are compared.
 
     Attributes:
-        inputs: token ids.
-        texts: for comparing tokenizers.
-        origin: where they are from, in words.
+        inputs: token ids of each input.
+        texts: texts on which the tokenizers are compared.
+        origin: description of the inputs.
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -55,7 +56,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far two models' logits are apart.
+    """The difference between the logits a and b of two models.
 
     Attributes:
         largest: max |a − b|.
@@ -71,7 +72,7 @@ class Deviation:
         return self.largest / self.scale if self.scale else self.largest
 
     def within(self, tolerance: float) -> bool:
-        """Whether it is at most that share; never for NaN."""
+        """Whether the share is at most the tolerance; False for NaN."""
         return self.share <= tolerance
 
 
@@ -81,7 +82,7 @@ def tolerance_of(*dtypes: str) -> float:
 
 
 def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) -> Samples:
-    """Test rows of the task if its data can be read, else random tokens that the model knows."""
+    """Test rows of the task; random tokens of the vocabulary if its data cannot be read."""
     from zofo.tasks.encode import Encoder
     from zofo.tasks.load import load_splits
     from zofo.tasks.spec import Example, TaskSpec
@@ -93,7 +94,7 @@ def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) 
             encoder = Encoder(tokenizer, head=source.base.head, max_length=spec.max_length)
             examples = splits.test[:NUM_INPUTS]
             encoded = [encoder(example) for example in examples]
-        except (UserError, OSError, ValueError):  # data that are not at hand any more
+        except (UserError, OSError, ValueError):  # The data may have been moved since training.
             pass
         else:
             texts = tuple(
@@ -115,39 +116,39 @@ def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, samples: Samples) -> list[Tensor]:
-    """The last positions' logits of each input: float32, [positions, vocabulary] or [classes]."""
+    """Logits of each input, float32: [last positions, vocabulary] or [classes]."""
     device = next(model.parameters()).device
     found = []
     for row in samples.inputs:
         ids = torch.tensor([row], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(model.config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids  # any tokens do
-        logits = model(**inputs).logits[0]
+            inputs["decoder_input_ids"] = ids  # The comparison works with any tokens.
+        logits = model(**inputs).logits[0]  # [positions, vocabulary] or [classes]
         last = logits[-_NUM_POSITIONS:] if logits.ndim == 2 else logits
         found.append(last.float().cpu().clone())
     return found
 
 
 def deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Deviation:
-    """How far two models' logits are apart on the same inputs."""
-    # Python's max drops NaN, torch's keeps it.
+    """The difference between the logits of two models on the same inputs."""
+    # torch's max keeps NaN, which Python's max may drop.
     largest = torch.stack([(a - b).abs().max() for a, b in zip(found, expected, strict=True)])
     scale = torch.stack([b.abs().max() for b in expected])
     return Deviation(float(largest.max()), float(scale.max()))
 
 
 def digests_of(model: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
-    """Name -> dtype and digest of every tensor of a model's state, for `check_weights`."""
-    return {name: (t.dtype, _digest(t)) for name, t in model.state_dict().items()}
+    """Name -> dtype and digest of every tensor in the state of a model, for `check_weights`."""
+    return {name: (t.dtype, fingerprint({"": t})) for name, t in model.state_dict().items()}
 
 
 def check_weights(found: nn.Module, expected: Mapping[str, tuple[torch.dtype, str]]) -> None:
-    """Refuse a model that came back from disk with other weights.
+    """Compare the weights of a model that was read with those that were written.
 
     Args:
         found: the model that was read.
-        expected: `digests_of` the model that was written, which need not exist any more.
+        expected: `digests_of` the model that was written.
 
     Raises:
         UserError: if a tensor is missing, differs in a bit, or holds NaN.
@@ -155,28 +156,20 @@ def check_weights(found: nn.Module, expected: Mapping[str, tuple[torch.dtype, st
     loaded = found.state_dict()
     for name, (dtype, digest) in expected.items():
         other = loaded.get(name)
-        # Some models keep some weights in float32 whatever they are stored in.
+        # Some models keep certain weights in float32 whatever dtype the file has.
         other = None if other is None else other.to(dtype)
-        if other is None or _digest(other) != digest or bool(other.isnan().any()):
+        if other is None or fingerprint({"": other}) != digest or bool(other.isnan().any()):
             raise UserError(
-                f"the weight {name!r} cannot be saved by transformers, or does not come back as it "
-                "was (is it finite in this dtype?); nothing was exported. Try dtype float32"
+                f"the weight {name!r} was read differently from how it was written, or it is NaN "
+                "in this dtype; nothing was exported. Try dtype float32"
             )
 
 
-def _digest(tensor: Tensor) -> str:
-    return fingerprint({"": tensor})
-
-
 def check_tokenizers(found: Any, expected: Any, samples: Samples) -> None:
-    """Refuse a tokenizer that came back from disk as another.
-
-    Raises:
-        UserError: if a sample text has other tokens.
-    """
+    """Raise a `UserError` if two tokenizers give different tokens for a sample text."""
     for text in samples.texts:
         if found(text)["input_ids"] != expected(text)["input_ids"]:
             raise UserError(
-                f"the saved tokenizer splits {text[:60]!r} otherwise than the trained model's; "
-                "nothing was exported"
+                f"the saved tokenizer splits {text[:60]!r} differently from the tokenizer of the "
+                "trained model; nothing was exported"
             )

@@ -1,4 +1,4 @@
-"""Artefacts on the Hugging Face hub: there and back."""
+"""Downloads artefacts from the Hugging Face hub and uploads them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any, Final
 
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE
-from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE, HEADER_FILE, MODEL_FOLDER
-
-_PATTERNS: Final = [
-    HEADER_FILE,
-    TRAJECTORY_FILE,
+from zofo.saved.manifest import (
+    ADAPTER_FOLDER,
     CARD_FILE,
-    f"{ADAPTER_FOLDER}/*",
-    f"{MODEL_FOLDER}/*",
-]
+    HEADER_FILE,
+    MODEL_FOLDER,
+    check_files,
+    find_artifact,
+    read_header,
+)
+
+_FOLDERS: Final = (f"{ADAPTER_FOLDER}/*", f"{MODEL_FOLDER}/*")
+_PATTERNS: Final = [HEADER_FILE, TRAJECTORY_FILE, CARD_FILE, *_FOLDERS]
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -25,10 +28,10 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def download(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """A local copy of an artefact on the hub; from the cache when the hub cannot be reached.
+    """Download an artefact, or take it from the cache if the hub cannot be reached.
 
     Raises:
-        UserError: if there is none, or it can neither be reached nor is cached.
+        UserError: if the hub has no such repository, or it is unreachable and the cache is empty.
     """
     from huggingface_hub import snapshot_download
 
@@ -38,8 +41,8 @@ def download(repo_id: str, *, revision: str | None = None, token: str | None = N
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{repo_id} is no folder here and cannot be had from the hub ({_first_line(error)}); "
-            "give a run folder, an artefact, or a hub id that this machine can reach or has cached"
+            f"{repo_id} is not a local folder and cannot be downloaded from the hub "
+            f"({_first_line(error)}); give a run folder, an artefact, or a hub id"
         ) from error
     return Path(folder)
 
@@ -47,23 +50,21 @@ def download(repo_id: str, *, revision: str | None = None, token: str | None = N
 def push_to_hub(
     folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None
 ) -> str:
-    """Upload an artefact, after checking that it is whole.
+    """Check that an artefact is undamaged, and upload it.
 
     Args:
         folder: an artefact, or a run folder that holds one.
-        repo_id: OWNER/NAME; made if it does not exist.
-        private: who may see a repository that is made now.
-        token: of the hub; None: the one that `hf auth login` stored.
+        repo_id: OWNER/NAME of the repository; it is created if it does not exist.
+        private: whether a newly created repository is private.
+        token: token of the hub; None for the one that `hf auth login` stored.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: if it is damaged, or the hub cannot be reached or says no.
+        UserError: if the artefact is damaged, or the hub is unreachable or refuses the upload.
     """
     from huggingface_hub import HfApi
-
-    from zofo.saved.manifest import check_files, find_artifact, read_header
 
     folder = find_artifact(folder)
     check_files(folder, read_header(folder))
@@ -78,7 +79,7 @@ def push_to_hub(
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{repo_id} cannot be written ({_first_line(error)}); look at the name, the token "
+            f"{repo_id} cannot be written ({_first_line(error)}); check the name, the token "
             "('hf auth login') and the connection"
         ) from error
     return str(commit.commit_url)

@@ -1,7 +1,6 @@
-"""What lies in a folder of zofo's, whether it is whole, and whether it does what it says.
+"""Describes a folder that zofo wrote, and finds missing or damaged files.
 
-`inspect` reads files only; `verify` loads the base and does everything that loading does, one
-check after the other; `replay_base` goes back in time along the recorded steps.
+`inspect` only reads files. `zofo.saved.verify` also loads the model.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from zofo.saved.source import is_checkpoint, read_base
 
 @dataclass
 class Info:
-    """What a folder is; None where a kind of folder does not say.
+    """Description of a folder; None for what a folder of this kind does not record.
 
     Attributes:
         path: the folder.
         kind: "run", "artefact", "checkpoint" or "export".
-        is_whole: whether nothing is missing or damaged; a run is whole when it has ended.
-        problem: what is missing or damaged.
-        method: how it was trained.
+        is_whole: whether all files are present and undamaged; a run must also have ended.
+        problem: the first fault, in words.
+        method: name of the method.
         base: name of the base.
-        base_fingerprint: of the base before training.
-        adapter: type of peft's adapter.
+        base_fingerprint: fingerprint of the base before training.
+        adapter: type of the adapter, as peft names it.
         task: name of the task.
-        seed: of the run.
-        step: of a checkpoint, or of a base that went back in time.
-        num_recorded_steps: updates of the base that can be replayed.
-        checkpoints: of a run: step -> whether it is whole.
-        size_bytes: of all files.
-        scores: of the test rows, before and after.
+        seed: seed of the run.
+        step: step of a checkpoint or of a replayed base.
+        num_recorded_steps: number of updates of the base that can be replayed.
+        checkpoints: step -> whether the checkpoint is undamaged, for a run.
+        size_bytes: size of all files.
+        scores: scores on the test rows before and after training.
     """
 
     path: Path
@@ -61,20 +60,16 @@ class Info:
     scores: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, without what does not apply."""
+        """The values that apply, as JSON can hold them."""
         values = asdict(self) | {"path": str(self.path)}
         return {key: value for key, value in values.items() if value not in (None, {})}
 
-    def miss(self, problem: str) -> None:
-        """Note the first thing that is wrong."""
-        self.is_whole, self.problem = False, self.problem or problem
-
 
 def inspect(path: str | Path) -> Info:
-    """Say what a folder is, from its files alone.
+    """Describe a folder without loading a model.
 
     Raises:
-        UserError: if it is no run, artefact, checkpoint or export.
+        UserError: if the folder is neither a run nor an artefact, a checkpoint or an export.
     """
     folder = Path(path).expanduser()
     readers: dict[str, Callable[[Info], None]] = {
@@ -88,12 +83,12 @@ def inspect(path: str | Path) -> Info:
     try:
         readers[info.kind](info)
     except UserError as error:
-        info.miss(str(error))
+        info.is_whole, info.problem = False, str(error)
     return info
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder is: a run, an artefact, a checkpoint or an export."""
+    """The kind of a folder: "run", "artefact", "checkpoint" or "export"."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist, or is no folder")
     if (folder / HEADER_FILE).is_file():
@@ -143,10 +138,10 @@ def _read_export(info: Info) -> None:
 
 
 def check_export_files(folder: Path, is_merged: bool) -> None:
-    """Every file that the loaders want, its header readable.
+    """Check that every file that loading needs exists and has a readable header.
 
     Raises:
-        UserError: if one is missing or cut short.
+        UserError: if a file is missing or truncated.
     """
     from safetensors import safe_open
 
@@ -198,6 +193,6 @@ def _read_run(info: Info) -> None:
             info.scores = read_json(info.path / RESULT_FILE).get("test")
     if not (info.path / ARTIFACT_FOLDER / HEADER_FILE).is_file():
         more = any(info.checkpoints.values())
-        remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it anew"
+        remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it again"
         raise UserError(f"the run has not ended; {remedy}")
     _read_artifact(info, info.path / ARTIFACT_FOLDER)

@@ -1,4 +1,4 @@
-"""The names of the files and folders that a run leaves on disk.
+"""The names of the files and folders in a run folder.
 
 `zofo.saved.manifest` names those of an artefact, `zofo.optim.trajectory` that of the trajectory.
 """
@@ -9,7 +9,7 @@ from typing import Final
 
 CONFIG_FILE: Final = "run.yaml"
 BASE_FILE: Final = "base.json"
-"""The base that the run begins with, and the names of the classes."""
+"""The base as it was before training, and the names of the classes."""
 ENVIRONMENT_FILE: Final = "environment.json"
 ADVICE_FILE: Final = "advise.json"
 METRICS_FILE: Final = "metrics.jsonl"
@@ -22,7 +22,7 @@ STATE_FILE: Final = "trainer_state.json"
 ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
 SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
 BASE_COPIES: Final = (ORIGINAL_BASE_FILE, SNAPSHOT_FILE)
-"""Copies that a run keeps of its base and removes when it ends."""
+"""Copies of the base that a run keeps until it ends."""
 
 WRITTEN_WHOLE: Final = (
     CONFIG_FILE,
@@ -34,4 +34,4 @@ WRITTEN_WHOLE: Final = (
     RESULT_FILE,
     *BASE_COPIES,
 )
-"""Files of a run folder that `zofo.disk.files.replacing` writes."""
+"""Files of a run folder that `zofo.disk.files.replacing` writes, through temporary files."""

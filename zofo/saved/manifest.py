@@ -1,14 +1,14 @@
-"""`zofo.json`: what an artefact is, and the digest of every file of it.
+"""`zofo.json`: the description of an artefact, with a digest of every file.
 
-    format, zofo_version            who can read it
-    method, base, task, labels      how to load it
-    base_fingerprint                which base it belongs to
-    files                           name -> digest of all that loading reads
-    digest                          of all of the above
+    format, zofo_version            version of the format, and of the zofo that wrote it
+    method, base, task, labels      what loading needs to know
+    base_fingerprint                fingerprint of the base before training
+    files                           name -> digest of every file that loading reads
+    digest                          digest of all of the above
 
-The digests tell damage and mixed-up files. They are no signature: whoever writes an artefact can
-seal anything. So values are checked like any input, names in `files` are compared with what lies in
-the folder and never used as paths, and remote code is the reader's decision.
+The digests detect damage and mixed-up files. They are not a signature, because anyone can write an
+artefact with valid digests. Values are therefore checked like any input. Names in `files` are only
+compared with the folder, never opened. The user decides whether remote code may run.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _STRICT: Final = pydantic.ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """The base that an artefact belongs to.
+    """The base that training began with.
 
     Attributes:
         name: hub id, folder or alias.
         head: "causal-lm", "classification" or "seq2seq".
-        dtype: of the weights.
-        num_labels: classes of a classification head.
-        seed: of a fresh head's initial weights.
-        revision: of a hub id.
-        trust_remote_code: whether it needs code of its own.
+        dtype: dtype of the weights.
+        num_labels: number of classes of a classification head.
+        seed: seed of the initial weights of a new head.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: whether the base needs code from its repository.
         attn_implementation: as in transformers.
     """
 
@@ -66,17 +66,18 @@ class BaseSpec:
 
     @property
     def runs_remote_code(self) -> bool:
-        """Whether loading it runs code that a repository brings: the model's, or a kernel's."""
+        """Whether loading the base runs code from a repository."""
+        # An attention implementation with a slash names a repository of kernels.
         return self.trust_remote_code or "/" in (self.attn_implementation or "")
 
     def load(self) -> tuple[nn.Module, Any]:
-        """The base as it was before training, and its tokenizer."""
+        """Load the base as it was before training, and its tokenizer."""
         from zofo.models.loading import load_model
 
         return load_model(**vars(self))
 
     def tokenizer(self) -> Any:
-        """Its tokenizer alone."""
+        """Load the tokenizer alone."""
         from zofo.models.loading import load_tokenizer
 
         return load_tokenizer(
@@ -84,7 +85,7 @@ class BaseSpec:
         )
 
     def empty(self) -> nn.Module:
-        """The base on torch's meta device: shapes without weights."""
+        """Build the base on torch's meta device, with shapes but without weights."""
         from zofo.models.loading import empty_model
 
         values = {k: v for k, v in vars(self).items() if k not in ("seed", "attn_implementation")}
@@ -121,10 +122,10 @@ def write_header(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What `zofo.json` says; the other files are not looked at.
+    """Read `zofo.json` and check it; `check_files` checks the other files.
 
     Raises:
-        UserError: if it is damaged or of another version.
+        UserError: if it is damaged or has another version.
     """
     path = folder / HEADER_FILE
     header = read_json(path)
@@ -136,16 +137,16 @@ def read_header(folder: Path) -> dict[str, Any]:
                 f"format {FORMAT_VERSION}: install the zofo that wrote it"
             )
         if header["digest"] != json_digest({k: v for k, v in header.items() if k != "digest"}):
-            raise ValueError("its digest does not fit")
+            raise ValueError("its digest differs from the recorded one")
         _Manifest.model_validate_json(json.dumps(header))
     return dict(header)
 
 
 def check_files(folder: Path, header: dict[str, Any]) -> None:
-    """Compare the files of an artefact with what its `zofo.json` says of them.
+    """Compare the files of an artefact with the digests in its `zofo.json`.
 
     Raises:
-        UserError: if one is missing, altered, or not part of it.
+        UserError: if a file is missing or altered, or does not belong to the artefact.
     """
     parts, digests = _parts(folder), header["files"]
     required = set(digests) | required_files(header["method"])
@@ -153,14 +154,14 @@ def check_files(folder: Path, header: dict[str, Any]) -> None:
     if missing:
         raise UserError(f"{folder} lacks {missing[0]!r:.200}; copy the artefact again")
     if foreign:
-        raise UserError(f"{folder} holds {foreign[0]!r}, which is no part of it; remove it")
+        raise UserError(f"{folder} holds {foreign[0]!r}, which does not belong to it; remove it")
     for name, path in parts.items():
         if file_digest(path) != digests[name]:
-            raise UserError(f"{path} is damaged or of another run; copy the artefact again")
+            raise UserError(f"{path} is damaged or belongs to another run; copy the artefact again")
 
 
 def required_files(method: str) -> set[str]:
-    """What an artefact of a method cannot do without."""
+    """Names of the files that an artefact of a method must have."""
     names = set()
     if METHODS[method].needs_adapter:
         names |= {f"{ADAPTER_FOLDER}/adapter_{n}" for n in ("config.json", "model.safetensors")}
@@ -172,7 +173,7 @@ def required_files(method: str) -> set[str]:
 
 
 def _parts(folder: Path) -> dict[str, Path]:
-    """Name -> path of all that loading may read; the card is for people and may be edited."""
+    """Name -> path of every file that loading may read; users may edit the model card."""
     paths = [
         *(folder / ADAPTER_FOLDER).rglob("*"),
         *(folder / MODEL_FOLDER).rglob("*"),
@@ -182,10 +183,10 @@ def _parts(folder: Path) -> dict[str, Path]:
 
 
 def find_artifact(folder: str | Path) -> Path:
-    """The artefact in a folder: itself, or its `artifact/`.
+    """The folder itself, or its subfolder `artifact/`, whichever is an artefact.
 
     Raises:
-        UserError: if there is none.
+        UserError: if neither is.
     """
     folder = Path(folder).expanduser()
     for candidate in (folder, folder / ARTIFACT_FOLDER):

@@ -1,9 +1,9 @@
-"""A trained model on disk, whatever keeps it: a run folder, an artefact, or a run's checkpoint.
+"""Finds the parts of a trained model in a run folder, an artefact or a checkpoint.
 
-base      as it was before training, by name
-adapter   peft's files, if the method moves one
-history   the base's trajectory, if zeroth-order steps moved it
-whole     the whole model, if its history is not at hand or not needed
+base         name of the base, as it was before training
+adapter      files of peft, if the method trains an adapter
+trajectory   updates of the base, if zeroth-order steps trained it
+whole        the model as a whole, if first-order steps trained it or a checkpoint holds it
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import nn
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
+from zofo.console import quiet
 from zofo.disk.files import read_json, refusing, write_json
 from zofo.errors import UserError
-from zofo.models.loading import head_of
+from zofo.models.loading import head_of, resolve
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.assemble import Assembly, Parts
+from zofo.saved.assemble import Assembly, Parts, has_tokenizer
 from zofo.saved.checkpoint_folders import find_damage
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, STATE_FILE
 from zofo.saved.manifest import (
@@ -44,9 +45,9 @@ class Source(Parts):
 
     Attributes:
         kind: "artefact" or "checkpoint".
-        base: the base it was trained from.
-        method: how.
-        task: the task's options, None if it was trained on none of zofo's.
+        base: the base that training began with.
+        method: name of the method.
+        task: options of the task; None if the model was trained on a task outside zofo.
         labels: names of the classes.
     """
 
@@ -57,10 +58,10 @@ class Source(Parts):
     labels: tuple[str, ...]
 
     def history(self) -> Trajectory:
-        """The base's updates.
+        """Read the recorded updates of the base.
 
         Raises:
-            UserError: if the method records none, or the file is damaged.
+            UserError: if the method records no updates, or the file is damaged.
         """
         if self.trajectory is None:
             raise UserError(
@@ -70,22 +71,20 @@ class Source(Parts):
         return Trajectory.load(self.trajectory)[0]
 
     def load_start(self) -> tuple[nn.Module, Any]:
-        """The base before training with the trained adapter on it, and the tokenizer.
+        """Load the base before training with the trained adapter, and the tokenizer.
 
         Raises:
-            UserError: if the base cannot be loaded, is another, or the adapter does not fit it.
+            UserError: if the base cannot be loaded or differs from the recorded one, or the adapter
+                does not fit it.
         """
         made = Assembly(self).run("files", "history", "base", "adapter", "fingerprint")
         return made.model, made.tokenizer
 
     def plain_tokenizer(self) -> Any:
-        """The tokenizer as its owner saved it, without what training sets."""
+        """Load the tokenizer as its author saved it, without the settings for training."""
         import transformers as hf
 
-        from zofo.console import quiet
-        from zofo.models.loading import resolve
-
-        is_saved = self.whole is not None and (self.whole / "tokenizer_config.json").is_file()
+        is_saved = self.whole is not None and has_tokenizer(self.whole)
         name = str(self.whole) if is_saved else resolve(self.base.name)
         with refusing(f"the tokenizer of {name} cannot be loaded"), quiet():
             return hf.AutoTokenizer.from_pretrained(
@@ -95,13 +94,13 @@ class Source(Parts):
             )
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> tuple[nn.Module, Any]:
-        """The trained model in evaluation mode, and the tokenizer.
+        """Load the trained model in evaluation mode, and the tokenizer.
 
         Args:
-            progress: called during the replay with the numbers of weights done and to be done.
+            progress: called during the replay with the number of weights done and the total number.
 
         Raises:
-            UserError: as `load_start`, or if the history or the whole model is damaged.
+            UserError: as `load_start`, or if the trajectory or the whole model is damaged.
         """
         made = Assembly(self, progress=progress).run()
         return made.model, made.tokenizer
@@ -111,11 +110,11 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Find a trained model.
 
     Args:
-        path: a run folder that ended, an artefact, or `checkpoint-N` in a run folder.
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
+        path: the folder of a finished run, an artefact, or `checkpoint-N` in a run folder.
+        trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
     Raises:
-        UserError: if it is none of these, or damaged.
+        UserError: if the folder is none of these, or a file is damaged.
     """
     path = Path(path).expanduser()
     source = _checkpoint(path) if is_checkpoint(path) else _artifact(find_artifact(path))
@@ -146,7 +145,7 @@ def _artifact(folder: Path) -> Source:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a checkpoint in Trainer's layout."""
+    """Whether the folder is a checkpoint in the layout of Trainer."""
     return (path / STATE_FILE).is_file() and not (path / HEADER_FILE).is_file()
 
 
@@ -156,12 +155,12 @@ def plain_base(
     stop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """The base alone, moved by the recorded updates.
+    """Load the base without adapter, and replay its updates.
 
     Args:
-        source: one whose base `Source.load_start` has checked.
-        stop: how many updates; None: all, none where the method records none.
-        progress: called with the numbers of weights done and to be done.
+        source: a trained model whose base `Source.load_start` has checked.
+        stop: number of updates to replay; None for all that are recorded.
+        progress: called with the number of weights done and the total number.
     """
     assembly = Assembly(source, stop=stop, progress=progress)
     model: nn.Module = assembly.run("history", "base", "replay", "finite").model
@@ -169,11 +168,11 @@ def plain_base(
 
 
 def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None) -> None:
-    """Free the memory of a model that is done with, whoever still holds it.
+    """Free the memory of a model's parameters although references to the model remain.
 
     Args:
-        model: not to be used again, except for its other parameters.
-        weights: the parameters that go; None: all.
+        model: the model, which cannot run afterwards.
+        weights: the parameters to free; None for all.
     """
     for parameter in model.parameters() if weights is None else weights:
         parameter.data = parameter.data.new_empty(0)
@@ -188,7 +187,7 @@ def _checkpoint(folder: Path) -> Source:
         )
     damage = find_damage(folder)
     if damage is not None:
-        raise UserError(f"{folder} is not whole: {damage}; choose another checkpoint")
+        raise UserError(f"{folder} is damaged: {damage}; choose another checkpoint")
     config = load_config(run / CONFIG_FILE)
     base, labels = read_base(run)
     method = METHODS[config.method]
@@ -215,15 +214,15 @@ class _BaseFile(pydantic.BaseModel):
 
 
 def write_base(run: Path, base: BaseSpec, labels: Sequence[str]) -> None:
-    """Write `base.json`, from which a checkpoint of the run can be loaded without its data."""
+    """Write `base.json`, so that a checkpoint of the run loads without the data of the task."""
     write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels)})
 
 
 def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
     """The base that a run began with, and the names of the classes.
 
-    Runs of older versions have no `base.json`: their artefact says it if the run ended, else their
-    configuration and its data.
+    Runs of older versions have no `base.json`. Their artefact records both. If there is none, they
+    follow from the configuration and the data.
 
     Raises:
         UserError: if the file is damaged, or the data cannot be read.
@@ -248,10 +247,9 @@ def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
     """The base that a configuration names.
 
     Raises:
-        UserError: if its head does not suit the model.
+        UserError: if the model has a classification head and the task has no fixed classes.
     """
-    model = config.model
-    head = model.head
+    model, head = config.model, config.model.head
     if head == "auto":
         head = head_of(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -1,4 +1,4 @@
-"""Tries everything that loading a folder does, and says what was found."""
+"""Runs every step of loading a folder, and reports the result of each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from zofo.saved.source import open_source
 
 @dataclass(frozen=True)
 class Check:
-    """One step of `verify`.
+    """The result of one step of `verify`.
 
     Attributes:
-        name: what was looked at.
-        is_sound: None if an earlier failure kept it from being tried.
-        detail: what was found.
+        name: name of the step.
+        is_sound: whether the check passed; None if it was not tried.
+        detail: the result in words.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Check:
 
 
 def verify(path: str | Path, *, trust_remote_code: bool = False) -> Iterator[Check]:
-    """Do what loading does, check by check, and stop trying at the first that fails.
+    """Run the steps of loading one by one; after a failure, the rest are reported as not tried.
 
     Args:
         path: a run, artefact, checkpoint or export.
-        trust_remote_code: run code that the base's repository brings, if the base needs that.
+        trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
     Raises:
-        UserError: if it is none of these.
+        UserError: if the folder is none of these.
     """
     folder = Path(path).expanduser()
     steps = (
@@ -53,10 +53,10 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Iterator[Che
     has_failed = False
     for name, step in steps:
         if has_failed:
-            yield Check(name, None, "not tried")
+            yield Check(name, None, "not tried, because an earlier check failed")
             continue
         try:
-            with refusing(name, "this is a fault of zofo's or of the files; copy them again"):
+            with refusing(name, "a file is damaged or zofo has a bug; copy the files again"):
                 detail = step()
         except UserError as error:
             has_failed = True
@@ -80,16 +80,16 @@ def _source_steps(
     def step(name: str) -> Callable[[], str | None]:
         return lambda: getattr(opened[0], name)()
 
-    def whole() -> str:
+    def run_model() -> str:
         samples = Samples((tuple(range(8)),), (), "")
         if not all(bool(x.isfinite().all()) for x in logits_of(opened[0].model.eval(), samples)):
             raise UserError("the model's logits are not finite")
-        return "the model runs, logits are finite"
+        return "the model runs and its logits are finite"
 
     yield "header", header
     for name in STEPS:
         yield name, step(name)
-    yield "model", whole
+    yield "model", run_model
 
 
 def _export_steps(
@@ -104,15 +104,15 @@ def _export_steps(
 
     def files() -> str:
         check_export_files(folder, record["is_merged"])
-        return "all there, headers readable"
+        return "every file exists, with a readable header"
 
-    def whole() -> str:
+    def load() -> str:
         model, _ = load_plain(folder, record["head"], trust_remote_code=trust_remote_code)
         if not record["is_merged"]:
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         require_finite(model, folder)
-        return "loads with plain transformers, weights are finite"
+        return "the model loads with plain transformers and its weights are finite"
 
     yield "header", header
     yield "files", files
-    yield "model", whole
+    yield "model", load

@@ -1,9 +1,9 @@
-"""Scores on held-out rows, with the uncertainty that their number leaves.
+"""Scores on held-out rows, with 95% confidence intervals.
 
-Prediction is the candidate of the highest mean log-likelihood. Accuracy comes with Wilson's 95%
-interval, AUC (two classes) with DeLong's. AUC does not move with a prior for one of the label
-words, which alone can hold a model's accuracy at chance; the majority rate stands beside both.
-Written answers are scored by F1 with a percentile bootstrap over rows, and by exact match.
+The prediction is the candidate with the highest mean log-likelihood. Accuracy has Wilson's
+interval, and AUC (two classes) DeLong's. A prior for one label word can hold accuracy at chance,
+but it leaves AUC unchanged. The majority rate is given for comparison. Generated answers are scored
+by exact match, and by F1 with a percentile bootstrap over rows.
 
 References:
     DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988.
@@ -28,12 +28,12 @@ from zofo.tasks.spec import Kind
 
 _CONFIDENCE: Final = 0.95
 _NUM_RESAMPLES: Final = 2000
-"""Of the bootstrap: its bounds then move by about a fiftieth of the interval from seed to seed."""
+"""Bootstrap resamples; its bounds then vary with the seed by about 2% of the interval."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was measured; None where a quantity does not apply to the task.
+    """Scores; None if a quantity does not apply to the task.
 
     Attributes:
         num_rows: rows measured.
@@ -67,7 +67,7 @@ class Metrics:
     exact_match_high: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Without what does not apply."""
+        """The scores that apply to the task."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -80,9 +80,9 @@ def predict_scores(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Scores of every row's candidates: a list of float64 arrays, in the rows' order.
+    """Scores of every row's candidates: float64 arrays [candidates], in the rows' order.
 
-    The model is put into evaluation mode and back. Rows of like length share a batch.
+    The model runs in evaluation mode. Rows of similar length share a batch.
     """
     scores: list[np.ndarray | None] = [None] * len(rows)
     for indices, batch in _batches(model, rows, collator, batch_size, progress):
@@ -191,7 +191,7 @@ def auc_interval(scores: Sequence[float], labels: Sequence[int]) -> tuple[float,
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of a mean: percentiles over resampled rows, always the same resamples."""
+    """95% percentile bootstrap interval of a mean; the resamples have a fixed seed."""
     sample = np.asarray(values, dtype=np.float64)
     generator = np.random.Generator(np.random.Philox(0))
     means = [
@@ -227,7 +227,7 @@ def _evaluate_completions(
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> Metrics:
-    """Loss a token over all rows; the share of tokens the model would write itself."""
+    """Mean loss per token, and the share of tokens that are the model's first choice."""
     losses, right, num_tokens = [], 0, 0
     for _, batch in _batches(model, rows, collator, batch_size, progress):
         tokens = token_scores(model, batch, with_first_choice=True)
@@ -251,7 +251,7 @@ def _batches(
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> Any:
-    """(indices, batch) in order of length, the longest first: memory runs out early or never."""
+    """(indices, batch), longest rows first, so that a lack of memory shows at once."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
     device = next(model.parameters()).device
     was_training = model.training

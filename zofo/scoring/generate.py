@@ -1,9 +1,9 @@
 """Greedy text after prompts, by the model's own `generate`.
 
-Prompts of one batch are padded on the left, where `generate` counts positions from the first token
-that is there; those that an encoder reads, on the right. Behind the virtual tokens of prompt tuning
-peft counts through the padding, so there only prompts of one length share a batch. Either way a
-text does not depend on its neighbours, up to rounding.
+Prompts of a decoder are padded on the left, because `generate` counts positions from the first real
+token. Prompts of an encoder are padded on the right. With prompt tuning, PEFT also counts the
+padding, so only prompts of equal length share a batch. In each case a text is independent of the
+other rows of its batch, up to rounding.
 
 Deviation from MeZO's protocol (greedy, up to a line break or the end token): a line break counts
 wherever it stands in a token.
@@ -27,11 +27,11 @@ from zofo.tasks.spec import TaskSpec
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote.
+    """Generated texts.
 
     Attributes:
-        texts: one a prompt, in their order.
-        num_tokens: that went through the model for it, padding included.
+        texts: one text a prompt, in the order of the prompts.
+        num_tokens: tokens that the model processed, padding included.
     """
 
     texts: tuple[str, ...]
@@ -40,12 +40,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Writer:
-    """Lets a model write.
+    """Generates texts with a model.
 
     Attributes:
-        tokenizer: the model's.
-        max_new_tokens: longest text.
-        one_line: a text ends at a line break, and loses the blanks around it.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: most tokens of a text.
+        one_line: a text ends at a line break, and surrounding blanks are removed.
     """
 
     tokenizer: Any
@@ -98,7 +98,7 @@ class Writer:
         ends = self._end_tokens(model)
         stop = StoppingCriteriaList([_LineBreak(self.tokenizer)] if self.one_line else [])
         with warnings.catch_warnings():
-            # Without padding the positions that peft ignores are those that it counts.
+            # PEFT ignores given position ids, which is harmless without padding.
             warnings.filterwarnings("ignore", "Position ids are not supported")
             written = model.generate(
                 input_ids=ids.to(device),
@@ -133,7 +133,7 @@ class Writer:
 
 
 def writer_for(tokenizer: Any, spec: TaskSpec) -> Writer:
-    """What writes a task's answers."""
+    """The writer of a task's answers."""
     return Writer(tokenizer, spec.max_new_tokens, one_line=True)
 
 
@@ -152,7 +152,7 @@ class _LineBreak(StoppingCriteria):
 def _batches(
     prompts: Sequence[Sequence[int]], batch_size: int, *, one_length: bool
 ) -> list[list[int]]:
-    """Indices of the prompts by batch, the longest first: memory runs out early or never."""
+    """Indices of the prompts by batch, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     groups = (
         [list(group) for _, group in itertools.groupby(order, key=lambda i: len(prompts[i]))]

@@ -1,4 +1,4 @@
-"""Predictions on rows without labels: the likeliest candidate, or a written completion."""
+"""Predictions on rows without labels: the likeliest candidate, or a generated text."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def predict(
     Args:
         artifact: the model.
         spec: the task it was trained on.
-        table: rows; labels are not looked at.
-        batch_size: rows a forward.
-        max_new_tokens: longest text; None: 64, or the task's for answers.
+        table: rows; their labels are ignored.
+        batch_size: rows a forward pass.
+        max_new_tokens: most tokens of a text. None: 64, or the task's number for answers.
         progress: called with the number of rows just done.
 
     Yields:

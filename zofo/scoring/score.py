@@ -9,8 +9,8 @@ from zofo.saved.artifact import Artifact
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.tasks.encode import Collator, encoder_for
+from zofo.tasks.leakage import check_rows, check_tasks
 from zofo.tasks.load import load_splits
-from zofo.tasks.seen import check_rows, check_tasks
 from zofo.tasks.spec import TaskSpec
 
 

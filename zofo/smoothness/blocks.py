@@ -1,6 +1,6 @@
-"""What is measured apart: base, adapter, and parts of the base by layer or by type of module.
+"""The blocks that are measured: base, adapter, and parts of the base by layer or type of module.
 
-[ H_xx  H_xy ]      the block of a part is that of H_xx with the part's rows and columns
+[ H_xx  H_xy ]      the block of a part has the rows and columns of the part in H_xx
 [ H_yx  H_yy ]
 """
 
@@ -22,13 +22,13 @@ _LAYER: Final = re.compile(r"(?:^|\.)(layers?|h|blocks?|block)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Block:
-    """Some parameters.
+    """A set of parameters.
 
     Attributes:
         name: "base", "adapter", or the name of a part of the base.
         parameters: canonical name -> parameter.
-        tensors: their direction indices, in the same order.
-        is_part: whether it is a part of the base.
+        tensors: direction indices of the parameters, in the same order.
+        is_part: whether the block is a part of the base.
     """
 
     name: str
@@ -38,50 +38,44 @@ class Block:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the block."""
+        """Number of weights in the block."""
         return sum(p.numel() for p in self.parameters.values())
 
 
 def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
-    """Name -> block: the base, the adapter where there is one, then the parts of the base.
+    """Name -> block: the base, the adapter if there is one, then the parts of the base.
 
     Args:
-        model: adapter attached.
-        split: "none"; "layer": embeddings with the output matrix, each layer, the rest; "type": the
-            modules of one place in every layer together.
+        model: the model with its adapter attached.
+        split: "none": no parts. "layer": the embeddings with the output matrix, each layer, and the
+            rest. "type": modules with the same place in all layers form one part.
 
     Raises:
-        UserError: for another split.
+        UserError: if `split` is unknown.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     found = split_parameters(model)
     names = sorted(found.base)
-    base = Block(
-        "base", {n: found.base[n] for n in names}, tuple(found.base_index[n] for n in names)
-    )
-    blocks = {"base": base}
-    if found.adapter:
-        own = sorted(found.adapter)
-        blocks["adapter"] = Block(
-            "adapter",
-            {n: found.adapter[n] for n in own},
-            tuple(found.adapter_index[n] for n in own),
-        )
-    if split == "none":
-        return blocks
-    part_of = layer_of if split == "layer" else type_of
     parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(part_of(name), []).append(name)
-    for part in sorted(parts, key=_in_reading_order):
-        blocks[part] = Block(
-            part,
-            {n: found.base[n] for n in parts[part]},
-            tuple(found.base_index[n] for n in parts[part]),
-            is_part=True,
+    for name in names if split != "none" else ():
+        parts.setdefault(layer_of(name) if split == "layer" else type_of(name), []).append(name)
+    base = {"base": names} | {part: parts[part] for part in sorted(parts, key=_in_reading_order)}
+    blocks = {
+        block: Block(
+            block,
+            {n: found.base[n] for n in inside},
+            tuple(found.base_index[n] for n in inside),
+            is_part=block != "base",
         )
-    return blocks
+        for block, inside in base.items()
+    }
+    if not found.adapter:
+        return blocks
+    own = sorted(found.adapter)
+    tensors = tuple(found.adapter_index[n] for n in own)
+    adapter = Block("adapter", {n: found.adapter[n] for n in own}, tensors)
+    return {"base": blocks.pop("base"), "adapter": adapter, **blocks}
 
 
 def layer_of(name: str) -> str:
@@ -105,7 +99,7 @@ def type_of(name: str) -> str:
 
 
 def _is_embedding(name: str) -> bool:
-    # Tied to the output matrix, the embedding goes by the latter's name.
+    # An embedding that is tied to the output matrix has the name of the output matrix.
     return bool(re.search(r"embed|(^|\.)(wte|wpe|shared|lm_head)\.", name))
 
 

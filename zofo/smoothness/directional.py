@@ -3,19 +3,18 @@
     c_k = vᵀ_k H v_k ≈ (f(w + εv_k) − 2 f(w) + f(w − εv_k)) / ε²
     s_k = vᵀ_k ∇f   ≈ (f(w + εv_k) − f(w − εv_k)) / 2ε
 
-The directions are those that `HybridOptimizer` draws at a step (`zofo.noise`), and the model is
-seen perturbed as in training (`zofo.perturb.view`), so this works wherever zofo trains, at any
-size and in any dtype: no gradient, no second derivative, the scratch of one layer. Random signs
-and normal directions both have E[vvᵀ] = I, so the mean of c_k estimates tr H of the block, and
-s_k² its
-squared gradient norm.
+The directions are those that `HybridOptimizer` draws at a step (`zofo.noise`). The model is
+perturbed as in training (`zofo.perturb.view`). So this works wherever zofo trains, at any size and
+in any dtype, with the scratch memory of one layer and without gradients. Random signs and normal
+directions both have E[vvᵀ] = I. Therefore the mean of c_k estimates tr H of the block, and the mean
+of s_k² estimates its squared gradient norm.
 
-Along −s_k v_k a step of rate η changes the loss by −η s_k² + η² s_k² c_k / 2 to second order: it
-falls for η < 2 / c_k.
+A step of learning rate η along −s_k v_k changes the loss by −η s_k² + η² s_k² c_k / 2 to second
+order. The loss falls if η < 2 / c_k.
 
-Rounding: each loss is off by about u |f| (u the unit roundoff of what computes it), so c_k is off
-by up to 4 u |f| / ε². Truncation: c_k is off by ε² v⁗/12 (fourth derivative along v); it is
-measured, by the same directions at ε / 2.
+Rounding: each loss has an error of about u |f|, with u the unit roundoff of the dtype that computes
+it. So the error of c_k is up to 4 u |f| / ε². Truncation: c_k has an error of ε² v⁗/12, with v⁗ the
+fourth derivative along v. The same directions at ε / 2 measure it.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from zofo.statistics.estimates import Estimate, mean_interval
 
 @dataclass(frozen=True)
 class DirectionalCurvature:
-    """Along some directions.
+    """Curvatures and slopes along directions.
 
     Attributes:
-        curvatures: vᵀHv, one a direction.
-        projections: vᵀ∇f, likewise.
+        curvatures: vᵀHv of each direction.
+        projections: vᵀ∇f of each direction.
         loss: f(w).
-        eps: ε.
-        num_parameters: numbers in the block; ‖v‖² for random signs.
-        rounding: what rounding may have added to a curvature: 4 u |f| / ε².
-        truncation: median |c(ε) − c(ε/2)| over those directions that were measured twice; NaN if
-            none was. The error of c(ε) is about 4/3 of it, where it is larger than the rounding.
-        num_forwards: cost.
+        eps: smoothing radius ε.
+        num_parameters: number of weights in the block; it equals ‖v‖² for random signs.
+        rounding: largest error of a curvature by rounding, 4 u |f| / ε².
+        truncation: median |c(ε) − c(ε/2)| over the directions that were measured twice; NaN if
+            there are none. The error of c(ε) is about 4/3 of it if it exceeds the rounding.
+        num_forwards: number of forward passes.
     """
 
     curvatures: tuple[float, ...]
@@ -64,7 +63,7 @@ class DirectionalCurvature:
 
     @property
     def squared_gradient(self) -> Estimate:
-        """‖∇f‖² of the block, likewise."""
+        """‖∇f‖² of the block, with a 95% interval over directions."""
         return mean_interval([s * s for s in self.projections])
 
 
@@ -78,22 +77,20 @@ def directional_curvature(
     step: int = 0,
     num_directions: int = 16,
     num_checked: int = 2,
-    on_forward: Callable[[], None] | None = None,
 ) -> DirectionalCurvature:
     """vᵀHv and vᵀ∇f along directions 0, 1, ... of a step.
 
     Args:
-        closure: returns f, a scalar; the same value twice: no dropout.
-        perturbation: the view of the model at w + εv; says which block, seed and distribution.
-        parameters: what it perturbs.
-        eps: ε; 1e-3 as in training.
-        step: address of the directions.
-        num_directions: how many; 16 by choice.
-        num_checked: how many are measured at ε / 2 too.
-        on_forward: called after each forward.
+        closure: returns f, a scalar. It must be repeatable, so it must not use dropout.
+        perturbation: the view of the model at w + εv, with its block, seed and distribution.
+        parameters: the parameters that `perturbation` changes.
+        eps: smoothing radius ε; the default 1e-3 is that of training.
+        step: optimizer step whose directions are used.
+        num_directions: number of directions; 16 is our choice.
+        num_checked: number of directions that are measured at ε / 2 too.
 
     Returns:
-        What was measured; 1 + 2 · (num_directions + num_checked) forwards.
+        The measurement; it takes 1 + 2 · (num_directions + num_checked) forward passes.
     """
     num_forwards = 0
 
@@ -102,12 +99,8 @@ def directional_curvature(
         num_forwards += 1
         if scale:
             with perturbation.at(scale, step=step, direction=direction):
-                value = float(closure())
-        else:
-            value = float(closure())
-        if on_forward is not None:
-            on_forward()
-        return value
+                return float(closure())
+        return float(closure())
 
     generators = GeneratorState.capture()
     try:
@@ -122,7 +115,7 @@ def directional_curvature(
                 changes.append(abs(curvatures[-1] - near / (eps / 2) ** 2))
     finally:
         generators.restore()
-    # A loss rounds as the coarsest weights that it goes through, whichever are perturbed.
+    # The dtype with the largest rounding decides, even if other parameters are perturbed.
     dtypes = {p.dtype for p in perturbation.model.parameters() if p.is_floating_point()}
     computed_in = max(dtypes, key=lambda d: torch.finfo(d).eps)
     return DirectionalCurvature(

@@ -1,7 +1,4 @@
-"""Figures of smoothness, as plotly's JSON: the hybrid paper's figure 1, spectra, the path.
-
-Both blocks are told apart by colour, mark and name.
-"""
+"""Figures of smoothness as plotly's JSON: figure 1 of the hybrid paper, spectra, the path."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.look import Theme
+from zofo.pages.themes import Theme
 from zofo.smoothness.summary import SERIES, series_of
 
 AXES: Final = {
@@ -24,17 +21,17 @@ _DECADES: Final = range(-12, 13)
 
 
 def colour_of(block: str, theme: Theme) -> str:
-    """Of a block; parts of the base recede."""
+    """The colour of a block; parts of the base are faint."""
     return {"base": theme.methods["hybrid"], "adapter": theme.methods["fo-peft"]}.get(
         block, theme.faint
     )
 
 
 def path_figures(summaries: Mapping[str, Mapping[str, Any]], theme: Theme) -> Choices:
-    """Figure 1 of the hybrid paper: local constants against ‖∇f‖, a panel a run, by kind.
+    """Figure 1 of the hybrid paper: local constants against ‖∇f‖, with one panel per run.
 
     Args:
-        summaries: label -> as from `zofo.smoothness.summary.summarise`.
+        summaries: label -> summary, as from `zofo.smoothness.summary.summarise`.
         theme: colours.
     """
     panels, figures = {}, {}
@@ -62,7 +59,7 @@ def step_figures(summary: Mapping[str, Any], theme: Theme) -> Choices:
 
 
 def spectrum_figures(summary: Mapping[str, Any], theme: Theme) -> Choices:
-    """Ritz values of every block on one signed logarithmic axis, a panel a step."""
+    """Ritz values of every block on a signed logarithmic axis, with one panel per step."""
     steps = sorted({record["step"] for record in summary["spectra"]})
     return Choices(
         {str(step): f"after {step} steps" for step in steps},
@@ -161,7 +158,7 @@ def _over_steps(summary: Mapping[str, Any], kind: str, theme: Theme) -> Figure:
         )
     figure.update_layout(
         height=400,
-        xaxis={"title": {"text": "optimiser steps done"}},
+        xaxis={"title": {"text": "optimizer steps done"}},
         yaxis={"type": "log", "title": {"text": "constant; gradient norm (dotted)"}},
     )
     return plain(figure)
@@ -215,6 +212,6 @@ def _spectra(summary: Mapping[str, Any], step: int, theme: Theme) -> Figure:
 
 
 def _ticks(smallest: float, largest: float) -> Sequence[float]:
-    # The first decade lies too close to 0 for a label of its own.
+    # The first decade has no label, because it lies too close to 0.
     decades = [10.0**k for k in _DECADES if 5 * smallest <= 10.0**k <= 10 * largest]
     return [-d for d in reversed(decades)] + [0.0] + decades

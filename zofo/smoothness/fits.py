@@ -1,27 +1,29 @@
 """How smoothness grows with the gradient: ℓ(u) = L0 + L1 u, ℓ(u) = c uᵖ, and whether p < 2.
 
-Both are fitted to pairs (u_i, ℓ_i) = (‖∇f‖, local constant) along a path, in the logarithm, because
-constants spread by factors:
+Both laws are fitted to pairs (u_i, ℓ_i) = (‖∇f‖, local constant) along a path. The fit uses
+logarithms because constants vary by factors:
 
     linear   min_{L0, L1 ≥ 0} Σ (log ℓ_i − log(L0 + L1 u_i))²
     power    min_{c, p} Σ (log ℓ_i − log c − p log u_i)²
 
-With ū the geometric mean of u, L0 + L1 u = A (1 − s + s u/ū), s in [0, 1]: A has a closed form and
-s is found on a grid, so the bounds L0 = 0 and L1 = 0 are reached exactly.
+With ū the geometric mean of u, L0 + L1 u = A (1 − s + s u/ū) for some s in [0, 1]. A has a closed
+form, and a grid search finds s, so that fits with L0 = 0 or L1 = 0 are exact.
 
-The points of one path follow each other, so the intervals are of a moving-block bootstrap: blocks
-of b neighbours, b from the residuals' autocorrelation ρ (Carlstein 1986). Percentiles of the
-resampled fits are moved away from the estimate by a factor (`widening`), for what blocks of b miss
-of an AR(1) of that ρ, and for the few independent points that it leaves. Coverage by simulation is
-in the tests and in docs/explain/smoothness.md. They say how well this path determines the fit, not
-how another seed, task or model would turn out.
+Successive points of a path depend on each other. Therefore the intervals come from a moving-block
+bootstrap: it resamples blocks of b neighbours, with b from the autocorrelation ρ of the residuals
+(Carlstein 1986). `widening` is the factor by which the percentiles of the resampled fits move away
+from the estimate. It corrects for the dependence beyond a block, under an AR(1) model with this ρ,
+and for the small number of independent points. The tests and docs/explain/smoothness.md give the
+coverage by simulation. An interval says how well this path determines the fit. It says nothing
+about another seed, task or model.
 
-The theorem's ℓ is a bound, not a trend: `envelope` is the line L0 + L1 u of least area above all
-points, by linear programming. A sub-quadratic trend with bounded scatter has a sub-quadratic bound.
+The ℓ of the theorem is a bound, not a trend. `envelope` is the line L0 + L1 u of least area above
+all points, by linear programming. A sub-quadratic trend with bounded scatter has a sub-quadratic
+bound.
 
 References:
-    Zhang, He, Sra, Jadbabaie, 2020, arXiv 1905.11881: (L0, L1)-smoothness, and measuring it along a
-    path. Li et al., 2023, arXiv 2306.01264: sub-quadratic ℓ. Künsch, 1989: the moving-block
+    Zhang, He, Sra, Jadbabaie, 2020, arXiv 1905.11881: (L0, L1)-smoothness, measured along a path.
+    Li et al., 2023, arXiv 2306.01264: sub-quadratic ℓ. Künsch, 1989: the moving-block
     bootstrap.
 """
 
@@ -34,30 +36,17 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from zofo.statistics.resampling import CONFIDENCE, Interval
+
 Verdict = Literal["confirmed", "refuted", "undecided at this scale"]
 Array = np.ndarray
 MIN_POINTS: Final = 8
-"""Fewer points leave fits without an interval: a block bootstrap of them says nothing."""
+"""Fits of fewer points have no interval, because a block bootstrap needs several blocks."""
 MIN_SPREAD: Final = 2.0
-"""A path along which ‖∇f‖ changes by a smaller factor says nothing of an exponent; by choice."""
-_CONFIDENCE: Final = 0.95
+"""A verdict on the exponent needs a path on which ‖∇f‖ varies by this factor (our choice)."""
 _SHARES: Final = np.concatenate(
     [[0.0], np.geomspace(1e-4, 0.5, 50), 1 - np.geomspace(0.5, 1e-4, 50)[1:], [1.0]]
 )
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A fitted number.
-
-    Attributes:
-        value: of all points.
-        low, high: 95% interval (moving-block bootstrap, widened); None with too few points.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -67,38 +56,26 @@ class LinearFit:
     Attributes:
         constant: L0.
         slope: L1.
-        growth: share s of the growing part at the mean gradient norm, in [0, 1].
+        growth: share s of L1 u in ℓ at the mean gradient norm, in [0, 1].
         error: root mean square of the residuals of log ℓ.
-        num_points: pairs.
-        block_length: of the bootstrap.
+        num_points: number of pairs.
+        block_length: length b of the bootstrap's blocks.
     """
 
-    constant: Quantity
-    slope: Quantity
-    growth: Quantity
+    constant: Interval
+    slope: Interval
+    growth: Interval
     error: float
     num_points: int
     block_length: int
 
-    def __call__(self, u: float) -> float:
-        """ℓ(u)."""
-        return self.constant.value + self.slope.value * u
-
 
 @dataclass(frozen=True)
 class PowerFit:
-    """ℓ(u) = c uᵖ.
+    """ℓ(u) = c uᵖ, with `factor` c and `exponent` p; the other attributes as in `LinearFit`."""
 
-    Attributes:
-        factor: c.
-        exponent: p.
-        error: root mean square of the residuals of log ℓ.
-        num_points: pairs.
-        block_length: of the bootstrap.
-    """
-
-    factor: Quantity
-    exponent: Quantity
+    factor: Interval
+    exponent: Interval
     error: float
     num_points: int
     block_length: int
@@ -110,42 +87,38 @@ class PowerFit:
 
 @dataclass(frozen=True)
 class Growth:
-    """Everything fitted to one series.
+    """Everything that is fitted to one series.
 
     Attributes:
-        linear, power: fits.
+        linear, power: the two fits.
         level: geometric mean of ℓ.
-        spread: largest u over smallest; below `MIN_SPREAD` it decides nothing.
+        spread: the largest u divided by the smallest; no verdict is given below `MIN_SPREAD`.
         envelope: (L0, L1) of the lowest line above all points.
     """
 
     linear: LinearFit
     power: PowerFit
-    level: Quantity
+    level: Interval
     spread: float
     envelope: tuple[float, float]
 
     @property
     def grows(self) -> Verdict:
-        """Whether ℓ grows with u: the exponent's interval lies above 0, over a wide enough path."""
-        found = self._below(0.0)
-        return {"confirmed": "refuted", "refuted": "confirmed"}.get(found, found)  # type: ignore[return-value]
+        """Whether ℓ grows with u: whether the interval of the exponent lies above 0."""
+        exponent = self.power.exponent
+        negated = Interval(-exponent.value, -exponent.high, -exponent.low)
+        return below(negated, 0.0) if self.spread >= MIN_SPREAD else "undecided at this scale"
 
     @property
     def is_subquadratic(self) -> Verdict:
-        """Whether p < 2, by the exponent's interval, over a wide enough path."""
-        return self._below(2.0)
-
-    def _below(self, bound: float) -> Verdict:
-        is_wide = self.spread >= MIN_SPREAD
-        return below(self.power.exponent, bound) if is_wide else "undecided at this scale"
+        """Whether p < 2, by the interval of the exponent."""
+        exponent = self.power.exponent
+        return below(exponent, 2.0) if self.spread >= MIN_SPREAD else "undecided at this scale"
 
 
-def below(quantity: Quantity, bound: float) -> Verdict:
-    """Whether a quantity lies below a bound, by its interval."""
-    if quantity.low is None or quantity.high is None:
-        return "undecided at this scale"
-    if quantity.high < bound:
+def below(quantity: Interval, bound: float) -> Verdict:
+    """Whether a quantity lies below a bound; undecided if its interval contains the bound."""
+    if quantity.high < bound:  # comparisons with NaN are false, so no interval means undecided
         return "confirmed"
     return "refuted" if quantity.low > bound else "undecided at this scale"
 
@@ -156,13 +129,13 @@ def fit_growth(
     """Fit both laws to a path.
 
     Args:
-        u: gradient norms, positive, in the order of the path, [n].
+        u: gradient norms in the order of the path, positive, [n].
         constants: local constants, positive, [n].
-        num_resamples: of the bootstrap.
-        seed: of the bootstrap.
+        num_resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: for fewer than two points, or values that are not positive and finite.
+        ValueError: if there are fewer than two points, or if a value is not positive and finite.
     """
     x, z = np.asarray(u, dtype=np.float64), np.asarray(constants, dtype=np.float64)
     if len(x) < 2 or len(x) != len(z):
@@ -178,8 +151,8 @@ def fit_growth(
     counts = _block_counts(len(x), length, num_resamples, seed) if len(x) >= MIN_POINTS else None
     factors, exponents = (None, None) if counts is None else _power(x, z, counts)
     power = PowerFit(
-        _exponential(_quantity(float(factor[0]), factors, factor_of)),
-        _quantity(float(exponent[0]), exponents, factor_of),
+        _exponential(_interval(float(factor[0]), factors, factor_of)),
+        _interval(float(exponent[0]), exponents, factor_of),
         float(np.sqrt(np.mean(residuals**2))),
         len(x),
         length,
@@ -189,9 +162,10 @@ def fit_growth(
     level, share, error = _linear(x - centre, z, whole)
     resamples = None if counts is None else _linear(x - centre, z, counts)[:2]
 
-    def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Quantity:
+    def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Interval:
         resampled = None if resamples is None else formula(*resamples)
-        return _clipped(_quantity(float(formula(level, share)[0]), resampled, factor_of), 0.0, high)
+        found = _interval(float(formula(level, share)[0]), resampled, factor_of)
+        return Interval(found.value, max(found.low, 0.0), min(found.high, high))
 
     linear = LinearFit(
         of(lambda a, s: np.exp(a) * (1 - s)),
@@ -205,7 +179,7 @@ def fit_growth(
     return Growth(
         linear,
         power,
-        _exponential(_quantity(float(z.mean()), means, factor_of)),
+        _exponential(_interval(float(z.mean()), means, factor_of)),
         float(np.exp(x.max() - x.min())),
         envelope(u, constants),
     )
@@ -213,15 +187,15 @@ def fit_growth(
 
 def ratio(
     first: Sequence[float], second: Sequence[float], *, num_resamples: int = 2000, seed: int = 0
-) -> Quantity:
+) -> Interval:
     """Geometric mean of first / second over a path, with its interval."""
     z = np.log(np.asarray(first, dtype=np.float64)) - np.log(np.asarray(second, dtype=np.float64))
     if len(z) < MIN_POINTS:
-        return Quantity(math.exp(z.mean()), None, None)
+        return Interval(math.exp(z.mean()))
     length, factor = _dependence(z - z.mean())
     counts = _block_counts(len(z), length, num_resamples, seed)
     means = counts @ z / counts.sum(axis=1)
-    return _exponential(_quantity(float(z.mean()), means, factor))
+    return _exponential(_interval(float(z.mean()), means, factor))
 
 
 def envelope(u: Sequence[float], constants: Sequence[float]) -> tuple[float, float]:
@@ -229,7 +203,7 @@ def envelope(u: Sequence[float], constants: Sequence[float]) -> tuple[float, flo
     from scipy.optimize import linprog
 
     x, z = np.asarray(u, dtype=np.float64), np.asarray(constants, dtype=np.float64)
-    # In units of the means, so that the solver's tolerances are relative.
+    # The solver's tolerances are absolute; units of the means make them relative.
     a, b = x / x.mean(), z / z.mean()
     found = linprog(
         [len(a), a.sum()],
@@ -239,18 +213,16 @@ def envelope(u: Sequence[float], constants: Sequence[float]) -> tuple[float, flo
         method="highs",
     )
     constant, slope = np.asarray(found.x)
-    # What the solver's tolerance left below a point.
+    # The solver's tolerance may leave a point slightly above the line.
     excess = max(1.0, float(np.max(b / (constant + slope * a))))
-    return (
-        float(excess * constant * z.mean()),
-        float(excess * slope * z.mean() / x.mean()),
-    )
+    unit = excess * z.mean()
+    return float(unit * constant), float(unit * slope / x.mean())
 
 
 def autocorrelation(residuals: Array) -> float:
-    """First autocorrelation ρ of some residuals, in [0, 0.95], with the bias of a fit taken off.
+    """First autocorrelation ρ of residuals, in [0, 0.95], corrected for the bias of the fit.
 
-    Residuals of a line look less dependent than the noise is, by about (2 + 4ρ) / n.
+    Residuals of a fitted line are less correlated than the noise, by about (2 + 4ρ) / n.
     """
     num, total = len(residuals), float(np.sum(residuals**2))
     if num < MIN_POINTS or total == 0:
@@ -271,20 +243,21 @@ def block_length(rho: float, num: int) -> int:
 
 
 def widening(rho: float, num: int, length: int) -> float:
-    """Factor of the percentiles' distance from the estimate.
+    """The factor that multiplies the distance of the percentiles from the estimate.
 
-    The square root of an AR(1)'s long-run variance (1 + ρ) / (1 − ρ) over the part of it that
-    blocks of b see, 1 + 2 Σ_{k<b} (1 − k/b) ρᵏ; times Student's over the normal quantile, with the
-    n (1 − ρ) / (1 + ρ) − 2 degrees of freedom that are left.
+    The factor is a product of two. The first is the square root of a ratio of variances: the
+    long-run variance of an AR(1), (1 + ρ) / (1 − ρ), over the variance within blocks of length b,
+    1 + 2 Σ_{k<b} (1 − k/b) ρᵏ. The second is Student's quantile over the normal quantile, with
+    n (1 − ρ) / (1 + ρ) − 2 degrees of freedom.
     """
     from scipy.stats import norm, t
 
     lags = np.arange(1, length)
-    seen = 1 + 2 * float(np.sum((1 - lags / length) * rho**lags))
+    within = 1 + 2 * float(np.sum((1 - lags / length) * rho**lags))
     whole = (1 + rho) / (1 - rho)
     freedom = max(2.0, num / whole - 2)
-    tail = 0.5 + _CONFIDENCE / 2
-    return math.sqrt(whole / seen) * float(t.ppf(tail, freedom) / norm.ppf(tail))
+    tail = 0.5 + CONFIDENCE / 2
+    return math.sqrt(whole / within) * float(t.ppf(tail, freedom) / norm.ppf(tail))
 
 
 def _dependence(residuals: Array) -> tuple[int, float]:
@@ -294,7 +267,7 @@ def _dependence(residuals: Array) -> tuple[int, float]:
 
 
 def _block_counts(num: int, length: int, num_resamples: int, seed: int) -> Array:
-    """How often each point is in each resample, [resamples, n]."""
+    """How often each point occurs in each resample, float64 [resamples, n]."""
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, num - length + 1, size=(num_resamples, -(-num // length)))
     drawn = (starts[:, :, None] + np.arange(length)).reshape(num_resamples, -1)[:, :num]
@@ -304,7 +277,7 @@ def _block_counts(num: int, length: int, num_resamples: int, seed: int) -> Array
 
 
 def _power(x: Array, z: Array, counts: Array) -> tuple[Array, Array]:
-    """Weighted least squares of z = a + p x; arrays of one entry a row of counts."""
+    """Weighted least squares of z = a + p x for each row of counts: a and p, [resamples] each."""
     weight = counts.sum(axis=1)
     mean_x, mean_z = counts @ x / weight, counts @ z / weight
     covariance = counts @ (x * z) / weight - mean_x * mean_z
@@ -314,7 +287,7 @@ def _power(x: Array, z: Array, counts: Array) -> tuple[Array, Array]:
 
 
 def _linear(x: Array, z: Array, counts: Array) -> tuple[Array, Array, Array]:
-    """Log A, s and error of z = log A + log(1 − s + s eˣ), one entry a row of counts."""
+    """Log A, s and error of z = log A + log(1 − s + s eˣ) for each row of counts, [resamples]."""
     shape = np.log((1 - _SHARES)[:, None] + _SHARES[:, None] * np.exp(x))  # [shares, n]
     rest = z - shape
     weight = counts.sum(axis=1, keepdims=True)
@@ -323,7 +296,7 @@ def _linear(x: Array, z: Array, counts: Array) -> tuple[Array, Array, Array]:
     best = np.argmin(variance, axis=1)
     share = _refined(variance, best)
     row = np.arange(len(best))
-    # A belongs to the refined share; its value on the grid's neighbours is interpolated.
+    # The refined share lies off the grid, so A and the error are computed again for it.
     level = mean[row, best]
     step = np.abs(share - _SHARES[best]) > 0
     if step.any():
@@ -336,7 +309,7 @@ def _linear(x: Array, z: Array, counts: Array) -> tuple[Array, Array, Array]:
 
 
 def _refined(variance: Array, best: Array) -> Array:
-    """The minimum of a parabola through the best share and its neighbours; bounds stay."""
+    """The best share, refined by a parabola through its neighbours; 0 and 1 stay exact."""
     share = _SHARES[best].copy()
     inner = (best > 0) & (best < len(_SHARES) - 1)
     rows = np.flatnonzero(inner)
@@ -352,29 +325,20 @@ def _refined(variance: Array, best: Array) -> Array:
     return share
 
 
-def _quantity(value: float, resampled: Array | None, factor: float) -> Quantity:
+def _interval(value: float, resampled: Array | None, factor: float) -> Interval:
     if resampled is None:
-        return Quantity(value, None, None)
-    tail = (1 - _CONFIDENCE) / 2
+        return Interval(value)
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Quantity(
+    return Interval(
         value,
         min(value, value - factor * (value - float(low))),
         max(value, value + factor * (float(high) - value)),
     )
 
 
-def _exponential(quantity: Quantity) -> Quantity:
-    """Of a number whose logarithm was fitted."""
-    low, high = quantity.low, quantity.high
-    return Quantity(
-        math.exp(quantity.value),
-        None if low is None else math.exp(max(low, -700.0)),  # e^±700 is as far as floats go
-        None if high is None else math.exp(min(high, 700.0)),
-    )
-
-
-def _clipped(quantity: Quantity, low: float, high: float) -> Quantity:
-    if quantity.low is None or quantity.high is None:
-        return quantity
-    return Quantity(quantity.value, max(low, quantity.low), min(high, quantity.high))
+def _exponential(fitted: Interval) -> Interval:
+    """The interval of a number whose logarithm was fitted."""
+    # e^±700 is the range of float64. NaN comes first because min and max then return it.
+    low, high = max(fitted.low, -700.0), min(fitted.high, 700.0)
+    return Interval(math.exp(fitted.value), math.exp(low), math.exp(high))

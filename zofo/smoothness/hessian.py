@@ -1,11 +1,11 @@
-"""The block of a Hessian as curvlinops' linear operator, which scipy's solvers take.
+"""A block of the Hessian as curvlinops' linear operator, which scipy's solvers accept.
 
     v -> H_bb v = ∇_b (∇_b f · v)
 
-curvlinops' own product runs forward mode over reverse mode and repeats both for every vector; here
+curvlinops' own product runs forward mode over reverse mode and repeats both for every vector. Here
 the graph of the gradient is kept (`zofo.smoothness.objective.GradientGraph`), which took half the
-time on MiniLM with LoRA (12 s against 22 s a product, 16 rows of 55 tokens, one busy core).
-Everything else is curvlinops': shapes, formats, the way to scipy.
+time on MiniLM with LoRA: 12 s against 22 s a product, with 16 rows of 55 tokens on one busy core.
+Shapes, formats and the conversion for scipy are curvlinops'.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
-from zofo.smoothness.objective import GradientGraph, Objective, Vector
+from zofo.smoothness.objective import Objective, Vector
 
 try:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, within a dependency
+        warnings.simplefilter("ignore", DeprecationWarning)  # a dependency uses torch.jit
         from curvlinops import HessianLinearOperator
 except ModuleNotFoundError as error:
     raise UserError(
@@ -31,13 +31,12 @@ except ModuleNotFoundError as error:
 
 
 class BlockHessian(HessianLinearOperator):
-    """∇²_bb f of some parameters b, the others fixed.
+    """∇²_bb f for the parameters of block b; the other parameters are fixed.
 
     Args:
         objective: f.
         parameters: name -> parameter of the block.
         at: parameters, of the block or not, that take other values.
-        graph: of a gradient that contains the block's, to share; None: one of its own.
     """
 
     def __init__(
@@ -45,14 +44,13 @@ class BlockHessian(HessianLinearOperator):
         objective: Objective,
         parameters: Mapping[str, nn.Parameter],
         at: Mapping[nn.Parameter, Tensor] | None = None,
-        graph: GradientGraph | None = None,
     ) -> None:
         self.names = list(parameters)
-        self.graph = objective.graph(parameters, at) if graph is None else graph
+        self.graph = objective.graph(parameters, at)
         self.num_products = 0
         super().__init__(
             objective.model,
-            _Given(),  # the objective knows its loss
+            _NoLoss(),  # the objective computes its own loss
             list(parameters.values()),
             [(torch.zeros(1), torch.zeros(1))],
             check_deterministic=False,
@@ -60,7 +58,7 @@ class BlockHessian(HessianLinearOperator):
         )
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:  # noqa: N803
-        """H times the columns of a matrix in curvlinops' format: [*shape, columns] a parameter."""
+        """H times a matrix in curvlinops' format: [*shape, columns] for each parameter."""
         columns = []
         for k in range(M[0].shape[-1]):
             vector = {n: m[..., k].contiguous() for n, m in zip(self.names, M, strict=True)}
@@ -72,17 +70,8 @@ class BlockHessian(HessianLinearOperator):
         """A vector of the block as one tensor, [parameters]."""
         return torch.cat([vector[n].reshape(-1) for n in self.names])
 
-    def named(self, flat: Tensor) -> Vector:
-        """The other way round."""
-        sizes = [p.numel() for p in self._params]
-        parts = flat.split(sizes)
-        return {
-            n: part.view(p.shape)
-            for n, part, p in zip(self.names, parts, self._params, strict=True)
-        }
 
-
-class _Given(nn.Module):
+class _NoLoss(nn.Module):
     reduction = "mean"
 
     def forward(self, prediction: Any, target: Any) -> Any:

@@ -1,17 +1,18 @@
 """Is diag(ℓ_x I, ℓ_y I) ± ∇²f positive semi-definite?
 
-The theorem's hybrid smoothness asks for two numbers that bound the Hessian of both blocks at once:
+The theorem's hybrid smoothness needs two numbers that bound the Hessian of both blocks at once:
 
     D ± H ⪰ 0, D = diag(ℓ_x I, ℓ_y I)   ⇔   κ = ‖D^{-1/2} H D^{-1/2}‖ ≤ 1
 
-Bounds of the blocks alone do not give it: with ℓ_x ≥ ‖H_xx‖ and ℓ_y ≥ ‖H_yy‖ the cross term H_xy
-remains, and κ ≤ 1 + ‖H_xy‖ / √(ℓ_x ℓ_y), reached. For a convex f the Schur complement makes that at
-most 2; otherwise it has no bound. (H = [[0, c], [c, 0]]: both blocks vanish, no D of zeros does.)
-κ · D always does. So κ of the blocks' own norms is the factor by which two step sizes chosen block
-by block have to shrink.
+A bound for each block is not enough, because the cross term H_xy remains. If ℓ_x ≥ ‖H_xx‖ and
+ℓ_y ≥ ‖H_yy‖, then κ ≤ 1 + ‖H_xy‖ / √(ℓ_x ℓ_y), and κ can reach this. For convex f the Schur
+complement bounds it by 2; otherwise there is no bound: in H = [[0, c], [c, 0]] both blocks vanish.
+κ · D always majorises H. So κ of the norms of the blocks is the factor by which two learning rates
+that were chosen block by block must shrink.
 
-Random vectors see the bulk of H and nearly always pass; the extreme ones are found by Lanczos on
-the scaled Hessian, where κ is its largest Ritz value in size: a lower estimate with an error bound.
+Random vectors mostly see the many small eigenvalues of H and nearly always pass. Lanczos on the
+scaled Hessian finds the extreme ones: κ is its Ritz value of largest size, a lower estimate with an
+error bound.
 
 Reference:
     arXiv 2604.09940, the hybrid generalised smoothness assumption.
@@ -20,7 +21,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,19 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zofo.smoothness.spectrum import lanczos, signs
+from zofo.smoothness.spectrum import inner_product, lanczos, signs
 
 
 @dataclass(frozen=True)
 class MajoriserTest:
-    """What a test of D said.
+    """The result of a test of D.
 
     Attributes:
         constants: ℓ of each block.
         kappa: largest |Ritz value| of D^{-1/2} H D^{-1/2}.
-        residual: an eigenvalue lies within this of it.
+        residual: distance of this Ritz value to an eigenvalue at most.
         sampled: |vᵀHv| / vᵀDv of every sampled vector, [samples].
-        num_products: products with H.
+        num_products: number of products with H.
     """
 
     constants: dict[str, float]
@@ -51,10 +52,10 @@ class MajoriserTest:
 
     @property
     def verdict(self) -> str:
-        """Whether D majorises the Hessian, both signs, at this point.
+        """Whether D majorises H and −H at this point.
 
-        "refuted" is certain of this D: a vector with |vᵀHv| > vᵀDv is at hand, as Ritz values are
-        quotients of vectors. "confirmed" says that Lanczos found none up to its own error.
+        "refuted" is certain, because a Ritz value is the quotient |vᵀHv| / vᵀDv of a vector that
+        was computed. "confirmed" means that Lanczos found no such vector within its error bound.
         """
         if self.kappa > 1.0 + 1e-6:
             return "refuted"
@@ -72,55 +73,47 @@ def check_majoriser(
     vectors: Sequence[Tensor] = (),
     seed: int = 0,
     memory_bytes: int = 4 << 30,
-    on_product: Callable[[], None] | None = None,
 ) -> MajoriserTest:
     """Test D = diag(ℓ_b I) against a Hessian, on sampled and on extreme vectors.
 
     Args:
         operator: the Hessian over all blocks in the order of `sizes`, with `shape` and `@`.
-        sizes: block -> numbers in it.
+        sizes: block -> number of weights.
         constants: block -> ℓ_b > 0.
-        like: a tensor of the dtype and device of the operator's vectors.
-        num_steps: of Lanczos.
-        num_samples: random vectors: signs, scaled so that each block counts the same in vᵀDv.
+        like: a tensor with the dtype and device of the operator's vectors.
+        num_steps: number of Lanczos steps.
+        num_samples: number of random sign vectors, scaled so that blocks weigh the same in vᵀDv.
         vectors: further vectors to test, [n] each, such as a step.
-        seed: of the random ones.
-        memory_bytes: up to which Lanczos keeps its vectors.
-        on_product: called after each product.
+        seed: seed of the random vectors.
+        memory_bytes: the memory up to which Lanczos keeps its vectors.
 
     Raises:
-        ValueError: for a constant that is not positive.
+        ValueError: if a constant is not positive.
     """
     wrong = [b for b in sizes if not (constants[b] > 0 and math.isfinite(constants[b]))]
     if wrong:
         raise ValueError(f"constants of {', '.join(wrong)} are not positive; D must be invertible")
-    scale = torch.cat(
-        [
-            torch.full((n,), constants[b] ** -0.5, dtype=like.dtype, device=like.device)
-            for b, n in sizes.items()
-        ]
-    )
-    balance = torch.cat(
-        [
-            torch.full((n,), max(n, 1) ** -0.5, dtype=like.dtype, device=like.device)
-            for n in sizes.values()
-        ]
-    )
+
+    def spread(values: Sequence[float]) -> Tensor:  # one value per block -> [n]
+        pairs = zip(values, sizes.values(), strict=True)
+        return torch.cat([like.new_full((size,), value) for value, size in pairs])
+
+    scale = spread([constants[b] ** -0.5 for b in sizes])
+    balance = spread([max(size, 1) ** -0.5 for size in sizes.values()])
     num = len(scale)
     generator = torch.Generator().manual_seed(seed)
     keeps = num * like.element_size() * min(num_steps, num) <= memory_bytes
     scaled = _Scaled(operator, scale)
     start = signs(num, generator, like) * balance
-    found = lanczos(scaled, start, num_steps, keeps_vectors=keeps, on_product=on_product)
+    found = lanczos(scaled, start, num_steps, keeps_vectors=keeps)
     worst = int(np.argmax(np.abs(found.values)))
     sampled = []
-    given = [v / scale for v in vectors]
     drawn = (signs(num, generator, like) * balance for _ in range(num_samples))
-    for vector in (*given, *drawn):
+    for vector in (*(v / scale for v in vectors), *drawn):
         image = scaled @ vector
-        if on_product is not None:
-            on_product()
-        sampled.append(abs(_dot(vector, image)) / max(_dot(vector, vector), 1e-300))
+        sampled.append(
+            abs(inner_product(vector, image)) / max(inner_product(vector, vector), 1e-300)
+        )
     return MajoriserTest(
         {b: float(constants[b]) for b in sizes},
         float(abs(found.values[worst])),
@@ -139,7 +132,3 @@ class _Scaled:
     def __matmul__(self, vector: Tensor) -> Tensor:
         image: Tensor = self.scale * (self.operator @ (self.scale * vector)).detach()
         return image
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())

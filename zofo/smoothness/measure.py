@@ -1,19 +1,20 @@
-"""Measuring a run: spectra, directions and the majoriser at some steps, constants along the path.
+"""Measures a run: spectra, directions and the majoriser at some steps, constants along the path.
 
-    smoothness.yaml     the run's configuration and what is measured
+    smoothness.yaml     the configuration of the run and of the measurement
     smoothness.jsonl    every measurement, as it was made
-    smoothness.json     all of them with fits and verdicts
+    smoothness.json     all measurements with fits and verdicts
     smoothness.html     the page
 
-in the run folder, or in a folder of their own where nothing is trained. A measurement that is there
-is not made again: an interrupted run is continued from its newest checkpoint, and what lies before
-and after that checkpoint stays, since the continued run is the same run.
+These files lie in the run folder, or in a folder of their own if nothing is trained. A measurement
+in the file is never repeated. An interrupted run continues from its newest checkpoint, and it keeps
+all measurements, because the continued run is the same run.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,14 +27,21 @@ from zofo.config.schema import RunConfig
 from zofo.disk.files import write_json, write_text
 from zofo.errors import UserError
 from zofo.optim.methods import apply_method
+from zofo.perturb.view import Perturbation
 from zofo.run.prepare import Prepared, prepare
 from zofo.run.resume import is_finished
 from zofo.run.train import train
 from zofo.smoothness.blocks import Block, blocks_of
 from zofo.smoothness.directional import directional_curvature
 from zofo.smoothness.majoriser import check_majoriser
-from zofo.smoothness.objective import Objective, objective_of_trainer
-from zofo.smoothness.options import SmoothnessOptions, load_smoothness, path_steps, point_steps
+from zofo.smoothness.objective import Objective, choose_rows, objective_of_trainer
+from zofo.smoothness.options import (
+    SECTION,
+    SmoothnessOptions,
+    load_smoothness,
+    path_steps,
+    point_steps,
+)
 from zofo.smoothness.path import SmoothnessRecorder
 from zofo.smoothness.records import Records, finite
 from zofo.smoothness.spectrum import measure_spectrum
@@ -43,20 +51,6 @@ from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
 OPTIONS_FILE: Final = "smoothness.yaml"
 RECORDS_FILE: Final = "smoothness.jsonl"
 PAGE_FILE: Final = "smoothness.html"
-
-
-class Say:
-    """Where progress goes: a line a measurement."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self._began = console, time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        """Print, with the seconds since the start."""
-        seconds = time.monotonic() - self._began
-        self.console.print(
-            f"{seconds:6.0f} s  {text}", highlight=False, markup=False, soft_wrap=True
-        )
 
 
 def measure_point(
@@ -72,118 +66,87 @@ def measure_point(
     say: Callable[[str], Any] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Measure spectra, directional curvature and the majoriser at the present weights.
+    """Measure spectra, directional curvature and the majoriser at the current weights.
 
     Args:
         objective: f.
-        blocks: as from `blocks_of`.
-        options: what and how much.
-        records: where to; what is there is left out.
-        step: optimiser steps done; also the address of the directions.
-        eps: radius of the directions.
-        seed: of the run: with it the directions are those of the run's step.
-        distribution: of the directions.
-        say: told of each measurement.
-        should_stop: asked before each measurement; those that are left out are made when the run
-            is continued.
+        blocks: name -> block, as from `blocks_of`.
+        options: what is measured, and how much of it.
+        records: receives the measurements; those that it already has are skipped.
+        step: number of optimizer steps done. It also selects the directions.
+        eps: smoothing radius of the directions.
+        seed: seed of the run, so that the directions are those of the run at this step.
+        distribution: distribution of the directions.
+        say: receives a line of text for each measurement.
+        should_stop: asked before each measurement. A continued run makes the measurements that are
+            missing.
     """
-    for name, block in blocks.items():
-        if should_stop():
-            return
-        if options.lanczos_steps and not records.has("spectrum", step, name):
-            from zofo.smoothness.hessian import BlockHessian
 
-            before = objective.num_forwards
-            operator = BlockHessian(objective, block.parameters)
-            found = measure_spectrum(
-                operator,
-                _like(block),
-                num_steps=options.lanczos_steps,
-                num_probes=options.probes,
-                method=options.trace,
-                seed=options.seed,
-                memory_bytes=options.memory_bytes,
-            )
-            del operator
-            record = {
-                "kind": "spectrum",
-                "step": step,
-                "block": name,
-                "is_part": block.is_part,
-                "num_parameters": found.num_parameters,
-                "top": vars(found.top),
-                "bottom": vars(found.bottom),
-                "norm": found.norm,
-                "trace": vars(found.trace),
-                "squared_norm": vars(found.squared_norm),
-                "effective_rank": None
-                if found.effective_rank is None
-                else vars(found.effective_rank),
-                "stable_rank": None if found.stable_rank is None else vars(found.stable_rank),
-                "ritz": [
-                    {"values": r.values.tolist(), "weights": r.weights.tolist()} for r in found.ritz
-                ],
-                "kept_vectors": found.ritz[0].is_orthogonal,
-                "forwards": objective.num_forwards - before,
-            }
-            records.add(record)
+    def is_due(kind: str, name: str = "") -> bool:
+        return not should_stop() and not records.has(kind, step, name)
+
+    def add(kind: str, found: Mapping[str, Any], forwards: float) -> None:
+        records.add({"kind": kind, "step": step, **found, "forwards": forwards})
+
+    for name, block in blocks.items():
+        about = {"block": name, "is_part": block.is_part, "num_parameters": block.num_parameters}
+        before = objective.num_forwards
+        if options.lanczos_steps and is_due("spectrum", name):
+            found = _spectrum(objective, block, options)
+            add("spectrum", about | found, objective.num_forwards - before)
             say(
-                f"step {step}, {name}: eigenvalues {found.bottom.value:.3g} to "
-                f"{found.top.value:.3g}, trace {found.trace.mean:.3g}"
+                f"step {step}, {name}: eigenvalues {found['bottom']['value']:.3g} to "
+                f"{found['top']['value']:.3g}, trace {found['trace'].value:.3g}"
             )
-        if options.directions and not should_stop() and not records.has("directional", step, name):
-            _measure_directions(
-                objective, name, block, options, records, step, eps, seed, distribution
+        if options.directions and is_due("directional", name):
+            parameters = list(block.parameters.values())
+            curvature = directional_curvature(
+                objective.value,
+                Perturbation(
+                    objective.model, parameters, block.tensors, seed=seed, distribution=distribution
+                ),
+                parameters,
+                eps=eps,
+                step=step,
+                num_directions=options.directions,
             )
+            found = vars(curvature) | {
+                "trace": curvature.trace,
+                "squared_gradient": curvature.squared_gradient,
+            }
+            forwards = found.pop("num_forwards")
+            add("directional", about | found, forwards)
     mains = {name: block for name, block in blocks.items() if not block.is_part}
-    tests = options.majoriser and options.lanczos_steps and len(mains) > 1 and not should_stop()
-    if tests and not records.has("majoriser", step):
+    if options.majoriser and options.lanczos_steps and len(mains) > 1 and is_due("majoriser"):
         _test_majoriser(objective, mains, options, records, step, say)
 
 
-def _measure_directions(
-    objective: Objective,
-    name: str,
-    block: Block,
-    options: SmoothnessOptions,
-    records: Records,
-    step: int,
-    eps: float,
-    seed: int,
-    distribution: Any,
-) -> None:
-    from zofo.perturb.view import Perturbation
+def _spectrum(objective: Objective, block: Block, options: SmoothnessOptions) -> dict[str, Any]:
+    from zofo.smoothness.hessian import BlockHessian
 
-    parameters = list(block.parameters.values())
-    view = Perturbation(
-        objective.model, parameters, block.tensors, seed=seed, distribution=distribution
+    found = measure_spectrum(
+        BlockHessian(objective, block.parameters),
+        _like(block),
+        num_steps=options.lanczos_steps,
+        num_probes=options.probes,
+        method=options.trace,
+        seed=options.seed,
+        memory_bytes=options.memory_bytes,
     )
-    found = directional_curvature(
-        objective.value,
-        view,
-        parameters,
-        eps=eps,
-        step=step,
-        num_directions=options.directions,
-    )
-    records.add(
-        {
-            "kind": "directional",
-            "step": step,
-            "block": name,
-            "is_part": block.is_part,
-            "num_parameters": found.num_parameters,
-            "eps": found.eps,
-            "curvatures": list(found.curvatures),
-            "projections": list(found.projections),
-            "trace": vars(found.trace),
-            "squared_gradient": vars(found.squared_gradient),
-            "loss": found.loss,
-            "rounding": found.rounding,
-            "truncation": found.truncation,
-            "forwards": found.num_forwards,
-        }
-    )
+    return {
+        "top": vars(found.top),
+        "bottom": vars(found.bottom),
+        "norm": found.norm,
+        "trace": found.trace,
+        "squared_norm": found.squared_norm,
+        "effective_rank": found.effective_rank,
+        "stable_rank": found.stable_rank,
+        "ritz": [
+            {"values": ritz.values.tolist(), "weights": ritz.weights.tolist()}
+            for ritz in found.ritz
+        ],
+        "kept_vectors": found.ritz[0].is_orthogonal,
+    }
 
 
 def _test_majoriser(
@@ -197,7 +160,7 @@ def _test_majoriser(
     from zofo.smoothness.hessian import BlockHessian
 
     spectra = {r["block"]: r for r in records.of("spectrum") if r["step"] == step}
-    # Ritz values lie within the spectrum: with their errors the blocks' norms are not too small.
+    # Ritz values lie within the spectrum, so the residual is added to bound the norm from above.
     constants = {
         name: spectra[name]["norm"]
         + max(spectra[name][end]["residual"] for end in ("top", "bottom"))
@@ -228,7 +191,7 @@ def _test_majoriser(
             "constants": found.constants,
             "kappa": found.kappa,
             "residual": found.residual,
-            "sampled": list(found.sampled),
+            "sampled": found.sampled,
             "verdict": found.verdict,
             "forwards": objective.num_forwards - before,
         }
@@ -236,17 +199,20 @@ def _test_majoriser(
     say(f"step {step}, majoriser of the blocks' own norms: kappa {found.kappa:.3g}")
 
 
+def _like(block: Block) -> torch.Tensor:
+    """An empty tensor with the dtype and device of a block."""
+    return next(iter(block.parameters.values())).detach().new_empty(0)
+
+
 class PointRecorder(TrainerCallback):
-    """Calls `measure_point` while a trainer trains, after chosen numbers of steps.
+    """Calls `measure_point` while a `HybridMixin` trainer trains.
 
     Args:
-        trainer: a `HybridMixin` trainer.
-        objective: returns f, once training begins.
-        steps: numbers of optimiser steps done.
-        options: as for `measure_point`.
-        records: likewise.
-        say: likewise.
-        stop: asked before each measurement.
+        trainer: the trainer.
+        objective: returns f; it is called after training began.
+        steps: measure after these numbers of optimizer steps.
+        options, records, say: as for `measure_point`.
+        stop: asked before each measurement whether a signal arrived.
     """
 
     def __init__(
@@ -263,10 +229,10 @@ class PointRecorder(TrainerCallback):
         self.options, self.records, self.say, self.stop = options, records, say, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start.
+        """Measure before the first step.
 
         Raises:
-            TrainingInterrupt: if asked to stop: before a step there is nothing to save.
+            TrainingInterrupt: if a signal arrived, because before a step there is nothing to save.
         """
         self._measure(state.global_step)
         if self.stop is not None and self.stop.signum is not None:
@@ -307,115 +273,107 @@ def measure_run(
     """Train and measure, or only measure; write records, summary and page.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         options: what is measured.
         resume: a folder to continue.
-        console: for progress; default: stderr.
-        on_start: called with the folder once something is written there.
-        stop: what handles signals while training.
+        console: where progress is printed; stderr by default.
+        on_start: called with the folder as soon as something is written there.
+        stop: handles signals during training.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: as `zofo.run.train.train`, before any work.
+        UserError: before any work, as `zofo.run.train.train`.
     """
     from zofo.smoothness.page import write_page
 
     if options.points and options.lanczos_steps:
-        import zofo.smoothness.hessian  # noqa: F401  what it needs is there, or is said now
+        import zofo.smoothness.hessian  # noqa: F401  fails now if a dependency is missing
     console = console or Console(stderr=True)
     folder = resume or new_folder(config)
     config = config.model_copy(update={"output_dir": str(folder)})
     records = Records(folder / RECORDS_FILE if resume else None)
     records.path = folder / RECORDS_FILE
-    say = Say(console)
-    if options.train:
-        if resume is None or not is_finished(folder):
-            _train(config, options, records, say, resume, console, on_start, stop)
-    else:
-        _measure_start(config, options, records, say, folder, on_start)
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        line = f"{time.monotonic() - start:6.0f} s  {text}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def began(folder: Path) -> None:
+        values = {**config.model_dump(), SECTION: options.model_dump()}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_text(folder / OPTIONS_FILE, text)
+        if on_start is not None:
+            on_start(folder)
+
+    if not options.train:
+        _measure_start(config, options, records, say, lambda: began(folder))
+    elif resume is None or not is_finished(folder):
+        train(
+            config,
+            resume=resume,
+            console=console,
+            on_start=began,
+            stop=stop,
+            watchers=lambda trainer: _recorders(trainer, options, records, say, stop),
+        )
     found = summarise(records.all(), config.model_dump(), options.model_dump())
     write_json(folder / FILE, finite(found))
     write_page(folder / FILE, folder / PAGE_FILE)
     return folder
 
 
-def _train(
-    config: RunConfig,
+def _recorders(
+    trainer: Any,
     options: SmoothnessOptions,
     records: Records,
-    say: Say,
-    resume: Path | None,
-    console: Console,
-    on_start: Callable[[Path], None] | None,
+    say: Callable[[str], None],
     stop: StopOnSignal | None,
-) -> None:
-    def began(folder: Path) -> None:
-        _write_options(folder, config, options)
-        if on_start is not None:
-            on_start(folder)
+) -> list[TrainerCallback]:
+    steps = trainer.args.max_steps
 
-    def watch(trainer: Any) -> list[TrainerCallback]:
-        steps = trainer.args.max_steps
-        shared: list[Objective] = []
-
-        def objective() -> Objective:
-            if not shared:
-                shared.append(
-                    objective_of_trainer(
-                        trainer,
-                        num_rows=options.rows,
-                        seed=options.seed,
-                        batch_size=options.row_batch,
-                    )
-                )
-            return shared[0]
-
-        def told(point: dict[str, Any]) -> None:
-            own = {b: r and r["norm"] for b, r in (point.get("gradient") or {}).items()}
-            text = ", ".join(f"{b} {v:.3g}" for b, v in own.items() if v)
-            say(f"step {point['step']}: ‖∇f‖ {point['grad_norm']['full']:.3g}; {text}")
-
-        recorder = SmoothnessRecorder(
-            trainer,
-            every=path_steps(options, steps),
-            gammas=options.gammas,
-            along_gradient=options.along_gradient,
-            split=options.split,
-            objective=objective,
-            records=records,
-            on_point=told,
+    @cache
+    def objective() -> Objective:  # both recorders share it
+        return objective_of_trainer(
+            trainer, num_rows=options.rows, seed=options.seed, batch_size=options.row_batch
         )
-        points = PointRecorder(
-            trainer,
-            objective,
-            point_steps(options, steps),
-            options,
-            records,
-            say,
-            stop,
-        )
-        return [recorder, points]
 
-    train(config, resume=resume, console=console, on_start=began, stop=stop, watchers=watch)
+    def on_point(point: dict[str, Any]) -> None:
+        own = {b: r and r["norm"] for b, r in (point.get("gradient") or {}).items()}
+        text = ", ".join(f"{b} {v:.3g}" for b, v in own.items() if v)
+        say(f"step {point['step']}: ‖∇f‖ {point['grad_norm']['full']:.3g}; {text}")
+
+    along_path = SmoothnessRecorder(
+        trainer,
+        every=path_steps(options, steps),
+        gammas=options.gammas,
+        along_gradient=options.along_gradient,
+        split=options.split,
+        objective=objective,
+        records=records,
+        on_point=on_point,
+    )
+    at_points = point_steps(options, steps)
+    return [
+        along_path,
+        PointRecorder(trainer, objective, at_points, options, records, say, stop),
+    ]
 
 
 def _measure_start(
     config: RunConfig,
     options: SmoothnessOptions,
     records: Records,
-    say: Say,
-    folder: Path,
-    on_start: Callable[[Path], None] | None,
+    say: Callable[[str], None],
+    began: Callable[[], None],
 ) -> None:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     prepared = prepare(config)
     apply_method(prepared.model, config.method)
-    _write_options(folder, config, options)
-    if on_start is not None:
-        on_start(folder)
+    began()
     measure_point(
         objective_of_rows(prepared, config, options),
         blocks_of(prepared.model, options.split),
@@ -432,33 +390,26 @@ def _measure_start(
 def objective_of_rows(
     prepared: Prepared, config: RunConfig, options: SmoothnessOptions
 ) -> Objective:
-    """The training loss of a prepared run on the rows that are measured."""
-    import numpy as np
-
+    """The training loss of a prepared run on `options.rows` random training rows."""
     from zofo.environment import resolve_device
     from zofo.tasks.losses import objective_loss
 
     model = prepared.model.to(resolve_device(config.device))
-    train_rows = prepared.rows["train"]
-    order = np.random.default_rng(options.seed).permutation(len(train_rows))[: options.rows]
-    rows = [train_rows[int(i)] for i in sorted(order)]
-    size = options.row_batch or len(rows)
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     device = next(model.parameters()).device
-    batches = [{k: v.to(device) for k, v in prepared.collator(p).items()} for p in parts]
+    parts = choose_rows(prepared.rows["train"], options.rows, options.seed, options.row_batch)
     return Objective(
         model,
         lambda batch: objective_loss(model, batch, config.task.objective),
-        batches,
-        [len(p) / len(rows) for p in parts],
+        [{k: v.to(device) for k, v in prepared.collator(rows).items()} for rows in parts],
+        [len(rows) for rows in parts],
     )
 
 
 def new_folder(config: RunConfig) -> Path:
-    """The configured folder, which must be new or empty, or a numbered default.
+    """The configured folder, or a new folder in `runs` with a default name.
 
     Raises:
-        UserError: if it holds something.
+        UserError: if the configured folder is not empty.
     """
     from zofo.run.prepare import new_folder as configured
 
@@ -473,10 +424,10 @@ def new_folder(config: RunConfig) -> Path:
 
 
 def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
-    """What a folder was begun with.
+    """The configuration and the options that a folder was started with.
 
     Raises:
-        UserError: if it is no folder of `zofo smoothness`.
+        UserError: if it is not a folder of `zofo smoothness`.
     """
     path = folder / OPTIONS_FILE
     if not folder.is_dir():
@@ -484,13 +435,3 @@ def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
     if not path.is_file():
         raise UserError(f"{folder} holds no {OPTIONS_FILE}, so there is nothing to continue")
     return load_smoothness(path)
-
-
-def _write_options(folder: Path, config: RunConfig, options: SmoothnessOptions) -> None:
-    values = {**config.model_dump(), "smoothness": options.model_dump()}
-    write_text(folder / OPTIONS_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _like(block: Block) -> torch.Tensor:
-    parameter = next(iter(block.parameters.values()))
-    return torch.empty(0, dtype=parameter.dtype, device=parameter.device)

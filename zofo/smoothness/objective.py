@@ -1,16 +1,15 @@
-"""A training loss on fixed rows, as a function of the weights, and its first two derivatives.
+"""A training loss on fixed rows as a function of the weights, with its first two derivatives.
 
-    f(w) = Σ_b share_b · loss(batch_b; w)      in evaluation mode: without dropout, the same f twice
+    f(w) = Σ_b share_b · loss(batch_b; w)      in evaluation mode: no dropout, so f is repeatable
 
-Whatever is measured is measured away from the weights themselves: the model is called with other
-tensors in their place in the modules' tables, which share their memory where the point is the
-present one. No weight is written, none has to require a gradient, no gradient is left behind, and
-what was drawn from the global generators is given back. (`torch.func.functional_call` swaps by
-name, and leaves its own tensor behind in a module that has two names, as the embedding of prompt
-learning has.)
+A measurement leaves the model unchanged. For the call, other tensors take the place of the
+parameters in the modules' tables; at the current point they share the memory of the parameters. So
+no weight is written, no weight needs `requires_grad`, no `.grad` remains, and the global generators
+return to their earlier state. (`torch.func.functional_call` swaps by name. It would leave its own
+tensor in a module that has two names, as the embedding of prompt learning has.)
 
-Attention is computed by its plain formula throughout: the fused kernels have no second derivative,
-and their rounding is another one.
+Attention always uses the plain formula, because the fused kernels have no second derivative and
+round differently.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class Objective:
     """f on fixed rows.
 
     Args:
-        model: what the loss calls.
-        loss: batch -> mean loss of its rows, a scalar; it may only depend on batch and model.
-        batches: what it is called with.
-        shares: of each batch in f, adding up to 1; None: equal ones.
-        around: context to evaluate in, such as a trainer's autocast.
+        model: the model that the loss calls.
+        loss: batch -> mean loss of its rows, a scalar; it may depend on batch and model only.
+        batches: the arguments of `loss`.
+        num_rows: number of rows of each batch, which is its weight in f; None: equal weights.
+        around: context for the evaluation, such as a trainer's autocast.
     """
 
     def __init__(
@@ -48,11 +47,12 @@ class Objective:
         model: nn.Module,
         loss: Callable[[Any], Tensor],
         batches: Sequence[Any],
-        shares: Sequence[float] | None = None,
+        num_rows: Sequence[int] | None = None,
         around: Callable[[], Any] = nullcontext,
     ) -> None:
         self.model, self.batches, self._around = model, list(batches), around
-        self.shares = list(shares) if shares is not None else [1 / len(batches)] * len(batches)
+        counts = num_rows or [1] * len(batches)
+        self.shares = [count / sum(counts) for count in counts]
         self._function = loss
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in model.modules():
@@ -63,7 +63,7 @@ class Objective:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within the context the model is as f wants it; afterwards as it was."""
+        """A context in which the model computes f; afterwards the model is as before."""
         modes = [(module, module.training) for module in self.model.modules()]
         generators = GeneratorState.capture()
         self.model.eval()
@@ -76,11 +76,7 @@ class Objective:
             generators.restore()
 
     def value(self, at: Mapping[nn.Parameter, Tensor] | None = None) -> float:
-        """f, without gradients.
-
-        Args:
-            at: parameters that take other values.
-        """
+        """f, without gradients; the parameters in `at` take other values."""
         with self.measuring(), torch.no_grad():
             losses = [self._loss(batch, at or {}).double() for batch in self.batches]
         self.num_forwards += 1
@@ -93,15 +89,15 @@ class Objective:
         *,
         scale: float = 1.0,
     ) -> tuple[float, Vector]:
-        """F and its gradient.
+        """The value f and its gradient.
 
         Args:
-            parameters: what to differentiate for.
-            at: parameters, among these or others, that take other values.
-            scale: of the loss in the backward pass; the gradient is divided by it again.
+            parameters: name -> parameter of the gradient.
+            at: parameters, of the gradient or not, that take other values.
+            scale: factor of the loss in the backward pass; the gradient is divided by it again.
 
         Returns:
-            f, and name -> gradient, in the dtype of the parameters.
+            f, and name -> gradient in the dtype of the parameter.
         """
         check_differentiable(parameters)
         value, total = 0.0, {n: torch.zeros_like(p.detach()) for n, p in parameters.items()}
@@ -123,14 +119,15 @@ class Objective:
         parameters: Mapping[str, nn.Parameter],
         at: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> GradientGraph:
-        """The gradient as something to differentiate once more."""
+        """The gradient with its graph, for products with the Hessian."""
         return GradientGraph(self, parameters, at)
 
     def rounding(self, parameters: Mapping[str, nn.Parameter]) -> float:
-        """Relative error of the gradient by the rounding of its backward pass.
+        """Relative error of the gradient by rounding in the backward pass.
 
-        The same gradient with the loss scaled by 1/3, which rounds every product anew:
-        ‖3 ∇(f/3) − ∇f‖ / ‖∇f‖. The forward pass rounds as before, so it is a lower estimate.
+        The gradient is computed again with the loss scaled by 1/3, which changes the rounding of
+        every product: ‖3 ∇(f/3) − ∇f‖ / ‖∇f‖. The forward pass rounds in the same way both times,
+        so this is a lower estimate.
         """
         _, plain = self.gradient(parameters)
         _, scaled = self.gradient(parameters, scale=1 / 3)
@@ -146,7 +143,7 @@ class Objective:
         return {p: point.get(p, p).detach().requires_grad_() for p in parameters.values()}
 
     def _loss(self, batch: Any, at: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """The loss of a batch with other tensors in the places of some parameters."""
+        """The loss of a batch with other tensors in place of some parameters."""
         places = [
             (table, name, p, value)
             for p, value in at.items()
@@ -162,21 +159,16 @@ class Objective:
 
 
 GRADIENT_COST = 3.0
-"""Forwards that a gradient costs: one, and a backward of about two."""
+"""Forward passes that a gradient costs: one, and about two for the backward pass."""
 PRODUCT_COST = 6.0
-"""Forwards that a product with the Hessian costs, its graph being there; measured on MiniLM."""
+"""Forward passes that a Hessian-vector product costs with a kept graph, measured on MiniLM."""
 
 
 class GradientGraph:
-    """∇f with its graph, to multiply the Hessian with vectors: Hv = ∇(∇f · v).
+    """∇f with its graph, for products of the Hessian with vectors: Hv = ∇(∇f · v).
 
-    With one batch the graph is kept, and a product costs one backward through it; with several it
-    is made anew for each product, so that the memory is that of one batch.
-
-    Args:
-        objective: f.
-        parameters: what to differentiate for.
-        at: parameters that take other values.
+    With one batch the graph is kept, and a product costs one backward pass through it. With several
+    batches each product builds the graph again, so that the memory is that of one batch.
     """
 
     def __init__(
@@ -193,7 +185,7 @@ class GradientGraph:
                 self._kept = self._derive(objective.batches[0])
 
     def gradient(self) -> tuple[float, Vector]:
-        """F and ∇f."""
+        """The value f and its gradient."""
         if self._kept is None:
             return self.objective.gradient(self.parameters, self.at)
         _, gradient, value = self._kept
@@ -203,8 +195,8 @@ class GradientGraph:
         """Rows of H v.
 
         Args:
-            vector: name -> tensor; parameters that are missing count as 0.
-            wanted: names of the rows; None: all parameters.
+            vector: name -> tensor; missing parameters count as 0.
+            wanted: names of the parameters whose rows are returned; None: all.
         """
         names = list(self.parameters) if wanted is None else list(wanted)
         total = {n: torch.zeros_like(self.parameters[n].detach()) for n in names}
@@ -244,13 +236,13 @@ class GradientGraph:
 def objective_of_trainer(
     trainer: Any, *, num_rows: int = 16, seed: int = 0, batch_size: int | None = None
 ) -> Objective:
-    """A trainer's loss on some of its training rows.
+    """The loss of a trainer on random training rows.
 
     Args:
         trainer: any `transformers.Trainer`.
-        num_rows: how many rows; all, if there are fewer.
-        seed: of their choice, which draws nothing from the global generators.
-        batch_size: rows a forward; default: all in one.
+        num_rows: number of rows; all rows if there are fewer.
+        seed: seed of the choice, which uses no global generator.
+        batch_size: rows of a forward pass; None: all rows.
 
     Raises:
         UserError: if the training data cannot be indexed.
@@ -260,17 +252,14 @@ def objective_of_trainer(
     dataset = trainer.train_dataset
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UserError(
-            f"{type(dataset).__name__} cannot be indexed, so no rows can be set aside to measure "
-            "on; give the trainer a dataset with __len__ and __getitem__"
+            f"{type(dataset).__name__} cannot be indexed, so no rows can be chosen for the "
+            "measurement; give the trainer a dataset with __len__ and __getitem__"
         )
     if hasattr(dataset, "column_names"):
         dataset = trainer._remove_unused_columns(dataset, description="measured")
-    order = np.random.default_rng(seed).permutation(len(dataset))[:num_rows]
-    rows = [dataset[int(i)] for i in sorted(order)]
-    size = batch_size or len(rows)
     generators = GeneratorState.capture()
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    batches = [dict(trainer._prepare_inputs(dict(trainer.data_collator(p)))) for p in parts]
+    parts = choose_rows(dataset, num_rows, seed, batch_size)
+    batches = [dict(trainer._prepare_inputs(dict(trainer.data_collator(rows)))) for rows in parts]
     generators.restore()
 
     def loss(batch: Any) -> Tensor:
@@ -278,20 +267,24 @@ def objective_of_trainer(
             found: Tensor = trainer.compute_loss(trainer.model, dict(batch))
         return found
 
-    return Objective(
-        trainer.model,
-        loss,
-        batches,
-        [len(p) / len(rows) for p in parts],
-        trainer.compute_loss_context_manager,
-    )
+    counts = [len(rows) for rows in parts]
+    around = trainer.compute_loss_context_manager
+    return Objective(trainer.model, loss, batches, counts, around)
+
+
+def choose_rows(rows: Any, num: int, seed: int, batch_size: int | None) -> list[list[Any]]:
+    """`num` random rows in their order, in batches; None puts all into one batch."""
+    order = sorted(np.random.default_rng(seed).permutation(len(rows))[:num])
+    chosen = [rows[int(i)] for i in order]
+    size = batch_size or len(chosen)
+    return [chosen[i : i + size] for i in range(0, len(chosen), size)]
 
 
 def check_differentiable(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights whose rounding would drown what is measured.
+    """Refuse 16-bit and quantized weights, whose rounding is too large for derivatives.
 
     Raises:
-        UserError: for 16-bit and quantized weights.
+        UserError: if a parameter is neither float32 nor float64.
     """
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -314,10 +307,10 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def minus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Vector:
-    """A − b."""
+    """The difference a − b."""
     return {n: a[n] - b[n] for n in a}
 
 
 def scaled(vector: Mapping[str, Tensor], factor: float) -> Vector:
-    """Factor · vector."""
+    """The vector times a number."""
     return {n: t * factor for n, t in vector.items()}

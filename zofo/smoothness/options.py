@@ -1,11 +1,11 @@
-"""What `zofo smoothness` measures, and what that costs.
+"""The options of `zofo smoothness`, and what its measurements cost.
 
-A run's configuration with one more section:
+The configuration of a run has one more section:
 
     smoothness: {rows: 16, every: 2, points: 2, split: layer}
 
-Costs are counted in forwards of the measured rows without gradients: a gradient 3 of them, a
-product with a Hessian 6 (`zofo.smoothness.objective`).
+The unit of cost is a forward pass over the measured rows without gradients. A gradient costs 3, and
+a Hessian-vector product costs 6 (`zofo.smoothness.objective`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ from zofo.errors import UserError
 SECTION: Final = "smoothness"
 _GRADIENT, _PRODUCT = 3, 6
 _CHECKED: Final = 2
-"""Directions measured at eps / 2 too."""
+"""Number of directions that are measured at eps / 2 too."""
 _SAMPLES: Final = 4
-"""Random vectors that the majoriser is tested on."""
+"""Number of random vectors in the test of the majoriser."""
 _MEASUREMENTS_OF_A_PATH: Final = 30
 
 
 class SmoothnessOptions(BaseModel):
-    """The section."""
+    """The section `smoothness` of the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: bool = Field(True, description="measure along a training run; false: at the start only")
-    rows: int = Field(
-        16, ge=1, description="training rows that f is the mean loss of; all where there are fewer"
-    )
+    rows: int = Field(16, ge=1, description="training rows in f, or all rows if there are fewer")
     row_batch: int | None = Field(
-        None,
-        ge=1,
-        description="rows a forward; default: all, which keeps the graph of the gradient",
+        None, ge=1, description="rows of a forward pass; default: all, which keeps the graph"
     )
     every: int | None = Field(
         None, ge=1, description="steps between measurements of the path; default: 30 in the run"
@@ -51,7 +47,7 @@ class SmoothnessOptions(BaseModel):
     gammas: list[float] = Field(
         [1.0], description="points on a step, in (0, 1]; the largest constant counts"
     )
-    along_gradient: bool = Field(True, description="the blocks along their own gradients too")
+    along_gradient: bool = Field(True, description="measure each block along its own gradient too")
     split: Literal["none", "layer", "type"] = Field(
         "none", description="parts of the base to measure too"
     )
@@ -63,14 +59,14 @@ class SmoothnessOptions(BaseModel):
     )
     probes: int = Field(8, ge=1, description="products for a trace")
     trace: Literal["hutchinson", "hutch++"] = Field(
-        "hutchinson", description="how traces are taken"
+        "hutchinson", description="the estimator of traces"
     )
     directions: int = Field(
-        16, ge=0, description="of the estimator, for curvature by forwards; 0: none"
+        16, ge=0, description="directions for the curvature by forward passes; 0: none"
     )
     majoriser: bool = Field(True, description="test the diagonal majoriser at each point")
-    memory_mib: int = Field(4096, ge=1, description="up to which Lanczos keeps its vectors")
-    seed: int = Field(0, ge=0, lt=2**32, description="of rows and probes")
+    memory_mib: int = Field(4096, ge=1, description="memory up to which Lanczos keeps its vectors")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of rows and probes")
 
     @field_validator("gammas")
     @classmethod
@@ -81,21 +77,21 @@ class SmoothnessOptions(BaseModel):
 
     @property
     def memory_bytes(self) -> int:
-        """Of Lanczos."""
+        """The memory for the vectors of Lanczos, in bytes."""
         return self.memory_mib << 20
 
 
 def load_smoothness(
     path: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, SmoothnessOptions]:
-    """A run's configuration and the section, from a file and "key=value".
+    """The configuration of the run and the section, from a file and "key=value" overrides.
 
     Args:
-        path: YAML file; None: defaults.
-        overrides: of both: "steps=60", "smoothness.rows=32".
+        path: YAML file; None: the defaults.
+        overrides: overrides of both, such as "steps=60" and "smoothness.rows=32".
 
     Raises:
-        UserError: with every problem found.
+        UserError: with all problems.
     """
     where = "the configuration" if path is None else str(path)
     values = {} if path is None else read_yaml(Path(path))
@@ -104,7 +100,7 @@ def load_smoothness(
     whole = [o for o in overrides if o.strip().startswith(f"{SECTION}=")]
     problems = [f"{o.strip()!r} sets a whole section; write {SECTION}.KEY=VALUE" for o in whole]
     if not isinstance(section, Mapping):
-        problems.append(f"{SECTION} is {section!r}; it takes keys and values of its own")
+        problems.append(f"{SECTION} is {section!r}; it must be a mapping of keys to values")
         section = {}
     holder: dict[str, Any] = {SECTION: dict(section)}
     for override in own:
@@ -121,13 +117,13 @@ def load_smoothness(
         if config.auto_keys:
             problems.append(
                 f"{' and '.join(config.auto_keys)} {'is' if len(config.auto_keys) == 1 else 'are'} "
-                "auto; take the numbers that zofo advise gives"
+                "auto; use the numbers that zofo advise prints"
             )
         if config.model.dtype != "float32" and (options.train or options.lanczos_steps):
             problems.append(
-                f"model.dtype is {config.model.dtype}, whose rounding is larger than what a step "
-                f"changes in a gradient; set model.dtype=float32, or {SECTION}.train=false and "
-                f"{SECTION}.lanczos_steps=0 for the curvature by forwards alone"
+                f"model.dtype is {config.model.dtype}, whose rounding exceeds the change of a "
+                f"gradient in a step; set model.dtype=float32, or {SECTION}.train=false and "
+                f"{SECTION}.lanczos_steps=0 for the curvature by forward passes alone"
             )
     except UserError as error:
         named = str(error).replace("the configuration", where, 1)
@@ -140,12 +136,12 @@ def load_smoothness(
 
 
 def path_steps(options: SmoothnessOptions, steps: int) -> int:
-    """Steps from one measurement of the path to the next."""
+    """Number of steps from one measurement of the path to the next."""
     return options.every or max(1, steps // _MEASUREMENTS_OF_A_PATH)
 
 
 def point_steps(options: SmoothnessOptions, steps: int) -> list[int]:
-    """Optimiser steps done when spectra are measured: 0 first, the end last."""
+    """Numbers of optimizer steps after which spectra are measured, from the start to the end."""
     if options.points == 0:
         return []
     if options.points == 1 or not options.train:
@@ -156,14 +152,14 @@ def point_steps(options: SmoothnessOptions, steps: int) -> list[int]:
 def planned_forwards(
     options: SmoothnessOptions, steps: int, *, num_moving: int, num_blocks: int, num_parts: int
 ) -> dict[str, float]:
-    """What -> forwards of the measured rows.
+    """Measurement -> its cost in forward passes over the measured rows.
 
     Args:
-        options: as configured.
-        steps: of the run.
-        num_moving: blocks of base and adapter that the method moves.
-        num_blocks: of base and adapter that there are.
-        num_parts: parts of the base.
+        options: what is measured.
+        steps: number of optimizer steps of the run.
+        num_moving: how many of base and adapter the method changes.
+        num_blocks: how many of base and adapter exist.
+        num_parts: number of parts of the base.
     """
     num_points = len(point_steps(options, steps))
     measured = -(-steps // path_steps(options, steps)) if options.train else 0

@@ -1,4 +1,4 @@
-"""The page on one run's smoothness: in one file, like `zofo report`'s."""
+"""The page on the smoothness of one run, self-contained like the page of `zofo report`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Final
 from zofo.disk.files import read_json, write_text
 from zofo.pages.document import check_target, json_of, render_document
 from zofo.pages.figures import Choices
-from zofo.pages.look import THEMES, Theme, template_of
 from zofo.pages.tables import Table
+from zofo.pages.themes import THEMES, Theme, template_of
 from zofo.smoothness.figures import path_figures, spectrum_figures, step_figures
 from zofo.smoothness.tables import claims_table, constants_table, fits_table, majoriser_table
 
@@ -17,10 +17,10 @@ MARK: Final = '<meta name="generator" content="zofo smoothness">'
 
 
 def write_page(summary: Path, to: Path) -> None:
-    """Write the page of a `smoothness.json`; it takes the place of an earlier one.
+    """Write the page of a `smoothness.json`, or replace an earlier one.
 
     Raises:
-        UserError: if the summary cannot be read, or `to` is something else than a page of ours.
+        UserError: if the summary cannot be read, or if `to` exists and is not such a page.
     """
     check_target(to, MARK)
     write_text(to, render(read_json(summary)))

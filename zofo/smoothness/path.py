@@ -6,20 +6,19 @@ At chosen steps t, with w = (x, y), Δ = w_{t+1} − w_t and f the loss on rows 
     alone     the same with only b moved, over γ ‖Δ_b‖      mean of H_bb along Δ_b
     gradient  ‖H_bb g_b‖ / ‖g_b‖,  g_b = ∇_b f(w_t)         no step: the block along its gradient
 
-and beside them ‖∇f‖, ‖∇_x f‖, ‖∇_y f‖, f, and Δᵀ(∇f(w_t + γΔ) − ∇f(w_t)) / γ = ΔᵀH̄Δ, which tests
-the diagonal majoriser on the step.
+‖∇f‖, ‖∇_x f‖, ‖∇_y f‖ and f are recorded too, and Δᵀ(∇f(w_t + γΔ) − ∇f(w_t)) / γ = ΔᵀH̄Δ, which
+tests the diagonal majoriser on the step.
 
-`whole` is what Zhang et al. measured along a path, with a gradient by block as in the hybrid
-paper's figure 1; it mixes H_bb and the cross term. `alone` has no cross term: it is what ℓ_x and
-ℓ_y are about. All three are lower bounds of the operator norms, along one direction. For a
-zeroth-order base that direction is random, so `whole` and `alone` see a typical eigenvalue,
-√(tr H_xx² / d_x), and not the largest; `gradient` weighs towards those that descent feels.
+`whole` is what Zhang et al. measured along a path, here with a gradient for each block as in figure
+1 of the hybrid paper. It mixes H_bb with the cross term. `alone` has no cross term, so it measures
+what ℓ_x and ℓ_y bound. All three are lower bounds of the operator norm, along one direction. With a
+zeroth-order base this direction is random. Then `whole` and `alone` show a typical eigenvalue,
+√(tr H_xx² / d_x), instead of the largest. `gradient` favours the eigenvalues that descent meets.
 
-A finite difference is worth as much as the gradients are exact: `floor` is what rounding alone
-would have shown.
+Rounding of the gradients limits a finite difference: `floor` is what rounding alone would show.
 
 References:
-    Zhang, He, Sra, Jadbabaie, 2020, arXiv 1905.11881, experiments: points γ along each step.
+    Zhang, He, Sra, Jadbabaie, 2020, arXiv 1905.11881, experiments: points γ on each step.
     arXiv 2604.09940, figure 1.
 """
 
@@ -63,76 +62,52 @@ def local_constants(
 
     Args:
         objective: f.
-        blocks: as from `blocks_of`: "base", "adapter" if there is one, and parts of the base.
+        blocks: name -> block, as from `blocks_of`.
         before: every parameter of base and adapter -> its value before the step.
-        after: likewise after it.
+        after: every parameter of base and adapter -> its value after the step.
         gammas: points on the step, in (0, 1].
         along_gradient: whether to measure `gradient` too, which needs second derivatives.
         rounding: block -> relative error of its gradient, for `floor`.
 
     Returns:
-        `loss`; `grad_norm` and `step_norm`, by block and "full"; `whole` and `alone`, an entry a γ;
-        `gradient`: block -> `norm` ‖H_bb g_b‖/‖g_b‖ and `curvature` gᵀ_b H_bb g_b/‖g_b‖²; `floor`.
-        A block that did not move has None. `floor_whole`: likewise for `whole`, over the length of
-        the whole step; a part of the base has the relative error of the base.
+        `loss`. `grad_norm` and `step_norm`, for each block and "full". `whole` and `alone`, with an
+        entry for each γ. `gradient`: block -> `norm` ‖H_bb g_b‖/‖g_b‖ and `curvature`
+        gᵀ_b H_bb g_b/‖g_b‖². A block that did not move has None. `floor` for `alone`, and
+        `floor_whole` for `whole`, which divides by the length of the whole step. A part of the base
+        takes the relative error of the base.
     """
     mains = {name: block for name, block in blocks.items() if not block.is_part}
-    parts = {name: block for name, block in blocks.items() if block.is_part}
     everything = {n: p for block in mains.values() for n, p in block.parameters.items()}
     step = {n: after[p] - before[p] for n, p in everything.items()}
-
-    def of(vector: Mapping[str, Tensor], block: Block) -> Vector:
-        return {n: vector[n] for n in block.parameters}
-
     found: dict[str, Any] = {}
     if along_gradient:
-        graph = objective.graph(everything, before)
-        loss, start = graph.gradient()
-        found["gradient"] = {}
-        for name, block in mains.items():
-            own = of(start, block)
-            size = norm(own)
-            if not size:
-                found["gradient"][name] = None
-                continue
-            unit = scaled(own, 1 / size)
-            image = graph.product(unit, list(block.parameters))
-            found["gradient"][name] = {"norm": norm(image), "curvature": dot(unit, image)}
-        del graph
+        loss, start, found["gradient"] = _along_gradient(objective, mains, everything, before)
     else:
         loss, start = objective.gradient(everything, before)
     found["loss"] = loss
-    found["grad_norm"] = {"full": norm(start)} | {
-        name: norm(of(start, block)) for name, block in blocks.items()
-    }
-    found["step_norm"] = {"full": norm(step)} | {
-        name: norm(of(step, block)) for name, block in blocks.items()
-    }
-    lengths = found["step_norm"]
+    found["grad_norm"] = _norms(start, blocks)
+    lengths = found["step_norm"] = _norms(step, blocks)
     found["whole"], found["alone"] = [], []
-    for gamma in gammas:
-        if not lengths["full"]:
-            continue
-        point = _between(everything, before, step, gamma, after)
+    for gamma in gammas if lengths["full"] else ():
+        point: Point = after  # before + step would round once more
+        if gamma != 1:
+            point = {p: before[p] + gamma * step[n] for n, p in everything.items()}
         _, end = objective.gradient(everything, point)
         change = minus(end, start)
-        whole = {"full": norm(change) / (gamma * lengths["full"])} | {
-            name: norm(of(change, block)) / (gamma * lengths["full"])
-            for name, block in (mains | parts).items()
-        }
-        curvature = dot(step, change) / gamma
-        found["whole"].append({"gamma": gamma, **whole, "step_curvature": curvature})
+        size = gamma * lengths["full"]
+        whole = {name: value / size for name, value in _norms(change, blocks).items()}
+        whole["step_curvature"] = dot(step, change) / gamma
+        found["whole"].append({"gamma": gamma, **whole})
         alone: dict[str, Any] = {"gamma": gamma}
         for name, block in mains.items():
             if not lengths[name]:
                 alone[name] = None
                 continue
-            if len(mains) == 1 or lengths[name] == lengths["full"]:
-                own_change = of(change, block)  # nothing else has moved
-            else:
-                moved = {p: point[p] for p in block.parameters.values()}
-                _, end_of_block = objective.gradient(block.parameters, {**before, **moved})
-                own_change = minus(end_of_block, of(start, block))
+            own_change = _of(change, block)
+            if len(mains) > 1 and lengths[name] != lengths["full"]:  # the other block moved too
+                of_block = {p: point[p] for p in block.parameters.values()}
+                _, end_of_block = objective.gradient(block.parameters, {**before, **of_block})
+                own_change = minus(end_of_block, _of(start, block))
             alone[name] = norm(own_change) / (gamma * lengths[name])
         found["alone"].append(alone)
     if rounding is not None and lengths["full"]:
@@ -142,57 +117,67 @@ def local_constants(
             for name, block in blocks.items()
             if block.is_part or name in rounding
         }
-        found["floor"] = {
-            name: error / (smallest * lengths[name])
-            for name, error in errors.items()
-            if lengths[name] and name in mains
-        }
-        found["floor_whole"] = {
-            name: error / (smallest * lengths["full"]) for name, error in errors.items()
-        }
+        moved = {name: lengths[name] for name in mains if name in errors and lengths[name]}
+        found["floor"] = {n: errors[n] / (smallest * length) for n, length in moved.items()}
+        found["floor_whole"] = {n: e / (smallest * lengths["full"]) for n, e in errors.items()}
     return found
 
 
-def _between(
+def _along_gradient(
+    objective: Objective,
+    mains: Mapping[str, Block],
     parameters: Mapping[str, nn.Parameter],
-    before: Point,
-    step: Mapping[str, Tensor],
-    gamma: float,
-    after: Point,
-) -> Point:
-    if gamma == 1:
-        return after
-    return {p: before[p] + gamma * step[n] for n, p in parameters.items()}
+    at: Point,
+) -> tuple[float, Vector, dict[str, Any]]:
+    """f, its gradient, and the curvature of each block along its own gradient."""
+    graph = objective.graph(parameters, at)
+    loss, gradient = graph.gradient()
+    found: dict[str, Any] = {}
+    for name, block in mains.items():
+        own = _of(gradient, block)
+        found[name] = None
+        if size := norm(own):
+            unit = scaled(own, 1 / size)
+            image = graph.product(unit, list(block.parameters))
+            found[name] = {"norm": norm(image), "curvature": dot(unit, image)}
+    return loss, gradient, found
+
+
+def _of(vector: Mapping[str, Tensor], block: Block) -> Vector:
+    return {n: vector[n] for n in block.parameters}
+
+
+def _norms(vector: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> dict[str, float]:
+    own = {name: norm(_of(vector, block)) for name, block in blocks.items()}
+    return {"full": norm(vector), **own}
 
 
 class SmoothnessRecorder(TrainerCallback):
-    """Measures `local_constants` while a trainer trains, and changes nothing about the training.
+    """Measures `local_constants` while a trainer trains, without any effect on the training.
 
         recorder = SmoothnessRecorder(trainer, num_rows=16, every=5)
         trainer.add_callback(recorder)
         trainer.train()
-        recorder.points          # one dict a measured step
+        recorder.points          # one dict for each measured step
 
-    Losses, weights and the order of the rows are what they are without it, bit for bit: it writes
-    no weight, leaves no gradient and gives the random generators back. While it measures it holds a
-    copy of the weights before the step, and up to three more of the size of the weights.
+    Losses, weights and the order of the rows have the same bits as without the recorder: it writes
+    no weight, leaves no gradient and restores the random generators. During a measurement it holds
+    a copy of the weights before the step, and up to three more tensors of that size.
 
     Args:
-        trainer: a `transformers.Trainer`, `HybridTrainer` or not, on one process.
-        num_rows: training rows that f is the mean loss of, chosen once.
-        every: steps from one measurement to the next.
-        gammas: as for `local_constants`.
-        along_gradient: likewise.
+        trainer: any `transformers.Trainer` on one process.
+        num_rows: number of training rows in f, which are chosen once.
+        every: number of steps from one measurement to the next.
+        gammas, along_gradient: as for `local_constants`.
         split: parts of the base to measure too, in `whole`.
-        seed: of the choice of rows.
-        objective: returns f, once training begins, if it is not to be made of the trainer's rows.
-        path: file to write the points to as they are measured, JSON lines; points in it are kept
-            and not measured again.
-        records: the same, shared with other measurements.
+        seed: seed of the choice of rows.
+        objective: returns another f; it is called when training begins.
+        path: JSON-lines file for the points. Points in it are kept and not measured again.
+        records: replaces `path`, to share it with other measurements.
         on_point: called with each point.
 
     Raises:
-        UserError: for options out of their range, or a trainer on several processes.
+        UserError: if an option is out of range, or if the trainer runs on several processes.
     """
 
     def __init__(
@@ -223,8 +208,9 @@ class SmoothnessRecorder(TrainerCallback):
             raise UserError("; ".join(problems))
         self.trainer, self.every, self.gammas = trainer, every, tuple(gammas)
         self.along_gradient, self.split, self.on_point = along_gradient, split, on_point
-        self.num_rows, self.seed = num_rows, seed
-        self._given = objective
+        self._make_objective = objective or (
+            lambda: objective_of_trainer(trainer, num_rows=num_rows, seed=seed)
+        )
         self.records = records or Records(None if path is None else Path(path))
         self._objective: Objective | None = None
         self._blocks: dict[str, Block] = {}
@@ -232,23 +218,17 @@ class SmoothnessRecorder(TrainerCallback):
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """What was measured, by step."""
-        found = [r for r in self.records.all() if r["kind"] == "path"]
-        return sorted(found, key=lambda r: r["step"])
+        """The measured points, ordered by step."""
+        return self.records.of("path")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the rows, and see how exact gradients are."""
+        """Choose the rows."""
         self._before = None
         self._blocks = blocks_of(self.trainer.model, self.split)
-        if self._given is not None:
-            self._objective = self._given()
-        else:
-            self._objective = objective_of_trainer(
-                self.trainer, num_rows=self.num_rows, seed=self.seed
-            )
+        self._objective = self._make_objective()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the weights, before a step that is to be measured."""
+        """Copy the weights before a step that will be measured."""
         is_due = state.global_step % self.every == 0
         if is_due and not self.records.has("path", state.global_step):
             self._before = {
@@ -259,15 +239,14 @@ class SmoothnessRecorder(TrainerCallback):
             }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the step that was made."""
+        """Measure the step."""
         before, self._before = self._before, None
         if before is None:
             return
         assert self._objective is not None
         clock = getattr(self.trainer, "clock", None)
         with nullcontext() if clock is None else clock.paused():
-            mains = {n: b for n, b in self._blocks.items() if not b.is_part}
-            rounding = self._rounding(state.global_step - 1, mains)
+            rounding = self._rounding(state.global_step - 1)
             spent = self._objective.num_forwards
             found = local_constants(
                 self._objective,
@@ -284,13 +263,17 @@ class SmoothnessRecorder(TrainerCallback):
         if self.on_point is not None:
             self.on_point(point)
 
-    def _rounding(self, step: int, blocks: Mapping[str, Block]) -> dict[str, float]:
-        """How exact gradients are: measured once, at the first step that is."""
+    def _rounding(self, step: int) -> dict[str, float]:
+        """Relative error of each block's gradient, measured once, at the first measured step."""
         assert self._objective is not None
         for record in self.records.of("rounding"):
             return dict(record["relative"])
-        before = self._objective.num_forwards
-        found = {name: self._objective.rounding(b.parameters) for name, b in blocks.items()}
-        spent = self._objective.num_forwards - before
+        spent = self._objective.num_forwards
+        found = {
+            name: self._objective.rounding(block.parameters)
+            for name, block in self._blocks.items()
+            if not block.is_part
+        }
+        spent = self._objective.num_forwards - spent
         self.records.add({"kind": "rounding", "step": step, "relative": found, "forwards": spent})
         return found

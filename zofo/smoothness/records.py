@@ -1,7 +1,7 @@
-"""Measurements as they are made: JSON lines, one a measurement, none made twice.
+"""Measurements as JSON lines, one line per measurement.
 
-A measurement is told by its kind, the step it was made at and, where it is of one, its block. What
-a killed process leaves is a last line that is cut short: it is dropped and measured again.
+Kind, step and block (if it has one) identify a measurement, so none is made twice. A killed process
+may leave an incomplete last line: it is dropped, and the measurement is made again.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from zofo.disk.files import write_text
 from zofo.errors import UserError
+from zofo.statistics.resampling import Interval
 
 Key = tuple[str, int, str]
 
 
 class Records:
-    """Measurements in memory and, if a path is given, on disk.
-
-    Args:
-        path: of the file; None: in memory only.
+    """Measurements in memory and, if a path is given, in a file.
 
     Raises:
-        UserError: if the file holds something else, or cannot be written.
+        UserError: if the file contains anything else, or cannot be written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,19 +34,19 @@ class Records:
             self._read(path)
 
     def all(self) -> list[dict[str, Any]]:
-        """Every measurement, as made."""
+        """Every measurement, in the order in which they were made."""
         return list(self._found.values())
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Those of a kind, by step."""
+        """The measurements of a kind, ordered by step."""
         return sorted((r for r in self.all() if r["kind"] == kind), key=lambda r: r["step"])
 
     def has(self, kind: str, step: int, block: str = "") -> bool:
-        """Whether it was made."""
+        """Whether this measurement was made."""
         return (kind, step, block) in self._found
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Keep a measurement; numbers that are not finite become null.
+        """Add a measurement, in the form that `finite` gives it.
 
         Raises:
             UserError: if the file cannot be written.
@@ -62,8 +61,8 @@ class Records:
                 file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path}: {error.strerror or error}; free space and measure "
-                "again: what is in the file is kept"
+                f"cannot write {self.path}: {error.strerror or error}; free space and start "
+                "again, which keeps the measurements in the file"
             ) from error
 
     def _read(self, path: Path) -> None:
@@ -76,7 +75,7 @@ class Records:
                 if i == len(lines) - 1:
                     break
                 raise UserError(
-                    f"line {i + 1} of {path} is no measurement; move the file away to begin anew"
+                    f"line {i + 1} of {path} is not a measurement; move the file away to start anew"
                 ) from None
             self._found[key] = record
         kept = (json.dumps(r, ensure_ascii=False) + "\n" for r in self._found.values())
@@ -84,7 +83,11 @@ class Records:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for every number that is not finite, which JSON does not have."""
+    """Plain values for JSON, which has no NaN and no infinity: these become None."""
+    if isinstance(value, Interval):
+        value = value.as_dict()
+    elif is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

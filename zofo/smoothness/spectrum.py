@@ -1,22 +1,22 @@
-"""Eigenvalues, traces and effective ranks of Hessian blocks, from products with vectors alone.
+"""Eigenvalues, traces and effective ranks of Hessian blocks, from Hessian-vector products alone.
 
-    H V_m = V_m T_m + β_m v_{m+1} e_mᵀ     Lanczos from a vector of random signs, normalised
+    H V_m = V_m T_m + β_m v_{m+1} e_mᵀ     Lanczos from a normalised vector of random signs
     θ_i, s_i = eigen(T_m)                   Ritz values; an eigenvalue lies within β_m |s_mi|
-    tr H ≈ n Σ_i s_1i² θ_i                  and so for every function of H: the spectral density
+    tr H ≈ n Σ_i s_1i² θ_i                  other functions of H likewise: the spectral density
     tr H = E[vᵀHv],  ‖H‖_F² = E‖Hv‖²        v of random signs (Hutchinson)
     tr H = tr QᵀHQ + E[vᵀPHPv]              Q spans H times probes, P = I − QQᵀ (Hutch++)
 
-In floating point nothing is known better than to a rounding of the largest value: u max |θ| is
-added to every residual, u the spacing of the vectors' dtype at 1.
+Rounding limits every result to u max |θ|, with u the machine epsilon of the vectors' dtype, so this
+is added to every residual.
 
-A fixed number of Lanczos steps costs what was said before and always answers, with an error bound
-for every Ritz value; `converged_extremes` asks scipy's `eigsh` (ARPACK) for a tolerance instead.
-A Ritz value never lies beyond the spectrum: top is approached from below, bottom from above.
+`lanczos` takes a fixed number of steps. Its cost is known in advance, and it gives an error bound
+for every Ritz value. `converged_extremes` runs scipy's `eigsh` (ARPACK) to a tolerance instead. A
+Ritz value never lies beyond the spectrum: the largest is too small, the smallest too large.
 
-Memory: Lanczos keeps its `num_steps` vectors to stay orthogonal where they fit in `memory_bytes`
-(22 M weights, 20 steps: 1.8 GB), else three: Ritz values may then come twice, which touches neither
-the extremes nor the density. ARPACK keeps `ncv` vectors whatever happens, Hutch++ a third of its
-products.
+Memory: if the `num_steps` Lanczos vectors fit in `memory_bytes` (22 M weights, 20 steps: 1.8 GB),
+Lanczos keeps them and stays orthogonal. Otherwise it keeps three, and Ritz values may occur twice,
+which changes neither the extremes nor the density. ARPACK always keeps `ncv` vectors, and Hutch++
+one vector for each three products.
 
 References:
     Golub and Meurant, Matrices, Moments and Quadrature, 1994 (density by Lanczos).
@@ -27,7 +27,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -39,20 +39,20 @@ from zofo.statistics.estimates import Estimate, mean_interval
 
 TraceMethod = Literal["hutchinson", "hutch++"]
 _BREAKDOWN: Final = 1e-6
-"""A Lanczos vector this small beside the largest is rounding (float32): the space is invariant."""
+"""A relative size of the next Lanczos vector that is rounding in float32: the space is complete."""
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """What Lanczos found from one start.
+    """What Lanczos found from one start v of random signs.
 
     Attributes:
         values: Ritz values, ascending, [steps].
-        residuals: an eigenvalue lies within this of the value, rounding included, [steps].
-        weights: share of each value in the density, adding up to 1, [steps].
-        curvature: vᵀHv of the start v, whose entries are ±1.
+        residuals: distance of each value to an eigenvalue at most, rounding included, [steps].
+        weights: share of each value in the spectral density; they add up to 1, [steps].
+        curvature: vᵀHv.
         squared_norm: ‖Hv‖².
-        is_orthogonal: whether the vectors were kept and reorthogonalised.
+        is_orthogonal: whether Lanczos kept its vectors and orthogonalised against them.
     """
 
     values: np.ndarray
@@ -65,12 +65,7 @@ class Ritz:
 
 @dataclass(frozen=True)
 class Extreme:
-    """An end of the spectrum.
-
-    Attributes:
-        value: Ritz value.
-        residual: an eigenvalue lies within this of it.
-    """
+    """An end of the spectrum: a Ritz value, and its distance to an eigenvalue at most."""
 
     value: float
     residual: float
@@ -78,18 +73,17 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of a block.
+    """The spectrum of a block.
 
     Attributes:
-        num_parameters: its size n.
+        num_parameters: size n of the block.
         top, bottom: largest and smallest Ritz value.
-        trace: of H, with a 95% interval over probes.
-        squared_norm: ‖H‖_F², likewise.
-        effective_rank: tr(H) / ‖H‖, with the trace's interval; ‖H‖ = max(|top|, |bottom|) is taken
-            as known. None where H is 0.
-        stable_rank: ‖H‖_F² / ‖H‖², likewise.
-        ritz: of every start.
-        num_products: products with H.
+        trace, squared_norm: tr(H) and ‖H‖_F², with 95% intervals over probes.
+        effective_rank: tr(H) / ‖H‖; None if H is 0. The interval is that of the trace, because
+            ‖H‖ = max(|top|, |bottom|) counts as known.
+        stable_rank: ‖H‖_F² / ‖H‖², in the same way.
+        ritz: the result of every start.
+        num_products: number of products with H.
     """
 
     num_parameters: int
@@ -104,12 +98,12 @@ class Spectrum:
 
     @property
     def norm(self) -> float:
-        """‖H‖, as far as it is known: max(|top|, |bottom|)."""
+        """Lower estimate of ‖H‖: max(|top|, |bottom|)."""
         return max(abs(self.top.value), abs(self.bottom.value))
 
 
 def signs(num: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """A vector of random signs, [num], from a generator of its own."""
+    """A vector of random signs, [num], with the dtype and device of `like`."""
     drawn = torch.randint(0, 2, (num,), generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
@@ -120,19 +114,17 @@ def lanczos(
     num_steps: int,
     *,
     keeps_vectors: bool = True,
-    on_product: Callable[[], None] | None = None,
 ) -> Ritz:
     """Lanczos from one vector.
 
     Args:
-        operator: symmetric; `operator @ tensor` for float tensors of shape [n].
-        start: [n], of signs.
-        num_steps: products; at most n.
-        keeps_vectors: keep all vectors and orthogonalise against them.
-        on_product: called after each product.
+        operator: symmetric; it computes `operator @ tensor` for float tensors [n].
+        start: vector of signs, [n].
+        num_steps: number of products; at most n are made.
+        keeps_vectors: whether to keep all vectors and to orthogonalise against them.
 
     References:
-        Module text; the error bound is Parlett, The Symmetric Eigenvalue Problem, theorem 4.5.1.
+        Parlett, The Symmetric Eigenvalue Problem, theorem 4.5.1: the error bound.
     """
     from scipy.linalg import eigh_tridiagonal
 
@@ -144,19 +136,17 @@ def lanczos(
     curvature = squared_norm = 0.0
     for step in range(min(num_steps, len(start))):
         image = (operator @ vector).detach()
-        if on_product is not None:
-            on_product()
-        alpha = _dot(vector, image)
+        alpha = inner_product(vector, image)
         if step == 0:
-            curvature, squared_norm = squared * alpha, squared * _dot(image, image)
+            curvature, squared_norm = squared * alpha, squared * inner_product(image, image)
         image = image - alpha * vector
         if betas:
             image -= betas[-1] * previous
         if keeps_vectors:
             kept.append(vector)
             for other in kept:
-                image -= _dot(other, image) * other
-        beta = _dot(image, image) ** 0.5
+                image -= inner_product(other, image) * other
+        beta = inner_product(image, image) ** 0.5
         alphas.append(alpha)
         betas.append(beta)
         if beta <= _BREAKDOWN * max(map(abs, (*alphas, *betas))):
@@ -185,53 +175,44 @@ def measure_spectrum(
     method: TraceMethod = "hutchinson",
     seed: int = 0,
     memory_bytes: int = 4 << 30,
-    on_product: Callable[[], None] | None = None,
 ) -> Spectrum:
     """Ends, density, trace and ranks of a symmetric operator.
 
     Args:
-        operator: with `shape` (n, n) and `@`.
-        like: a tensor of the dtype and device of its vectors.
-        num_steps: Lanczos steps from each start; 20 by choice: the ends of network Hessians stand
-            apart from the bulk and converge in ten to thirty.
-        num_starts: starts.
-        num_probes: products for the trace; the starts' own first products count among those of
-            "hutchinson". Hutch++ has an interval from 9 on.
-        method: "hutchinson" or "hutch++", which wins where few eigenvalues carry the trace.
-        seed: of the probes.
-        memory_bytes: up to which Lanczos keeps its vectors.
-        on_product: called after each product.
+        operator: object with `shape` (n, n) and `@`.
+        like: a tensor with the dtype and device of the operator's vectors.
+        num_steps: Lanczos steps from each start. 20 is our choice: the ends of the Hessian of a
+            network lie apart from the other eigenvalues and converge in ten to thirty steps.
+        num_starts: number of starts.
+        num_probes: products for the trace. With "hutchinson" the first product of each start is one
+            of them. "hutch++" has an interval if there are at least 9.
+        method: "hutchinson" or "hutch++", which is better if few eigenvalues make up the trace.
+        seed: seed of starts and probes.
+        memory_bytes: the memory up to which Lanczos keeps its vectors.
     """
     num = operator.shape[0]
     generator = torch.Generator().manual_seed(seed)
     keeps = num * like.element_size() * min(num_steps, num) <= memory_bytes
     found = [
-        lanczos(
-            operator,
-            signs(num, generator, like),
-            num_steps,
-            keeps_vectors=keeps,
-            on_product=on_product,
-        )
+        lanczos(operator, signs(num, generator, like), num_steps, keeps_vectors=keeps)
         for _ in range(max(1, num_starts))
     ]
-    top = max((Extreme(float(r.values[-1]), float(r.residuals[-1])) for r in found), key=_value)
-    bottom = min((Extreme(float(r.values[0]), float(r.residuals[0])) for r in found), key=_value)
+    ends = [[Extreme(float(r.values[i]), float(r.residuals[i])) for r in found] for i in (0, -1)]
+    bottom = min(ends[0], key=lambda end: end.value)
+    top = max(ends[1], key=lambda end: end.value)
     num_products = sum(len(r.values) for r in found)
     curvatures = [r.curvature for r in found]
     squares = [r.squared_norm for r in found]
     if method == "hutch++":
-        trace = hutchpp(operator, like, num_probes, generator, on_product)
+        trace = hutchpp(operator, like, num_probes, generator)
         num_products += 3 * max(1, num_probes // 3)
     else:
         for _ in range(num_probes - len(found)):
             probe = signs(num, generator, like)
             image = (operator @ probe).detach()
-            if on_product is not None:
-                on_product()
             num_products += 1
-            curvatures.append(_dot(probe, image))
-            squares.append(_dot(image, image))
+            curvatures.append(inner_product(probe, image))
+            squares.append(inner_product(image, image))
         trace = mean_interval(curvatures)
     squared_norm = mean_interval(squares)
     size = max(abs(top.value), abs(bottom.value))
@@ -248,17 +229,11 @@ def measure_spectrum(
     )
 
 
-def hutchpp(
-    operator: Any,
-    like: Tensor,
-    num_products: int,
-    generator: torch.Generator,
-    on_product: Callable[[], None] | None = None,
-) -> Estimate:
-    """The trace by Hutch++: a third of the products each to find a subspace, in it, and beside it.
+def hutchpp(operator: Any, like: Tensor, num_products: int, generator: torch.Generator) -> Estimate:
+    """The trace by Hutch++.
 
-    Returns:
-        The trace; its interval is that of the part beside the subspace.
+    A third of the products each serve to find a subspace, to compute the trace within it, and to
+    estimate the trace of the complement. The interval is that of the complement.
 
     References:
         arXiv 2010.09649, algorithm 1.
@@ -266,26 +241,22 @@ def hutchpp(
     num, third = operator.shape[0], max(1, min(num_products // 3, operator.shape[0]))
 
     def product(vector: Tensor) -> Tensor:
-        image = (operator @ vector).detach()
-        if on_product is not None:
-            on_product()
+        image: Tensor = (operator @ vector).detach()
         return image
 
     images = [product(signs(num, generator, like)) for _ in range(third)]
     basis, _ = torch.linalg.qr(torch.stack(images, dim=1))
-    inside = sum(_dot(basis[:, i], product(basis[:, i].contiguous())) for i in range(third))
+    inside = sum(
+        inner_product(basis[:, i], product(basis[:, i].contiguous())) for i in range(third)
+    )
     beside = []
     for _ in range(third):
         probe = signs(num, generator, like)
         probe = probe - basis @ (basis.T @ probe)
-        beside.append(_dot(probe, product(probe)))
+        beside.append(inner_product(probe, product(probe)))
     rest = mean_interval(beside)
-    return replace(
-        rest,
-        mean=inside + rest.mean,
-        low=None if rest.low is None else inside + rest.low,
-        high=None if rest.high is None else inside + rest.high,
-    )
+    low, high = inside + rest.low, inside + rest.high
+    return replace(rest, value=inside + rest.value, low=low, high=high)
 
 
 def converged_extremes(
@@ -301,17 +272,18 @@ def converged_extremes(
     """The `num` smallest and largest eigenvalues to a tolerance, by scipy's `eigsh`.
 
     Args:
-        operator: with `shape` and `@`, or a curvlinops operator.
-        like: a tensor of the dtype and device of its vectors.
-        num: at each end.
-        ncv: vectors that ARPACK keeps; None: the least that is sensible, 2 (2 num) + 2. scipy's
-            default of 20 is 2.2 GB for 27 M weights.
-        tolerance: relative to an eigenvalue's size.
-        max_restarts: of ARPACK.
-        seed: of the start.
+        operator: object with `shape` and `@`, such as a curvlinops operator.
+        like: a tensor with the dtype and device of the operator's vectors.
+        num: number of eigenvalues at each end.
+        ncv: number of vectors that ARPACK keeps. The default 4 num + 2 is small because scipy's
+            default of 20 takes 2.2 GB for 27 M weights.
+        tolerance: relative tolerance of an eigenvalue.
+        max_restarts: limit of ARPACK's restarts.
+        seed: seed of the start.
 
     Returns:
-        Smallest ascending, largest descending; residuals are ‖Hv − λv‖ of the unit vectors found.
+        The smallest, ascending, and the largest, descending. A residual is ‖Hv − λv‖ of the unit
+        eigenvector v.
 
     Raises:
         scipy.sparse.linalg.ArpackNoConvergence: if the tolerance is not reached.
@@ -347,7 +319,7 @@ def converged_extremes(
 
 
 def density(ritz: Sequence[Ritz]) -> tuple[np.ndarray, np.ndarray]:
-    """Values and weights of the spectral density, averaged over starts; weights add up to 1."""
+    """Values and weights of the spectral density, averaged over starts; the weights sum to 1."""
     values = np.concatenate([r.values for r in ritz])
     weights = np.concatenate([r.weights for r in ritz]) / len(ritz)
     order = np.argsort(values)
@@ -356,17 +328,10 @@ def density(ritz: Sequence[Ritz]) -> tuple[np.ndarray, np.ndarray]:
 
 def scale_estimate(estimate: Estimate, factor: float) -> Estimate:
     """An estimate times a positive number."""
-    return replace(
-        estimate,
-        mean=estimate.mean * factor,
-        low=None if estimate.low is None else estimate.low * factor,
-        high=None if estimate.high is None else estimate.high * factor,
-    )
+    low, high = estimate.low * factor, estimate.high * factor
+    return replace(estimate, value=estimate.value * factor, low=low, high=high)
 
 
-def _value(extreme: Extreme) -> float:
-    return extreme.value
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
+def inner_product(a: Tensor, b: Tensor) -> float:
+    """The inner product aᵀb, accumulated in float64."""
     return float((a.double() * b.double()).sum())

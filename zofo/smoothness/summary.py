@@ -1,16 +1,16 @@
-"""What the measurements of a run say: fits, constants with intervals, verdicts.
+"""The summary of a run's measurements: fits, constants with intervals, verdicts.
 
-Verdicts are "confirmed", "refuted" or "undecided at this scale", by intervals, and speak of the one
-path that was measured.
+A verdict is "confirmed", "refuted" or "undecided at this scale". It follows from an interval and
+holds for the measured path only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Final
 
 from zofo.smoothness.fits import MIN_SPREAD, Growth, fit_growth, ratio
+from zofo.smoothness.records import finite
 
 FILE: Final = "smoothness.json"
 VERSION: Final = 1
@@ -19,20 +19,20 @@ SERIES: Final = {
     "alone": "gradient difference over the step of the block alone",
     "whole": "gradient difference of the block over the whole step",
 }
-"""Local constants along a path, and what each is."""
+"""Kind of local constant along a path -> its definition."""
 ABOVE_ROUNDING: Final = 10.0
-"""A finite difference counts where it is this many times what rounding would show."""
+"""A finite difference counts if it is this many times as large as its rounding."""
 
 
 def series_of(
     points: Sequence[Mapping[str, Any]], kind: str, block: str
 ) -> list[tuple[int, float, float]]:
-    """(step, ‖∇f‖, local constant) of a block along a path, where it stands out of the rounding.
+    """(step, ‖∇f‖, local constant) of a block along a path; constants within rounding are dropped.
 
     Args:
         points: records of the path.
-        kind: in `SERIES`.
-        block: "base", "adapter", or for "whole" a part.
+        kind: key of `SERIES`.
+        block: "base", "adapter", or a part if `kind` is "whole".
     """
     found = []
     for point in points:
@@ -55,12 +55,12 @@ def summarise(
     config: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that was measured, with fits and verdicts, as plain values.
+    """All measurements with fits and verdicts, as plain values.
 
     Args:
         records: measurements.
-        config: of the run.
-        options: of the measurement.
+        config: configuration of the run.
+        options: options of the measurement.
     """
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -77,7 +77,8 @@ def summarise(
         both = [{s: v for s, _, v in series_of(points, kind, b)} for b in ("base", "adapter")]
         shared = sorted(both[0].keys() & both[1].keys())
         if len(shared) >= 2:
-            ratios[kind] = asdict(ratio([both[0][s] for s in shared], [both[1][s] for s in shared]))
+            base, adapter = ([values[step] for step in shared] for values in both)
+            ratios[kind] = finite(ratio(base, adapter))
     return {
         "version": VERSION,
         "model": _name(config, "model", "name"),
@@ -92,7 +93,7 @@ def summarise(
         "majoriser": by_kind.get("majoriser", []),
         "fits": {
             kind: {
-                block: asdict(growth)
+                block: finite(growth)
                 | {"grows": growth.grows, "is_subquadratic": growth.is_subquadratic}
                 for block, growth in blocks.items()
             }
@@ -109,24 +110,25 @@ def claims_of(
     ratios: Mapping[str, Mapping[str, Any]],
     majoriser: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, str]]:
-    """What the theorem assumes and its figure shows, with a verdict and its reason each."""
+    """The theorem's assumptions and the findings of its figure, each with verdict and reason."""
     claims = []
+
+    def claim(text: str, verdict: str, why: str) -> None:
+        claims.append({"claim": text, "verdict": verdict, "why": why})
+
     for kind in ("gradient", "alone"):
         for block, growth in fits.get(kind, {}).items():
             exponent = growth.power.exponent
             why = (
-                f"exponent {_interval(asdict(exponent))} over gradient norms that differ by a "
+                f"exponent {_interval(finite(exponent))} over gradient norms that differ by a "
                 f"factor of {growth.spread:.3g}, {growth.power.num_points} points"
             )
             if growth.spread < MIN_SPREAD:
-                why += f"; a factor of {MIN_SPREAD:g} would be the least that decides"
+                why += f"; a verdict needs a factor of {MIN_SPREAD:g} or more"
             symbol = "ℓ_x" if block == "base" else "ℓ_y"
-            claims.append(_claim(f"{symbol} ({kind}) grows with ‖∇f‖", growth.grows, why))
-            claims.append(
-                _claim(
-                    f"{symbol} ({kind}) grows more slowly than ‖∇f‖²", growth.is_subquadratic, why
-                )
-            )
+            subquadratic = growth.is_subquadratic
+            claim(f"{symbol} ({kind}) grows with ‖∇f‖", growth.grows, why)
+            claim(f"{symbol} ({kind}) grows more slowly than ‖∇f‖²", subquadratic, why)
     for kind in ("gradient", "alone"):
         if kind in ratios:
             found = ratios[kind]
@@ -136,42 +138,31 @@ def claims_of(
                 verdict = "confirmed"
             elif low is not None and low > 0.1 and high < 10:
                 verdict = "refuted"
-            claims.append(
-                _claim(
-                    f"base and adapter ({kind}) differ by more than a factor of 10",
-                    verdict,
-                    f"base over adapter {_interval(found)}, geometric mean over the path",
-                )
+            claim(
+                f"base and adapter ({kind}) differ by more than a factor of 10",
+                verdict,
+                f"base over adapter {_interval(found)}, geometric mean over the path",
             )
     for record in majoriser:
-        if record.get("kappa") is None:
-            claims.append(
-                _claim(
-                    f"diag(‖H_xx‖, ‖H_yy‖) majorises the Hessian at step {record['step']}",
-                    "undecided at this scale",
-                    "a block's Hessian is 0 here, so that D cannot be inverted",
-                )
-            )
-            continue
-        claims.append(
-            _claim(
-                f"diag(‖H_xx‖, ‖H_yy‖) majorises the Hessian at step {record['step']}",
-                record["verdict"],
+        verdict = "undecided at this scale"
+        why = "the Hessian of a block is 0 at this step, so D has no inverse"
+        if record.get("kappa") is not None:
+            verdict = record["verdict"]
+            why = (
                 f"κ = {record['kappa']:.3g} ± {record['residual']:.2g} by Lanczos; "
                 f"{sum(s <= 1 for s in record['sampled'])} of {len(record['sampled'])} sampled "
-                f"vectors pass, the largest quotient is {max(record['sampled']):.2g}",
+                f"vectors pass, the largest quotient is {max(record['sampled']):.2g}"
             )
-        )
+        step = record["step"]
+        claim(f"diag(‖H_xx‖, ‖H_yy‖) majorises the Hessian at step {step}", verdict, why)
     on_path = majorised_steps(points, fits.get("gradient", {}))
     if on_path is not None:
         passed, total, worst = on_path
-        claims.append(
-            _claim(
-                "diag(ℓ_x(‖∇f‖), ℓ_y(‖∇f‖)) of the envelopes majorises on the steps made",
-                "confirmed" if passed == total else "refuted",
-                f"{passed} of {total} steps have |ΔᵀHΔ| ≤ ℓ_x‖Δx‖² + ℓ_y‖Δy‖²; largest quotient "
-                f"{worst:.3g}",
-            )
+        claim(
+            "diag(ℓ_x(‖∇f‖), ℓ_y(‖∇f‖)) of the envelopes majorises on the steps made",
+            "confirmed" if passed == total else "refuted",
+            f"{passed} of {total} steps have |ΔᵀHΔ| ≤ ℓ_x‖Δx‖² + ℓ_y‖Δy‖²; largest quotient "
+            f"{worst:.3g}",
         )
     return claims
 
@@ -179,9 +170,9 @@ def claims_of(
 def majorised_steps(
     points: Sequence[Mapping[str, Any]], fits: Mapping[str, Growth]
 ) -> tuple[int, int, float] | None:
-    """Steps on which |ΔᵀH̄Δ| ≤ ℓ_x(‖∇f‖)‖Δx‖² + ℓ_y(‖∇f‖)‖Δy‖², all steps, largest quotient.
+    """Number of steps with |ΔᵀH̄Δ| ≤ ℓ_x(‖∇f‖)‖Δx‖² + ℓ_y(‖∇f‖)‖Δy‖², of all, largest quotient.
 
-    ℓ of the envelopes. None where a block that moved has no fit.
+    ℓ is that of the envelopes. Returns None if a block that moved has no fit.
     """
     quotients = []
     for point in points:
@@ -201,10 +192,6 @@ def majorised_steps(
     if not quotients:
         return None
     return sum(q <= 1 for q in quotients), len(quotients), max(quotients)
-
-
-def _claim(text: str, verdict: str, why: str) -> dict[str, str]:
-    return {"claim": text, "verdict": verdict, "why": why}
 
 
 def _interval(quantity: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Tables of smoothness, for the page, the report and the terminal alike."""
+"""Tables of smoothness, for the page, the report and the terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from zofo.disk.files import read_json
 from zofo.errors import UserError
-from zofo.pages.tables import Cell, Column, Table
+from zofo.pages.tables import Cell, Column, Columns, Table, make_table, text_cell
 from zofo.smoothness.summary import FILE, VERSION
 
 _MARKS = {"confirmed": "win", "refuted": "loss"}
+_NOTHING = Cell("–", None)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What `zofo smoothness` left in a run folder; None if missing or of another version."""
+    """The summary in a run folder; None if there is none of this version."""
     try:
         found = read_json(folder / FILE)
     except UserError:
@@ -25,165 +26,132 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def constants_table(summary: Mapping[str, Any]) -> Table:
-    """A row a block and step: ends of the spectrum, trace, ranks, curvature by forwards."""
-    columns = (
-        Column("block", "block", False),
-        Column("step", "steps"),
-        Column("num_parameters", "numbers"),
-        Column("top", "largest eigenvalue ± residual"),
-        Column("bottom", "smallest"),
-        Column("trace", "trace [95%]"),
-        Column("effective_rank", "effective rank tr/‖H‖ [95%]"),
-        Column("stable_rank", "‖H‖²_F/‖H‖² [95%]"),
-        Column("forward_trace", "trace by forwards [95%]"),
-        Column("rounding", "its rounding"),
-    )
+    """Ends of the spectrum, trace, ranks and curvature by forward passes, per block and step."""
     spectra = {(r["block"], r["step"]): r for r in summary["spectra"]}
     forwards = {(r["block"], r["step"]): r for r in summary["directional"]}
-    rows = []
-    for key in dict.fromkeys((*spectra, *forwards)):
-        record, own = spectra.get(key), forwards.get(key)
-        known: Mapping[str, Any] = record or own or {}
-        rows.append(
-            (
-                Cell(str(key[0]), str(key[0])),
-                _number(key[1], ".0f"),
-                _number(known["num_parameters"], ",.0f"),
-                _end(None if record is None else record["top"]),
-                _end(None if record is None else record["bottom"]),
-                _estimate(None if record is None else record["trace"]),
-                _estimate(None if record is None else record["effective_rank"]),
-                _estimate(None if record is None else record["stable_rank"]),
-                _estimate(None if own is None else own["trace"]),
-                _number(None if own is None else own["rounding"], ".2g"),
-            )
-        )
-    return Table(columns, tuple(rows), {})
+
+    def end(field: str) -> Any:
+        def cell(key: Any) -> Cell:
+            if key not in spectra:
+                return _NOTHING
+            found = spectra[key][field]
+            text, aside = f"{found['value']:.4g}", f"± {found['residual']:.1g}"
+            return Cell(text, found["value"], aside)
+
+        return cell
+
+    def estimate(field: str, records: Mapping[Any, Any] = spectra) -> Any:
+        return lambda key: _interval(records.get(key, {}).get(field), "mean")
+
+    columns: Columns = {
+        Column("block", "block", False): lambda key: text_cell(str(key[0])),
+        Column("step", "steps"): lambda key: _number(key[1], ".0f"),
+        Column("num_parameters", "numbers"): lambda key: _number(
+            (spectra.get(key) or forwards[key])["num_parameters"], ",.0f"
+        ),
+        Column("top", "largest eigenvalue ± residual"): end("top"),
+        Column("bottom", "smallest"): end("bottom"),
+        Column("trace", "trace [95%]"): estimate("trace"),
+        Column("effective_rank", "effective rank tr/‖H‖ [95%]"): estimate("effective_rank"),
+        Column("stable_rank", "‖H‖²_F/‖H‖² [95%]"): estimate("stable_rank"),
+        Column("forward_trace", "trace by forwards [95%]"): estimate("trace", forwards),
+        Column("rounding", "its rounding"): lambda key: _number(
+            forwards.get(key, {}).get("rounding"), ".2g"
+        ),
+    }
+    return make_table(columns, dict.fromkeys((*spectra, *forwards)))
 
 
-def fits_table(summary: Mapping[str, Any], label: str = "", href: str = "") -> Table:
-    """A row a block and kind of constant: level, L0, L1, exponent, verdicts."""
-    return Table(_FIT_COLUMNS, tuple(_fit_rows(summary, label, href)), {})
+_OF_FIT: Columns = {
+    Column("block", "block", False): lambda fit: text_cell(fit["block"]),
+    Column("kind", "constant", False): lambda fit: text_cell(fit["kind"]),
+    Column("points", "points"): lambda fit: _number(fit["linear"]["num_points"], ".0f"),
+    Column("level", "level [95%]"): lambda fit: _interval(fit["level"]),
+    Column("l0", "L0 [95%]"): lambda fit: _interval(fit["linear"]["constant"]),
+    Column("l1", "L1 [95%]"): lambda fit: _interval(fit["linear"]["slope"]),
+    Column("exponent", "exponent p [95%]"): lambda fit: _interval(fit["power"]["exponent"]),
+    Column("grows", "grows", False): lambda fit: _verdict(fit["grows"], is_short=True),
+    Column("subquadratic", "p < 2", False): lambda fit: _verdict(
+        fit["is_subquadratic"], is_short=True
+    ),
+}
+
+
+def _fits_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"block": block, "kind": kind, **fit}
+        for kind, blocks in summary["fits"].items()
+        for block, fit in blocks.items()
+    ]
+
+
+def fits_table(summary: Mapping[str, Any]) -> Table:
+    """Level, L0, L1, exponent and verdicts, with one row per block and kind of constant."""
+    return make_table(_OF_FIT, _fits_of(summary))
 
 
 def smoothness_table(
     summaries: Mapping[str, Mapping[str, Any]], links: Mapping[str, str]
 ) -> Table | None:
-    """The fits of several runs; None where there is none.
+    """The fits of several runs; None if there are none.
 
     Args:
         summaries: run -> summary.
-        links: run -> its folder, with a slash at the end.
+        links: run -> link to its folder, with a slash at the end.
     """
-    rows = [
-        row
-        for run, summary in summaries.items()
-        for row in _fit_rows(summary, run, f"{links[run]}smoothness.html")
-    ]
-    columns = (Column("run", "run", False), *_FIT_COLUMNS)
-    return Table(columns, tuple(rows), {}) if rows else None
+    fits = [{"run": run, **fit} for run, found in summaries.items() for fit in _fits_of(found)]
+    columns: Columns = {
+        Column("run", "run", False): lambda fit: Cell(
+            fit["run"], fit["run"], href=f"{links[fit['run']]}smoothness.html"
+        ),
+        **_OF_FIT,
+    }
+    return make_table(columns, fits) if fits else None
 
 
 def majoriser_table(summary: Mapping[str, Any]) -> Table:
-    """A row a step: the blocks' norms, κ, the sampled quotients."""
-    columns = (
-        Column("step", "steps"),
-        Column("base", "‖H_xx‖"),
-        Column("adapter", "‖H_yy‖"),
-        Column("kappa", "κ ± residual"),
-        Column("sampled", "largest sampled quotient"),
-        Column("verdict", "majorises", False),
-    )
-    rows = []
-    for record in summary["majoriser"]:
-        known = record.get("kappa") is not None
-        rows.append(
-            (
-                _number(record["step"], ".0f"),
-                _number(record["constants"].get("base"), ".3g"),
-                _number(record["constants"].get("adapter"), ".3g"),
-                Cell(f"{record['kappa']:.3g} ± {record['residual']:.2g}", record["kappa"])
-                if known
-                else Cell("–", None),
-                _number(max(record["sampled"]) if known else None, ".3g"),
-                _verdict(record["verdict"] if known else "undecided at this scale"),
-            )
-        )
-    return Table(columns, tuple(rows), {})
+    """Norms of the blocks, κ and the sampled quotients, with one row per step."""
+
+    def kappa(record: Any) -> Cell:
+        if record.get("kappa") is None:
+            return _NOTHING
+        return Cell(f"{record['kappa']:.3g} ± {record['residual']:.2g}", record["kappa"])
+
+    columns: Columns = {
+        Column("step", "steps"): lambda record: _number(record["step"], ".0f"),
+        Column("base", "‖H_xx‖"): lambda record: _number(record["constants"].get("base"), ".3g"),
+        Column("adapter", "‖H_yy‖"): lambda record: _number(
+            record["constants"].get("adapter"), ".3g"
+        ),
+        Column("kappa", "κ ± residual"): kappa,
+        Column("sampled", "largest sampled quotient"): lambda record: _number(
+            max(record.get("sampled") or [None]), ".3g"
+        ),
+        Column("verdict", "majorises", False): lambda record: _verdict(
+            record.get("verdict", "undecided at this scale")
+        ),
+    }
+    return make_table(columns, summary["majoriser"])
 
 
 def claims_table(claims: Sequence[Mapping[str, str]]) -> Table:
-    """What the theory assumes, and what this run says of it."""
-    columns = (
-        Column("claim", "claim", False),
-        Column("verdict", "verdict", False),
-        Column("why", "because", False),
-    )
-    rows = tuple(
-        (Cell(c["claim"], c["claim"]), _verdict(c["verdict"]), Cell(c["why"], c["why"]))
-        for c in claims
-    )
-    return Table(columns, rows, {})
-
-
-_FIT_COLUMNS = (
-    Column("block", "block", False),
-    Column("kind", "constant", False),
-    Column("points", "points"),
-    Column("level", "level [95%]"),
-    Column("l0", "L0 [95%]"),
-    Column("l1", "L1 [95%]"),
-    Column("exponent", "exponent p [95%]"),
-    Column("grows", "grows", False),
-    Column("subquadratic", "p < 2", False),
-)
-
-
-def _fit_rows(summary: Mapping[str, Any], label: str, href: str) -> list[tuple[Cell, ...]]:
-    rows: list[tuple[Cell, ...]] = []
-    for kind, blocks in summary["fits"].items():
-        for block, fit in blocks.items():
-            first = (Cell(label, label, href=href),) if label else ()
-            rows.append(
-                (
-                    *first,
-                    Cell(block, block),
-                    Cell(kind, kind),
-                    _number(fit["linear"]["num_points"], ".0f"),
-                    _quantity(fit["level"]),
-                    _quantity(fit["linear"]["constant"]),
-                    _quantity(fit["linear"]["slope"]),
-                    _quantity(fit["power"]["exponent"]),
-                    _verdict(fit["grows"], is_short=True),
-                    _verdict(fit["is_subquadratic"], is_short=True),
-                )
-            )
-    return rows
+    """The assumptions of the theory, and the verdict of this run."""
+    columns: Columns = {
+        Column("claim", "claim", False): lambda claim: text_cell(claim["claim"]),
+        Column("verdict", "verdict", False): lambda claim: _verdict(claim["verdict"]),
+        Column("why", "because", False): lambda claim: text_cell(claim["why"]),
+    }
+    return make_table(columns, claims)
 
 
 def _number(value: float | None, form: str) -> Cell:
-    return Cell("–", None) if value is None else Cell(f"{value:{form}}", float(value))
+    return _NOTHING if value is None else Cell(f"{value:{form}}", float(value))
 
 
-def _end(end: Mapping[str, float] | None) -> Cell:
-    if end is None:
-        return Cell("–", None)
-    return Cell(f"{end['value']:.4g}", end["value"], aside=f"± {end['residual']:.1g}")
-
-
-def _estimate(found: Mapping[str, Any] | None) -> Cell:
-    if found is None:
-        return Cell("–", None)
-    return _with_interval(found["mean"], found["low"], found["high"])
-
-
-def _quantity(found: Mapping[str, Any]) -> Cell:
-    return _with_interval(found["value"], found["low"], found["high"])
-
-
-def _with_interval(value: float | None, low: float | None, high: float | None) -> Cell:
-    if value is None:
-        return Cell("–", None)
+def _interval(found: Mapping[str, Any] | None, key: str = "value") -> Cell:
+    if found is None or found[key] is None:
+        return _NOTHING
+    value, low, high = found[key], found["low"], found["high"]
     aside = "no interval" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
     if low == high == 0:
         aside = "at its bound in every resample"

@@ -1,12 +1,14 @@
-"""Means with intervals, paired differences, ranks over tasks, costs to reach a loss.
+"""Means with confidence intervals, paired differences, ranks over tasks, costs to reach a loss.
 
-What is random here is the seed: of the rows that are drawn, of their order, of the adapter, of the
-directions. An interval says where the mean over more seeds would lie, on the same task.
+The observations are runs that differ in their seed. The seed decides which rows are drawn, their
+order, the adapter's initial weights and the directions. A confidence interval says where the mean
+over more seeds of the same task would lie.
 
-Few seeds are the rule. One or two give no interval: two points say next to nothing of their
-spread. Three to nineteen give Student's t, because a bootstrap of so few values is too narrow
-(docs/guide/report.md has its coverage). Twenty and more give the bias-corrected and accelerated
-bootstrap, which asks nothing of the distribution.
+The number of observations decides the kind of interval:
+
+    1 or 2         none: two points say almost nothing about their spread
+    3 to 19        Student's t: a bootstrap of so few values is too narrow (docs/guide/report.md)
+    20 and more    bias-corrected and accelerated (BCa) bootstrap: it assumes no distribution
 
 References:
     Efron, Better bootstrap confidence intervals, JASA 82, 1987.
@@ -22,14 +24,15 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+
+from zofo.statistics.resampling import CONFIDENCE, Interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONFIDENCE: Final = 0.95
 MIN_FOR_INTERVAL: Final = 3
 MIN_FOR_BOOTSTRAP: Final = 20
 _NUM_RESAMPLES: Final = 9_999
@@ -38,21 +41,16 @@ Outcome = Literal["win", "tie", "loss", "undecided"]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and how sure it is.
+class Estimate(Interval):
+    """A mean of observations, with its interval; both ends are NaN if there are too few."""
 
-    Attributes:
-        mean: of the values.
-        low, high: 95% interval; None where there are too few values.
-        num: values.
-        how: "t", "bootstrap", or "none".
-    """
+    num: int = 1
+    how: Literal["t", "bootstrap", "none"] = "none"
 
-    mean: float
-    low: float | None
-    high: float | None
-    num: int
-    how: Literal["t", "bootstrap", "none"]
+    def as_dict(self) -> dict[str, Any]:
+        """The values for JSON."""
+        ends = {"mean": self.value, "low": self.low, "high": self.high}
+        return {**ends, "num": self.num, "how": self.how}
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,10 @@ class Difference:
     """A paired comparison.
 
     Attributes:
-        estimate: of the differences, first minus second.
-        seeds: that both have, in order.
-        outcome: "win" or "loss" of the first where the interval lies beside 0, "tie" where it holds
-            0, "undecided" where there is none.
+        estimate: mean of the differences, first minus second.
+        seeds: the seeds that both have, ascending.
+        outcome: "win" or "loss" of the first if the interval excludes 0, "tie" if the interval
+            contains 0, "undecided" if there is no interval.
     """
 
     estimate: Estimate
@@ -76,10 +74,10 @@ class Ranks:
     """Friedman's test and Nemenyi's comparison of all pairs.
 
     Attributes:
-        mean_ranks: treatment -> mean rank, 1 for the best, best first.
-        num_blocks: tasks that the ranks are means over.
-        statistic, p_value: of Friedman's test that all treatments are alike.
-        critical_difference: of two mean ranks, at 95%.
+        mean_ranks: treatment -> mean rank; 1 is the best, and the best comes first.
+        num_blocks: number of tasks that the ranks are averaged over.
+        statistic, p_value: Friedman's test of the hypothesis that all treatments are equal.
+        critical_difference: two mean ranks that differ by more are different at the 95% level.
         p_values: (treatment, treatment) -> Nemenyi's p-value.
     """
 
@@ -92,23 +90,17 @@ class Ranks:
 
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean of some values with its 95% interval.
-
-    Args:
-        values: at least one; fewer than 3 get no interval, fewer than 20 Student's t, others the
-            BCa bootstrap.
-        seed: of the bootstrap.
-    """
+    """The mean of at least one value, with its 95% interval; `seed` is that of the bootstrap."""
     sample = np.asarray(values, dtype=np.float64)
     mean, num = float(sample.mean()), len(sample)
     if num < MIN_FOR_INTERVAL:
-        return Estimate(mean, None, None, num, "none")
+        return Estimate(mean, num=num)
     how: Literal["t", "bootstrap"] = "t" if num < MIN_FOR_BOOTSTRAP else "bootstrap"
     if np.ptp(sample) == 0:
-        return Estimate(mean, mean, mean, num, how)
+        return Estimate(mean, mean, mean, num=num, how=how)
     if how == "t":
         half = _t_quantile(num - 1) * float(sample.std(ddof=1)) / math.sqrt(num)
-        return Estimate(mean, mean - half, mean + half, num, how)
+        return Estimate(mean, mean - half, mean + half, num=num, how=how)
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -119,21 +111,21 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(mean, float(found.low), float(found.high), num, how)
+    return Estimate(mean, float(found.low), float(found.high), num=num, how=how)
 
 
 def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float], *, seed: int = 0
 ) -> Difference | None:
-    """First minus second, over the seeds that both have; None if they share none.
+    """First minus second, over the seeds that both have; None if they share no seed.
 
-    Pairing takes out what a seed does to both, such as the adapter's initial weights and the order
-    of the rows.
+    Pairing removes what a seed does to both sides, such as the adapter's initial weights and the
+    order of the rows.
 
     Args:
-        first: seed -> score.
-        second: likewise.
-        seed: of the bootstrap.
+        first: seed -> score of the first.
+        second: seed -> score of the second.
+        seed: seed of the bootstrap.
     """
     seeds = tuple(sorted(first.keys() & second.keys()))
     if not seeds:
@@ -143,8 +135,8 @@ def paired_difference(
 
 
 def outcome_of(estimate: Estimate) -> Outcome:
-    """What the interval of a difference says of it."""
-    if estimate.low is None or estimate.high is None:
+    """The outcome of a comparison by the interval of the difference."""
+    if math.isnan(estimate.low):
         return "undecided"
     if estimate.low <= 0 <= estimate.high:
         return "tie"
@@ -154,68 +146,69 @@ def outcome_of(estimate: Estimate) -> Outcome:
 def mean_over_pairs(
     differences: Sequence[Mapping[int, float]], blocks: Sequence[Hashable]
 ) -> Estimate:
-    """Mean of the pairs' mean differences, each pair counting the same, with its 95% interval.
+    """Mean of the pairs' mean differences with its 95% interval; every pair has equal weight.
 
-    Pairs of one block share their rows seed by seed, so their differences are not independent: a
-    seed of a block is one observation, the sum of what its pairs say. Blocks are independent, and
-    their variances are put together as Welch and Satterthwaite do. The interval speaks of these
-    pairs, not of other tasks. One pair alone is `mean_interval`'s.
+    For the same seed, pairs of one block use the same rows, so their differences depend on each
+    other. Therefore one seed of a block is one observation: the sum over the block's pairs. Blocks
+    are independent, and the formula of Welch and Satterthwaite combines their variances. The
+    interval holds for these pairs, not for other tasks. A single pair gets `mean_interval`.
 
     Args:
-        differences: of each pair, seed -> difference.
-        blocks: of each pair, what it shares rows with: its task.
+        differences: seed -> difference, for each pair.
+        blocks: the block (the task) of each pair.
 
     Returns:
-        The estimate; without an interval where a pair has a single seed, or all blocks together
-        have fewer than two degrees of freedom.
+        The estimate. It has no interval if a pair has a single seed, or if all blocks together have
+        fewer than two degrees of freedom.
     """
     if len(differences) == 1:
         return mean_interval(list(differences[0].values()))
     num = sum(len(pair) for pair in differences)
     means = [float(np.mean(list(pair.values()))) for pair in differences]
     mean = float(np.mean(means))
-    said: dict[Hashable, dict[int, float]] = {}
+    sums: dict[Hashable, dict[int, float]] = {}
     for pair, center, block in zip(differences, means, blocks, strict=True):
-        of_block = said.setdefault(block, {})
+        of_block = sums.setdefault(block, {})
         for seed, value in pair.items():
             of_block[seed] = of_block.get(seed, 0.0) + (value - center) / len(pair)
-    freedom = [len(of_block) - 1 for of_block in said.values()]
+    freedom = [len(of_block) - 1 for of_block in sums.values()]
     if min(map(len, differences)) < 2 or sum(freedom) < MIN_FOR_INTERVAL - 1:
-        return Estimate(mean, None, None, num, "none")
+        return Estimate(mean, num=num)
     parts = [
         sum(value**2 for value in of_block.values()) * len(of_block) / (len(of_block) - 1)
-        for of_block in said.values()
+        for of_block in sums.values()
     ]
     if sum(parts) == 0:
-        return Estimate(mean, mean, mean, num, "t")
+        return Estimate(mean, mean, mean, num=num, how="t")
     effective = sum(parts) ** 2 / sum(
         part**2 / free for part, free in zip(parts, freedom, strict=True)
     )
     half = _t_quantile(effective) * math.sqrt(sum(parts)) / len(differences)
-    return Estimate(mean, mean - half, mean + half, num, "t")
+    return Estimate(mean, mean - half, mean + half, num=num, how="t")
 
 
 def rank_treatments(scores: pd.DataFrame) -> Ranks:
     """Friedman's test over tasks, and Nemenyi's post hoc comparison.
 
-    Two treatments differ where their mean ranks lie further apart than the critical difference
-    q sqrt(k (k + 1) / 6N), q the 95% point of the studentized range over sqrt 2 (Demšar, 3.2.2).
+    Two treatments differ if their mean ranks differ by more than the critical difference
+    q sqrt(k (k + 1) / 6N), where q is the 95% point of the studentized range divided by sqrt 2
+    (Demšar, 3.2.2).
 
     Args:
-        scores: a row a block (a task), a column a treatment, higher is better, none missing; at
-            least two rows and three columns.
+        scores: one row per block (task) and one column per treatment; higher is better. No value
+            may be missing, and at least two rows and three columns are needed.
     """
     from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
     num_blocks, num = scores.shape
-    assert num_blocks >= 2, "ranks of one task are no evidence"
-    assert num >= 3, "two treatments are compared by their difference"
+    assert num_blocks >= 2, "ranks need at least two tasks"
+    assert num >= 3, "ranks need at least three treatments"
     ranks = rankdata(-scores.to_numpy(dtype=np.float64), axis=1).mean(axis=0)
     order = np.argsort(ranks, kind="stable")
     names = [str(scores.columns[i]) for i in order]
     ranks = ranks[order]
     if all(scores.nunique(axis=1) == 1):
-        statistic, p_value = 0.0, 1.0  # every task a draw
+        statistic, p_value = 0.0, 1.0  # friedmanchisquare divides by 0 if every task is a draw
     else:
         test = friedmanchisquare(*(scores[column].to_numpy() for column in scores.columns))
         statistic, p_value = float(test.statistic), float(test.pvalue)
@@ -239,17 +232,15 @@ def rank_treatments(scores: pd.DataFrame) -> Ranks:
 
 
 def cost_to_reach(curve: pd.DataFrame, loss: float, cost: str) -> float:
-    """What a run had spent when its dev loss was first at most `loss`; infinite if it never was.
-
-    Nothing is interpolated: a run is known only where it was evaluated.
+    """The cost of a run until its dev loss was first at most `loss`, without interpolation.
 
     Args:
-        curve: of one run, with the columns `step`, `dev_loss` and `cost`.
-        loss: to be reached.
+        curve: evaluations of one run, with the columns `step`, `dev_loss` and `cost`.
+        loss: the loss to reach.
         cost: "step", "forward_equivalents" or "elapsed_s".
 
     Returns:
-        The cost; NaN if the run reached the loss but the log does not say at what cost.
+        The cost; infinite if the run never reached the loss; NaN if the log lacks the cost.
     """
     reached = curve.sort_values("step")
     reached = reached[reached["dev_loss"] <= loss]

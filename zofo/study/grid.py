@@ -1,4 +1,4 @@
-"""From a study to its runs, in an order and under names that only the study decides.
+"""Expands a study into its runs; the study alone decides their order and names.
 
     cell    a model on a task, moved by a method through an adapter with an optimizer
     run     a cell at one pair of learning rates with one seed
@@ -26,7 +26,7 @@ NONE: Final = "none"
 
 
 class Cell(NamedTuple):
-    """What is compared; labels, `none` where a method has no such thing."""
+    """One combination of the axes' labels; `none` if a method has no adapter or optimizer."""
 
     model: str
     task: str
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Learning rates of a run; None where the block does not move."""
+    """Learning rates of a run; None for a frozen block."""
 
     base_lr: float | None
     adapter_lr: float | None

@@ -1,4 +1,4 @@
-"""What there is to do in a study, in what order, and what has been done: told from its files.
+"""The tasks of a study, their order and their states, read from the study's files.
 
     search   a run that chooses rates                        at once
     final    another seed at the chosen rates                once the cell's search has ended
@@ -27,14 +27,7 @@ START_ERROR_FILE = "failed.json"
 
 @dataclass(frozen=True)
 class Task:
-    """Something for a worker to do.
-
-    Attributes:
-        kind: what.
-        model, task, seed: of which runs.
-        cell: of which; None for a start.
-        run: of a search; that of others depends on the choice.
-    """
+    """A unit of work for a worker: `cell` is None for a start, and only a search has its `run`."""
 
     kind: Kind
     model: str
@@ -73,7 +66,7 @@ def run_of(task: Task, folder: StudyFolder) -> Run | None:
 
 
 def state_of(task: Task, folder: StudyFolder) -> State:
-    """Whether a task can be done; ended is also what has become pointless.
+    """Whether a task can be done; a task that is no longer needed counts as ended.
 
     Args:
         task: the task.

@@ -1,4 +1,4 @@
-"""A run as a process of its own, and the lock that says that somebody works on it.
+"""Runs a task in a child process, under a lock that shows that a worker has it.
 
 The child has a session of its own, so that Ctrl-C in a terminal reaches it once, through its
 worker; it inherits the lock's file, so that the lock lasts as long as worker or child. When the

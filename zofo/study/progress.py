@@ -1,4 +1,4 @@
-"""How far a study is: counts, a guess at the remaining time, a live table or lines.
+"""Shows the progress of a study: counts, the estimated remaining time, a live table or lines.
 
     remaining = sum over open runs of forward-equivalents x seconds for one, over workers
 
@@ -39,8 +39,8 @@ class Summary:
         counts: phase -> state -> tasks.
         running: names of the tasks under way.
         failed: name -> why.
-        remaining_s: of one worker, in forwards; None if nothing has been timed.
-        num_unchosen: cells all of whose rates lost.
+        remaining_s: estimated seconds for one worker; None if no run has been timed.
+        num_unchosen: cells without a choice, because every pair of rates failed.
     """
 
     counts: dict[str, dict[str, int]]
@@ -186,25 +186,25 @@ class StudyDisplay:
         self.console, self.costs = console, Costs(grid)
         self.tasks = all_tasks(grid)
         self._live: Live | None = None
-        self._said_away = False
+        self._has_reported_failure = False
 
     def started(self, worker: Worker, job: Job) -> None:
         """A job begins."""
-        self.looked(worker)
+        self.refreshed(worker)
 
     def ended(self, worker: Worker, job: Job) -> None:
         """A job has ended: a line that stays."""
         minutes = duration_text(time.monotonic() - job.began)
         line = f"{job.task.name}: {self._outcome(worker, job)}, {minutes}"
         if self._live is None and self.console.is_terminal:
-            self.looked(worker)
+            self.refreshed(worker)
         if self._live is None:
             summary = self._summary(worker)
             num = sum(sum(c.values()) for c in summary.counts.values())
             line = f"{num - summary.num_open}/{num} {line}; {_title(summary, worker.num_slots)}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def looked(self, worker: Worker) -> None:
+    def refreshed(self, worker: Worker) -> None:
         """Refresh the table."""
         if not self.console.is_terminal:
             return
@@ -219,10 +219,10 @@ class StudyDisplay:
         table = table_of(summary, max(worker.num_slots, len(summary.running)))
         self._live.update(Group(table, *lines), refresh=True)
 
-    def away(self, worker: Worker, error: Exception) -> None:
-        """The database does not answer: said once."""
-        if not self._said_away:
-            self._said_away = True
+    def database_failed(self, worker: Worker, error: Exception) -> None:
+        """Report once that the database does not answer."""
+        if not self._has_reported_failure:
+            self._has_reported_failure = True
             first = (str(error).strip().splitlines() or [repr(error)])[0]
             self.console.print(
                 f"the queue's database does not answer ({first}); trying on",

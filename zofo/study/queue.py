@@ -1,12 +1,12 @@
-"""Who does what: optuna's storage as a queue, a trial for every task.
+"""Distributes tasks to workers: optuna's storage serves as a queue, with one trial per task.
 
     WAITING   nobody works on it           FAIL      its worker died, or gave it back; a new trial
     RUNNING   somebody does                          of the same task waits
     COMPLETE  it has ended
 
-A claim is one transaction of the database. SQLite's begins with BEGIN IMMEDIATE, since it knows no
-locks of rows: by default two workers could both read that a trial waits, and then both take it.
-optuna's own `ask` is not used, because it makes up a trial where none waits.
+A claim is one transaction of the database. SQLite has no row locks, so its transactions begin with
+BEGIN IMMEDIATE; otherwise two workers could read the same waiting trial and both take it. optuna's
+own `ask` would create a trial if none waits, so it is not used.
 
 A worker's claims carry its heartbeat. A trial whose heartbeat is old, or whose worker was on this
 machine and is gone, is given to others. What a task comes to stands in files; the database can be
@@ -206,7 +206,7 @@ def _is_gone(worker: dict[str, Any]) -> bool:
     if worker["host"] != socket.gethostname():
         return False
     try:
-        # A number is given anew, a time of birth is not.
+        # The system reuses process ids, so the time of creation is compared too.
         return abs(psutil.Process(worker["pid"]).create_time() - worker["since"]) > 1
     except psutil.NoSuchProcess:
         return True

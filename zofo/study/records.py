@@ -1,4 +1,4 @@
-"""The study folder: what lies where, and what each run has come to.
+"""Reads and writes the study folder and the record of each run.
 
     study.yaml            the study, complete
     study.db, study.id    the queue (SQLite), unless `storage` names a database; its name there
@@ -6,7 +6,7 @@
     runs/RUN/             run folder, with `study.json` once the run has ended
     runs/RUN.log          what the run printed
     untrained/START/      test scores of the untrained model of a task and seed
-    locks/                who works on what
+    locks/                locks of the tasks under way
     selection.json        every cell's choice and the dev scores that it rests on
     results.json          one entry a run
 
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 class StudyFolder:
-    """Reads and writes the files of a study; what has ended is read once.
+    """Reads and writes the files of a study; the record of an ended run is read once.
 
     Args:
         grid: the study.
@@ -74,7 +74,7 @@ class StudyFolder:
         return self.path / "untrained" / f"{model}_{task}_s{seed}"
 
     def record(self, run: Run) -> Record | None:
-        """What a run has come to; None if it has not ended."""
+        """The record of a run; None if it has not ended."""
         if run.id not in self._records:
             path = self.run_folder(run) / RECORD_FILE
             if not path.exists():
@@ -83,7 +83,7 @@ class StudyFolder:
         return self._records[run.id]
 
     def write_record(self, run: Run, record: Record) -> None:
-        """Record what a run has come to."""
+        """Write the record of a run."""
         self.run_folder(run).mkdir(parents=True, exist_ok=True)
         write_json(self.run_folder(run) / RECORD_FILE, record)
         self._records[run.id] = record
@@ -94,7 +94,7 @@ class StudyFolder:
         return record is not None and record["status"] == "failed"
 
     def restore(self, run: Run) -> None:
-        """Have a run done again whose artefact went when its rates were not chosen."""
+        """Remove a run whose artefact was deleted because its rates lost, so that it runs again."""
         record, folder = self.record(run), self.run_folder(run)
         if (
             record is not None
@@ -105,7 +105,7 @@ class StudyFolder:
             self._records.pop(run.id)
 
     def forget(self, run: Run) -> None:
-        """A failed run is to be tried again; its checkpoints stay."""
+        """Delete the record of a failed run, so that it is tried again from its checkpoints."""
         (self.run_folder(run) / RECORD_FILE).unlink(missing_ok=True)
         self._records.pop(run.id, None)
         self._choices.pop(run.cell, None)
@@ -142,7 +142,7 @@ class StudyFolder:
         return None if choice is None or choice.rates is None else Run(cell, choice.rates, seed)
 
     def is_measured(self, run: Run) -> bool:
-        """Whether a run's test scores are there, or cannot be had."""
+        """Whether a run has its test scores, or can never have them."""
         if run.id in self._measured:
             return True
         record = self.record(run)
@@ -155,14 +155,14 @@ class StudyFolder:
         return run.id in self._measured
 
     def forget_measurement(self, run: Run) -> None:
-        """A measurement that failed is to be tried again."""
+        """Clear the error of a failed measurement, so that it is tried again."""
         record = self.record(run)
         if record is not None and record["test_error"] is not None:
             self._measured.discard(run.id)
             self.write_record(run, {**record, "test_error": None})
 
     def ended(self, run: Run, status: str, error: str | None, is_final: bool) -> Record:
-        """Record the end of a run's training, and remove what only continuing it needed."""
+        """Record the end of a run's training, and remove files that only a resumption needs."""
         folder = self.run_folder(run)
         result = read_json(folder / RESULT_FILE) if status == "done" else {}
         cost = dict(result.get("cost", {}))

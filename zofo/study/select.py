@@ -1,9 +1,9 @@
-"""Learning rates are chosen by dev scores, and by nothing else.
+"""Chooses learning rates by dev scores alone.
 
     rates of a cell = argmin over pairs of mean over the choosing seeds of the dev score
 
-What is compared here are `DevScore`s, which hold no test number, and this module reads no file:
-a choice cannot depend on the test rows. A pair loses if one of its runs failed or was stopped.
+This module reads no file, and a `DevScore` holds no test score, so a choice cannot depend on the
+test rows. A pair is out of the choice if one of its runs failed or was stopped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from zofo.study.grid import Cell, Grid, Pair
 
 @dataclass(frozen=True)
 class DevScore:
-    """What a run that has ended came to on dev.
+    """The dev score of an ended run: its loss, or one minus its accuracy; lower is better.
 
-    Attributes:
-        cell, rates, seed: which run.
-        score: lower is better: the dev loss, or one minus the accuracy; None if the run failed,
-            was stopped, or has none that is finite.
+    `score` is None if the run failed, was stopped, or has no finite score.
     """
 
     cell: Cell
@@ -33,11 +30,9 @@ class DevScore:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the runs of a cell say.
+    """The chosen pair of a cell, and the mean dev score of each pair.
 
-    Attributes:
-        rates: the chosen pair; None if every pair has a run that failed or was stopped.
-        scores: pair -> mean dev score; None where it lost.
+    `rates` is None if every pair has a failed or stopped run; such a pair's score is None.
     """
 
     rates: Pair | None

@@ -1,4 +1,4 @@
-"""What a study is: axes, grids of learning rates, and a budget that is equal for all methods.
+"""Defines a study: axes, grids of learning rates, and an equal budget for all methods.
 
     models x tasks x methods x adapters x optimizers      cells
     cell x rates x seeds                                  runs
@@ -44,7 +44,7 @@ _AXES: Final = {
     "num_threads": "num_threads",
     "early_stopping": "early_stopping",
 }
-"""Keys of a study -> those of `base` that stand for them where they are left out."""
+"""Keys of a study -> keys of `base` that give their value if they are left out."""
 _SCALARS: Final = ("steps", "num_threads", "early_stopping")
 _NO_AUTO: Final = (
     "cannot be auto: a study groups runs by their numbers, and auto finds others for each seed; "
@@ -55,12 +55,12 @@ Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Where(_Part):
-    """Cells whose labels match, all of them where a key is left out; `*` stands for anything."""
+class Where(_Strict):
+    """Selects cells by their labels; a key that is left out matches every label, as `*` does."""
 
     models: Pattern = "*"
     tasks: Pattern = "*"
@@ -100,7 +100,7 @@ class Rates(Where):
         return value
 
 
-class StudySpec(_Part):
+class StudySpec(_Strict):
     """A study."""
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="of the study; also in its files")
@@ -165,7 +165,7 @@ class StudySpec(_Part):
         return tuple(self.select_seeds or self.seeds[:1])
 
     def to_yaml(self) -> str:
-        """YAML that reads back to the same."""
+        """The study as YAML, from which `load_spec` restores it."""
         values = self.model_dump(exclude_unset=False)
         for part in (*values["rates"], *values["exclude"]):
             for key in [k for k, v in part.items() if v is None or v == "*"]:
@@ -221,7 +221,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     if isinstance(given.get("base"), str):
         given["base"] = read_yaml(_beside(given["base"], file))
     problems += _take_from_base(given)
-    # What a user counts once is one entry.
+    # A single entry may be given without a list.
     if isinstance(given.get("rates"), dict):
         given["rates"] = [given["rates"]]
     if Path(path).expanduser().is_dir():
@@ -241,7 +241,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def differences(saved: StudySpec, spec: StudySpec) -> list[str]:
-    """What keeps a study from being continued: all but more seeds and another database."""
+    """Changes that forbid continuing a study; more seeds and another database are allowed."""
     then, now = saved.model_dump(), spec.model_dump()
     then["select_seeds"], now["select_seeds"] = saved.choosing_seeds, spec.choosing_seeds
     found = []
@@ -261,7 +261,7 @@ def _beside(name: str, file: Path) -> Path:
 
 
 def _take_from_base(given: dict[str, Any]) -> list[str]:
-    """Axes that are left out take the value that `base` has; what stays there is shared."""
+    """Move values of `base` to the axes that are left out; the rest of `base` is shared."""
     base = given.get("base") or {}
     if not isinstance(base, dict):
         return []
@@ -314,7 +314,7 @@ def _described(error: Any) -> str:
 
 
 def _check(spec: StudySpec) -> list[str]:
-    """What no single field shows."""
+    """Problems that involve several fields."""
     problems = []
     if (spec.budget is None) == (spec.steps is None):
         problems.append("give budget (forward-equivalents a run) or steps: one of the two")
@@ -382,7 +382,7 @@ _FILES: Final = {
 
 
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:
-    """Files and folders that are here, so that workers elsewhere find them."""
+    """Make paths absolute, so that workers in other working directories find them."""
     update: dict[str, Any] = {"output": str(Path(spec.output).expanduser().absolute())}
     for section in SECTIONS:
         entries = getattr(spec, f"{section}s")
@@ -401,7 +401,7 @@ def _absolute(entry: Entry, section: str) -> Entry:
         if not isinstance(value, str) or value in ALIASES:
             continue
         path = Path(value).expanduser()
-        # The name of a hub's split may be that of a folder, too.
+        # A folder may have the same name as a split of a hub dataset.
         if path.is_dir() if name in ("name", "data_dir") else path.is_file():
             values[name] = str(path.absolute())
     return values[key] if isinstance(entry, str) else values

@@ -1,7 +1,7 @@
-"""Works on a study until everything is done: claims tasks, runs them as processes, records ends.
+"""Claims the tasks of a study, runs them as processes, and records their ends.
 
-Whatever happens to a worker or a run, the files say what is done: a run that was killed goes on
-from its checkpoint, one that fails is recorded with its last lines, and the others go on.
+The files alone tell what is done. A killed run resumes from its checkpoint. The record of a failed
+run holds its last lines of output, and the other runs go on.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from zofo.study.spec import SPEC_FILE, differences, load_spec
 T = TypeVar("T")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _POLL_S: Final = 0.05
-_LOOK_S: Final = 2.0
-"""Seconds between looks at what other workers have done."""
+_REFRESH_S: Final = 2.0
+"""Seconds between two checks of the other workers' progress."""
 _MAX_DEATHS: Final = 3
 """Deaths by a signal, out of memory for instance, without a checkpoint in between."""
 
@@ -94,7 +94,7 @@ class Worker:
         """
         self._begin(retry_failed)
         previous = self._handle_signals()
-        looked = beaten = -math.inf
+        refreshed = beaten = -math.inf
         try:
             while True:
                 self._send_signals()
@@ -102,13 +102,13 @@ class Worker:
                 if self.signum is not None and not self.jobs:
                     break
                 now = time.monotonic()
-                if self.signum is None and (ended or now - looked >= _LOOK_S):
-                    looked = now
+                if self.signum is None and (ended or now - refreshed >= _REFRESH_S):
+                    refreshed = now
                     self.folder.choices()
                     self._fill_slots()
                     if not self.jobs and self._is_done():
                         break
-                    self._report("looked")
+                    self._report("refreshed")
                 if now - beaten >= self.queue.heartbeat_s:
                     beaten = now
                     self._beat()
@@ -138,7 +138,7 @@ class Worker:
         saved = place / SPEC_FILE
         lock = place / "locks" / "begin"
         has_files = place.exists() and any(f.name != "locks" for f in place.iterdir())
-        # Asked after the listing: a study makes its lock before all else, maybe only just now.
+        # Check the lock after the listing: another worker may create it at this moment.
         if has_files and not lock.exists() and not saved.exists():
             raise UserError(f"{place} exists and is no study; choose another output")
         with locked(lock):
@@ -198,7 +198,7 @@ class Worker:
         lock = Lock.take(self.folder.path / "locks" / name)
         if lock is None:  # a child of a worker that was killed is still ending
             return
-        # Others may have come to its end since the look at its files.
+        # Another worker may have finished the task since its files were read.
         is_ready = state_of(task, self.folder) == "ready"
         if not is_ready or not self._tell(self.queue.claim, trial):
             lock.release()
@@ -238,7 +238,7 @@ class Worker:
         return ["zofo", "train", str(config_file), f"output_dir={folder}"], log
 
     def _start_config(self, task: Task) -> str:
-        """Any cell's will do: they share model, task and seed."""
+        """The configuration of any matching cell: all share model, task and seed."""
         cell = next(c for c in self.grid.rates if (c.model, c.task) == (task.model, task.task))
         pair = self.grid.rates[cell][0]
         return config_of(self.grid.spec, cell, pair, task.seed).to_yaml()
@@ -336,11 +336,11 @@ class Worker:
         job.lock.release()
 
     def _tell(self, action: Callable[..., T], *values: Any) -> T | None:
-        """Ask something of the queue; a database that is away for a while is no reason to end."""
+        """Call the queue; the worker goes on if the database does not answer for a while."""
         try:
             return action(*values)
         except self.queue.errors as error:
-            self._report("away", error)
+            self._report("database_failed", error)
             return None
 
     def _report(self, what: str, *values: Any) -> None:
@@ -348,7 +348,7 @@ class Worker:
             getattr(self.report, what)(self, *values)
 
     def _send_signals(self) -> None:
-        """To children; to those that were begun when a signal had just come, too."""
+        """Pass signals to all children, including those that started after a signal."""
         for job in self.jobs:
             while job.num_signals < self._num_signals:
                 job.num_signals += 1

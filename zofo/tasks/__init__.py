@@ -1,5 +1,5 @@
-"""Tasks: rows become prompt, candidates and gold; or text to be written.
+"""Tasks turn rows into a prompt with candidates, or into a text that the model learns to write.
 
-A built-in task brings its rows, prompt and sizes. `classification`, `completion` and `chat` take
+A built-in task comes with rows, prompt and sizes. `classification`, `completion` and `chat` take
 the user's own rows. `zofo.tasks.load` finds a task by its name.
 """

@@ -1,16 +1,17 @@
-"""Short answers: what counts as right, and F1 and exact match as SQuAD and DROP define them.
+"""F1 and exact match of short answers, as SQuAD and DROP define them.
 
-    SQuAD   a text is its words, in lower case, without punctuation and articles
+    SQuAD   A text is a list of lower-case words without punctuation and articles.
             precision = common / written,  recall = common / gold,  F1 = their harmonic mean
-    DROP    an answer is a bag of spans, a span its set of words, split at hyphens too, 5 is 5.0
-            F1 of two spans; 0 where the gold one holds a number and they share none
-            bags: the best one-to-one matching, its sum over the larger number of spans
+    DROP    An answer is a bag of spans. A span is a set of words, also split at hyphens; 5 is 5.0.
+            The F1 of two spans is 0 if the gold span holds numbers and the spans share none.
+            The F1 of two bags is that of the best one-to-one matching, summed over its pairs and
+            divided by the larger number of spans.
 
-Exact match asks for the same normalised text (DROP: spans). Of several gold answers the best
-counts, for each measure by itself.
+Exact match requires the same normalised text (DROP: the same spans). With several gold answers,
+each measure takes its best one.
 
-Deviations: DROP's F1 is not rounded to two digits. Two SQuAD texts of no words match, as in SQuAD
-2.0. A written text is one answer; for DROP its spans stand between semicolons.
+Deviations: DROP's F1 is not rounded to two digits. Two SQuAD texts without words match, as in SQuAD
+2.0. A generated text is one answer; for DROP, semicolons separate its spans.
 
 References:
     Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016;
@@ -30,7 +31,7 @@ from typing import Final, Literal
 
 Measure = Literal["squad", "drop"]
 SPAN_SEPARATOR: Final = "; "
-"""Between the spans of an answer as it is learnt: commas and "and" stand inside spans too."""
+"""Separates the spans of a training answer; a comma or "and" may be part of a span."""
 
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
@@ -41,21 +42,21 @@ class Answers:
     """The gold answers to one question.
 
     Attributes:
-        gold: one or more answers, each a tuple of spans; SQuAD's have one.
-        measure: whose definitions hold.
+        gold: one or more answers, each a tuple of spans. An answer of SQuAD has one span.
+        measure: the data set whose definitions apply.
     """
 
     gold: tuple[tuple[str, ...], ...]
     measure: Measure = "squad"
 
     def f1(self, text: str) -> float:
-        """F1 of a written text, in [0, 1]."""
+        """F1 of a generated text, in [0, 1]."""
         if self.measure == "squad":
             return max(squad_f1(text, spans[0]) for spans in self.gold)
         return max(drop_f1(_spans(text), spans) for spans in self.gold)
 
     def exact_match(self, text: str) -> float:
-        """1 if a written text is a gold answer, else 0."""
+        """1 if a generated text is a gold answer, else 0."""
         if self.measure == "squad":
             return float(any(squad_words(text) == squad_words(spans[0]) for spans in self.gold))
         written = sorted(map(drop_words, _spans(text)))
@@ -63,12 +64,12 @@ class Answers:
 
     @property
     def text(self) -> str:
-        """The first answer, as a model learns to write it."""
+        """The first gold answer as training text."""
         return SPAN_SEPARATOR.join(self.gold[0])
 
 
 def squad_words(text: str) -> list[str]:
-    """SQuAD's words of a text."""
+    """The words of a text after SQuAD's normalisation."""
     return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
@@ -81,7 +82,7 @@ def squad_f1(text: str, gold: str) -> float:
 
 
 def drop_words(text: str) -> list[str]:
-    """DROP's words of a span."""
+    """The words of a span after DROP's normalisation."""
     words = []
     for part in re.split(" |-", text.lower()):
         number = _number(part)
@@ -112,7 +113,7 @@ def _span_f1(written: set[str], right: set[str]) -> float:
 
 
 def _harmonic(common: int, num_written: int, num_right: int) -> float:
-    """2PR / (P + R), which is twice what is common over what there is."""
+    """2PR / (P + R), where precision P and recall R share the numerator `common`."""
     return 2 * common / (num_written + num_right)
 
 
@@ -124,6 +125,6 @@ def _number(word: str) -> float | None:
 
 
 def _spans(text: str) -> list[str]:
-    """The spans of a written answer: at least one, which may be empty."""
+    """The spans of a generated answer: at least one, which may be empty."""
     separator = SPAN_SEPARATOR.strip()
     return [span for span in text.split(separator) if span.strip()] or [""]

@@ -1,7 +1,7 @@
-"""Classification: a text, a label, and what the model should write for each label.
+"""Classification examples: a text, a label, and a verbalizer for each label.
 
-Encoders with a classification head read the text alone; decoders read the template and score each
-label's verbalizer.
+A verbalizer is the text that stands for a label. Encoders with a classification head read the text
+alone. Decoders read the filled template and score each verbalizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def template_columns(template: str) -> tuple[str, ...]:
     """The columns that a template names.
 
     Raises:
-        UserError: if it names none, or is malformed.
+        UserError: if the template names no column, or is malformed.
     """
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
@@ -36,7 +36,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's values; braces inside values are left alone."""
+    """Put the row's values into the template; braces inside the values stay as they are."""
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
@@ -46,10 +46,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 
 
 def class_names(tables: Sequence[Table], column: str) -> tuple[str, ...]:
-    """The labels of all tables: declared order, else sorted, as numbers where they all are.
+    """The labels of all tables, in the declared order, else sorted (as numbers if all are numbers).
 
     Raises:
-        UserError: for fewer than two, or so many that the column holds no classes.
+        UserError: for fewer than two labels, or for more than 200.
     """
     for table in tables:
         if column in table.label_names:
@@ -86,14 +86,14 @@ def examples(
 
     Args:
         table: the rows.
-        text_column: column of the text, unless the template names others.
+        text_column: column of the text; a template may name other columns.
         label_column: column of the label.
         labels: the classes, in the order of the candidates.
-        template: the prompt; None: the text and "Label:".
-        verbalizers: label -> what follows the prompt; None: a blank and the label.
+        template: the prompt. None: the text and "Label:".
+        verbalizers: label -> verbalizer. None: a blank and the label.
 
     Raises:
-        UserError: for missing columns or labels, or bad rows (all of them named).
+        UserError: for missing columns or labels, and with all bad rows.
     """
     template = DEFAULT_TEMPLATE.replace("text", text_column) if template is None else template
     columns = template_columns(template)
@@ -122,10 +122,10 @@ def examples(
 
 
 def candidates_of(labels: Sequence[str], verbalizers: Mapping[str, str] | None) -> tuple[str, ...]:
-    """What the model should write for each label; None: a blank and the label.
+    """The verbalizer of each label; without verbalizers, a blank and the label.
 
     Raises:
-        UserError: for verbalizers that do not name each label once, or are alike.
+        UserError: if the verbalizers miss a label, name an unknown one, or are equal.
     """
     if verbalizers is None:
         return tuple(f" {label}" for label in labels)

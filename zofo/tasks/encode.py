@@ -1,14 +1,14 @@
-"""Examples as tensors, and the two numbers everything rests on: scores and losses.
+"""Turns examples into tokens and batches, from which `zofo.tasks.losses` computes the loss.
 
-    score(candidate) = mean over its tokens of log p(token | what stands before it)
+    score(candidate) = mean over its tokens of log p(token | the tokens before it)
     candidates:  loss = −log softmax(scores)[gold]
-    gold:        loss = −score(gold);  over completions the mean runs over all target tokens
+    gold:        loss = −score(gold);  for completions, the mean over all target tokens of a batch
 
-Logits are computed only at positions that are scored, and turned into float32 there. Rows are
-padded on the right, so that a row's scores do not depend on its neighbours in the batch.
+Logits are computed only at scored positions, and converted to float32 there. Rows are padded on the
+right, so that the scores of a row do not depend on the other rows of the batch.
 
-Encoder-decoders read the prompt in the encoder and write the candidate, with its end token, in the
-decoder: a score is minus transformers' loss with that candidate as labels.
+An encoder-decoder reads the prompt in the encoder. Its decoder scores the candidate and its end
+token, so that a score is minus transformers' loss with that candidate as labels.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Encoded:
     """One example in tokens.
 
     Attributes:
-        rows: token ids of each sequence to run; of an encoder-decoder, what the encoder reads.
-        targets: for each candidate the tokens that score it: (row, position of the logit, token).
+        rows: token ids of each sequence to run; for an encoder-decoder, the encoder's input.
+        targets: the tokens that score each candidate: (row, position of the logit, token).
         gold: index of the right candidate.
-        types: of a pair of texts whose tokenizer tells them apart: 0 or 1 for each token.
-        prompt: token ids that an answer is to be written after; empty where none is.
-        answers: what counts as right there.
-        outputs: what an encoder-decoder's decoder writes for each row.
+        types: segment (0 or 1) of each token of a pair of texts, if the tokenizer gives it.
+        prompt: token ids after which the model generates an answer; empty for other tasks.
+        answers: the gold answers to compare the generated one with.
+        outputs: token ids of the decoder's output for each row of an encoder-decoder.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -57,10 +57,11 @@ class Encoder:
     """Turns a task's rows into tokens.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         head: "causal-lm", "seq2seq" or "classification".
-        max_length: tokens a sequence; a prompt loses its beginning, an encoder's text its end.
-        max_new_tokens: of them, those that stay free for an answer to be written.
+        max_length: most tokens of a sequence. A long prompt loses its beginning, the text of an
+            encoder its end.
+        max_new_tokens: tokens of `max_length` that stay free for a generated answer.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Encoder:
         return self._endings(example) if example.ending else self._candidates(example)
 
     def _texts(self, example: Example) -> Encoded:
-        """An encoder's text, or pair of texts, of which the longer one is cut."""
+        """Encode a text, or a pair of texts; truncation shortens the longer text of a pair."""
         is_pair = not isinstance(example.text, str)
         texts = example.text if is_pair else (example.text,)
         ids = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
@@ -99,7 +100,7 @@ class Encoder:
         return Encoded((tuple(ids["input_ids"]),), (), example.gold, types)
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt that an answer is to be written after."""
+        """Token ids of a prompt after which the model generates an answer."""
         ids = self._ids(text) or self._start()
         return tuple(ids[-max(1, self.max_length - self.max_new_tokens) :])
 
@@ -107,7 +108,7 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _start(self) -> list[int]:
-        """What a first target token is conditioned on when there is no prompt."""
+        """The token before the first target token if there is no prompt."""
         start = self.tokenizer.bos_token_id
         return [self.tokenizer.eos_token_id if start is None else start]
 
@@ -138,7 +139,7 @@ class Encoder:
         return Encoded(rows, targets, example.gold)
 
     def _endings(self, example: Example) -> Encoded:
-        """One sequence a candidate; scored are the tokens that all have after their candidates."""
+        """Encode one sequence per candidate and score the ending that all sequences share."""
         before = [self._ids(example.prompt + candidate) for candidate in example.candidates]
         full = [
             self._ids(example.prompt + candidate + example.ending)
@@ -173,7 +174,7 @@ class Encoder:
             learnt.append(True)
         if learnt[0]:
             ids, learnt = self._start() + ids, [False, *learnt]
-        # Too long: the beginning goes, as long as something to learn from stays.
+        # A long row loses its beginning, but never a target token.
         excess = max(0, len(ids) - self.max_length)
         ids, learnt = ids[excess:], learnt[excess:]
         targets = tuple((0, i - 1, ids[i]) for i in range(1, len(ids)) if learnt[i])
@@ -203,7 +204,7 @@ class Encoder:
             if example.ending:
                 inputs = [f"{example.prompt}{candidate}" for candidate in example.candidates]
                 texts = [example.ending.lstrip()] * len(texts)
-        # The blank of a candidate joins it to a prompt; here nothing stands before it.
+        # A candidate's leading blank joins it to a prompt; the decoder has no prompt before it.
         outputs = tuple(tuple(self._output(text, example.row)) for text in texts)
         rows = tuple(
             tuple(self._ids(text)[-self.max_length :]) or tuple(self._start()) for text in inputs
@@ -251,27 +252,26 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Collator:
-    """Pads encoded examples into a batch.
+    """Pads encoded examples into a batch, a dict of int64 tensors.
 
-    The batch is a dict of tensors: `input_ids`, `attention_mask` [rows, length], and
-    `token_type_ids` of that shape for pairs; `gold` [examples]; and for decoders `place` [places,
-    2] (row, position of each scored logit), `token_place`, `token_id`, `token_candidate` [tokens],
-    `candidate` [candidates, 2] (example, index in it); for encoder-decoders `output_ids` [rows,
-    output length] too.
+    All models: `input_ids`, `attention_mask` and, for pairs, `token_type_ids` [rows, tokens];
+    `gold` [examples]. Decoders: `place` [places, 2] (row and position of each scored logit);
+    `token_place`, `token_id`, `token_candidate` [target tokens]; `candidate` [candidates, 2]
+    (example and index in it). Encoder-decoders: also `output_ids` [rows, output tokens].
 
     Args:
-        pad_token_id: the tokenizer's.
-        multiple: lengths are padded to a multiple of this.
+        pad_token_id: the tokenizer's padding token.
+        multiple: row lengths are padded to a multiple of this number.
     """
 
     def __init__(self, pad_token_id: int, *, multiple: int = 1) -> None:
         self.pad_token_id, self.multiple = pad_token_id, multiple
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """One batch."""
+        """Pad examples into one batch."""
         rows = [row for example in examples for row in example.rows]
         length = -(-max(map(len, rows)) // self.multiple) * self.multiple
-        ids = torch.full((len(rows), length), self.pad_token_id)
+        ids = torch.full((len(rows), length), self.pad_token_id)  # [rows, tokens]
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
@@ -294,6 +294,7 @@ class Collator:
             batch["output_ids"] = torch.tensor(
                 [(*output, *[self.pad_token_id] * (length - len(output))) for output in outputs]
             )
+        # Candidates may share a logit: each (row, position) is computed once and numbered here.
         places: dict[tuple[int, int], int] = {}
         token_place: list[int] = []
         token_id: list[int] = []

@@ -1,4 +1,4 @@
-"""Rows whose continuation is learnt: prompt and completion, or chat messages."""
+"""Examples whose continuation the model learns: prompt and completion, or chat messages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 def completions(
     table: Table, *, prompt_column: str, completion_column: str, is_answer: bool = False
 ) -> list[Completion]:
-    """One completion a row; prompt and completion are joined as they are, without a blank.
+    """One completion a row; no blank is put between prompt and completion.
 
     Args:
         table: the rows.
-        prompt_column: column of what stands before.
-        completion_column: column of what is learnt.
-        is_answer: the completion is a short answer, against which a written one is scored.
+        prompt_column: column of the prompt.
+        completion_column: column of the completion, which the model learns.
+        is_answer: the completion is a short answer, with which a generated answer is compared.
 
     Raises:
         UserError: for missing columns or bad rows.
@@ -43,7 +43,7 @@ def completions(
 
 
 def answer_in(row: dict[str, Any], column: str) -> Answers:
-    """A completion as the one gold answer; raises ValueError if it is not of one line."""
+    """The completion as the only gold answer; raises ValueError if it has several lines."""
     text = text_in(row, column)
     if "\n" in text.rstrip():
         raise ValueError(
@@ -54,7 +54,7 @@ def answer_in(row: dict[str, Any], column: str) -> Answers:
 
 
 def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Completion]:
-    """One conversation a row, in the tokenizer's chat template; the assistant's turns are learnt.
+    """One conversation a row, in the chat template; the model learns the assistant turns.
 
     Raises:
         UserError: for a missing column, bad rows, or a tokenizer without a chat template.
@@ -77,7 +77,7 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
 def checked_messages(
     value: Any, column: str, *, must_end_with_answer: bool = True
 ) -> list[dict[str, str]]:
-    """The messages of a row; raises ValueError for what is wrong with them."""
+    """The messages of a row; raises ValueError if they are malformed."""
     if hasattr(value, "tolist"):  # parquet gives arrays
         value = value.tolist()
     if not isinstance(value, list) or not value:
@@ -97,10 +97,10 @@ def checked_messages(
 
 
 def _segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Alternating context and assistant's words.
+    """Alternating context and assistant turns.
 
-    A template that rewrites earlier turns (dropping their reasoning, say) gives no such
-    alternation: then only the last turn is learnt.
+    Some templates rewrite earlier turns, for example to drop their reasoning. The model then learns
+    only the last turn, because the earlier text is not a prefix of the whole.
     """
 
     def render(part: Sequence[dict[str, str]], opened: bool) -> str:

@@ -1,4 +1,4 @@
-"""Finds a task by name, checks what it was given, and loads its rows."""
+"""Finds a task by name, checks its options, and loads its rows."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ from dataclasses import replace
 from typing import Any, Final
 
 from zofo.errors import UserError
-from zofo.tasks.remarks import remarks
 from zofo.tasks.spec import Splits, TaskSpec
+from zofo.tasks.split_notes import split_notes
 
 OWN_TASKS: Final = {
     "classification": "your rows of text and label",
     "completion": "your rows of prompt and completion",
     "chat": "your rows of chat messages",
 }
-
-
 _SHARED: Final = {"name", "num_train", "num_dev", "num_test", "max_length"}
-
-
 _FILES: Final = {"train", "dev", "test", "subset"}
-
-
 _USED_BY_KIND: Final = {
     "classification": {"data_dir", "template", "verbalizers", "objective"},
     "choice": {"data_dir", "template", "objective"},
     "generation": {"data_dir", "template", "max_new_tokens"},
 }
-
-
 _USED_BY_OWN: Final = {
     "classification": _FILES | {"template", "verbalizers", "objective", "text", "label"},
     "completion": _FILES | {"prompt", "completion", "metric", "max_new_tokens"},
@@ -38,21 +30,21 @@ _USED_BY_OWN: Final = {
 
 
 def task_names() -> tuple[str, ...]:
-    """All tasks, built-in ones first."""
+    """The names of all tasks, built-in tasks first."""
     from zofo.tasks.families.table import BUILTIN
 
     return (*BUILTIN, *OWN_TASKS)
 
 
 def used_options(name: str) -> set[str]:
-    """The options that a task uses, beyond those that all do."""
+    """The options that a task uses besides those that every task uses."""
     from zofo.tasks.families.table import BUILTIN
 
     return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
 
 
 def writes_answers(spec: TaskSpec) -> bool:
-    """Whether answers are written and scored by F1."""
+    """Whether the model generates answers that are scored by F1."""
     from zofo.tasks.families.table import BUILTIN
 
     is_built_in = spec.name in BUILTIN and BUILTIN[spec.name].kind == "generation"
@@ -60,12 +52,12 @@ def writes_answers(spec: TaskSpec) -> bool:
 
 
 def writes_text(spec: TaskSpec) -> bool:
-    """Whether a prediction is a text, not one of several candidates."""
+    """Whether a prediction is a generated text instead of one of several candidates."""
     return spec.name in ("completion", "chat") or writes_answers(spec)
 
 
 def check_spec(spec: TaskSpec) -> list[str]:
-    """What is wrong with a task's options, before anything is read."""
+    """Problems of a task's options, found before any file is read."""
     names = task_names()
     if spec.name not in names:
         near = difflib.get_close_matches(spec.name, names, n=1)
@@ -89,8 +81,8 @@ def check_spec(spec: TaskSpec) -> list[str]:
     if writes_answers(spec) and spec.max_new_tokens >= spec.max_length:
         problems.append(
             f"task.max_new_tokens is {spec.max_new_tokens} and task.max_length "
-            f"{spec.max_length}, which leaves no room for a prompt; lower the one or raise the "
-            "other"
+            f"{spec.max_length}, which leaves no room for a prompt; lower the first or raise "
+            "the second"
         )
     return problems
 
@@ -100,19 +92,18 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
 
     Args:
         spec: the options.
-        seed: of the shuffle and of carved splits.
-        tokenizer: for chat's template.
+        seed: seed of the shuffle and of carved splits.
+        tokenizer: holds the chat template.
 
     Raises:
-        UserError: for wrong options, missing data, bad rows.
+        UserError: for wrong options, missing data, or bad rows.
     """
     problems = check_spec(spec)
     if problems:
         raise UserError("; ".join(problems))
     is_own = spec.name in OWN_TASKS
     loaded = _load_own(spec, seed, tokenizer) if is_own else _load_builtin(spec, seed)
-    more = remarks(loaded.kind, loaded.labels, loaded.train, loaded.dev, loaded.test)
-    return replace(loaded, notes=loaded.notes + more)
+    return replace(loaded, notes=loaded.notes + split_notes(loaded))
 
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:

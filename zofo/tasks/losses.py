@@ -1,4 +1,4 @@
-"""Losses and scores of encoded rows: tokens, candidates, and what the step differentiates."""
+"""Scores of tokens and candidates, and the training loss of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zofo.tasks.spec import Objective
 
 @dataclass(frozen=True)
 class TokenScores:
-    """For every target token: its log-likelihood (float32) and whether it is the likeliest."""
+    """Log-likelihood (float32) of each target token, and whether it is the likeliest token."""
 
     log_likelihood: Tensor
     is_first_choice: Tensor | None
@@ -29,7 +29,7 @@ def token_scores(
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     place = batch["place"]
     if "output_ids" in batch:
-        # Teacher forcing: each token is scored at the one before it.
+        # Teacher forcing: the decoder reads the outputs shifted by one token.
         outputs, start = batch["output_ids"], _decoder_start(model)
         begin = outputs.new_full((len(outputs), 1), start)
         inputs["decoder_input_ids"] = torch.cat((begin, outputs[:, :-1]), dim=1)
@@ -39,7 +39,7 @@ def token_scores(
     else:
         logits = model(**inputs).logits
         slot = place[:, 1] + virtual_tokens(model)
-    scored = logits[place[:, 0], slot].float()
+    scored = logits[place[:, 0], slot].float()  # [places, vocabulary]
     chosen = scored[batch["token_place"], batch["token_id"]]
     first = scored.argmax(dim=-1)[batch["token_place"]] if with_first_choice else None
     return TokenScores(
@@ -49,7 +49,7 @@ def token_scores(
 
 
 def candidate_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Score of every candidate: float32, shape [examples, most candidates], −inf where none is."""
+    """Scores, float32 [examples, most candidates of an example]; −inf pads missing candidates."""
     if "place" not in batch:
         return functional.log_softmax(_encoder_logits(model, batch), dim=-1)
     scores = _mean_by(token_scores(model, batch).log_likelihood, batch["token_candidate"])
@@ -68,26 +68,26 @@ def objective_loss(
 def objective_losses(
     model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
 ) -> tuple[Tensor, Tensor]:
-    """The training loss of a batch, and each example's share in it; see `losses_and_errors`."""
+    """The training loss of a batch, and each example's share of it; see `losses_and_errors`."""
     return losses_and_errors(model, batch, objective)[:2]
 
 
 def losses_and_errors(
     model: nn.Module, batch: dict[str, Tensor], objective: Objective = "candidates"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The training loss of a batch, each example's share in it, and which were predicted wrongly.
+    """The training loss of a batch, each example's share of it, and the prediction errors.
 
     Args:
         model: the model.
-        batch: as from `Collator`, or a part of one as from `first_examples`.
-        objective: "candidates" or "gold"; completions have one candidate, so there it is "gold".
+        batch: from `Collator` or `first_examples`.
+        objective: "candidates" or "gold"; completions, with one candidate, always use "gold".
 
     Returns:
-        The loss, a float32 scalar; shares, detached, [examples]: their mean is the loss, up to
-        rounding, and the mean of some of them is unbiased for it. The loss of completions is a mean
-        over tokens: a share is an example's sum over the tokens an example has on average.
-        Errors, float64, [examples]: 1 where another candidate has the highest score, else 0; None
-        for completions.
+        The loss, a float32 scalar. The shares, detached [examples], whose mean is the loss up to
+        rounding; the mean of a random subset is an unbiased estimate of it. For completions the
+        loss is a mean over tokens, and a share is an example's summed loss divided by the mean
+        number of tokens of an example. The errors, float64 [examples]: 1 if another candidate has
+        the highest score, else 0; None for completions.
     """
     gold = batch["gold"]
     if "place" not in batch:
@@ -107,13 +107,13 @@ def losses_and_errors(
 
 
 def first_examples(batch: dict[str, Tensor], num: int) -> tuple[dict[str, Tensor], float]:
-    """The first examples of a batch, padded as they were, and their share of its rows."""
+    """The first examples of a batch with unchanged padding, and their share of the rows."""
     gold = batch["gold"]
     if "place" not in batch:
         return {name: tensor[:num] for name, tensor in batch.items()}, num / len(gold)
     num_candidates = int((batch["candidate"][:, 0] < num).sum())
     num_tokens = int((batch["token_candidate"] < num_candidates).sum())
-    # Places and rows are numbered as the examples come.
+    # Places and rows are numbered in the order of the examples, so a prefix of each suffices.
     num_places = int(batch["token_place"][:num_tokens].max()) + 1
     num_rows = int(batch["place"][:num_places, 0].max()) + 1
     ends = {
@@ -156,11 +156,11 @@ def _mean_by(values: Tensor, group: Tensor) -> Tensor:
 
 
 def virtual_tokens(model: Any) -> int:
-    """Tokens that a prompt puts before the scored ones; a prefix lives in the cache instead."""
+    """Virtual tokens before the input's logits; prefix tuning adds none, it fills the cache."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not getattr(config, "is_prompt_learning", False):
         return 0
-    if getattr(model.config, "is_encoder_decoder", False):  # the encoder's input has them
+    if getattr(model.config, "is_encoder_decoder", False):  # they are part of the encoder's input
         return 0
     if str(getattr(config.peft_type, "value", config.peft_type)) in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0
@@ -168,7 +168,7 @@ def virtual_tokens(model: Any) -> int:
 
 
 def _decoder_start(model: Any) -> int:
-    """The token that stands before everything a decoder writes."""
+    """The first input token of a decoder."""
     config = model.config
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:

@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, with their numbers, and what is wrong with them."""
+"""Reads rows from files and from the hub, and reports bad rows by their numbers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Table:
 
     Attributes:
         rows: (number from 1, column -> value).
-        source: for messages.
-        label_names: column -> names of its classes, where the source declares them.
+        source: name of the source, for messages.
+        label_names: column -> names of its classes, if the source declares them.
     """
 
     rows: list[tuple[int, dict[str, Any]]]
@@ -122,7 +122,7 @@ def _hub_table(source: str, subset: str | None, split: str) -> Table:
 
     try:
         data = _load_hub(source, subset, split)
-    except Exception as error:  # datasets raises its own, and those of every transport
+    except Exception as error:  # datasets raises errors of its own and of every transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"the dataset {source!r} (split {split}) cannot be loaded: {first}. Give a file that "
@@ -138,7 +138,7 @@ def _hub_table(source: str, subset: str | None, split: str) -> Table:
 
 
 def _load_hub(source: str, subset: str | None, split: str) -> Any:
-    """A split; of a dataset that is a script, which `datasets` runs no more, the hub's copy."""
+    """Load a split; for a script dataset, which `datasets` refuses, load the hub's parquet copy."""
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""What a task is made of: its options, its examples and its splits."""
+"""Data types of a task: its options, its examples and its splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Objective = Literal["candidates", "gold"]
 
 
 class TaskSpec(BaseModel):
-    """Options of a task; those that a task does not use must be left at their defaults."""
+    """Options of a task; an option that the task does not use must keep its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +78,7 @@ class TaskSpec(BaseModel):
     @field_validator("verbalizers", mode="before")
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
-        """YAML reads the keys 0 and true as a number and a truth value."""
+        """Turn keys into text, because YAML reads 0 and true as a number and a Boolean."""
         if not isinstance(value, dict):
             return value
         return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
@@ -89,15 +89,14 @@ class Example:
     """One row, ready for a model.
 
     Attributes:
-        prompt: what stands before the candidates.
-        candidates: what may follow it.
+        prompt: text before the candidates.
+        candidates: texts that may follow the prompt.
         gold: index of the right candidate.
         text: the row's own text, for encoders and for finding duplicates: one sequence, or a pair
             that the tokenizer joins.
         row: number of the row in its file, from 1.
-        ending: what stands after every candidate; if there is one it is scored, not the candidate.
-        group: rows of one group are not spread over parts that are carved; empty: a group of its
-            own.
+        ending: text after every candidate. If it is given, it is scored instead of the candidate.
+        group: rows of one group stay in one carved part; empty: the row is a group of its own.
     """
 
     prompt: str
@@ -111,16 +110,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """One row whose text is to be written.
+    """One row whose text the model learns to write.
 
     Attributes:
         segments: pieces of text in order, and whether the model learns to write them.
-        text: for finding duplicates.
+        text: text by which duplicates are found.
         row: number of the row in its file, from 1.
-        is_rendered: the text holds its special tokens (a chat template wrote them); otherwise the
-            tokenizer's are added, and an end token.
-        answers: what counts as right after the first segment; None: nothing is written there.
-        group: rows that agree in it stay in one part; empty: none do.
+        is_rendered: a chat template has already written the special tokens. Otherwise the encoder
+            adds the tokenizer's and an end token.
+        answers: gold answers after the first segment; None: no answer is generated.
+        group: as for `Example`.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -136,9 +135,9 @@ class Splits:
     """A task's rows.
 
     Attributes:
-        kind: "classification" (the same labels for every row), "choice" (candidates of its own for
-            every row), "completion" (text to learn) or "generation" (text to learn, and to be
-            written and scored).
+        kind: "classification" (the same labels for every row), "choice" (every row has its own
+            candidates), "completion" (text to learn) or "generation" (answers to learn, which are
+            also generated and scored).
         train, dev, test: `Example`s, or `Completion`s.
         labels: names of the classes; empty unless kind is "classification".
         notes: what was done to the rows (duplicates removed, ...), for the record.

@@ -1,4 +1,4 @@
-"""From rows to train, dev and test: dev and test never leak into training."""
+"""Splits rows into train, dev and test, so that dev and test never leak into training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from zofo.errors import UserError
 
 Sizes = tuple[int | None, int | None, int | None]
 _MOST_HELD_OUT: Final = 0.4
-"""Of the rows, for a carved part that nobody gave a size: most rows stay for training (choice)."""
+"""Largest share of the rows for a carved part without a size: training needs most rows (choice)."""
 
 
 def shuffled(rows: Sequence[Any], seed: int) -> list[Any]:
-    """The rows in an order that depends on the seed and their number only."""
+    """The rows in an order that depends only on the seed and on their number."""
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))
     return [rows[i] for i in order]
 
 
 def key_of(example: Any) -> str:
-    """A row's text, by which duplicates are found: case and blanks do not count."""
+    """The text by which duplicates are found; case and blanks do not count."""
     text = example.text if isinstance(example.text, str) else "\n".join(example.text)
     return " ".join(text.casefold().split())
 
@@ -36,90 +36,89 @@ def separate(
     fractions: tuple[float, float] = (0.1, 0.2),
     seed: int,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
-    """Shuffle, carve what is missing from train, remove duplicates, cut to size.
+    """Shuffle the rows, carve missing parts from train, remove duplicates, and cut to size.
 
-    A row of dev or test whose text also stands in a later part is dropped from train first, then
-    from dev: the test set stays what it is. Rows of one group are not spread over a carved part and
-    an earlier one.
+    A training row whose text is also in dev or test is dropped, and so is a dev row whose text is
+    also in test. The test set stays as it is. A carved part shares no group of rows with the parts
+    that remain.
 
     Args:
         train: rows to train on and to carve from.
-        dev: rows to select on, or None.
-        test: rows to report on, or None.
-        sizes: numbers of rows of train, dev and test; None: as `limits` says.
-        limits: the most rows of parts without a size; None: all there are (for carved parts, a
-            fraction).
-        fractions: of the rows for a carved dev and test without size and limit.
-        seed: of the shuffle.
+        dev: rows to select on, or None to carve them.
+        test: rows to report on, or None to carve them.
+        sizes: numbers of rows of train, dev and test. None: `limits` decides.
+        limits: largest numbers of rows of parts without a size. None: all rows; for a carved part,
+            a fraction of them.
+        fractions: shares of the rows for a carved dev and test without size and limit.
+        seed: seed of the shuffle.
 
     Returns:
-        train, dev, test and notes.
+        train, dev, test and notes on what was dropped.
 
     Raises:
         UserError: if there are too few rows.
     """
-    notes = []
+    notes: list[str] = []
     pool = shuffled(train, seed)
-    once = list({key_of(example): example for example in reversed(pool)}.values())[::-1]
     if dev is None or test is None:
-        if len(once) < len(pool):
-            notes.append(f"{len(pool) - len(once)} duplicate rows dropped before splitting")
-        pool = once
+        unique = list({key_of(row): row for row in reversed(pool)}.values())[::-1]
+        if len(unique) < len(pool):
+            notes.append(f"{len(pool) - len(unique)} duplicate rows dropped before splitting")
+        pool = unique
     total = len(pool)
-
-    def carve(part: int, what: str) -> list[Any]:
-        limit = limits[part]
-        if limit is None:
-            usual = max(1, round(fractions[part - 1] * total))
-        else:
-            usual = min(limit, max(1, int(_MOST_HELD_OUT * total)))
-        wanted = sizes[part] or usual
-        if wanted >= len(pool):
-            raise UserError(
-                f"{wanted} rows were asked for {what}, and {len(pool)} are left of {total}; lower "
-                f"num_{what} or give a {what} file"
-            )
-        carved = _by_group(pool)[:wanted]
-        taken, groups = set(map(id, carved)), {_group(row) for row in carved}
-        left = [row for row in pool if id(row) not in taken]
-        pool[:] = [row for row in left if not _group(row) or _group(row) not in groups]
-        if len(pool) < len(left):
-            notes.append(f"{len(left) - len(pool)} rows dropped: {what} has others of their group")
-        return carved
-
-    # The test rows are carved first: they do not depend on the other sizes.
-    chosen_test = (
-        carve(2, "test")
-        if test is None
-        else _cut(shuffled(test, seed), sizes[2], limits[2], "test")
-    )
-    tested = {key_of(example) for example in (*chosen_test, *(test or ()))}
-    num_left = len(pool)
-    pool[:] = [example for example in pool if key_of(example) not in tested]
-    num_dropped = num_left - len(pool)
-    if dev is None:
-        clean_dev = carve(1, "dev") if pool else []
+    # The test rows are carved first, so that they do not depend on the other sizes.
+    if test is None:
+        size = sizes[2] or _carved_size(limits[2], fractions[1], total)
+        final_test, pool = _carve(pool, size, "test", total, notes)
     else:
-        chosen_dev = shuffled(dev, seed)
-        clean_dev = [example for example in chosen_dev if key_of(example) not in tested]
-        if len(clean_dev) < len(chosen_dev):
-            notes.append(f"{len(chosen_dev) - len(clean_dev)} dev rows dropped: also in test")
-        clean_dev = _cut(clean_dev, sizes[1], limits[1], "dev")
-    selected = {key_of(example) for example in clean_dev}
-    clean_train = [example for example in pool if key_of(example) not in selected]
-    num_dropped += len(pool) - len(clean_train)
+        final_test = _cut(shuffled(test, seed), sizes[2], limits[2], "test")
+    test_keys = {key_of(row) for row in (*final_test, *(test or ()))}
+    num_before = len(pool)
+    pool = [row for row in pool if key_of(row) not in test_keys]
+    num_dropped = num_before - len(pool)
+    final_dev: list[Any] = []
+    if dev is not None:
+        final_dev = [row for row in shuffled(dev, seed) if key_of(row) not in test_keys]
+        if len(final_dev) < len(dev):
+            notes.append(f"{len(dev) - len(final_dev)} dev rows dropped: also in test")
+        final_dev = _cut(final_dev, sizes[1], limits[1], "dev")
+    elif pool:
+        size = sizes[1] or _carved_size(limits[1], fractions[0], total)
+        final_dev, pool = _carve(pool, size, "dev", total, notes)
+    dev_keys = {key_of(row) for row in final_dev}
+    final_train = [row for row in pool if key_of(row) not in dev_keys]
+    num_dropped += len(pool) - len(final_train)
     if num_dropped:
         notes.append(f"{num_dropped} training rows dropped: also in dev or test")
-    if not clean_dev:
-        raise UserError("no dev rows are left that are not in test too; give others")
-    if not clean_train:
+    if not final_dev:
+        raise UserError("no dev rows are left outside test; give other rows")
+    if not final_train:
         raise UserError("no training rows are left; give more rows")
-    return (
-        tuple(_cut(clean_train, sizes[0], limits[0], "train")),
-        tuple(clean_dev),
-        tuple(chosen_test),
-        tuple(notes),
-    )
+    final_train = _cut(final_train, sizes[0], limits[0], "train")
+    return tuple(final_train), tuple(final_dev), tuple(final_test), tuple(notes)
+
+
+def _carved_size(limit: int | None, fraction: float, total: int) -> int:
+    usual = fraction * total if limit is None else min(limit, int(_MOST_HELD_OUT * total))
+    return max(1, round(usual))
+
+
+def _carve(
+    pool: list[Any], size: int, part: str, total: int, notes: list[str]
+) -> tuple[list[Any], list[Any]]:
+    """The rows of a new part, and the rows of the pool that share no group with them."""
+    if size >= len(pool):
+        raise UserError(
+            f"{size} rows were asked for {part}, and {len(pool)} are left of {total}; lower "
+            f"num_{part} or give a {part} file"
+        )
+    ordered = _by_group(pool)
+    carved, rest = ordered[:size], set(map(id, ordered[size:]))
+    groups = {_group(row) for row in carved} - {""}
+    left = [row for row in pool if id(row) in rest and _group(row) not in groups]
+    if len(left) < len(rest):
+        notes.append(f"{len(rest) - len(left)} rows dropped: {part} has others of their group")
+    return carved, left
 
 
 def _group(row: Any) -> str:
@@ -127,7 +126,7 @@ def _group(row: Any) -> str:
 
 
 def _by_group(rows: Sequence[Any]) -> list[Any]:
-    """The rows of a group together, where the first of them stands."""
+    """Put the rows of each group together, at the position of the first of them."""
     first: dict[Any, int] = {}
     for i, row in enumerate(rows):
         first.setdefault(_group(row) or id(row), i)

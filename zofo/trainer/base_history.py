@@ -1,17 +1,16 @@
-"""What a checkpoint holds of a model whose base moves, and the way back to it.
+"""Saving the moved base of a model in a checkpoint, and restoring it.
 
-    adapter_model.safetensors       peft's own
-    prompt_encoder.safetensors      the encoder's parameters, of prompt learning only
-    base_trajectory.safetensors     the base, as the updates that lead to it from the original
+    adapter_model.safetensors       written by peft
+    prompt_encoder.safetensors      the parameters of the encoder, with prompt learning only
+    base_trajectory.safetensors     all updates of the base since the original
 
-The trained base itself is not in it. To go to a checkpoint is to start from the original base and
-replay. Within one run the base has moved on, so going back needs the original: the user's, or a
-copy that is written when training begins and removed when it has ended.
+A checkpoint does not hold the trained base itself. Restoring starts from the original base and
+replays the trajectory. Within one run the base has already changed, so the original must be at
+hand: it comes from the user, or from a copy that exists only during training. A run may also write
+newer copies of the moved base (`BaseSnapshot`), which shorten the replay.
 
-A run may also keep a newer copy of the moved base (`BaseSnapshot`), to shorten the replay.
-
-`PeftModel.from_pretrained` would join the adapter to a base that it was not trained with. A mark in
-adapter_config.json makes it warn; `load_checkpoint` does what is meant.
+`PeftModel.from_pretrained` would combine the adapter with a base that it was not trained with. A
+mark in adapter_config.json makes peft warn; `load_checkpoint` restores both parts.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
 
 MARK = "zofo_load_with"
-"""Key in adapter_config.json, which peft does not know and warns of."""
+"""Key in adapter_config.json. Peft does not know it and therefore warns."""
 
 
 class BaseHistory:
-    """Where the base of one model came from and has got to.
+    """The original base of one model, its updates so far, and its copies on disk.
 
-    A model without peft is saved whole, so its weights need no replay; only the record continues.
+    A model without peft is saved whole. Its weights need no replay, and only the record continues.
 
     Args:
         model: the model.
-        optimizer: what moves the base and records how.
-        folder: where the copy of the original goes.
-        original: returns the original base, name -> tensor; None: copy it when told to.
-        snapshot_every: updates between copies of the moved base; None: none.
+        optimizer: the optimizer that updates the base and records the trajectory.
+        folder: folder of the copies.
+        original: returns the original base, name -> tensor; None: `keep_original` writes a copy.
+        snapshot_every: updates between snapshots of the moved base; None: no snapshots.
     """
 
     def __init__(
@@ -66,26 +65,25 @@ class BaseHistory:
         self._snapshot = BaseSnapshot(folder, snapshot_every)
 
     def keep_original(self) -> None:
-        """Write the copy that going back needs, unless it is there or not needed."""
+        """Write a copy of the base for later restores, unless there is a source already."""
         if is_peft(self.model) and self.original is None and self._num_updates_in_copy is None:
-            copied = {name: p.detach().cpu().contiguous() for name, p in self.base.items()}
-            write_tensors(self._file, copied, {})
+            write_tensors(self._file, _on_cpu(self.base), {})
             self._num_updates_in_copy = len(self.optimizer.trajectory)
 
     def take_snapshot(self) -> None:
-        """Copy the base as it is now, if that is due."""
+        """Write a snapshot of the base if one is due."""
         if is_peft(self.model):
             self._snapshot.write_if_due(self.base, self.optimizer.trajectory, self.fingerprint)
 
     def drop_copies(self) -> None:
-        """Remove the copies of the base."""
+        """Remove all copies of the base."""
         self._snapshot.drop()
         if self._num_updates_in_copy is not None:
             self._file.unlink(missing_ok=True)
             self._num_updates_in_copy = None
 
     def save(self, folder: Path) -> None:
-        """Mark the adapter as not enough, and write the trajectory that belongs to it."""
+        """Mark the adapter as incomplete, and write the trajectory that belongs to it."""
         digests: dict[str, str] = {}
         for name in getattr(self.model, "peft_config", {}):
             path = adapter_folder(folder, name) / "adapter_config.json"
@@ -99,11 +97,11 @@ class BaseHistory:
         )
 
     def go_to(self, folder: Path) -> None:
-        """Bring the base to where the trajectory in a checkpoint ends.
+        """Set the base to the end of the trajectory in a checkpoint.
 
         Raises:
-            UserError: if the checkpoint is of another run or base, or the original is needed and
-                not at hand.
+            UserError: if the checkpoint belongs to another run or base, or if the original is
+                needed and not available.
         """
         target, header = Trajectory.load(folder / TRAJECTORY_FILE)
         present = self.optimizer.trajectory
@@ -126,7 +124,7 @@ class BaseHistory:
         self.optimizer.trajectory = target
 
     def _restore_original(self) -> int:
-        """Put the original back; returns how many updates it contains."""
+        """Restore the original or its copy; return how many updates the base then contains."""
         if self.original is not None:
             values, num_updates = self.original(), 0
         elif self._num_updates_in_copy is not None:
@@ -136,23 +134,22 @@ class BaseHistory:
                 "this trainer's base has moved since the checkpoint; make a new trainer on the "
                 "base that the run began with, or pass original_base"
             )
-        for name, parameter in self.base.items():
-            parameter.data.copy_(values[name])
+        _copy_into(self.base, values)
         if not num_updates:
             check_base(self.base, self.fingerprint, "this model")
         return num_updates
 
 
 class BaseSnapshot:
-    """The newest copy of a run's base, so that resuming replays only the end of the trajectory.
+    """The newest copy of a moved base, so that a resumed run replays only the last updates.
 
-    One file in the run folder, as large as the base, replaced every so many steps and removed when
-    training has ended. It says which updates it contains. If it is damaged or does not belong to
-    the checkpoint, the whole trajectory is replayed instead.
+    It is one file in the run folder, as large as the base. It is replaced every `every` updates and
+    removed when training has ended, and it records which updates it contains. If it is damaged or
+    does not belong to the checkpoint, the whole trajectory is replayed instead.
 
     Args:
         folder: the run folder.
-        every: updates between copies; None: write none.
+        every: updates between copies; None: no copies.
     """
 
     def __init__(self, folder: Path, every: int | None) -> None:
@@ -162,14 +159,14 @@ class BaseSnapshot:
     def write_if_due(
         self, base: Mapping[str, Tensor], trajectory: Trajectory, base_fingerprint: str | None
     ) -> None:
-        """Copy the base if `every` updates have gone by since the last copy.
+        """Write the base if it has had `every` updates since the last copy.
 
         Raises:
             UserError: if the file cannot be written.
         """
         if self.every is None or len(trajectory) - self.num_updates < self.every:
             return
-        values = {name: p.detach().cpu().contiguous() for name, p in base.items()}
+        values = _on_cpu(base)
         about = {
             "num_updates": str(len(trajectory)),
             "updates": _digest(trajectory, len(trajectory)),
@@ -185,22 +182,20 @@ class BaseSnapshot:
         trajectory: Trajectory,
         base_fingerprint: str | None,
     ) -> int:
-        """Bring the base to the copy if it lies on the trajectory.
+        """Set the base to the copy, if the copy belongs to the trajectory.
 
         Returns:
-            How many updates the base now contains: 0 if there is no such copy.
+            How many updates the base now contains; 0 if there is no such copy.
         """
         if not self.path.exists():
             return 0
         try:
             values, about = open_tensors(self.path)
             num_updates = int(about["num_updates"])
-            is_sound = about["content"] == fingerprint(values)
+            if about["content"] != fingerprint(values):
+                raise ValueError("its digest does not match")
         except (UserError, KeyError, ValueError) as error:
-            warnings.warn(f"{self.path} is passed over: {error}", stacklevel=2)
-            return 0
-        if not is_sound:
-            warnings.warn(f"{self.path} is passed over: its digest does not fit", stacklevel=2)
+            warnings.warn(f"{self.path} is ignored: {error}", stacklevel=2)
             return 0
         belongs = (
             0 < num_updates <= len(trajectory)
@@ -210,8 +205,7 @@ class BaseSnapshot:
         )
         if not belongs:
             return 0
-        for name, parameter in base.items():
-            parameter.data.copy_(values[name])
+        _copy_into(base, values)
         self.num_updates = num_updates
         return num_updates
 
@@ -221,11 +215,20 @@ class BaseSnapshot:
         self.num_updates = 0
 
 
-def _digest(trajectory: Trajectory, num_updates: int) -> str:
-    """Of the first updates and what turns them into weights.
+def _on_cpu(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in base.items()}
 
-    It hashes the `repr` of GroupSpec and Update, which therefore keep their names and fields:
-    a copy that another version wrote would otherwise no longer be recognised.
+
+def _copy_into(base: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in base.items():
+        parameter.data.copy_(values[name])
+
+
+def _digest(trajectory: Trajectory, num_updates: int) -> str:
+    """Digest of the first updates and of everything that turns them into weights.
+
+    It hashes the `repr` of GroupSpec and Update. Keep their names and fields, or copies that other
+    versions wrote are no longer recognised.
     """
     parts = (trajectory.seed, trajectory.distribution, trajectory.groups)
     text = repr((parts, trajectory.updates[:num_updates]))

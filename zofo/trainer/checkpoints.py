@@ -1,8 +1,8 @@
-"""Checkpoints of a trainer, and going on from them.
+"""Writing the checkpoints of a trainer, and resuming from them.
 
-They hold the adapter and the base's trajectory, because an adapter without the base it was trained
-with is the wrong model; and the sums behind the logged losses, which Trainer begins anew when it
-resumes. Trainer writes them into a hidden folder, which takes its name when it is whole.
+A checkpoint holds the adapter and the trajectory of the base, because an adapter fits only the base
+that it was trained with. It also holds the sums behind the logged losses, which Trainer resets when
+it resumes. Trainer writes it into a hidden folder, which is renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ ACCOUNTS_FILE: Final = "zofo_accounts.json"
 
 
 class RestoreAccounts(TrainerCallback):
-    """Restores the sums once Trainer has set them to nothing."""
+    """Restores the sums after Trainer has set them to 0."""
 
     def __init__(self, trainer: CheckpointMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer's hook."""
+        """Called by Trainer when training begins."""
         self.trainer._restore_accounts()
 
 
 class CheckpointMixin(TrainerMixin):
-    """What `HybridMixin` saves and restores; its state is set there."""
+    """Saves and restores a hybrid trainer. `HybridMixin` sets its attributes."""
 
     _checkpoints_folder: Path | None  # while a checkpoint is written
     _resumed_accounts: dict[str, float] | None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; `True` takes the newest checkpoint that is whole.
+        """Train as Trainer does; `resume_from_checkpoint=True` takes the newest whole checkpoint.
 
-        The copy of the original base is removed when training has ended well.
+        The copy of the original base is removed when training has ended without an error.
         """
         folder = self._output_folder
         if self.args.should_save:
@@ -61,7 +61,7 @@ class CheckpointMixin(TrainerMixin):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter (or the model) and, where the base moved, its trajectory."""
+        """Save the adapter (or the model) and the trajectory, if the base has one."""
         super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
@@ -74,7 +74,7 @@ class CheckpointMixin(TrainerMixin):
         return str(self._checkpoints_folder or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's, in a hidden folder that takes its name when it is whole."""
+        """Write a checkpoint as Trainer does, in a hidden folder that is renamed at the end."""
         args, state = self.args, self.state
         if args.world_size > 1 or is_sharded(self):
             super()._save_checkpoint(model, trial)
@@ -85,6 +85,7 @@ class CheckpointMixin(TrainerMixin):
             run_folder.mkdir(exist_ok=True)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(place)
+        # Trainer would upload the hidden folder, so the upload waits until it has its name.
         pushes, args.push_to_hub = args.push_to_hub, False
         try:
             with writing_folder(place) as staged:
@@ -107,7 +108,7 @@ class CheckpointMixin(TrainerMixin):
             self._push_from_checkpoint(str(place))
 
     def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
-        """The best checkpoint lies where this run does, which may have been moved."""
+        """Point to the best checkpoint in this run folder, which may have been moved."""
         step = self.state.best_global_step
         best = run_folder / f"{CHECKPOINT_PREFIX}{step}"
         if step and (best == coming or best.is_dir()):
@@ -130,7 +131,7 @@ class CheckpointMixin(TrainerMixin):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:
-            # Resumed after the last step: Trainer would take one more.
+            # The run was resumed after its last step. Trainer would take one more step.
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
@@ -155,7 +156,7 @@ class CheckpointMixin(TrainerMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._hybrid
         if optimizer is not None and len(optimizer.trajectory):
-            # A checkpoint saved with save_only_model carries no count of steps.
+            # A checkpoint of save_only_model has no step count; the trajectory tells it.
             last = optimizer.trajectory.updates[-1][0].step
             optimizer.step_count = max(optimizer.step_count, last + 1)
 

@@ -1,12 +1,12 @@
-"""Ctrl-C and SIGTERM while a model trains: finish the step, write a checkpoint, stop.
+"""Stopping on Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop.
 
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop:
         trainer.train()          # raises TrainingInterrupt once the checkpoint is written
 
-A second signal stops at once; the base is sound even then, since it is never written to but in the
-update, and the checkpoints are whole.
+A second signal stops at once. The weights stay valid even then, because evaluations never write to
+the base, and every checkpoint on disk is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from transformers import TrainerCallback
@@ -32,7 +31,7 @@ class TrainingInterrupt(KeyboardInterrupt):
 
     Attributes:
         signum: the signal.
-        checkpoint: where training can go on from; None if it stopped at once, or had ended.
+        checkpoint: where to resume; None if training stopped at once or had already ended.
     """
 
     def __init__(self, signum: int, checkpoint: Path | None = None) -> None:
@@ -41,18 +40,18 @@ class TrainingInterrupt(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells it: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit code that a shell reports: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class StopOnSignal(TrainerCallback):
-    """Stops training with a checkpoint at the end of the step in which a signal came.
+    """Stops training with a checkpoint at the end of the step in which a signal arrived.
 
-    As a context manager it handles the signals, in the main thread only, and puts the handlers back
-    that were there. Without it, `request` asks for the same.
+    As a context manager it installs signal handlers, in the main thread only, and restores the
+    previous ones at the end. Without the context manager, call `request` instead.
 
     Args:
-        signals: which.
+        signals: the signals to handle.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -61,30 +60,30 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def request(self, signum: int = signal.SIGINT) -> None:
-        """Ask to stop; the second time, stop at once.
+        """Request a stop; the second request stops at once.
 
         Raises:
-            TrainingInterrupt: the second time.
+            TrainingInterrupt: on the second request.
         """
         if self.signum is not None:
             raise TrainingInterrupt(signum)
         self.signum = signum
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Have a checkpoint written if asked to stop."""
+        """Ask for a checkpoint if a stop was requested."""
         if self.signum is not None:
             control.should_save = True
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Likewise, if the signal came while the dev rows were scored."""
+        """Do the same if the signal arrived during an evaluation."""
         return self.on_step_end(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, now that the checkpoint is written.
+        """Stop after the checkpoint is written.
 
         Raises:
-            TrainingInterrupt: if asked to stop.
+            TrainingInterrupt: if a stop was requested.
         """
         if self.signum is not None:
             folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
@@ -94,17 +93,12 @@ class StopOnSignal(TrainerCallback):
         self.signum = None
         if threading.current_thread() is threading.main_thread():
             for signum in self.signals:
-                # What a parent told to ignore (nohup, a job in the background) stays ignored.
+                # A signal that the parent process set to be ignored (nohup) stays ignored.
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
@@ -114,7 +108,7 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, signum: int, frame: Any) -> None:
         self.request(signum)
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        # Not print: a handler may run in the middle of another print.
+        # os.write, because a handler may interrupt another print.
         with contextlib.suppress(OSError):
             text = f"\n{name}: finishing the step and saving; once more stops at once\n"
             os.write(2, text.encode())

@@ -1,7 +1,7 @@
-"""The losses of a trainer's micro-batch: the first-order block's, and the zeroth-order block's.
+"""The losses of a micro-batch: that of the first-order block, and that of the zeroth-order block.
 
-The two are one unless `compute_zeroth_loss` is overridden; `base_batch_fraction` takes the second
-on the first rows alone.
+They are the same unless `compute_zeroth_loss` is overridden. With `base_batch_fraction`, only the
+first rows give the zeroth-order loss.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
+from zofo.optim.batch_part import batch_rows, num_rows_of, split_rows
 from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
-from zofo.optim.part import batch_rows, num_rows_of, split_rows
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.trainer.trainer_mixin import TrainerMixin
 
 
 class BatchLossMixin(TrainerMixin):
-    """What `HybridMixin` evaluates."""
+    """Evaluates the losses of `HybridMixin`."""
 
     def compute_zeroth_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor | float:
-        """What the zeroth-order block lowers; override it for a loss that has no gradient.
+        """Compute the loss of the zeroth-order block; override it for a loss without a gradient.
 
-        It is called without gradients, at the weights as they are and at perturbed ones, in
+        It is called without gradients, at the current weights and at perturbed ones. It runs in
         training mode with the same dropout masks, or in the mode that it sets for itself. The
-        first-order block goes on following `compute_loss`.
+        first-order block still follows `compute_loss`.
 
         Args:
             model: the model.
-            inputs: the micro-batch, on the device; with `base_batch_fraction` its first rows.
+            inputs: the micro-batch on the device; with `base_batch_fraction` its first rows.
             num_items_in_batch: as for `compute_loss`.
 
         Returns:
-            A scalar, lower is better, that depends on model and inputs alone: a mean over rows,
-            such as 1 − accuracy. Micro-batches of one step are averaged.
+            A scalar, lower is better, that depends only on model and inputs. It must be a mean over
+            rows, such as 1 − accuracy. The micro-batches of a step are averaged.
         """
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         return loss
@@ -55,34 +55,35 @@ class BatchLossMixin(TrainerMixin):
     def whole_batch(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> ZerothLoss:
-        """The zeroth-order block's own loss on all of a micro-batch."""
+        """The loss of the zeroth-order block on a whole micro-batch."""
         return ZerothLoss(lambda: self._zeroth_loss_of(model, inputs, num_items_in_batch))
 
     def batch_part(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
     ) -> tuple[ZerothLoss, ZerothLoss | None]:
-        """The first rows of a micro-batch and the others, after the pass over all of them.
+        """Split a micro-batch into its first rows and the others, after the pass over all of them.
 
-        Override it for batches that cannot be cut along the first dimension of their tensors, or
-        to hand over the part's unperturbed loss.
+        Override it for batches that cannot be split along the first dimension of their tensors, or
+        to supply the unperturbed loss of the first rows.
 
         Args:
             model: the model.
             inputs: the micro-batch, as for `training_step`.
             num_items_in_batch: likewise.
-            num_first: rows of the part; fewer than the micro-batch has.
+            num_first: number of first rows, less than the micro-batch has.
 
         Returns:
-            The part, and the rest of the micro-batch for a check at the first step; None: no check.
+            The loss on the first rows, and the loss on the others for a check in the first step;
+            None: no check.
 
         Raises:
-            UserError: if the batch cannot be cut.
+            UserError: if the batch cannot be split.
         """
         num_rows = batch_rows(inputs)
 
         def taken(rows: Mapping[str, Any], num: int) -> ZerothLoss:
             share = num / num_rows
-            # Divided by its share of the batch's tokens, a sum estimates the batch's.
+            # A sum over the rows, divided by their share of the tokens, estimates the batch loss.
             items = None if num_items_in_batch is None else num_items_in_batch * share
             return ZerothLoss(lambda: self._zeroth_loss_of(model, rows, items), share)
 
@@ -90,7 +91,7 @@ class BatchLossMixin(TrainerMixin):
         return taken(first, num_first), taken(rest, num_rows - num_first)
 
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Rows of a micro-batch that `batch_part` can choose from."""
+        """Number of rows in a micro-batch that `batch_part` can split."""
         return batch_rows(inputs)
 
     def _differenced(
@@ -100,7 +101,7 @@ class BatchLossMixin(TrainerMixin):
         num_items_in_batch: Any,
         generators: GeneratorState,
     ) -> tuple[ZerothLoss | None, ZerothLoss | None]:
-        """What the differences are taken of, None for the micro-batch's loss; and its rest."""
+        """The loss for the differences, None for the whole batch's; and the other rows' loss."""
         fraction = self.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)
@@ -120,7 +121,7 @@ class BatchLossMixin(TrainerMixin):
         generators: GeneratorState,
         parts: tuple[ZerothLoss, ZerothLoss] | None,
     ) -> None:
-        """What is differenced must be the same twice, and a part must stand for its batch."""
+        """Check that the loss is repeatable and that the batch loss is a mean over rows."""
         graph = self.hybrid_optimizer.evaluates_with_graph
 
         def evaluate(closure: Callable[[], Tensor | float]) -> Tensor:
@@ -136,9 +137,9 @@ class BatchLossMixin(TrainerMixin):
             check_part(known, first, rest, type(self))
 
     def _is_exact(self, generators: GeneratorState) -> bool:
-        """Whether a row's loss in the pass just made is what it would be in a smaller batch."""
+        """Whether each row's loss in the last pass equals its loss in a smaller batch."""
         return (
-            self.args.device.type in ("cpu", "cuda")  # whose generators are known
+            self.args.device.type in ("cpu", "cuda")  # `GeneratorState` covers these
             and not (self.args.bf16 or self.args.fp16)
             and all(p.dtype in (torch.float32, torch.float64) for p in self.model.parameters())
             and generators.is_current()
@@ -148,7 +149,7 @@ class BatchLossMixin(TrainerMixin):
     def _loss_of(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> Tensor:
-        """The loss of a micro-batch, scaled as Trainer scales it."""
+        """The loss of a micro-batch, shape [], scaled as Trainer scales it."""
         batch = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
@@ -165,13 +166,13 @@ class BatchLossMixin(TrainerMixin):
         return loss / self.current_gradient_accumulation_steps
 
     def _loss_divisor(self, num_items_in_batch: Any) -> int:
-        scaled = _is_scaled(self, num_items_in_batch)
-        return 1 if scaled else self.current_gradient_accumulation_steps
+        is_scaled = _is_scaled(self, num_items_in_batch)
+        return 1 if is_scaled else self.current_gradient_accumulation_steps
 
 
 @contextmanager
 def metrics_set_aside(trainer: Any) -> Iterator[None]:
-    """What trl's trainers collect inside compute_loss is collected once a batch, unperturbed."""
+    """Discard what trl's trainers collect inside compute_loss while losses are re-evaluated."""
     names = ("_metrics", "_stored_metrics", "_total_train_tokens")
     kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
     vars(trainer).update(copy.deepcopy(kept))
@@ -182,7 +183,7 @@ def metrics_set_aside(trainer: Any) -> Iterator[None]:
 
 
 def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether compute_loss has divided by the accumulation steps, by Trainer's own rule."""
+    """Whether compute_loss divides by the accumulation steps itself, by the rule of Trainer."""
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is not None:
         return scaled
@@ -191,19 +192,19 @@ def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 
 
 def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None:
-    """A mean over the batch lies between the means over its two parts."""
+    """Check that the batch loss lies between those of its two parts, as a mean must."""
     low, high = sorted((float(first), float(rest)))
     slack = 1e-3 * max(abs(low), abs(high)) + 1e-6
     if not low - slack <= float(loss) <= high + slack:
         raise UserError(
             f"the loss of {trainer.__name__} is {loss:.6g} on a batch, {first:.6g} on its first "
-            f"rows and {rest:.6g} on the others, so it is no mean over rows; leave "
-            "base_batch_fraction at 1"
+            f"rows and {rest:.6g} on the others, so it is no mean over rows; set "
+            "base_batch_fraction to 1"
         )
 
 
 def check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
-    """The loss difference means nothing unless a second evaluation gives the same loss."""
+    """Check that a second evaluation gives the same loss; else a difference means nothing."""
     if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
         raise UserError(
             f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "

@@ -1,12 +1,13 @@
-"""Hybrid fine-tuning in `transformers.Trainer`'s own loop.
+"""Hybrid fine-tuning in the training loop of `transformers.Trainer`.
 
-The Trainer's forward and backward stay as they are. After them the mixin evaluates the same
-micro-batch at the perturbed base and hands the difference to `HybridOptimizer`, which Trainer steps
-like any other: logging, schedulers, callbacks, accumulation and `report_to` come with it.
+The forward and backward pass of Trainer stay unchanged. After them the mixin evaluates the same
+micro-batch at the perturbed weights and passes the loss difference to `HybridOptimizer`. Trainer
+steps it like any optimizer, so logging, schedulers, callbacks, gradient accumulation and
+`report_to` keep working.
 
     class HybridSFTTrainer(HybridMixin, trl.SFTTrainer): ...
 
-`zofo.trainer.checkpoints` saves and restores, `zofo.trainer.losses` evaluates.
+`zofo.trainer.checkpoints` saves and restores; `zofo.trainer.losses` evaluates the losses.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from zofo.trainer.watch import StopOnNonFinite
 
 
 class HybridMixin(CheckpointMixin, BatchLossMixin):
-    """Put before any `transformers.Trainer` class: `class T(HybridMixin, SFTTrainer)`.
+    """Adds hybrid steps to any `transformers.Trainer` class: `class T(HybridMixin, SFTTrainer)`.
 
-    The options are read from `args` where it carries them (`HybridArguments`), else from
+    The options come from `args` if it holds them (`HybridArguments`), otherwise from
     `hybrid=HybridOptions(...)`.
 
     Args:
-        hybrid: the options, for argument classes that do not carry them.
-        original_base: returns the base as it was before training, name -> tensor; used to go back
-            to the best checkpoint. Default: a copy written beside the checkpoints while needed.
+        hybrid: the options, for argument classes that do not hold them.
+        original_base: returns the base before training, name -> tensor. It is needed to return to
+            the best checkpoint. Default: a temporary copy beside the checkpoints.
 
     Raises:
         UserError: if the method does not fit the model, the arguments or the hardware.
@@ -74,20 +75,20 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     @property
     def trajectory(self) -> Trajectory | None:
-        """How the base has moved; None where it is not of the zeroth order."""
+        """All updates of the base; None unless the base is of zeroth order."""
         return None if self._history is None else self._history.optimizer.trajectory
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of the base before training; None where it is not of the zeroth order."""
+        """Fingerprint of the base before training; None unless the base is of zeroth order."""
         return None if self._history is None else self._history.fingerprint
 
     @property
     def forward_equivalents(self) -> float:
-        """Cost of all training so far, first-order passes included.
+        """Cost of training so far in forward-equivalents, first-order passes included.
 
-        The unit is a forward of one micro-batch without gradients: an adapter's gradient counts as
-        2, every weight's as 3; see `zofo.optim.cost`.
+        One unit is one forward pass of a micro-batch without gradients. The gradient of an adapter
+        costs 2 units and that of all weights 3; see `zofo.optim.cost`.
         """
         optimizer = self.hybrid_optimizer
         return forward_equivalents(
@@ -97,7 +98,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's hook: one `HybridOptimizer` for both blocks."""
+        """Create one `HybridOptimizer` for both blocks; Trainer calls this."""
         self._measured_step, self._loss_is_checked = None, False
         if self.optimizer is None:
             self._hybrid = self._history = None
@@ -119,11 +120,15 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Trainer's forward and backward, then the loss differences of the same micro-batch."""
+        """Run Trainer's forward and backward, then the loss differences of the micro-batch.
+
+        Returns:
+            The unperturbed loss, detached, shape [].
+        """
         optimizer = self._hybrid
         assert optimizer is not None
         if self._measured_step != self.state.global_step:
-            # A gradient scaler may have skipped the step before; what it measured is void.
+            # If a gradient scaler skipped the previous step, its measurements are invalid.
             optimizer.discard_measurements()
         self._measured_step = self.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
@@ -138,26 +143,25 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
         view = optimizer.perturbation
         if view is not None and model is not view.model:
-            view.follow(model)  # as accelerate has wrapped it
+            view.follow(model)  # accelerate has wrapped the model
+        # The state before the pass lets the perturbed evaluations replay its dropout masks.
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
         else:
             model.train()
             with torch.no_grad():
-                loss = closure().detach()
+                loss = closure().detach()  # []
         instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
         with metrics_set_aside(self):
-            if self._is_to_be_checked(optimizer):
+            # Without replayed masks, two evaluations differ by their dropout.
+            is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
+            if is_wanted and not self._loss_is_checked:
                 parts = None if instead is None or rest is None else (instead, rest)
                 self._check_losses(loss, model, inputs, num_items_in_batch, generators, parts)
             self._loss_is_checked = True
             optimizer.measure(closure, loss, generators, instead)
         return loss
-
-    def _is_to_be_checked(self, optimizer: HybridOptimizer) -> bool:
-        wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
-        return wanted and not self._loss_is_checked
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
         options, args = self.hybrid_options, self.args
@@ -167,8 +171,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         is_plain = isinstance(inner_class, type) and not hasattr(inner_class, "eval")
         if not is_plain or {"params", "model", "optimizer_dict"} & inner_kwargs.keys():
             raise UserError(
-                f"optim is {args.optim!r}, which makes its own parameter groups or switches "
-                "between training and evaluation; choose a plain one, such as adamw_torch or sgd"
+                f"optim is {args.optim!r}, which builds its own parameter groups or has separate "
+                "modes for training and evaluation; choose a plain one: adamw_torch or sgd"
             )
         return HybridOptimizer(
             param_groups(
@@ -200,7 +204,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         optimizer = self._hybrid
         if optimizer is not None and "loss" in logs and optimizer.last_step is not None:
             report = optimizer.last_step
-            # Between two moves of the base, the last one is what there is to say about it.
+            # Between two updates of the base, the logs repeat the numbers of the last one.
             measured = optimizer.last_measured
             if measured is not None:
                 scalars = measured.projected_grad
@@ -210,9 +214,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             logs["zo_forwards"] = round(optimizer.num_forwards, 3)
             logs["forward_equivalents"] = self.forward_equivalents
             logs["non_finite"] = float(report.non_finite)
-            norms = {} if measured is None else dict(measured.update_norms)
-            norms = {} if report.non_finite else norms
-            for block, norm in (norms | dict(report.update_norms)).items():
+            earlier = {} if measured is None or report.non_finite else measured.update_norms
+            for block, norm in {**earlier, **report.update_norms}.items():
                 logs[f"{block}_update_norm"] = norm
             watch = self.watch.watch
             if watch is not None and watch.has_own_loss:
@@ -222,7 +225,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                     measured.loss, measured.projected_grad
                 )
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
-        if "train_loss" in logs:  # of all steps, also where some were taken before a resume
+        if "train_loss" in logs:  # over all steps, including those before a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
 

@@ -15,22 +15,26 @@ from zofo.optim.options import StepOptions
 
 @dataclass
 class HybridOptions(StepOptions):
-    """The hybrid options beside `TrainingArguments`; usable with any subclass of it.
+    """The hybrid options, for use beside any subclass of `TrainingArguments`.
 
-    The fields of `StepOptions` are among them.
-    The adapter's learning rate is `learning_rate`, its optimizer `optim`, its clipping
-    `max_grad_norm`, all Trainer's own.
+    They include the fields of `StepOptions`. Trainer's own arguments configure the adapter: its
+    learning rate is `learning_rate`, its optimizer `optim`, its gradient clipping `max_grad_norm`.
     """
 
     method: str = field(default="hybrid", metadata={"help": methods_that(lambda _: True)})
     base_lr: dict[str, float] | float | str = field(
         default=1e-5,
-        metadata={"help": "learning rate of the base, or a map from name patterns to rates"},
+        metadata={
+            "help": "learning rate of the base, or a map from name patterns to learning rates"
+        },
     )
     base_batch_fraction: float = field(
-        default=1.0, metadata={"help": "part of each batch that the loss difference is taken on"}
+        default=1.0,
+        metadata={"help": "share of each batch on which the loss difference is computed"},
     )
-    base_weight_decay: float = field(default=0.0, metadata={"help": "decoupled, of the base"})
+    base_weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay of the base"}
+    )
     zo_seed: int | None = field(
         default=None, metadata={"help": "seed of the directions; default: seed"}
     )
@@ -40,11 +44,11 @@ class HybridOptions(StepOptions):
     )
     on_non_finite: str = field(
         default="stop",
-        metadata={"help": "at a loss or scalar that is not finite: stop (checkpointed), or skip"},
+        metadata={"help": "if a loss or scalar is not finite: stop (with a checkpoint) or skip"},
     )
     snapshot_every: int | None = field(
         default=None,
-        metadata={"help": "steps between copies of the base, so that resuming replays less"},
+        metadata={"help": "steps between copies of the base, which shorten the replay at resume"},
     )
 
 
@@ -54,7 +58,7 @@ class HybridArguments(HybridOptions, TrainingArguments):
 
 
 def read_rates(base_lr: Any) -> Any:
-    """YAML reads 1e-5 as text, and a command line a map as JSON."""
+    """Parse `base_lr`, because YAML reads 1e-5 as text and the command line gives maps as JSON."""
     if not isinstance(base_lr, str):
         return base_lr
     try:

@@ -1,7 +1,7 @@
-"""What the parts of `HybridMixin` share: the options, the optimizer and the output folder.
+"""The state that all parts of `HybridMixin` share: options, optimizer and output folder.
 
-A mixin stands before any Trainer class, so it derives from none. To a type checker it derives from
-`transformers.Trainer`, so that every use of the Trainer is checked.
+A mixin stands before a Trainer class, so at run time it has no base class. The type checker sees
+`transformers.Trainer` as its base, so that every use of the Trainer is checked.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ else:
 
 
 class TrainerMixin(_Trainer):
-    """The state that `HybridMixin` sets and its parts read."""
+    """Declares the attributes that `HybridMixin` sets and its parts read."""
 
-    model: Any  # None in Trainer's type, although every trainer has one by then
+    model: Any  # Trainer's type allows None, but every trainer has one here
     optimizer: Any  # a HybridOptimizer, which accelerate may wrap
     _given_options: HybridOptions | None
     _hybrid: HybridOptimizer | None
-    _history: BaseHistory | None  # where the base moves by the zeroth order
+    _history: BaseHistory | None  # None unless the base is of the zeroth order
 
     @property
     def hybrid_options(self) -> Any:
-        """The object that carries the hybrid options."""
+        """The object that holds the hybrid options."""
         if self._given_options is not None:
             return self._given_options
         if hasattr(self.args, "base_lr"):
@@ -43,7 +43,7 @@ class TrainerMixin(_Trainer):
 
     @property
     def hybrid_optimizer(self) -> HybridOptimizer:
-        """The optimizer of both blocks, once training has begun."""
+        """The optimizer of both blocks; it exists once training has begun."""
         assert self._hybrid is not None
         return self._hybrid
 

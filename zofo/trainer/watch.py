@@ -1,15 +1,15 @@
-"""What a run must not pass over in silence, told from the numbers of each step.
+"""Warnings about a run that goes wrong, computed from the numbers of each step.
 
-    signal to rounding   |f(x + eps v) − f(x)| / (u |f|), u the unit roundoff of the loss's dtype:
-                         near 1 the difference is noise; eps is too small
-    movement             |lr s| over the spacing of the weights: below 2^-16 (bfloat16) or 2^-13
-                         (float16) it is lost in the float32 sum that stochastic rounding rounds,
-                         so that a 16-bit base does not move any more
-    zeros                where the differences are of a loss of their own, such as accuracy: most
-                         of them exactly 0, so that most steps do not move the block
-    divergence           a running mean of the loss far above the lowest it has had
+    signal to rounding   |f(x + eps v) − f(x)| / (u |f|), with u the unit roundoff of the loss's
+                         dtype. Near 1 the difference is noise, because eps is too small.
+    movement             |lr s| over the spacing of the weights. Below 2^-16 (bfloat16) or 2^-13
+                         (float16), the float32 sum before stochastic rounding loses the update, so
+                         a 16-bit base stops moving.
+    zeros                for a zeroth-order loss of its own, such as accuracy: the share of
+                         differences that are exactly 0. If most are, most steps change nothing.
+    divergence           the running mean of the loss over its lowest value so far
 
-A loss or scalar that is not finite is never applied; the run stops there unless told to skip.
+A loss or scalar that is not finite is never applied. The run then stops, unless told to skip it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from zofo.optim.reports import StepReport
 
 OnNonFinite = Literal["stop", "skip"]
 _WINDOW: Final = 20
-"""Steps that a judgement rests on: a median of twenty does not follow one odd batch."""
+"""Steps per judgement: one unusual batch barely changes a median of twenty."""
 _MIN_SIGNAL: Final = 10.0
-"""Below, rounding makes up a tenth of the difference or more."""
+"""Below this ratio, rounding causes a tenth of the difference or more."""
 _MANY_ZEROS: Final = 0.5
-"""Above, most differences are paid for and teach nothing."""
+"""Above this share, most evaluations teach nothing."""
 _DIVERGED: Final = 2.0
-"""The mean loss over its lowest: chance does not double a mean of twenty batches."""
+"""Limit of mean loss over lowest mean: chance does not double a mean of twenty batches."""
 
 
 @dataclass
 class Watch:
-    """Judges one step after another.
+    """Checks one step after another.
 
     Args:
-        loss_dtype: what the model computes in: its rounding is the difference's noise.
-        weight_dtype: of the base.
-        weight_scale: typical size of a weight.
+        loss_dtype: dtype of the model's arithmetic, whose rounding is the noise of a difference.
+        weight_dtype: dtype of the base.
+        weight_scale: typical absolute value of a weight.
         eps: smoothing radius.
-        has_own_loss: the differences are of another loss than the one observed: their size beside
-            the rounding of that one says nothing.
+        has_own_loss: whether the differences are of another loss than the observed one, whose
+            rounding then does not apply to them.
     """
 
     loss_dtype: torch.dtype
@@ -63,18 +63,18 @@ class Watch:
     _said: set[str] = field(default_factory=set)
 
     def signal_to_rounding(self, loss: float, projected_grad: tuple[float, ...]) -> float:
-        """Median size of the loss differences over the rounding of the loss."""
+        """Median absolute loss difference, |s| eps, over the rounding of the loss, u |f|."""
         noise = torch.finfo(self.loss_dtype).eps / 2 * max(abs(loss), 1e-30)
         return statistics.median(abs(s) * self.eps for s in projected_grad) / noise
 
     def observe(
         self, loss: float | None, projected_grad: tuple[float, ...], base_lr: float | None
     ) -> list[str]:
-        """Take in a finite step; returns warnings, each kind once a run.
+        """Add a finite step and return new warnings, each kind at most once per run.
 
         Args:
             loss: unperturbed loss.
-            projected_grad: the scalars; empty without zeroth-order groups.
+            projected_grad: s_k, one per direction; empty without zeroth-order groups.
             base_lr: learning rate of the zeroth-order base; None: it does not move.
         """
         found: dict[str, str] = {}
@@ -98,13 +98,13 @@ class Watch:
                 )
         if len(self._zeros) == _WINDOW and (share := statistics.fmean(self._zeros)) > _MANY_ZEROS:
             found["zeros"] = (
-                f"{share:.0%} of the last {_WINDOW} steps' differences are exactly 0: a score that "
-                f"moves in jumps does not notice eps {self.eps:g}, and the block stands still "
-                "then; raise eps, the batch, or num_directions"
+                f"{share:.0%} of the last {_WINDOW} steps' differences are exactly 0: a score "
+                f"that changes in jumps does not react to eps {self.eps:g}, and then the block "
+                "stands still; raise eps, the batch, or num_directions"
             )
         if len(self._moves) == _WINDOW:
             move = statistics.median(self._moves)
-            # One float32 spacing in those of the weights: what stochastic rounding resolves.
+            # One float32 spacing over one weight spacing: the least that stochastic rounding sees.
             float32, stored = torch.finfo(torch.float32), torch.finfo(self.weight_dtype)
             if move < float32.eps / stored.eps:
                 found["movement"] = (
@@ -127,9 +127,9 @@ class Watch:
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends training at a loss or scalar that is not finite, with a checkpoint; warns of the rest.
+    """Stops training, with a checkpoint, at a loss or scalar that is not finite; prints warnings.
 
-    Nothing of such a step was applied to the base, so the checkpoint is the last good step's.
+    Such a step never changes the base, so the checkpoint holds the base of the last good step.
 
     Args:
         trainer: a `HybridMixin` trainer.
@@ -143,7 +143,7 @@ class StopOnNonFinite(TrainerCallback):
         self._judged: StepReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the weights once."""
+        """Measure the scale of the weights and start a new `Watch`."""
         optimizer = self.trainer.hybrid_optimizer
         self.watch, self.stopped_at = None, None
         zeroth = [g for g in optimizer.param_groups if g["order"] == "zeroth"]
@@ -151,7 +151,7 @@ class StopOnNonFinite(TrainerCallback):
         if sample:
             largest = max(sample, key=lambda p: p.numel())
             self.watch = Watch(
-                # The loss itself is float32; what it is computed from rounds as the weights do.
+                # The loss is float32, but the arithmetic before it rounds as the weights do.
                 loss_dtype=largest.dtype,
                 weight_dtype=largest.dtype,
                 weight_scale=float(largest.detach().flatten()[:65536].float().abs().median()),
@@ -160,7 +160,7 @@ class StopOnNonFinite(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Judge the newest step that has been read: on CUDA the one before."""
+        """Check the newest report that is read: on CUDA that of the previous step."""
         optimizer = self.trainer.hybrid_optimizer
         is_last = state.global_step >= state.max_steps
         report = optimizer.last_step if is_last else optimizer.last_read

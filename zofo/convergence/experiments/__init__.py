@@ -1,1 +1,1 @@
-"""The experiments of the convergence study: design and claims of each."""
+"""The experiments of the convergence study: the design and the claims of each."""

@@ -12,7 +12,7 @@ from zofo.convergence.experiments.scale import ZEROTH, Scale, doubling, flat, qu
 
 
 def dimension_cells(scale: Scale) -> list[Any]:
-    """Hybrid steps over dimensions, at growing and at held effective rank."""
+    """Hybrid steps over dimensions, with a growing and with a fixed effective rank."""
     dims = (4, 8, 16, 32, 64)[: scale.keep]
     spectra: dict[str, Callable[[int], dict[str, Any]]] = {
         "flat": flat,
@@ -35,7 +35,7 @@ def dimension_cells(scale: Scale) -> list[Any]:
 
 
 def caps_cells(scale: Scale) -> list[Any]:
-    """Rates up to where runs diverge."""
+    """A fine grid of rates up to divergence."""
 
     def cell(labels: dict[str, Any], n: int, spectrum: dict[str, Any]) -> Cell:
         return Cell(

@@ -14,7 +14,7 @@ from zofo.convergence.experiments.scale import Scale, doubling
 
 
 def growth_cells(scale: Scale) -> list[Any]:
-    """Rates up to where runs diverge, from starts ever further out."""
+    """Rates up to divergence, from starts at growing distances."""
     return [
         Cell(
             "growth",
@@ -66,6 +66,6 @@ def growth_claims() -> list[Claim]:
 
 
 def _ell_at_start(start: float) -> float:
-    """ℓ / ln ℓ, ℓ = 1 + ‖∇f‖ of four coordinates that all stand at `start`, φ'' = 1 + |φ'|."""
+    """ℓ / ln ℓ with ℓ = 1 + ‖∇f‖ of four coordinates that all equal `start`, φ'' = 1 + |φ'|."""
     ell = 1 + 2 * float(np.expm1(start))
     return ell / float(np.log(ell))

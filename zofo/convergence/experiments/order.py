@@ -24,7 +24,7 @@ SHARP_T: Final = {"T^-1/2": -1 / 2, "T^-2/3": -2 / 3, "T^-3/4": -3 / 4, "T^-1": 
 
 
 def order_cells(scale: Scale) -> list[Any]:
-    """Both blocks by exact gradients, in each order of the samples."""
+    """Both blocks with exact gradients, in each order of the samples."""
     epochs = doubling(16, 16384, scale)
     rates = Rates(-15, -2, scale.per_octave)
     variants: tuple[tuple[str, tuple[Sampling, ...], dict[str, Any]], ...] = (
@@ -51,7 +51,7 @@ def order_cells(scale: Scale) -> list[Any]:
 
 
 def last_cells(scale: Scale) -> list[Any]:
-    """The end of a run, which many seeds are needed for: one value a run, no mean over epochs."""
+    """The end of a run. It needs many seeds, because each run gives a single value."""
     samplings: tuple[Sampling, ...] = ("reshuffle", "with-replacement")
     return [
         Cell(
@@ -60,7 +60,7 @@ def last_cells(scale: Scale) -> list[Any]:
             "quadratic",
             quadratic(4, flat(6), flat(2), noise_x=10.0, noise_y=10.0, **CURVATURE),
             replace(FIRST, sampling=sampling),
-            # The value rises steeply below the best rate.
+            # The grid is fine, because the value rises steeply below the best rate.
             Rates(-13, -1, 4 * scale.per_octave),
             doubling(32, 2048, scale),
             8 * scale.num_seeds,

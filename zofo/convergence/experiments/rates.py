@@ -20,12 +20,7 @@ def two_rates_cells(scale: Scale) -> list[Any]:
             {"ratio": ratio},
             "quadratic",
             quadratic(
-                4,
-                flat(8),
-                flat(2, 1 / ratio),
-                noise_x=1.0,
-                noise_y=1.0,
-                height_y=float(ratio),
+                4, flat(8), flat(2, 1 / ratio), noise_x=1.0, noise_y=1.0, height_y=float(ratio)
             ),
             ZEROTH,
             Rates(-11, 11, 1, high_y=11),
@@ -48,7 +43,7 @@ def directions_cells(scale: Scale) -> list[Any]:
             setting,
             Rates(-13, -1, scale.per_octave),
             doubling(64, 2048, scale),
-            # The ratio at d = 4 is known in closed form, and cheap.
+            # At d = 4 the ratio is known in closed form and runs are cheap, so more seeds are used.
             scale.num_seeds * (4 if d == 4 else 1),
         )
 

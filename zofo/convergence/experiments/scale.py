@@ -1,8 +1,9 @@
-"""The cells of each experiment.
+"""Sizes and problems that the experiments share.
 
-Problems are chosen so that a power shows within the epochs that can be run: the samples' gradients
-are large beside the start's height, so the best rate leaves the cap early; the spectrum is flat, so
-every direction has settled. Heights and smoothness are 1 where nothing else is said.
+The problems are chosen so that a power law shows within the epochs that can be run. The samples'
+gradients are large compared with the height of the start, so the cap stops limiting the best rate
+early. The spectrum is flat, so all directions converge together. Heights and smoothness constants
+are 1 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Scale:
     """How much is run.
 
     Attributes:
-        num_seeds: of every cell.
-        shorter: factor of 2 that every number of epochs is cut by, as an exponent.
-        keep: of a list of values that vary, at most so many.
-        per_octave: rates for a factor of 2.
-        num_draws: directions of a seed where estimates are looked at alone.
+        num_seeds: seeds of every cell.
+        shorter: every number of epochs is divided by 2^shorter.
+        keep: largest number of values of a varying label.
+        per_octave: rates per factor of 2.
+        num_draws: directions per seed of a single estimate.
     """
 
     num_seeds: int = 24
@@ -44,7 +45,7 @@ QUICK: Final = Scale(num_seeds=6, shorter=7, keep=3, per_octave=1, num_draws=256
 
 
 def doubling(first: int, last: int, scale: Scale) -> tuple[int, ...]:
-    """first, 2 first, ..., last, cut as the scale says, but for at least three."""
+    """first, 2 first, ..., last, shortened by the scale to at least three numbers."""
     found = [first]
     while found[-1] < last:
         found.append(2 * found[-1])
@@ -67,7 +68,7 @@ def quadratic(num_samples: int, spectrum_x: Any, spectrum_y: Any, **options: Any
 
 
 CURVATURE: Final = {"curvature_spread": 0.8, "alignment": 1.0}
-"""Samples differ in curvature and gradient together: an epoch of reshuffling has a bias."""
+"""Curvature and gradient vary together over the samples, so an epoch of reshuffling has a bias."""
 NETWORK: Final = {"num_samples": 8, "hidden": 4, "inputs": 4, "target_noise": 1.0}
 
 
@@ -90,7 +91,7 @@ def network_cells(experiment: str, setting: Setting, rates: Rates, scale: Scale)
 
 SAMPLES: Final = {"noise_x": 4.0, "noise_y": 0.5, "height_y": 0.1}
 _IN_T: Final = {"T^-1/2 (ε⁻⁴)": -1 / 2, "T^-2/3 (ε⁻³)": -2 / 3, "T^-1 (ε⁻²)": -1.0}
-"""Exponents in T that a claim may be decided for."""
+"""Candidates for exponents in T."""
 
 
 def over_epochs(

@@ -1,4 +1,4 @@
-"""The experiments, as a table: what each is to settle, and how."""
+"""The table of experiments: the question and the design of each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Experiment:
     """Cells that belong together.
 
     Attributes:
-        name: on the command line.
-        title: for readers.
-        question: what it is to settle.
-        design: how.
-        build: the cells at a scale.
+        name: name on the command line.
+        title: title on the page.
+        question: what the experiment decides.
+        design: how it decides it.
+        build: makes the cells of a scale.
     """
 
     name: str
@@ -36,58 +36,59 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
     Experiment(
         "order",
         "Order of the samples, exact gradients",
-        "Is reshuffling's exponent that of ε⁻³, and that of sampling with replacement ε⁻⁴?",
-        "Both blocks by their gradients. Quadratics whose samples differ in gradient and curvature "
-        "(curvature) or in gradient only (gradient), and a network with a low-rank adapter.",
+        "Does reshuffling need ε⁻³ epochs, and sampling with replacement ε⁻⁴?",
+        "Both blocks use exact gradients. The problems are quadratics whose samples differ in "
+        "gradient and curvature (curvature) or only in gradient (gradient), and a network with a "
+        "low-rank adapter.",
         order.order_cells,
     ),
     Experiment(
         "order-n",
         "Number of samples, exact gradients",
-        "Which power of n goes with which order?",
-        "Both blocks by their gradients, 4 to 32 samples of the same variance.",
+        "Which power of n does each order have?",
+        "Both blocks use exact gradients, with 4 to 32 samples of the same variance.",
         samples.order_n_cells,
     ),
     Experiment(
         "last",
         "The last epoch, strongly convex, exact gradients",
-        "Are the known rates of strongly convex sums seen where they should be?",
-        "‖∇f‖² at the end of a run, not the mean over it, at the best rate for each T.",
+        "Do runs show the known rates of strongly convex sums?",
+        "‖∇f‖² is taken at the end of a run, not averaged, at the best rate for each T.",
         order.last_cells,
     ),
     Experiment(
         "zeroth",
         "Order of the samples, zeroth-order base",
-        "Does the noise of fresh directions bring ε⁻⁴ back?",
-        "The same with the base moved by differences.",
+        "Does the noise of the random directions lead back to ε⁻⁴?",
+        "As in order, but the base is updated by loss differences.",
         zeroth.zeroth_cells,
     ),
     Experiment(
         "samples",
         "Number of samples: the two readings of the second cap",
-        "√(T n) or √T n?",
+        "Does the second cap contain √(T n) or √T n?",
         "Hybrid steps on one quadratic, n = 4 to 128 samples of the same variance.",
         samples.samples_cells,
     ),
     Experiment(
         "dimension",
         "Dimension of the base, effective rank",
-        "Is it the dimension or the effective rank that the base's rate must shrink with?",
-        "Hybrid steps, d_x = 4 to 64: flat spectrum, and four large curvatures with a faint tail.",
+        "Must the base's rate shrink with the dimension or with the effective rank?",
+        "Hybrid steps, d_x = 4 to 64: flat spectrum, or four large curvatures and a small tail.",
         dimension.dimension_cells,
     ),
     Experiment(
         "caps",
         "The largest rate that does not diverge",
         "Does it shrink with n, with d_x, or with the effective rank?",
-        "A fine grid of base rates, the adapter at rest; quadratics.",
+        "A fine grid of base rates on quadratics; the adapter is not updated.",
         dimension.caps_cells,
     ),
     Experiment(
         "estimate",
         "One estimate: error, bias, size",
-        "What do forward and central difference cost in eps and d_x?",
-        "Directions drawn at one point; exponential law, flat and low-rank quadratics.",
+        "How do the errors of both differences depend on eps and d_x?",
+        "Directions are drawn at one point: exponential law, flat and low-rank quadratics.",
         estimate.estimate_cells,
     ),
     Experiment(
@@ -100,23 +101,23 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
     Experiment(
         "two-rates",
         "One learning rate or two",
-        "Does one rate for both blocks diverge or crawl?",
-        "L_x = 1, L_y = 1 / ratio, heights so that both gradients start alike; every pair of rates "
-        "on a grid.",
+        "Does one rate for both blocks diverge or converge slowly?",
+        "L_x = 1 and L_y = 1 / ratio; both gradients start with the same size. Every pair of rates "
+        "on a grid is run.",
         rates.two_rates_cells,
     ),
     Experiment(
         "directions",
         "Directions: distribution, estimator, number",
-        "Gaussian or ±1, forward or central, how many?",
-        "Hybrid steps at small eps; the base's part of the gradient.",
+        "Gaussian or ±1? Forward or central? How many?",
+        "Hybrid steps at small eps; the base's part of the gradient is measured.",
         rates.directions_cells,
     ),
     Experiment(
         "growth",
         "Smoothness that grows with the gradient",
         "Does the cap follow ℓ(‖∇f‖) at the start?",
-        "φ'' = 1 + |φ'| in the base, from starts ever further out.",
+        "φ'' = 1 + |φ'| in the base, from starts at growing distances.",
         growth.growth_cells,
     ),
 )

@@ -21,7 +21,7 @@ from zofo.convergence.experiments.scale import (
 
 
 def zeroth_cells(scale: Scale) -> list[Any]:
-    """The base by differences, in each order."""
+    """Hybrid steps in each order of the samples."""
     options = quadratic(4, flat(8), flat(2), noise_x=4.0, noise_y=4.0, **CURVATURE)
     cells = [
         Cell(

@@ -1,10 +1,10 @@
 """Finite sums with known constants, by name.
 
-name         what                                            ℓ_x, ℓ_y
-quadratic    chosen spectra, coupling, spread curvature      constants
-growing      separable, a law of growth in each block        linear, exponential, polynomial
-logistic     ridge or non-convex penalty                     constants
-network      two layers, low-rank adapter, not convex        constant, u^{2/3}
+name         problem                                              ℓ_x, ℓ_y
+quadratic    chosen spectra, coupling, samples' curvatures        constant
+growing      separable, curvature grows by a law in each block    linear, exponential, polynomial
+logistic     ridge or non-convex penalty                          constant
+network      two layers, low-rank adapter, not convex             constant, u^{2/3}
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ PROBLEMS: Final[Mapping[str, Callable[..., Problem]]] = {
 
 
 def make_problem(name: str, **options: Any) -> Problem:
-    """A problem from plain values, such as a file has.
+    """Make a problem from plain values, such as those in a file.
 
     Args:
-        name: in `PROBLEMS`.
-        options: of the class; spectra and laws as mappings with a `kind`.
+        name: a key of `PROBLEMS`.
+        options: options of the class; spectra and laws are mappings with a `kind`.
 
     Returns:
         The problem.

@@ -1,13 +1,13 @@
-"""Finite sums f(x, y) = (1/n) Σ_i f_i(x, y) whose constants are known.
+"""Finite sums f(x, y) = (1/n) Σ_i f_i(x, y) with known constants.
 
-x is the base's block, y the adapter's. A problem evaluates any number of points at once, each on a
-sample of its own, in float64, and states what the theorem asks for:
+x is the base's block and y the adapter's. A problem evaluates many points at once in float64, each
+on its own sample. It states the constants that the theorem needs:
 
     diag(ℓ_x(‖∇f‖) I, ℓ_y(‖∇f‖) I) ± ∇²f(x, y) ⪰ 0             ‖∇f‖ of the whole gradient
     (1/n) Σ_i ‖∇f_i − ∇f‖² ≤ σ² + a ‖∇f‖²                     the theorem has a = 0
 
-`Problem.majoriser_margin` measures the first with autograd's Hessian; the tests check every
-statement of every problem that way, on sampled points and on extreme ones.
+`Problem.majoriser_margin` measures the first with autograd's Hessian. The tests check every
+statement of every problem in this way, on random and on extreme points.
 
 References:
     arXiv 2604.09940, hybrid generalised smoothness; assumption on the variance.
@@ -28,25 +28,25 @@ from torch import Tensor, nn
 from zofo.errors import UserError
 
 QUADRATIC, GROWING, LOGISTIC, NETWORK = range(4)
-"""Kinds of problem that the compiled engine knows."""
+"""Kinds of problems that the compiled engine supports."""
 
 Compiled = tuple[int, np.ndarray, np.ndarray, np.ndarray]
-"""Kind; parameters; data, [n, width]; the row that gives f itself, or an empty one."""
+"""Kind; parameters; data, [n, width]; the row whose loss is f itself, or an empty row."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What is known of a problem.
+    """Known constants of a problem.
 
     Attributes:
-        ell_x: ℓ_x, from ‖∇f‖ to the base's smoothness; non-decreasing.
-        ell_y: ℓ_y, likewise of the adapter.
-        f_star: infimum of f, or a lower bound of it.
-        f_star_is_exact: which of the two.
-        sigma2: σ² of the samples' gradients; None where no such bound holds everywhere.
-        noise_growth: a, the share of ‖∇f‖² that is to be added to σ².
+        ell_x: ℓ_x, a non-decreasing function from ‖∇f‖ to the base's smoothness constant.
+        ell_y: ℓ_y, the same for the adapter.
+        f_star: the infimum of f, or a lower bound of it.
+        f_star_is_exact: whether `f_star` is the infimum.
+        sigma2: σ² of the samples' gradients; None if no such bound holds everywhere.
+        noise_growth: a, the share of ‖∇f‖² that is added to σ².
         effective_rank_x: tr H / ‖H‖ of the base's block of the Hessian at the minimiser; None
-            where it has no closed form.
+            without a closed form.
     """
 
     ell_x: Callable[[float], float]
@@ -59,26 +59,27 @@ class Constants:
 
     @property
     def l_x(self) -> float:
-        """L_x; infinite where ℓ_x grows."""
+        """L_x; infinite if ℓ_x grows."""
         return self.ell_x(0.0) if self.ell_x(0.0) == self.ell_x(1e6) else math.inf
 
     @property
     def l_y(self) -> float:
-        """L_y; infinite where ℓ_y grows."""
+        """L_y; infinite if ℓ_y grows."""
         return self.ell_y(0.0) if self.ell_y(0.0) == self.ell_y(1e6) else math.inf
 
 
 class Problem(ABC):
     """A finite sum.
 
-    A point is w = (x, y), [..., d_x + d_y], the base first; points come in batches, each with the
-    data of a sample of its own (`rows`), whose leading dimensions broadcast. All is float64.
+    A point is w = (x, y), [..., d_x + d_y], with the base first. Points come in batches. Each point
+    has the data of its own sample (`rows`), whose leading dimensions broadcast. All tensors are
+    float64.
 
     Attributes:
         num_samples: n.
         d_x: dimensions of the base.
         d_y: dimensions of the adapter.
-        constants: what is known.
+        constants: the known constants.
     """
 
     num_samples: int
@@ -88,33 +89,30 @@ class Problem(ABC):
 
     @abstractmethod
     def start(self) -> Tensor:
-        """Where every run starts: [d_x + d_y]."""
+        """The start of every run: [d_x + d_y]."""
 
     @abstractmethod
     def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
-        """The data of some samples, for `losses` and `gradients`.
+        """The data of some samples, as `losses` and `gradients` take it.
 
         Args:
             samples: int64, [...].
 
         Returns:
-            Tensors whose leading dimensions are those of `samples`.
+            Tensors with the leading dimensions of `samples`.
         """
 
     @abstractmethod
     def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """f_i(w).
+        """f_i(w), [...].
 
         Args:
             w: [..., d_x + d_y].
-            rows: of the samples i, [...].
-
-        Returns:
-            [...].
+            rows: data of the samples i, [...].
         """
 
     def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """∇f_i(w): [..., d_x + d_y]. By autograd, unless a problem knows."""
+        """∇f_i(w): [..., d_x + d_y], by autograd unless a problem overrides it."""
         with torch.enable_grad():
             w = w.detach().requires_grad_()
             return torch.autograd.grad(self.losses(w, rows).sum(), w)[0]
@@ -145,11 +143,11 @@ class Problem(ABC):
         return torch.autograd.functional.hessian(self.value, w)
 
     def majoriser_margin(self, w: Tensor) -> float:
-        """How far the diagonal majoriser holds at one point.
+        """The margin by which the diagonal majoriser holds at one point.
 
         Returns:
-            The least eigenvalue of diag(ℓ_x I, ℓ_y I) ± ∇²f over both signs, over the larger of
-            ℓ_x and ℓ_y; not negative where hybrid smoothness holds.
+            The smallest eigenvalue of diag(ℓ_x I, ℓ_y I) ± ∇²f over both signs, divided by the
+            larger of ℓ_x and ℓ_y. It is at least 0 if hybrid smoothness holds.
         """
         norm = float(self.gradient(w).norm())
         ells = self.constants.ell_x(norm), self.constants.ell_y(norm)
@@ -164,16 +162,14 @@ class Problem(ABC):
         every = self.gradients(w.expand(self.num_samples, -1), self._every)
         return float((every - every.mean(0)).square().sum(-1).mean())
 
-    def module(self) -> ProblemModule:
-        """The problem as a model: frozen parameter `x`, trainable `y`, loss of one sample."""
-        return ProblemModule(self)
-
 
 class ProblemModule(nn.Module):
-    """A problem's point as parameters; calling it with a sample's index gives that sample's loss.
+    """A problem's point as parameters. Calling it with a sample's index gives the sample's loss.
+
+    `x` is frozen and `y` trainable, as in a hybrid run.
 
     Args:
-        problem: the finite sum; the point is its start.
+        problem: the finite sum. Its start is the initial point.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -188,12 +184,12 @@ class ProblemModule(nn.Module):
         return self.problem.losses(self.point(), self.problem.rows(sample))
 
     def point(self) -> Tensor:
-        """The present point: [d_x + d_y]."""
+        """The current point: [d_x + d_y]."""
         return torch.cat((self.x, self.y))
 
 
 def centred_rows(num: int, width: int, power: float, seed: int) -> Tensor:
-    """Random rows whose sum is zero and whose mean squared norm is `power`: [num, width]."""
+    """Random rows with sum zero and mean squared norm `power`: [num, width]."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num, width, dtype=torch.float64, generator=generator)
     rows = rows - rows.mean(0)
@@ -202,7 +198,7 @@ def centred_rows(num: int, width: int, power: float, seed: int) -> Tensor:
 
 
 def alternating_signs(num: int) -> Tensor:
-    """+1 and −1 in turn, centred and with unit mean square: [num]."""
+    """Alternating signs, centred and with unit mean square: [num]."""
     signs = 1.0 - 2.0 * (torch.arange(num, dtype=torch.float64) % 2)
     signs = signs - signs.mean()
     size = signs.square().mean()
@@ -210,10 +206,10 @@ def alternating_signs(num: int) -> Tensor:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse sizes below one, all at once.
+    """Check that all sizes are at least one.
 
     Raises:
-        UserError: for them.
+        UserError: with all sizes that are not.
     """
     wrong = [
         f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1

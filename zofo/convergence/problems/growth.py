@@ -1,9 +1,9 @@
-"""Sums whose curvature grows with the gradient, in each block by a law of its own.
+"""Sums whose curvature grows with the gradient, in each block by its own law.
 
     f_i(x, y) = Σ_j φ(x_j) + Σ_j ψ(y_j) + ⟨a_i, x⟩ + ⟨e_i, y⟩            Σ a_i = 0, Σ e_i = 0
 
-The Hessian is diagonal, and φ''(x_j) = ℓ(|φ'(x_j)|) ≤ ℓ(‖∇f‖) since ℓ is non-decreasing: ℓ_x is the
-law of φ and ℓ_y that of ψ. A law is attained where all of the gradient lies in one coordinate.
+The Hessian is diagonal, and φ''(x_j) = ℓ(|φ'(x_j)|) ≤ ℓ(‖∇f‖) because ℓ is non-decreasing. So ℓ_x
+is the law of φ and ℓ_y that of ψ. The bound is attained if one coordinate has the whole gradient.
 
     law           φ''                                 ℓ(u)
     linear        L0 e^{L1 |z|}                       L0 + L1 u: (L0, L1)-smooth, exact
@@ -38,7 +38,7 @@ from zofo.errors import UserError
 
 
 class Law(ABC):
-    """A convex even function of one variable with its minimum 0 at 0."""
+    """A convex even function of one variable with the minimum 0 at 0."""
 
     @abstractmethod
     def value(self, z: Tensor) -> Tensor:
@@ -50,10 +50,10 @@ class Law(ABC):
 
     @abstractmethod
     def ell(self, u: float) -> float:
-        """ℓ(u): a bound of φ'' where |φ'| ≤ u."""
+        """ℓ(u), an upper bound of φ'' where |φ'| ≤ u."""
 
     def numbers(self) -> tuple[float, float, float, float]:
-        """Rank among `LAWS`, L0, L1 or a, p: for the compiled engine."""
+        """Index in `LAWS`, L0, L1 or a, and p, for the compiled engine."""
         known = vars(self)
         place = [*LAWS.values()].index(type(self))
         return float(place), known["l0"], known.get("l1", known.get("a", 1.0)), known.get("p", 0.0)
@@ -144,10 +144,10 @@ LAWS: dict[str, type[Law]] = {
 
 
 def law(kind: str, **parameters: float) -> Law:
-    """A law by name.
+    """Make a law by name.
 
     Raises:
-        UserError: for an unknown one, or parameters outside their ranges.
+        UserError: for an unknown name, or parameters outside their ranges.
     """
     if kind not in LAWS:
         raise UserError(f"law is {kind!r}; choose one of {', '.join(LAWS)}")
@@ -166,16 +166,16 @@ class Growing(Problem):
     """A separable finite sum with a law of growth in each block.
 
     Args:
-        law_x: the base's.
-        law_y: the adapter's.
+        law_x: law of the base.
+        law_y: law of the adapter.
         d_x: dimensions of the base.
         d_y: dimensions of the adapter.
         num_samples: n.
         noise_x: (1/n) Σ ‖a_i‖².
         noise_y: (1/n) Σ ‖e_i‖².
-        start_x: every coordinate of the base at the start.
-        start_y: of the adapter.
-        seed: of the linear terms.
+        start_x: value of every coordinate of the base at the start.
+        start_y: value of every coordinate of the adapter at the start.
+        seed: seed of the linear terms.
 
     Raises:
         UserError: for sizes below one.
@@ -215,7 +215,7 @@ class Growing(Problem):
         )
 
     def start(self) -> Tensor:
-        """Every coordinate of a block alike."""
+        """Equal coordinates in each block."""
         x, y = self._start
         return torch.tensor([x] * self.d_x + [y] * self.d_y, dtype=torch.float64)
 
@@ -234,7 +234,7 @@ class Growing(Problem):
         return (self.linear[samples],)
 
     def losses(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """The value, and the linear terms."""
+        """The value plus the linear terms."""
         return self.value(w) + (rows[0] * w).sum(-1)
 
     def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:

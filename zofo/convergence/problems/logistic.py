@@ -1,14 +1,14 @@
 """Logistic regression whose features are split between base and adapter.
 
-    f_i(w) = log(1 + exp(−⟨z_i, w⟩)) + R(w)        w = (x, y); the label's sign is in z_i
+    f_i(w) = log(1 + exp(−⟨z_i, w⟩)) + R(w)        w = (x, y); z_i contains the sign of the label
     R(w)   = (λ/2) ‖w‖²                            "ridge": strongly convex
     R(w)   = (λ/2) Σ_j w_j² / (1 + w_j²)           "nonconvex": bounded, curvature in [−λ/4, λ]
 
-Constants. With M = ZᵀZ / 4n in blocks, the losses' Hessian lies between 0 and M, and
-M ⪯ diag(L_x, L_y) for L_x = ‖M_xx‖ + ‖M_xy‖ t, L_y = ‖M_yy‖ + ‖M_xy‖ / t with any t > 0;
-t² = ‖M_xx‖ / ‖M_yy‖. R adds at most λ to each. The samples' gradients differ by at most
-(1/n) Σ ‖z_i‖², since R is the same for all. f* is Newton's, to rounding, for the ridge; for the
-other R it is the lower bound 0.
+Constants. With the blocks of M = ZᵀZ / 4n, the Hessian of the losses lies between 0 and M. For any
+t > 0, M ⪯ diag(L_x, L_y) with L_x = ‖M_xx‖ + ‖M_xy‖ t and L_y = ‖M_yy‖ + ‖M_xy‖ / t; we take t² =
+‖M_xx‖ / ‖M_yy‖. R adds at most λ to each. The variance of the samples' gradients is at most (1/n) Σ
+‖z_i‖², because all samples share R. For the ridge, Newton's method gives f* up to rounding. For the
+other R, f* is the lower bound 0.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Logistic(Problem):
         d_x: features of the base.
         d_y: features of the adapter.
         num_samples: n.
-        scale_x: size of the base's features.
-        scale_y: size of the adapter's.
+        scale_x: scale of the base's features.
+        scale_y: scale of the adapter's features.
         strength: λ, positive.
         regulariser: "ridge" or "nonconvex".
-        seed: of features and labels.
+        seed: seed of features and labels.
 
     Raises:
         UserError: for values outside their ranges.

@@ -2,21 +2,22 @@
 
     f_i(W, U, V) = ½ (⟨c, tanh((W + U Vᵀ) z_i)⟩ − t_i)² + (λ/2) ‖W‖² + (κ/4)(‖U‖² + ‖V‖²)²
 
-x = W, y = (U, V). Not convex. Its smoothness is known, and ℓ_y grows with the gradient:
+The base is x = W and the adapter y = (U, V). The sum is not convex. Its smoothness is known, and
+ℓ_y grows with the gradient. The derivation follows.
 
-Write g_i for the loss as a function of M = W + U Vᵀ. Since |tanh| ≤ 1 the residual is at most
-R_i = ‖c‖₁ + |t_i|, hence ‖∇g_i‖ ≤ G_i = R_i ‖c‖ ‖z_i‖, and with |tanh''| ≤ 4 / 3√3 its curvature
-is at most H_i = ‖c‖² ‖z_i‖² + R_i ‖c‖_∞ ‖z_i‖² 4 / 3√3, both ways. Let G and H be their means and
-r² = ‖U‖² + ‖V‖².
+Let g_i be the loss as a function of M = W + U Vᵀ. Since |tanh| ≤ 1, the residual is at most R_i =
+‖c‖₁ + |t_i|, so ‖∇g_i‖ ≤ G_i = R_i ‖c‖ ‖z_i‖. With |tanh''| ≤ 4 / 3√3, the absolute curvature is at
+most H_i = ‖c‖² ‖z_i‖² + R_i ‖c‖_∞ ‖z_i‖² 4 / 3√3. Let G and H be the means of G_i and H_i, and r² =
+‖U‖² + ‖V‖².
 
-Curvature along (dW, dU, dV), ‖d(U Vᵀ)‖ ≤ r ‖dy‖:
+Curvature along (dW, dU, dV), with ‖d(U Vᵀ)‖ ≤ r ‖dy‖:
     H (‖dW‖ + r ‖dy‖)² + G ‖dy‖² + λ ‖dW‖² + 3 κ r² ‖dy‖²
       ≤ (2H + λ) ‖dW‖² + (G + (2H + 3κ) r²) ‖dy‖²
 Radius from the gradient: ⟨∇_y f, y⟩ = 2 ⟨∇g, U Vᵀ⟩ + κ r⁴ ≥ κ r⁴ − G r², so κ r³ ≤ ‖∇f‖ + G r, and
     r² ≤ ρ²(u) = max(2G / κ, (2u / κ)^{2/3})
     ℓ_x(u) = 2H + λ,    ℓ_y(u) = G + (2H + 3κ) ρ²(u): of order u^{2/3}, sub-quadratic.
 
-No σ² bounds the samples' gradients everywhere, since they grow with r. f* ≥ 0 is a bound only.
+No σ² bounds the samples' gradients everywhere, because they grow with r. f* ≥ 0 is only a bound.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from zofo.convergence.problems.base import NETWORK, Compiled, Constants, Problem
 from zofo.errors import UserError
 
 _TOP_TANH: float = 4 / (3 * math.sqrt(3))
-"""The largest |tanh''|."""
+"""The maximum of |tanh''|."""
 
 
 class LowRankNetwork(Problem):
-    """The network on random inputs, with the targets of a teacher and noise.
+    """The network on random inputs, with noisy targets from a teacher.
 
     Args:
-        hidden: units.
-        inputs: features.
-        rank: of the adapter.
+        hidden: hidden units.
+        inputs: input features.
+        rank: rank of the adapter.
         num_samples: n.
-        input_scale: size of the inputs.
+        input_scale: scale of the inputs.
         target_noise: standard deviation of the noise on the targets.
-        ridge: λ, not negative.
+        ridge: λ, at least 0.
         quartic: κ, positive.
-        adapter_scale: size of the adapter's U at the start; V starts at zero, as LoRA's B does.
-        seed: of everything random.
+        adapter_scale: scale of the adapter's U at the start; V starts at zero, as LoRA's B does.
+        seed: seed of all random numbers.
 
     Raises:
         UserError: for values outside their ranges.
@@ -70,8 +71,8 @@ class LowRankNetwork(Problem):
         check_sizes(hidden=hidden, inputs=inputs, rank=rank, num_samples=num_samples)
         if not (ridge >= 0 and quartic > 0):
             raise UserError(
-                f"ridge is {ridge} and quartic is {quartic}; the first must not be negative, the "
-                "second positive"
+                f"ridge is {ridge} and quartic is {quartic}; the first must be at least 0, "
+                "the second positive"
             )
         self.num_samples, self.hidden, self.inputs, self.rank = num_samples, hidden, inputs, rank
         self.d_x, self.d_y = hidden * inputs, rank * (hidden + inputs)
@@ -108,14 +109,11 @@ class LowRankNetwork(Problem):
             return g + (2 * h + 3 * quartic) * radius2
 
         return Constants(
-            ell_x=lambda u: 2 * h + ridge,
-            ell_y=ell_y,
-            f_star=0.0,
-            f_star_is_exact=False,
+            ell_x=lambda u: 2 * h + ridge, ell_y=ell_y, f_star=0.0, f_star_is_exact=False
         )
 
     def start(self) -> Tensor:
-        """Random W and U, V = 0: the adapter adds nothing yet."""
+        """Random W and U, and V = 0, so that the adapter adds nothing at first."""
         return self._start
 
     def rows(self, samples: Tensor) -> tuple[Tensor, ...]:
@@ -130,7 +128,7 @@ class LowRankNetwork(Problem):
         return 0.5 * residual.square() + penalty + 0.25 * self.quartic * y.square().sum(-1).square()
 
     def gradients(self, w: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """Back-propagation by hand."""
+        """Backpropagation written out, which the tests compare with autograd."""
         x, y = self.split(w)
         projected, activation, residual = self._forward(x, y, rows)
         z = rows[0]

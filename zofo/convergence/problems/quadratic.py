@@ -3,12 +3,14 @@
     q(x, y)   = ½ Σ_j h_j x_j² + ½ Σ_j k_j y_j² + Σ_{j < min(d_x, d_y)} b x_j y_j
     f_i(x, y) = (1 + ρ s_i) q(x, y) + ⟨a_i, x⟩ + ⟨e_i, y⟩          Σ s_i = 0, Σ a_i = 0, Σ e_i = 0
 
-so f = q, f* = 0 at the origin, and ∇f_i − ∇f = ρ s_i ∇f + (a_i, e_i). With ρ = 0 the samples differ
-in their gradients only. With ρ > 0 they differ in curvature too, and where curvature and gradient
-go together (`alignment`) an epoch of reshuffling has a bias: −(γ/2) E[∇²f_i (a_i, e_i)] in ∇f.
+Hence f = q, f* = 0 at the origin, and ∇f_i − ∇f = ρ s_i ∇f + (a_i, e_i). With ρ = 0 the samples
+differ only in their gradients. With ρ > 0 they also differ in curvature. If curvature and gradient
+are correlated (`alignment`), an epoch of reshuffling has a bias of −(γ/2) E[∇²f_i (a_i, e_i)] in
+∇f.
 
-Constants. [[h, b], [b, k]] ⪯ diag(L_x, L_y) iff (L_x − h)(L_y − k) ≥ b² with both factors ≥ 0, so
-L_x = max h + |b| √(max h / max k), L_y = max k + |b| √(max k / max h); −∇²f ⪯ the same a fortiori.
+Constants. [[h, b], [b, k]] ⪯ diag(L_x, L_y) if and only if (L_x − h)(L_y − k) ≥ b² with both
+factors ≥ 0. So L_x = max h + |b| √(max h / max k) and L_y = max k + |b| √(max k / max h). The same
+matrix bounds −∇²f.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ class Quadratic(Problem):
         noise_x: (1/n) Σ ‖a_i‖².
         noise_y: (1/n) Σ ‖e_i‖².
         curvature_spread: ρ in [0, 1).
-        alignment: share in [0, 1] of the linear terms' size that goes with the sign s_i, all along
-            (1, …, 1); the rest is random.
-        height_x: the base's part of f at the start, before the coupling.
-        height_y: the adapter's.
-        seed: of the random linear terms.
+        alignment: share in [0, 1] of the linear terms that has the sign s_i and the direction (1,
+            …, 1). The rest is random.
+        height_x: the base's part of f at the start, without the coupling.
+        height_y: the adapter's part of f at the start, without the coupling.
+        seed: seed of the random linear terms.
 
     Raises:
         UserError: for values outside their ranges.
@@ -119,7 +121,7 @@ class Quadratic(Problem):
         )
 
     def start(self) -> Tensor:
-        """Every coordinate of a block alike, signs alternating, at the stated heights."""
+        """Coordinates of equal size and alternating signs in each block, at the stated heights."""
         parts = []
         for spectrum, height in zip((self.h, self.k), self._heights, strict=True):
             size = torch.sqrt(2 * height / spectrum.sum())
@@ -171,7 +173,7 @@ class Quadratic(Problem):
         return self.coupling * (x * y).sum(-1)
 
     def _add_cross(self, gradient: Tensor, w: Tensor, scale: Tensor | float) -> Tensor:
-        """Add the coupling's gradient, in place."""
+        """Add the gradient of the coupling in place."""
         x, y = self._shared(w)
         g_x, g_y = self._shared(gradient)
         g_x += scale * self.coupling * y
@@ -180,11 +182,11 @@ class Quadratic(Problem):
 
 
 def _linear_terms(width: int, power: float, alignment: float, signs: Tensor, seed: int) -> Tensor:
-    """Rows that sum to zero, of mean squared norm `power`, partly along (1, …, 1): [n, width]."""
+    """Rows with sum zero and mean squared norm `power`, partly along (1, …, 1): [n, width]."""
     along = torch.full((width,), width**-0.5, dtype=torch.float64)
     aligned = math.sqrt(power) * alignment * torch.outer(signs, along)
     rest = centred_rows(len(signs), width, power * (1 - alignment**2), seed)
-    if alignment:  # what is random shares nothing with the signs
+    if alignment:  # make the random part orthogonal to the signs
         rest = rest - torch.outer(signs, signs @ rest) / len(signs)
         size = rest.square().sum(-1).mean()
         if size > 0:
@@ -193,14 +195,14 @@ def _linear_terms(width: int, power: float, alignment: float, signs: Tensor, see
 
 
 def flat(num: int, curvature: float = 1.0) -> list[float]:
-    """All curvatures alike: effective rank `num`."""
+    """Equal curvatures: effective rank `num`."""
     return [curvature] * num
 
 
 def low_rank(num: int, rank: float, curvature: float = 1.0, floor: float = 0.01) -> list[float]:
-    """`rank` curvatures of one size, the others smaller, so that the effective rank hardly grows.
+    """`rank` equal curvatures and a small tail, so that the effective rank hardly grows with `num`.
 
-    The others share a sum of `floor · rank · curvature`, whatever their number.
+    The tail has the sum `floor · rank · curvature`, whatever its length.
     """
     whole = min(int(rank), num)
     tail = num - whole

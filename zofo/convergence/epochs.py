@@ -1,4 +1,4 @@
-"""The two readings of the second cap, √(T n) and √T n, told apart by the epochs that they need."""
+"""Epochs to a target, which decide between the two forms of the second cap, √(T n) and √T n."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from zofo.convergence.measures import Measured, Study, series_of, values_of
 from zofo.statistics.resampling import Interval
 
 _SHARE: Final = 0.25
+"""Choice: the share of the best rate that c stands for."""
 
 
 def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
-    """T at which values first fall to a target, interpolated on log scales: [resamples], log T.
+    """Logarithm of the T at which values first fall to a target, interpolated: [resamples].
 
     Args:
         x: T, ascending.
         log_values: [T, resamples].
-        log_target: of ε², one or one a resample.
+        log_target: logarithm of ε², one for all or one per resample.
 
     Returns:
-        log T; NaN where the target is not reached, or is before the first T.
+        log T; NaN if the target is not reached, or is reached before the first T.
     """
     log_x = np.log(x.astype(np.float64))
     out = np.full(log_values.shape[1], np.nan)
@@ -38,32 +39,30 @@ def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | fl
     return out
 
 
-def reading(
+def epochs_under_cap(
     study: Study,
     *,
     experiment: str,
     where: Mapping[str, Any],
     power: float,
-    begin: int = 1,
     calibrated: int = -3,
     target: int = -2,
     name: str,
 ) -> Measured:
-    """Exponent in n of the epochs to ε when rates follow c / (√T n^power).
+    """Exponent in n of the epochs to ε, with rates c / (√T n^power).
 
-    c is a quarter of the best for the smallest n at one checkpoint, so that what is to be descended
-    rules and both readings are at their ease; ε² is what the smallest n reaches with it at
-    another.
+    c is a quarter of the best value for the smallest n at one checkpoint. At such rates the
+    distance to go decides, and neither form of the cap is at a disadvantage. ε² is the value that
+    the smallest n reaches at another checkpoint.
 
     Args:
         study: finished cells.
-        experiment: which; labelled by n.
-        where: labels that are held.
-        begin: n from which on the exponent is fitted.
-        power: 1/2 for the reading √(T n), 1 for √T n.
+        experiment: name of an experiment with the label n.
+        where: labels that are fixed.
+        power: 1/2 for the form √(T n), 1 for √T n.
         calibrated: row of the checkpoint at which c is tuned.
         target: row of the checkpoint at which ε is set.
-        name: in the legend.
+        name: name in the legend.
     """
     results = study.find(experiment, where)
     smallest = results[0]
@@ -79,7 +78,7 @@ def reading(
             c / (x**0.5 * num**power),
             study.weights(result),
         )
-        if log_target is None:
+        if log_target is None:  # the smallest n comes first and sets the target
             log_target = float(log_values[target, 0])
         rows.append(epochs_to(x, log_values, log_target))
         xs.append(num)
@@ -94,16 +93,16 @@ def predicted_epochs(
     where: Mapping[str, Any],
     constant: Callable[[Mapping[str, Any]], float],
 ) -> Measured:
-    """Measured epochs to ε over those predicted by T = C / (n ε⁴), for every n and ε.
+    """Measured epochs to ε divided by the prediction T = C / (n ε⁴), for every n and ε.
 
-    ε² is the tuned value at the last T, which is then the measured number of epochs; the interval
-    is the hull over the cells.
+    ε² is the tuned value at the last T, so the last T is the measured number of epochs. The
+    interval covers those of all cells.
 
     Args:
         study: finished cells.
-        experiment: which; labelled by n.
-        where: labels that are held.
-        constant: C, from a cell's options.
+        experiment: name of an experiment with the label n.
+        where: labels that are fixed.
+        constant: C as a function of a cell's options.
     """
     xs, rows = [], []
     for result in study.find(experiment, where):

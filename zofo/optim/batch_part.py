@@ -1,15 +1,18 @@
-"""A part of the batch that stands for all of it in the loss differences.
+"""Loss differences on the first rows of a micro-batch instead of all of its rows.
 
     s = (f(x + eps v; part) − f(x; part)) / eps        part: the first rows of the micro-batch
 
-Under random reshuffling any rows of a batch are a random sample of it, so the difference of a part
-is an unbiased estimate of the batch's, at the part's share of a forward. f(x; part) is known from
-the first-order pass where that has a loss for every row and rounds as the part does; otherwise it
-is evaluated again, under the masks of f(x + eps v; part).
+Under random reshuffling, any fixed rows of a batch are a random sample of it. The difference on the
+part is therefore an unbiased estimate of the difference on the batch, at the part's share of the
+cost. f(x; part) is known from the first-order pass if that pass gives a loss for every row and
+rounds as the part does. Otherwise it is evaluated again, under the masks of f(x + eps v; part).
 
-Both sides are normalised as the batch's loss: a mean over rows as the mean over the part's, a sum
-over `num_items_in_batch` tokens by that number times the part's share of the rows. A mean over the
-batch's own tokens becomes the mean over the part's, which is unbiased only up to O(1 / rows).
+Both values are normalised as the loss of the batch is:
+
+    loss of the batch                     loss of the part
+    mean over rows                        mean over the part's rows
+    sum / num_items_in_batch              sum / (num_items_in_batch · the part's share of rows)
+    mean over the batch's own tokens      mean over the part's tokens, unbiased up to O(1 / rows)
 """
 
 from __future__ import annotations
@@ -32,19 +35,19 @@ def check_fraction(fraction: float) -> None:
 
 
 def num_rows_of(fraction: float, num_rows: int) -> int:
-    """Rows of the part: the fraction, rounded up."""
+    """Number of rows in the part: the fraction of `num_rows`, rounded up."""
     return min(num_rows, math.ceil(fraction * num_rows - 1e-9))  # 0.7 · 10 is a little above 7
 
 
 def split_rows(inputs: Mapping[str, Any], num_first: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first rows of a batch of tensors, and the rest; lengths and padding stay.
+    """Split a batch into its first rows and the rest; sequence length and padding stay.
 
     Args:
-        inputs: name -> tensor or list with one entry a row, or a value that is no collection.
+        inputs: name -> tensor [rows, ...], list with one entry per row, or plain value.
         num_first: rows of the first part.
 
     Raises:
-        UserError: if an entry does not hold one element a row.
+        UserError: if an entry does not hold one element per row.
     """
     num_rows = batch_rows(inputs)
     first, rest = {}, {}
@@ -64,10 +67,10 @@ def split_rows(inputs: Mapping[str, Any], num_first: int) -> tuple[dict[str, Any
 
 
 def batch_rows(inputs: Mapping[str, Any]) -> int:
-    """Rows of a batch.
+    """Number of rows in a batch.
 
     Raises:
-        UserError: if it holds no tensor that could say.
+        UserError: if the batch holds no tensor or list.
     """
     for name in ("input_ids", "inputs_embeds", "pixel_values", "labels", *inputs):
         length = _length(inputs.get(name))

@@ -1,8 +1,8 @@
-"""A model is not measured on rows that it was trained on, or whose kin it was trained on.
+"""Refuses test rows that a model was trained or selected on.
 
-Scores on such rows say nothing about new ones. Within a task `zofo.tasks.splits` sees to it; across
-tasks, seeds and sizes the rows of the training task are read again and compared. Pairs of tasks
-that are known to share rows are refused even where the training rows are not at hand.
+A score on such rows does not carry over to new rows. `zofo.tasks.splits` keeps the splits of one
+task apart. For another task, seed or size this module reads the training rows again and compares
+them. It refuses pairs of tasks that are known to share rows even if the training rows are missing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ SHARED_ROWS: Final[Mapping[frozenset[str], str]] = {
         "SST-2 is made of Rotten Tomatoes: 84% of the sentences of its validation split are there"
     ),
 }
-"""Pairs of tasks, and what they share."""
+"""Pairs of tasks that share rows, and how many."""
 _UNRELATED: Final = {"template", "verbalizers", "max_length", "objective"}
-"""Options that change how rows are shown and not which they are."""
+"""Options that change how rows are shown, but not which rows there are."""
 
 
 def check_tasks(trained_on: str, name: str) -> None:
-    """Refuse a task whose rows are known to be those of the task a model was trained on.
+    """Refuse a task that is known to share rows with the task a model was trained on.
 
     Raises:
-        UserError: with what they share.
+        UserError: if the two tasks share rows.
     """
     shared = SHARED_ROWS.get(frozenset((trained_on, name)))
     if shared is not None:
@@ -49,14 +49,14 @@ def check_rows(
     """Refuse test rows that a model was trained or selected on.
 
     Args:
-        trained: options of the task it was trained on.
-        spec: options of the task it is to be measured on.
+        trained: options of the task that the model was trained on.
+        spec: options of the task to measure it on.
         rows: the test rows.
-        seeds: of the splits it was trained on, and of these.
-        tokenizer: for chat's template.
+        seeds: seed of the training splits, and seed of these splits.
+        tokenizer: holds the chat template.
 
     Raises:
-        UserError: with the number of such rows, and some of them.
+        UserError: with the number of shared rows, and some of them.
     """
     from zofo.tasks.load import load_splits
 
@@ -65,12 +65,11 @@ def check_rows(
         return
     try:
         splits = load_splits(known, seed=seeds[0], tokenizer=tokenizer)
-    except UserError:  # the training rows are not at hand any more
+    except UserError:  # the training rows are gone, so there is nothing to compare with
         return
-    is_one_source = _source(known) == _source(spec)
-    key = key_of if is_one_source else letters_of
-    seen = {key(row) for row in (*splits.train, *splits.dev)}
-    found = [row.row for row in rows if key(row) in seen]
+    key = key_of if _source(known) == _source(spec) else letters_of
+    used = {key(row) for row in (*splits.train, *splits.dev)}
+    found = [row.row for row in rows if key(row) in used]
     if found:
         some = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
         raise UserError(
@@ -81,7 +80,7 @@ def check_rows(
 
 
 def letters_of(row: Any) -> str:
-    """A row's letters and digits: sources differ in how they write blanks and punctuation."""
+    """A row's letters and digits, because sources write blanks and punctuation differently."""
     text = key_of(row)
     return "".join(c for c in text if c.isalnum()) or text
 

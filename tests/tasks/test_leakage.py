@@ -2,8 +2,8 @@ import pytest
 
 from tests.support.hub_rows import write_folder, write_rows
 from zofo.errors import UserError
+from zofo.tasks.leakage import check_rows, check_tasks
 from zofo.tasks.load import load_splits
-from zofo.tasks.seen import check_rows, check_tasks
 from zofo.tasks.spec import TaskSpec
 
 

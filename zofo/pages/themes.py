@@ -1,7 +1,7 @@
-"""Colours and marks of the figures, in light and in dark.
+"""Colours and markers of the figures, in a light and a dark theme.
 
-Methods are told apart by colour, mark and name, so that none of the three is needed; the colours
-are Okabe and Ito's, lightened for dark paper.
+A method has a colour, a marker and a name, so a reader who cannot see one of them can use another.
+The colours are those of Okabe and Ito, lightened for the dark theme.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, Final
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one appearance.
+    """Colours of a theme.
 
     Attributes:
-        text, faint, grid: of words, of what recedes, of lines.
+        text, faint, grid: colours of text, of what matters less, and of grid lines.
         methods: method -> colour.
-        scale: of a heat map, lowest first; the text is readable on all of it.
+        scale: colours of a heat map, lowest first; text is readable on each.
         steps: colours of an ordered quantity, such as a learning rate.
     """
 
@@ -67,11 +67,11 @@ MARKS: Final = {
     "zo-ft": "x",
 }
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash")
-"""Of the adapters of one method."""
+"""Line styles that distinguish the adapters of one method."""
 
 
 def template_of(theme: Theme) -> dict[str, Any]:
-    """Plotly's template of a theme."""
+    """The plotly template of a theme."""
     axis = {
         "gridcolor": theme.grid,
         "linecolor": theme.grid,
@@ -98,6 +98,6 @@ def template_of(theme: Theme) -> dict[str, Any]:
 
 
 def faded(colour: str, opacity: float) -> str:
-    """A colour of six hex digits that lets what is behind it through."""
+    """A colour of six hex digits with an opacity from 0 to 1."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
