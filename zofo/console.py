@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: the quiet mode and progress bars."""
+"""Quiet mode and progress bars for the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import (
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' reports on loading; its errors stay errors."""
+    """Silence the messages, warnings and progress bars of transformers; exceptions still rise."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 
 def new_progress(console: Console, unit: str) -> Progress:
-    """A bar with count, remaining time and a free text."""
+    """A progress bar with a count, the remaining time and the text of its task."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -53,7 +53,7 @@ def new_progress(console: Console, unit: str) -> Progress:
 
 @contextmanager
 def replay_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar for replaying, from its first report on: `report(weights done, weights in all)`."""
+    """A progress bar that appears at its first `report(weights done, all weights)`."""
     progress = new_progress(console, "M weights")
     task: TaskID | None = None
 

@@ -14,7 +14,7 @@ from zofo.errors import UserError
 
 
 def resolve_device(device: str) -> str:
-    """The device that a name asks for; "auto" is the accelerator where there is one, else the CPU.
+    """The device of a name; "auto" means an accelerator if the machine has one, else the CPU.
 
     Raises:
         UserError: if the device is unknown or absent.
@@ -35,7 +35,7 @@ def resolve_device(device: str) -> str:
 
 
 def present_devices() -> list[str]:
-    """The kinds of devices that torch computes on here."""
+    """The kinds of devices on which torch can compute on this machine."""
     present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -45,7 +45,7 @@ def present_devices() -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """The versions and the machine, as `environment.json` records them."""
     packages = ("zofo", "torch", "transformers", "peft", "accelerate", "numba", "numpy")
     return {
         "python": platform.python_version(),
@@ -58,8 +58,9 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of the process, or of the accelerator where one is used."""
+    """Peak memory in bytes: of the accelerator if one is used, else of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS reports bytes, Linux KiB.
     return int(peak if sys.platform == "darwin" else peak * 1024)

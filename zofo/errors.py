@@ -1,4 +1,4 @@
-"""The one error that means: the input is wrong, and this is how to mend it."""
+"""The error for wrong input, whose message says how to correct it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training ended before its last step: at a loss that is not finite."""
+    """Training ended before its last step."""
 
 
 class UserError(ValueError):
-    """Bad input from the user: the value, the constraint and the remedy.
+    """Wrong input. The message gives the value, the constraint and the remedy.
 
     The command line prints its message without a traceback and exits with code 2.
     """
 
 
 def problem_in_words(key: str, error: Any) -> str:
-    """One entry of pydantic's `ValidationError.errors()`: value, constraint, nearest choice."""
+    """Describe one of pydantic's errors: the value, the constraint and the nearest choice."""
     message = re.sub(r"^Input should be ", "must be ", error["msg"])
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
     message = re.sub(r"^Value error, ", "", message)
@@ -33,7 +33,7 @@ def problem_in_words(key: str, error: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the user gave it, shortened where it is very long."""
+    """A value as the user gave it; a very long one is shortened."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     return short.repr(value)

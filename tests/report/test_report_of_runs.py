@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from tests.support.pages import read_page
 from tests.support.run_folders import write_run, write_study
 from zofo.cli.app import app
-from zofo.cli.report import printable, show
+from zofo.cli.output import printable
+from zofo.cli.report import show
 from zofo.config.load import load_config
 from zofo.report.page import make_report
 from zofo.results.table import read_runs

@@ -1,4 +1,4 @@
-"""The command line: thin commands over the library, each importing what it needs when it runs."""
+"""The command line. Each command is thin and imports the library only when it runs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""`zofo advise`: rates and smoothing radius for a configuration, before it is run."""
+"""`zofo advise`: measure learning rates and smoothing radius before a run."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
+from zofo.cli.output import stdout_console, warn_of_idle_options
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,22 +26,23 @@ def advise(
     caps: Annotated[
         str | None,
         typer.Option(
-            help="ignore or apply: whether the theorem's caps, always shown, lower the rates. "
-            "Default: apply with --target, else ignore."
+            help="Whether the theorem's upper limits lower the rates: ignore or apply. Default: "
+            "apply with --target, else ignore. The limits are always shown."
         ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="Norm of the gradient to reach, for the theorem's number of epochs."),
+        typer.Option(help="Gradient norm to reach; the theorem then gives the epochs."),
     ] = None,
     split: Annotated[
-        bool, typer.Option("--split/--no-split", help="Look for rates by group of base modules.")
+        bool,
+        typer.Option("--split/--no-split", help="Measure one rate for each group of base modules."),
     ] = True,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write numbers and measurements here.")
+        Path | None, typer.Option("--json", help="JSON file for the values and the measurements.")
     ] = None,
 ) -> None:
-    """Measure learning rates and eps for a run, and what it may be expected to reach.
+    """Measure the learning rates and the smoothing radius (eps) that suit a run.
 
     zofo advise configs/demo.yaml
 
@@ -50,7 +51,6 @@ def advise(
     import torch
 
     from zofo.advice.present import as_json
-    from zofo.config.checks import idle_options
     from zofo.config.load import load_config
     from zofo.console import new_progress
     from zofo.disk.files import problem_of_target, write_json
@@ -67,8 +67,7 @@ def advise(
         raise UserError(f"the JSON file {problem}")
     chosen: Any = caps or ("ignore" if target is None else "apply")
     config = _everything_auto(load_config(path, overrides))
-    for message in idle_options(config):
-        print(f"warning: {message}", file=sys.stderr)
+    warn_of_idle_options(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     began = time.monotonic()
@@ -90,9 +89,9 @@ def advise(
 
 
 def _everything_auto(config: RunConfig) -> RunConfig:
-    """All that the method moves by is asked for, whatever the configuration says.
+    """The configuration with `auto` for every rate and radius that its method uses.
 
-    A map of rates stays, since which weights it freezes is a decision.
+    A map of rates stays, because it decides which weights are frozen.
 
     Raises:
         UserError: if the zeroth-order block follows accuracy or F1.
@@ -119,11 +118,11 @@ def _everything_auto(config: RunConfig) -> RunConfig:
 
 
 def _show(advice: Advice, seconds: float) -> None:
-    """The advice as tables and sentences."""
+    """Print the advice as tables and sentences."""
     from zofo.advice.present import cap_lines, reason_of
     from zofo.config.schema import AUTO
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = stdout_console(100)
     setting = advice.setting
     table = Table("key", "value", "because", title=f"advice for {setting.num_steps} steps")
     for key in ("base_lr", "adapter_lr", "eps"):

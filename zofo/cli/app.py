@@ -1,4 +1,4 @@
-"""The application as a whole: every command, in the order in which the help lists them."""
+"""The application with all its commands, in the order in which the help lists them."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def _root(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line; the entry point of the script `zofo`."""
     app()

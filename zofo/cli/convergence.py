@@ -1,4 +1,4 @@
-"""`zofo convergence`: run, print the table of claims, write JSON and page."""
+"""`zofo convergence`: run the study of the theory and print its table of claims."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
-from zofo.cli.report import printable
+from zofo.cli.output import printable, stdout_console
 
 if TYPE_CHECKING:
     from zofo.convergence.claims import Finding
-
-_PLAIN_WIDTH = 200
-"""Columns where no terminal says how wide it is, so that no cell is cut."""
 
 
 @app.command()
@@ -27,23 +24,23 @@ _PLAIN_WIDTH = 200
 def convergence(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[EXPERIMENT]...", help="Which; --list names them. Default: all."),
+        typer.Argument(metavar="[EXPERIMENT]...", help="Experiments (see --list). Default: all."),
     ] = None,
-    to: Annotated[Path, typer.Option("--to", help="Folder of the study; continued if there.")] = (
+    to: Annotated[Path, typer.Option("--to", help="Folder of a new or an earlier study.")] = (
         Path("runs/convergence")
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few seeds, epochs and rates: to try it out.")
+        bool, typer.Option("--quick", help="A short trial with few seeds, epochs and rates.")
     ] = False,
     engine: Annotated[
-        str, typer.Option(help="compiled, or optimizer: zofo.HybridOptimizer itself, slow.")
+        str, typer.Option(help="compiled (fast), or optimizer (zofo.HybridOptimizer itself, slow).")
     ] = "compiled",
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds of every cell; default: 24, 6 with --quick.")
+        int | None, typer.Option(help="Seeds of every cell. Default: 24, or 6 with --quick.")
     ] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
 ) -> None:
-    """Test what the theory claims on problems with known constants: exponents, caps, readings.
+    """Test the claims of the theory on problems whose constants are known.
 
     zofo convergence --to runs/convergence
 
@@ -52,7 +49,7 @@ def convergence(
     from zofo.convergence.plan import JSON_NAME, PAGE_NAME, make_plan
     from zofo.convergence.run import run
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = stdout_console(200)
     plan = make_plan(to, experiments or [], quick=quick, engine=engine, num_seeds=seeds)
     if show_list:
         console.print(_experiments(plan.scale))
@@ -60,7 +57,7 @@ def convergence(
     try:
         found = run(plan, Console(stderr=True))
     except KeyboardInterrupt:
-        print("interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
+        print("interrupted; finished cells are kept, and the same command goes on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     _show(found, console)
     print(f"values: {to / JSON_NAME}")
@@ -68,7 +65,6 @@ def convergence(
 
 
 def _show(found: Sequence[Finding], console: Console) -> None:
-    """Print the table of claims."""
     from zofo.convergence.claims import CONFIRMED, REFUTED
     from zofo.convergence.page import claimed_text, measured_text
 

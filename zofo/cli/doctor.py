@@ -1,4 +1,4 @@
-"""`zofo doctor`: what is installed here, and whether it works."""
+"""`zofo doctor`: show what is installed and check that it works."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DATA = {
 @app.command()
 @reports_errors
 def doctor() -> None:
-    """Show the environment: versions, devices, embedded models and data, what is missing."""
+    """Show versions, devices, and embedded models and data, and check that they work."""
     import torch
 
     from zofo import environment
@@ -117,7 +117,7 @@ def _report_cache(console: Console) -> bool:
 
 
 def _report_directions(console: Console, device: str) -> bool:
-    """What computes directions on a device, and one of them against the reference."""
+    """Print the noise backend of a device, and compare one of its directions with the reference."""
     import torch
 
     from zofo.noise import backends, philox
@@ -126,7 +126,7 @@ def _report_directions(console: Console, device: str) -> bool:
     try:
         is_same = torch.equal(signs_on(device), expected.float())
         found = "as the reference" if is_same else "[red]WRONG[/red]"
-    except Exception as error:  # compilers and drivers raise what they like
+    except Exception as error:  # compilers and drivers raise errors of any type
         first = (str(error).strip().splitlines() or [""])[0]
         is_same, found = False, f"[red]fails[/red], {escape(f'{type(error).__name__}: {first}')}"
     console.print(f"directions on {device}: {backends.in_words(device)}; {found}")
@@ -134,11 +134,11 @@ def _report_directions(console: Console, device: str) -> bool:
 
 
 def signs_on(device: str) -> Tensor:
-    """A direction of 1000 elements as a device draws it, on the CPU."""
+    """A direction that a device has drawn, moved to the CPU: `[1000]`."""
     import torch
 
     from zofo.noise.combine import combine
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the slow way is reported in the same line
+        warnings.simplefilter("ignore")  # the line printed above names a slow backend, too
         return combine(torch.zeros(1000, device=device), (1.0,), seed=1, step=2, tensor=3).cpu()

@@ -1,6 +1,7 @@
-"""What the commands share: the application, the exit codes and the handling of errors.
+"""The application, its exit codes and its handling of errors, shared by all commands.
 
-An error that the user can mend leaves as one message and an exit code, without a traceback.
+An error that the user can correct ends a command with one message and an exit code, without a
+traceback.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="A configuration file, and values that go before it: steps=500 task.num_train=200.",
+        help="A configuration file, and values that override it, such as steps=500 "
+        "task.num_train=200.",
         show_default=False,
     ),
 ]
@@ -66,13 +68,13 @@ def reports_errors(command: F) -> F:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line, without the place in the code that a user has no use for."""
+    """Print a warning in one line, without its place in the code."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
 def _bitsandbytes_errors_only() -> Iterator[None]:
-    """Peft imports it where it is installed, and it reports on kernels that nobody asked for."""
+    """Silence bitsandbytes: peft imports it, and it warns of kernels that zofo does not use."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -83,7 +85,7 @@ def _bitsandbytes_errors_only() -> Iterator[None]:
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """A configuration file, if the first argument is one, and the overrides."""
+    """The configuration file, if the first argument names one, and the overrides."""
     given = list(arguments or [])
     if given and "=" not in given[0]:
         return Path(given[0]), given[1:]

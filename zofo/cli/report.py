@@ -1,27 +1,22 @@
-"""`zofo report`: the main table and the verdict here, everything on a page."""
+"""`zofo report`: print the main table and the verdict, and write the whole page."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from zofo.cli.exits import app, reports_errors
+from zofo.cli.output import printable, rich_table, stdout_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
-    from zofo.pages.tables import Table
     from zofo.report.page import Report
 
-_PLAIN_WIDTH = 160
-"""Columns where no terminal says how wide it is, so that no cell is cut."""
-_LEFT_OUT = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
+_PAGE_ONLY = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
 """Columns that only the page has room for."""
 
 
@@ -31,14 +26,14 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or a study's folder.")
     ],
-    to: Annotated[Path, typer.Option("--to", help="Page to write, in place of an earlier one.")] = (
+    to: Annotated[Path, typer.Option("--to", help="HTML page to write or replace.")] = (
         Path("report.html")
     ),
     markdown: Annotated[
-        Path | None, typer.Option(help="Also write verdict and tables as Markdown.")
+        Path | None, typer.Option(help="Markdown file for the verdict and the tables.")
     ] = None,
 ) -> None:
-    """Compare runs: a table here, and one self-contained page with figures and statistics.
+    """Compare runs in a table, and write one self-contained page with figures and statistics.
 
     zofo report runs/rte-hybrid-lora runs/rte-fo-peft-lora --to report.html
     """
@@ -52,15 +47,14 @@ def report(
     found = write_report(runs, to)
     if markdown is not None:
         write_markdown(found, markdown)
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    show(found, Console(highlight=False, width=width))
+    show(found, stdout_console())
     print(f"page: {to}")
     if markdown is not None:
         print(f"Markdown: {markdown}")
 
 
 def show(report: Report, console: Console) -> None:
-    """Print groups of runs, what they say of hybrid, and how many runs are not among them."""
+    """Print the groups of runs, the verdict on hybrid, and the number of runs by status."""
     from zofo.report.tables import group_table
 
     table = group_table(report.comparison)
@@ -68,7 +62,7 @@ def show(report: Report, console: Console) -> None:
         if table.common:
             common = ", ".join(f"{title} {text}" for title, text in table.common.items())
             console.print(printable(f"all of {common}"))
-        console.print(_rich(table))
+        console.print(rich_table(table, _PAGE_ONLY))
     console.print(printable(report.verdict.sentence), style="bold")
     for note in report.verdict.notes:
         console.print(printable(note))
@@ -76,18 +70,3 @@ def show(report: Report, console: Console) -> None:
     num = sum(statuses.values())
     parts = ", ".join(f"{count} {status}" for status, count in statuses.items())
     console.print(printable(f"{num} run{'s' if num != 1 else ''}: {parts}"))
-
-
-def printable(text: str) -> Text:
-    """Text as it stands: no markup, and no control characters, which move a terminal's cursor."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(box=None, pad_edge=False)
-    kept = [i for i, column in enumerate(table.columns) if column.key not in _LEFT_OUT]
-    for column in (table.columns[i] for i in kept):
-        shown.add_column(printable(column.title), justify="right" if column.is_number else "left")
-    for row in table.rows:
-        shown.add_row(*(printable(f"{row[i].text} {row[i].aside}".strip()) for i in kept))
-    return shown

@@ -1,4 +1,4 @@
-"""`zofo export`, `info`, `replay` and `verify`: what a run leaves, and what becomes of it."""
+"""`zofo export`, `info`, `replay` and `verify`: inspect and convert what a run has saved."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
 if TYPE_CHECKING:
     from zofo.saved.inspect import Info
 
+Trained = Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")]
+Saved = Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")]
+NewFolder = Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the dtype of the base.")
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of one safetensors file.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the base's repository brings.")
+]
+
 
 @app.command()
 @reports_errors
 def export(
-    folder: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
-    ] = False,
+    folder: Trained,
+    to: NewFolder,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a trained model as a plain Hugging Face folder, checked against the trained model.
+    """Write a trained model as a plain Hugging Face folder, and check its logits.
 
     zofo export runs/rotten-tomatoes-hybrid-lora --to plain --dtype bfloat16
     """
@@ -56,10 +62,10 @@ def export(
 @app.command()
 @reports_errors
 def info(
-    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
+    path: Saved,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a folder is, whether it is whole, and which base it belongs to."""
+    """Show what a folder holds, whether it is complete, and which base it belongs to."""
     from zofo.saved.inspect import inspect
 
     found = inspect(path)
@@ -72,19 +78,14 @@ def info(
 @app.command()
 @reports_errors
 def replay(
-    path: Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")],
-    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0: the original.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
-    ] = False,
+    path: Trained,
+    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0 gives the original.")],
+    to: NewFolder,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the base as it was after some updates, without adapter, as a Hugging Face folder."""
+    """Write the base after a number of updates, without adapter, as a Hugging Face folder."""
     from zofo.console import replay_bar
     from zofo.saved.export import replay_base
 
@@ -107,13 +108,10 @@ def replay(
 @app.command()
 @reports_errors
 def verify(
-    path: Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")],
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that the base's repository brings."),
-    ] = False,
+    path: Saved,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Load a folder step by step and print each check; exit code 2 if one fails."""
+    """Load a folder step by step and print each check. The exit code is 2 if a check fails."""
     from zofo.saved.verify import verify as checks_of
 
     console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""`zofo smoothness`: measure along a run or at its start, show what was found."""
+"""`zofo smoothness`: measure the curvature of a loss along a run or at its start."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from zofo.cli.exits import EXIT_INTERRUPTED, Overrides, app, reports_errors, split_arguments
-from zofo.cli.report import printable
+from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
+from zofo.cli.output import exit_code_of, rich_table, stdout_console, warn_of_idle_options
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
-    from zofo.pages.tables import Table
     from zofo.smoothness.options import SmoothnessOptions
 
-_PLAIN_WIDTH = 160
-"""Columns where no terminal says how wide it is, so that no cell is cut."""
-_LEFT_OUT = ("stable_rank", "rounding", "num_parameters")
+_PAGE_ONLY = ("stable_rank", "rounding", "num_parameters")
 """Columns that only the page has room for."""
 
 
@@ -37,7 +34,7 @@ def smoothness(
         Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
     ] = None,
 ) -> None:
-    """Measure a loss: curvature of base and adapter, along a run, and what the theory assumes.
+    """Measure the curvature of the loss in base and adapter, and test the theory's assumptions.
 
     zofo smoothness configs/smoothness.yaml
 
@@ -45,7 +42,6 @@ def smoothness(
 
     zofo smoothness smoothness.train=false
     """
-    from zofo.config.checks import idle_options
     from zofo.smoothness.measure import saved_options
     from zofo.smoothness.options import load_smoothness
 
@@ -59,13 +55,11 @@ def smoothness(
     if dry_run:
         _show_plan(config, options)
         return
-    for message in idle_options(config):
-        print(f"warning: {message}", file=sys.stderr)
+    warn_of_idle_options(config)
     _measure(config, options, None)
 
 
 def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
-    """Print what would be measured and what it costs."""
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
     from zofo.saved.source import base_of
@@ -74,7 +68,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     from zofo.smoothness.options import path_steps, planned_forwards, point_steps
     from zofo.tasks.load import load_splits
 
-    new_folder(config)  # says now what would keep the run from being written
+    new_folder(config)  # a folder that cannot be written is reported now
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
@@ -89,7 +83,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
         num_parts=num_parts,
     )
     in_batches = options.rows / config.batch_size
-    console = _console()
+    console = stdout_console()
     table = RichTable("what", "when", "forwards of the rows", title=f"{options.rows} rows measured")
     steps = point_steps(options, plan.steps)
     when = {"path": f"every {path_steps(options, plan.steps)} steps of {plan.steps}"}
@@ -114,7 +108,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
 
 def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None) -> None:
     from zofo.smoothness.measure import measure_run
-    from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+    from zofo.trainer.interrupt import StopOnSignal
 
     started: list[Path] = []
     try:
@@ -135,41 +129,25 @@ def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None)
             + shlex.quote(str(where)),
             file=sys.stderr,
         )
-        code = error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
-        raise typer.Exit(code) from None
+        raise typer.Exit(exit_code_of(error)) from None
     _show(found)
 
 
 def _show(folder: Path) -> None:
-    """Print what a folder's measurements say."""
+    """Print the measurements of a folder as tables."""
     from zofo.disk.files import read_json
     from zofo.smoothness.measure import PAGE_FILE
     from zofo.smoothness.summary import FILE
     from zofo.smoothness.tables import claims_table, constants_table, fits_table
 
     summary = read_json(folder / FILE)
-    console = _console()
+    console = stdout_console()
     for title, table in (
         ("spectra", constants_table(summary)),
         ("along the path", fits_table(summary)),
         ("what the theory assumes, on this path", claims_table(summary["claims"])),
     ):
         if table.rows:
-            console.print(_rich(table, title))
+            console.print(rich_table(table, _PAGE_ONLY, title))
     console.print(f"measurements {folder / FILE}", soft_wrap=True)
     console.print(f"page         {folder / PAGE_FILE}", soft_wrap=True)
-
-
-def _rich(table: Table, title: str) -> RichTable:
-    shown = RichTable(box=None, pad_edge=False, title=title, title_justify="left")
-    kept = [i for i, column in enumerate(table.columns) if column.key not in _LEFT_OUT]
-    for i in kept:
-        column = table.columns[i]
-        shown.add_column(printable(column.title), justify="right" if column.is_number else "left")
-    for row in table.rows:
-        shown.add_row(*(printable(f"{row[i].text} {row[i].aside}".strip()) for i in kept))
-    return shown
-
-
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)

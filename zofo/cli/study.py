@@ -1,4 +1,4 @@
-"""`zofo study`: work on a grid of runs, look how far it is, or only plan."""
+"""`zofo study`: run a grid of runs, show its progress, or only show its plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import app, reports_errors
+from zofo.cli.output import stdout_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,21 +32,27 @@ def study(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="seeds=[0,1] output=studies/mine."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Values such as seeds=[0,1] output=studies/mine."
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at once, on this machine.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Parallel runs on this machine.")] = 1,
     join: Annotated[
-        bool, typer.Option("--join", help="Only help with a study that was begun elsewhere.")
+        bool, typer.Option("--join", help="Join a study that another process has started.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what has failed.")
+        bool, typer.Option("--retry-failed", help="Repeat the runs that have failed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show counts, cost and the first configurations.")
     ] = False,
-    status: Annotated[bool, typer.Option("--status", help="Show how far it is.")] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Show the progress of the study.")
+    ] = False,
 ) -> None:
-    """Run a grid of methods, rates and seeds: choose rates on dev, then measure on test, once.
+    """Run a grid of methods, learning rates and seeds.
+
+    The study chooses the rates on the dev rows and then measures once on the test rows.
 
     zofo study laptop --workers 2
 
@@ -63,7 +70,7 @@ def study(
 def _start(
     name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
 ) -> None:
-    """Work on a study until it is done; exits with 1 if something failed."""
+    """Run a study to its end; exit with code 1 if a run failed."""
     from zofo.study.grid import expand
     from zofo.study.progress import StudyDisplay
     from zofo.study.spec import SPEC_FILE, load_spec
@@ -96,7 +103,6 @@ def _start(
 
 
 def _show_status(name: str, overrides: Sequence[str]) -> None:
-    """Print how far a study is."""
     from zofo.study.grid import expand
     from zofo.study.spec import SPEC_FILE, load_spec
 
@@ -109,7 +115,6 @@ def _show_status(name: str, overrides: Sequence[str]) -> None:
 
 
 def _show_plan(name: str, overrides: Sequence[str]) -> None:
-    """Print what a study would do."""
     from zofo.study.grid import expand
     from zofo.study.progress import Costs, seconds_per_forward
     from zofo.study.records import StudyFolder
@@ -117,7 +122,7 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
 
     spec = load_spec(name, overrides)
     grid = expand(spec)
-    console = _console()
+    console = stdout_console(_PLAIN_WIDTH)
     costs = Costs(grid)
     table = Table("method", "cells", "searches", "other seeds", "steps", title=spec.name)
     for method in spec.methods:
@@ -152,7 +157,7 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
 
 
 def _summary(grid: Grid) -> Summary:
-    """From the files, and from the queue where it is at hand."""
+    """The state of a study, from its files and, where it exists, its queue."""
     from zofo.study.jobs import all_tasks
     from zofo.study.progress import Costs, summarize
     from zofo.study.records import StudyFolder
@@ -178,7 +183,7 @@ def _running(folder: StudyFolder) -> list[str]:
 def _print(summary: Summary) -> None:
     from zofo.study.progress import table_of
 
-    console = _console()
+    console = stdout_console(_PLAIN_WIDTH)
     console.print(table_of(summary, len(summary.running)))
     for name in summary.running:
         console.print(f"running: {name}", markup=False, soft_wrap=True)
@@ -186,9 +191,5 @@ def _print(summary: Summary) -> None:
         console.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
     if summary.num_unchosen:
         console.print(
-            f"{summary.num_unchosen} cells have no rates: of every pair a run failed or was stopped"
+            f"{summary.num_unchosen} cells have no rates: each pair has a failed or stopped run"
         )
-
-
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)

@@ -1,4 +1,4 @@
-"""`zofo tasks`: the tasks that are there, or one of them with its prompt and its rows."""
+"""`zofo tasks`: list the tasks, or show one with its prompt and its rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from zofo.errors import UserError
 @app.command()
 @reports_errors
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="Show this task's prompt and rows.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Task to show. Default: all.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="task.data_dir=rte task.num_dev=100 seed=1."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options such as task.data_dir=rte seed=1."),
     ] = None,
 ) -> None:
-    """List the tasks, or show one: prompt, candidates, rows of each class."""
+    """List the tasks, or show one with its prompt, its candidates and its rows."""
     from zofo.tasks.families.table import BUILTIN
     from zofo.tasks.load import OWN_TASKS
 
@@ -37,18 +37,16 @@ def tasks(
     for key, description in OWN_TASKS.items():
         table.add_row(key, description, "task.train: a file or hub id", "carved, or your files")
     console.print(table)
-    console.print("Sizes are the most that are taken. Rows of built-in tasks: task.data_dir too.")
+    console.print("Sizes are upper limits. task.data_dir gives the rows of a built-in task, too.")
 
 
 def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:
     from zofo.config.load import load_config
     from zofo.tasks.families.table import BUILTIN
-    from zofo.tasks.load import OWN_TASKS, load_splits, task_names
+    from zofo.tasks.load import OWN_TASKS, check_spec, load_splits, task_names
     from zofo.tasks.spec import TaskSpec
 
     if name not in task_names():
-        from zofo.tasks.load import check_spec
-
         raise UserError(check_spec(TaskSpec(name=name))[0])
     if name in OWN_TASKS:
         console.print(f"{name}: {OWN_TASKS[name]}. Options:")

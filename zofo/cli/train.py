@@ -1,4 +1,4 @@
-"""`zofo train`: start, continue, or only plan."""
+"""`zofo train`: start a run, continue one, or only show its plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zofo.cli.exits import EXIT_INTERRUPTED, Overrides, app, reports_errors, split_arguments
+from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
+from zofo.cli.output import exit_code_of, warn_of_idle_options
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
@@ -34,13 +35,12 @@ def train(
         Path | None, typer.Option("--resume", help="Run folder to continue.", metavar="RUN")
     ] = None,
 ) -> None:
-    """Fine-tune a model on a task, measure it before and after, and save it.
+    """Fine-tune a model on a task, measure it before and after training, and save it.
 
     zofo train configs/demo.yaml steps=100
 
     zofo train task=classification task.train=reviews.csv model=smollm2-135m
     """
-    from zofo.config.checks import idle_options
     from zofo.config.load import load_config
 
     path, overrides = split_arguments(arguments)
@@ -48,8 +48,7 @@ def train(
         _resume(resume, path, overrides)
         return
     config = load_config(path, overrides)
-    for message in idle_options(config):
-        print(f"warning: {message}", file=sys.stderr)
+    warn_of_idle_options(config)
     if dry_run:
         _show_plan(config)
     else:
@@ -69,11 +68,10 @@ def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 
 
 def _show_plan(config: RunConfig) -> None:
-    """Print what a run would do."""
     from zofo.run.plan import make_plan
     from zofo.run.prepare import new_folder
 
-    new_folder(config)  # says now what would keep the run from being written
+    new_folder(config)  # a folder that cannot be written is reported now
     plan = make_plan(config)
     console = Console(highlight=False)
     console.print(config.to_yaml(), markup=False)
@@ -93,13 +91,13 @@ def _show_plan(config: RunConfig) -> None:
         console.print(f"note: {note}", markup=False)
     console.print(
         f"{plan.steps} steps, about {plan.forward_equivalents:,} forward-equivalents of "
-        f"{config.batch_size} rows, evaluations apart"
+        f"{config.batch_size} rows, without evaluations"
     )
 
 
 def _run(config: RunConfig, folder: Path | None) -> None:
     from zofo.run.train import train as train_run
-    from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
+    from zofo.trainer.interrupt import StopOnSignal
 
     progress = Console(stderr=True)
     started: list[Path] = []
@@ -109,8 +107,7 @@ def _run(config: RunConfig, folder: Path | None) -> None:
         )
     except KeyboardInterrupt as error:
         print(_how_to_continue(started[0] if started else folder), file=sys.stderr)
-        code = error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
-        raise typer.Exit(code) from None
+        raise typer.Exit(exit_code_of(error)) from None
     _show(result)
 
 

@@ -1,4 +1,4 @@
-"""`zofo eval` and `zofo predict`: a trained model, or a plain one, on rows."""
+"""`zofo eval` and `zofo predict`: apply a trained or a pretrained model to rows."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.saved.artifact import Artifact
 
+Target = Annotated[
+    str, typer.Argument(help="Run folder, artefact, or pretrained model (hub id, folder or alias).")
+]
+
 
 @app.command("eval")
 @reports_errors
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
-    ],
+    target: Target,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="task.test=more.csv eval_batch_size=16 seed=1 device=cpu.",
+            help="Options of the run, such as task.test=more.csv eval_batch_size=16 device=cpu.",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    split: Annotated[str, typer.Option(help="Rows to score: train, dev or test.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Measure a trained model, or a plain one, on a task's held-out rows."""
+    """Measure a trained or a pretrained model on the held-out rows of a task."""
     from zofo.console import new_progress
     from zofo.scoring.score import evaluate_artifact
 
@@ -70,33 +72,32 @@ def evaluate(
 @app.command()
 @reports_errors
 def predict(
-    target: Annotated[
-        str, typer.Argument(help="Run folder, artefact, or a model: hub id, folder, alias.")
-    ],
+    target: Target,
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to predict.")
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", help="jsonl, csv, ... with the task's columns (labels not needed)."),
+        typer.Option(
+            "--file",
+            help="File of rows (jsonl, csv, ...) with the task's columns; labels are optional.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="jsonl to write; default: standard output.")
+        Path | None, typer.Option("--output", help="JSONL file to write. Default: standard output.")
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="task.text=review, eval_batch_size=16, ...", metavar="KEY=VALUE"
+            "--set", help="Option of the run, such as task.text=review.", metavar="KEY=VALUE"
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Longest text of a completion or chat task (64), or answer (the task's)."
-        ),
+        typer.Option(min=1, help="Most tokens to write. Default: the task's limit, else 64."),
     ] = None,
 ) -> None:
-    """Predict labels with their probabilities, or write completions, one JSON object a row."""
+    """Predict labels with probabilities, or write completions, as one JSON object per row."""
     from zofo.console import new_progress
     from zofo.disk.files import write_text
     from zofo.scoring.predict import predict as predictions
@@ -130,7 +131,7 @@ def predict(
 
 
 def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
-    """The model, and the configuration that says task, seed, batch size and device."""
+    """The model, and the configuration with task, seed, batch size and device."""
     from zofo.config.load import load_config
     from zofo.console import replay_bar
     from zofo.environment import resolve_device

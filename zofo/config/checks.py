@@ -11,7 +11,7 @@ from zofo.optim.options import STEP_KEYS
 
 
 def check_sections(config: RunConfig) -> list[str]:
-    """What no single field shows."""
+    """The problems between fields, which no single field shows."""
     from zofo.tasks.load import check_spec
 
     problems = check_spec(config.task)
@@ -35,7 +35,7 @@ def check_sections(config: RunConfig) -> list[str]:
         )
     if config.base_every > 1 and not method.first:
         problems.append(
-            f"base_every is {config.base_every} and method {config.method} moves nothing else in "
+            f"base_every is {config.base_every} and method {config.method} moves nothing in "
             "the other steps; leave it at 1, or choose method hybrid"
         )
     if config.base_batch_fraction < 1 and not method.first:
@@ -79,7 +79,7 @@ def check_sections(config: RunConfig) -> list[str]:
 
 
 def _check_scores(config: RunConfig) -> list[str]:
-    """Scores that the task does not have."""
+    """The problems of objectives and scores that the task does not have."""
     from zofo.tasks.load import writes_answers, writes_text
 
     problems = []

@@ -1,4 +1,4 @@
-"""Reads a configuration from YAML and `key=value` overrides, and says what is wrong with it."""
+"""Read a configuration from YAML and `key=value` overrides, and describe its problems."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
-
-
+_SECTIONS: Final = {"model": ModelConfig, "adapter": AdapterConfig, "task": TaskSpec}
+_UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
 _BASE_LR: Final = 1e-5
-"""Measured on SmolLM2-135M, SST-2; the paper's models are larger and want about 1e-6."""
+"""Measured on SmolLM2-135M with SST-2. The larger models of the paper need about 1e-6."""
 
 
 def load_config(
@@ -34,9 +34,9 @@ def load_config(
     """Read, check and complete a configuration.
 
     Args:
-        path: YAML file; None: defaults.
-        overrides: "key=value", dotted for sections: "task.num_train=500"; the value is YAML.
-        values: a mapping instead of a file.
+        path: the YAML file; None uses the defaults.
+        overrides: "key=value" with a YAML value; sections are dotted, as "task.num_train=500".
+        values: a mapping that replaces the file.
 
     Raises:
         UserError: with every problem found.
@@ -54,13 +54,13 @@ def load_config(
         config = RunConfig.model_validate(given)
     except ValidationError as error:
         found = error.errors()
-        # What is wrong inside of a map of rates is said once, of its entry.
+        # A wrong entry of a map of rates is reported once, not again for the whole map.
         inner = [
             e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
         ]
         found = inner or found
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
-        # Whatever is wrong with the rest is reported in the same breath.
+        # The wrong keys are dropped, so that the problems between sections are reported as well.
         for e in found:
             _drop(given, e["loc"])
         with contextlib.suppress(ValidationError):
@@ -73,14 +73,14 @@ def load_config(
 
 
 def join_problems(where: str, problems: Sequence[str]) -> str:
-    """One message of all that is wrong with a configuration."""
+    """One message with all problems of a configuration."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
     return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
 
 
 def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`task: boolq` is short for `task: {name: boolq}`."""
+    """Expand short forms: `task: boolq` means `task: {name: boolq}`."""
     return {
         key: {_SHORTHANDS[key]: value} if key in _SHORTHANDS and isinstance(value, str) else value
         for key, value in given.items()
@@ -88,7 +88,7 @@ def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(given: dict[str, Any], override: str) -> list[str]:
-    """Write "key=value" into a configuration; returns what is wrong with it."""
+    """Write "key=value" into a configuration; return the problems of its form."""
     key, mark, text = override.partition("=")
     if not mark or not key.strip():
         return [f"{override!r} is not of the form key=value"]
@@ -118,37 +118,20 @@ def _drop(given: dict[str, Any], path: Sequence[Any]) -> None:
     target.pop(path[0], None)
 
 
-def _section(path: Sequence[Any]) -> type[BaseModel]:
-    sections: dict[str, type[BaseModel]] = {
-        "model": ModelConfig,
-        "adapter": AdapterConfig,
-        "task": TaskSpec,
-    }
-    return sections.get(str(path[0]), RunConfig) if len(path) > 1 else RunConfig
-
-
-_UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
-
-
 def describe_problem(error: Any) -> str:
-    """One of pydantic's errors in words: the value, the constraint, the nearest known name."""
+    """Describe one of pydantic's errors: the value, the constraint and the nearest known name."""
     path = error["loc"]
     key = ".".join(str(part) for part in path if part not in _UNION_PARTS)
     if error["type"] == "extra_forbidden":
-        known = list(_section(path).model_fields)
-        inner = {
-            f"{name}.{field}"
-            for name, section in (
-                ("model", ModelConfig),
-                ("adapter", AdapterConfig),
-                ("task", TaskSpec),
-            )
-            for field in section.model_fields
-        }
+        section: type[BaseModel] = RunConfig
+        if len(path) > 1:
+            section = _SECTIONS.get(str(path[0]), RunConfig)
+        known = list(section.model_fields)
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         if not near:
-            homes = sorted(k for k in inner if k.endswith(f".{path[-1]}"))
-            near = homes[:1]
+            # A key that another section has was probably written without its prefix.
+            homes = (n for n, model in _SECTIONS.items() if str(path[-1]) in model.model_fields)
+            near = [f"{name}.{path[-1]}" for name in sorted(homes)][:1]
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
@@ -166,6 +149,7 @@ def describe_problem(error: Any) -> str:
 
 
 def _complete(config: RunConfig) -> RunConfig:
+    """Fill in the values that depend on the method and on the adapter."""
     update: dict[str, Any] = {}
     method = METHODS[config.method]
     if not method.needs_adapter:

@@ -1,8 +1,7 @@
-"""The configuration of a run: read from YAML and `key=value`, checked whole, written back.
+"""The schema of a run's configuration: its keys, their types, defaults and descriptions.
 
-All problems are reported together, an unknown key with the nearest known one. Learning rates and
-lengths that are left out are filled in by method and adapter, so that the written configuration
-says everything that was used.
+The descriptions appear in the reference of the documentation. Learning rates that the user leaves
+out depend on method and adapter, so that `zofo.config.load` fills them in.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"
 AUTO_KEYS: Final = ("base_lr", "adapter_lr", "eps")
-"""What `zofo.run.auto` finds before a run begins."""
+"""Keys whose values `zofo.run.auto` can measure before a run begins."""
 
 
 def _is_auto(value: Any) -> str:
@@ -46,7 +45,7 @@ BaseRate = Annotated[
 ]
 
 FIRST_ORDER_BASE_LR: Final = 1e-5
-"""Where the search for fo-ft's rate begins: usual for full fine-tuning with AdamW."""
+"""The search for the rate of fo-ft begins at this usual rate of full fine-tuning with AdamW."""
 
 
 class _Section(BaseModel):
@@ -119,81 +118,90 @@ class AdapterConfig(_Section):
 class RunConfig(_Section, StepOptions):
     """One run; the fields of `StepOptions` are among its keys."""
 
-    method: MethodName = Field("hybrid", description="which block moves by what")
+    method: MethodName = Field("hybrid", description="how the base and the adapter are trained")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     task: TaskSpec = TaskSpec()
 
     base_lr: BaseRate | None = Field(
-        None, description="learning rate of the base, pattern of weight names -> rate, or auto"
+        None,
+        description="learning rate of the base, a map from name patterns to rates, or auto",
     )
     adapter_lr: Rate | None = Field(None, description="learning rate of the adapter, or auto")
     optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="of the first-order block (paper: sgd)"
+        "adamw", description="optimizer of the first-order block (paper: sgd)"
     )
-    scheduler: str = Field("constant", description="transformers' schedules (paper: constant)")
+    scheduler: str = Field(
+        "constant", description="learning-rate schedule of transformers (paper: constant)"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    base_weight_decay: float = Field(0.0, ge=0, description="decoupled, of the base")
-    adapter_weight_decay: float = Field(0.0, ge=0, description="of the adapter's optimizer")
+    base_weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the base")
+    adapter_weight_decay: float = Field(
+        0.0, ge=0, description="weight decay of the adapter's optimizer"
+    )
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="clip the first-order gradient to this norm; null: do not"
+        1.0, gt=0, description="clip the first-order gradient to this norm; null: no clipping"
     )
 
     eps: RadiusOrAuto = Field(  # type: ignore[assignment]
         StepOptions.eps,
-        description="smoothing radius (as in MeZO), or auto; zo-peft of a prefix: 0.1 (paper)",
+        description="smoothing radius (as in MeZO), or auto; 0.1 for zo-peft of a prefix (paper)",
     )
     base_batch_fraction: float = Field(
-        1.0, gt=0, le=1, description="part of each batch that the loss difference is taken on"
+        1.0, gt=0, le=1, description="share of each batch on which the loss difference is measured"
     )
     zo_objective: Literal["loss", "accuracy", "f1"] = Field(
         "loss",
-        description="what the zeroth-order block lowers: the training loss, 1 - accuracy or 1 - F1",
+        description="what the zeroth-order block minimizes: training loss, 1 - accuracy or 1 - F1",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
-        "stop", description="at a loss that is not finite: stop with a checkpoint, or skip the step"
+        "stop", description="if a loss is not finite: stop with a checkpoint, or skip the step"
     )
 
-    steps: int | None = Field(None, ge=1, description="optimiser steps; default 200")
-    epochs: float | None = Field(None, gt=0, description="instead of steps")
-    batch_size: int = Field(8, ge=1, description="rows a micro-batch")
-    accumulation: int = Field(1, ge=1, description="micro-batches a step")
-    eval_batch_size: int = Field(32, ge=1, description="rows a forward when evaluating")
+    steps: int | None = Field(None, ge=1, description="number of optimizer steps; default 200")
+    epochs: float | None = Field(None, gt=0, description="number of epochs, in place of steps")
+    batch_size: int = Field(8, ge=1, description="rows per micro-batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per step")
+    eval_batch_size: int = Field(32, ge=1, description="rows per forward pass of an evaluation")
     sampling: Literal["reshuffle", "shuffle-once", "with-replacement"] = Field(
         "reshuffle", description="order of the rows (paper: reshuffle)"
     )
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations on dev; default: a quarter of the run"
     )
-    select_best: bool = Field(True, description="keep the checkpoint with the best dev score")
+    select_best: bool = Field(True, description="return to the checkpoint with the best dev score")
     select_by: Literal["loss", "accuracy", "f1"] = Field(
-        "loss", description="which dev score; loss has less noise"
+        "loss", description="dev score that selects the checkpoint; loss has less noise"
     )
     early_stopping: float | None = Field(
         None,
         ge=0,
-        description="from half of the run on, stop at a dev loss this far (nats) above the start's",
+        description="in the second half, stop if the dev loss exceeds its start by this (nats)",
     )
     measure_test: bool = Field(True, description="score the test rows before and after training")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     snapshot_every: int | None = Field(
         None,
         ge=1,
-        description="steps between copies of the base (its size), so that resuming replays less",
+        description="steps between full copies of the base, so that resuming replays less",
     )
-    gradient_checkpointing: bool = Field(False, description="in the first-order pass")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the first-order pass to save memory"
+    )
 
-    seed: int = Field(0, ge=0, lt=2**32, description="of everything")
-    device: str = Field("auto", description="auto, cpu, cuda, mps")
-    num_threads: int | None = Field(None, ge=1, description="of the CPU; default: torch's choice")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all random numbers")
+    device: str = Field("auto", description="device to compute on: auto, cpu, cuda or mps")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
     output_dir: str | None = Field(
-        None, description="run folder; default: runs/TASK-METHOD-ADAPTER, numbered"
+        None, description="run folder; default: runs/TASK-METHOD-ADAPTER with a number"
     )
-    report_to: list[str] = Field([], description="tensorboard and other integrations of Trainer")
+    report_to: list[str] = Field(
+        [], description="integrations of Trainer to report to, such as tensorboard"
+    )
 
     @property
     def auto_keys(self) -> tuple[str, ...]:
-        """What is to be found before the run begins; only what its method has a use for."""
+        """The keys to measure before the run begins: those that are auto and that it uses."""
         method = METHODS[self.method]
         orders = {"base_lr": method.base, "adapter_lr": method.adapter}
         orders["eps"] = "zeroth" if method.zeroth else "frozen"
@@ -201,14 +209,14 @@ class RunConfig(_Section, StepOptions):
 
     @model_serializer(mode="wrap")
     def _method_first(self, serialize: Any) -> dict[str, Any]:
-        """The keys of `StepOptions` last, so that a written configuration begins with `method`."""
+        """Put the keys of `StepOptions` last, so that a configuration begins with `method`."""
         return dict(sorted(serialize(self).items(), key=lambda item: item[0] in STEP_KEYS))
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that reads back to the same."""
+        """The configuration as YAML, which reads back to an equal configuration."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def share_of(config: RunConfig) -> float:
-    """Share of a full micro-batch that the loss difference is taken on."""
+    """The share of a full micro-batch on which the loss difference is measured."""
     return num_rows_of(config.base_batch_fraction, config.batch_size) / config.batch_size

@@ -1,4 +1,4 @@
-"""YAML that people write: keys and values, read without surprises."""
+"""Read YAML files of keys and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zofo.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, a few of which can stand for more nodes than memory holds."""
+    """Refuses aliases, because a few of them can expand to more nodes than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError, also for what PyYAML lets through: bad dates, too deep a nesting."""
+    """Parse YAML; raise `yaml.YAMLError` also for invalid dates and for too deep a nesting."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError, RecursionError) as error:
@@ -33,10 +33,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file, unchecked.
+    """The keys and values of a YAML file.
 
     Raises:
-        UserError: if it cannot be read or holds something else.
+        UserError: if the file cannot be read, or holds anything but keys and values.
     """
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))

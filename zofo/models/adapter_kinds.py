@@ -1,8 +1,8 @@
-"""The kinds of adapter: what each takes, and the learning rates that it begins with.
+"""The kinds of adapter, with the options and the default learning rates of each.
 
-First-order rates are for AdamW, zeroth-order ones for zo-peft's plain steps. "Paper" is arXiv
-2604.09940, whose grids for zeroth-order adapters are: LoRA and prompt lr 1e-3 to 1e-6, eps 1e-2 to
-1e-4; prefix lr 1e-2 to 1e-4, eps 1e-1.
+First-order rates are for AdamW, and zeroth-order rates for the plain steps of zo-peft. "Paper" is
+arXiv 2604.09940. Its grids for zeroth-order adapters are: for LoRA and prompt, lr 1e-3 to 1e-6 and
+eps 1e-2 to 1e-4; for prefix, lr 1e-2 to 1e-4 and eps 1e-1.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ _LORA_OPTIONS: Final = ("r", "alpha", "dropout", "targets")
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """What is known of a kind of adapter.
+    """A kind of adapter; each `_source` says where the value before it comes from.
 
     Attributes:
-        description: what it trains.
-        options: keys of the configuration's `adapter` that it takes, besides `type`.
+        description: the trained parameters.
+        options: keys of the configuration's `adapter` that it uses, besides `type`.
         lr: first-order learning rate.
-        lr_source: where that comes from.
-        zo_lr: zeroth-order learning rate.
-        zo_lr_source: where that comes from.
-        zo_eps: smoothing radius where the adapter moves by zeroth order.
-        zo_eps_source: where that comes from.
-        num_virtual_tokens: default length, None for kinds that have none.
+        zo_lr, zo_eps: learning rate and smoothing radius of zeroth-order steps.
+        num_virtual_tokens: default length; None for kinds without virtual tokens.
     """
 
     description: str
@@ -109,4 +105,4 @@ KINDS: Final[Mapping[str, AdapterKind]] = {
         num_virtual_tokens=10,
     ),
 }
-"""Lengths are the paper's; p-tuning's is prompt's."""
+"""The lengths are those of the paper; p-tuning takes the length of prompt."""

@@ -1,4 +1,4 @@
-"""Models that come inside Python packages, converted once into the cache folder."""
+"""Models inside Python packages; each is converted once into the cache folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Embedded:
     Attributes:
         package: name on the package index.
         module: the package's folder among the installed ones.
-        file: what to read, relative to it: a GGUF file or a model folder.
+        file: GGUF file or model folder, relative to `module`.
         origin: hub id of the original.
     """
 
@@ -60,7 +60,7 @@ def cache_root() -> Path:
 
 
 def package_folder(package: str, module: str) -> Path:
-    """Where an installed package's files lie; the package is not imported.
+    """The folder of an installed package, found without importing the package.
 
     Raises:
         UserError: if it is not installed.
@@ -75,7 +75,7 @@ def package_folder(package: str, module: str) -> Path:
 
 
 def embedded_folder(alias: str, embedded: Embedded) -> Path:
-    """The converted model of an alias in the cache folder; it is converted on its first use."""
+    """The model folder of an alias; a GGUF file is converted at its first use."""
     source = package_folder(embedded.package, embedded.module) / embedded.file
     if not source.exists():
         raise UserError(
@@ -92,7 +92,7 @@ def embedded_folder(alias: str, embedded: Embedded) -> Path:
 
 
 def _without_quantizer(model: Any) -> Any:
-    """The same weights in a model that does not remember the GGUF file, and so can be saved."""
+    """The same weights in a model that has no link to the GGUF file, and so can be saved."""
     import transformers as hf
 
     config = model.config
@@ -106,7 +106,7 @@ def _without_quantizer(model: Any) -> Any:
 
 
 def _convert(source: Path, target: Path, alias: str) -> None:
-    """Read a GGUF file and write safetensors, whole or not at all."""
+    """Convert a GGUF file to a model folder, which appears only when it is complete."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {alias} needs the package gguf; run 'pip install zofo[embedded]'")
     import transformers as hf
@@ -130,7 +130,7 @@ def _convert(source: Path, target: Path, alias: str) -> None:
             _without_quantizer(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        # Another process may have finished first: its copy is as good.
+        # If another process finished first, its equal copy stays.
         with contextlib.suppress(OSError):
             temporary.replace(target)
     except OSError as error:

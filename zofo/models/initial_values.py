@@ -1,11 +1,10 @@
-"""What prompts and prefixes begin with: real tokens, real activations.
+"""Initial values of prompts and prefixes: embeddings and activations of real tokens.
 
-The paper's setup (arXiv 2604.09940). A prompt of a text, or a prefix of what a decoder makes of it,
-computes what the text would if it stood before the input. An encoder's prefix is the keys and
-values of the text read alone.
+This is the setup of the paper (arXiv 2604.09940). A decoder then computes the same as if the text
+stood before the input. An encoder's prefix holds the keys and values of the text read alone.
 
-peft gives layers i and i + L / 2 of an encoder-decoder's L decoder layers one prefix in common, so
-no real activations can stand there; its random values stay.
+An encoder-decoder keeps random values, because peft shares one prefix between the decoder layers
+i and i + L / 2 of L.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from zofo.errors import UserError
 def set_initial_values(
     model: Any, type: str, num: int, *, tokenizer: Any = None, init_text: str | None = None
 ) -> None:
-    """Set a prompt or a prefix in place; weights on the meta device are left alone.
+    """Initialize a prompt or a prefix in place; weights on the meta device stay as they are.
 
     Args:
         model: the `PeftModel`.
         type: "prefix" or "prompt".
         num: its length in tokens.
-        tokenizer: for `init_text`.
-        init_text: text to begin with, repeated or cut to the length; None: random tokens.
+        tokenizer: needed for `init_text`.
+        init_text: initial text, repeated or cut to the length; None takes random tokens.
 
     Raises:
         UserError: if the text holds no token, or there is no tokenizer for it.
@@ -44,7 +43,7 @@ def set_initial_values(
         return
     ids = ids.to(embeddings.weight.device)
     if type == "prompt":
-        # Not rows of the weight: some embeddings scale them (Gemma 3).
+        # The module is called, because some embeddings scale the rows of their weight (Gemma 3).
         model.prompt_encoder[model.active_adapter].embedding.weight.copy_(embeddings(ids))
         return
     was_training = model.training
@@ -69,7 +68,7 @@ def _tokens(num_known: int, num: int, tokenizer: Any, init_text: str | None) -> 
 
 
 def _keys_and_values(base: nn.Module, ids: Tensor) -> Any:
-    """What the model caches of the tokens; None for encoder-decoders."""
+    """The keys and values of the tokens in every layer; None for encoder-decoders."""
     from transformers import DynamicCache
 
     config: Any = base.config
@@ -77,7 +76,7 @@ def _keys_and_values(base: nn.Module, ids: Tensor) -> Any:
         return None
     if takes(base, "past_key_values"):
         return base(input_ids=ids, use_cache=True).past_key_values
-    # An encoder keeps no cache of its own accord, but fills one that it is given.
+    # An encoder creates no cache itself, but it fills a cache that it is given.
     cache = DynamicCache()
     base.base_model(input_ids=ids, past_key_values=cache)  # type: ignore[operator]
     return cache if len(cache) else None

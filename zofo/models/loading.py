@@ -1,7 +1,6 @@
-"""Models and tokenizers by hub id, local folder or built-in alias.
+"""Load models and tokenizers by hub id, local folder or built-in alias.
 
-An alias names a model that a package on the package index carries: found without importing the
-package, converted once into the cache folder where its format is not Hugging Face's own.
+An alias names a model inside a Python package, see `zofo.models.embedded`.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ DTYPES: Final = {
 
 
 def resolve(name: str) -> str:
-    """The folder of an alias (converted if need be) or the name itself: a folder or a hub id.
+    """The folder of an alias, which is converted at its first use, or else the folder or hub id.
 
     Raises:
-        UserError: for an alias whose package is missing, a folder without a model, or a name that
-            is none of the three.
+        UserError: if an alias lacks its package, a folder holds no model, or a name is unknown.
     """
     if name in ALIASES:
         return str(embedded_folder(name, ALIASES[name]))
@@ -233,7 +231,7 @@ def _weight_files(source: str, revision: str | None) -> list[Path]:
 
 
 def model_class(head: str) -> Any:
-    """The class of transformers for a head."""
+    """The class of transformers that loads a model with this head."""
     import transformers as hf
 
     if head == "classification":
@@ -242,7 +240,7 @@ def model_class(head: str) -> Any:
 
 
 def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Head:
-    """The head that suits a model: encoders classify, decoders and encoder-decoders score.
+    """The head for a model: encoders classify, decoders and encoder-decoders generate.
 
     Raises:
         UserError: as `load_model`.
@@ -260,7 +258,7 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
 
 
 def prepare(model: Any, tokenizer: Any) -> None:
-    """What training and scoring rely on: padding on the right, a pad token, no cache."""
+    """Set what training and scoring need: padding on the right, a pad token, no cache."""
     _prepare_tokenizer(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -286,7 +284,7 @@ def _is_encoder(config: Any) -> bool:
 
     if config.model_type not in CAUSAL:
         return True
-    # BERT and its kin stand in both tables; they decode only when told to.
+    # BERT and similar models are in both tables; they decode only if their configuration says so.
     return config.model_type in MASKED and not getattr(config, "is_decoder", False)
 
 
@@ -299,7 +297,7 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 
 def _require_head(head: Head, config: Any, name: str) -> None:
-    """Refuse a head that writes where the model has none of that kind."""
+    """Refuse a generating head that the model does not have."""
     is_pair = _is_encoder_decoder(config)
     if head == "seq2seq" and not is_pair:
         suited = "classification" if _is_encoder(config) else "causal-lm"
@@ -342,4 +340,4 @@ HEAD_NAMES: Final = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
 }
-"""Head -> transformers' class, the hub's name of the task."""
+"""Head -> (class of transformers, name of the task on the hub)."""

@@ -1,7 +1,7 @@
-"""From a run's configuration to one without `auto`: what is asked is measured, then written out.
+"""Replace every `auto` of a run's configuration by a measured number.
 
-run.yaml      holds the numbers: resuming and replaying measure nothing
-advise.json   holds what they rest on
+`run.yaml` holds the numbers, so that resuming and replaying measure nothing. `advise.json` holds
+the measurements behind them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from zofo.tasks.losses import losses_and_errors
 def setting_of(
     config: RunConfig, num_rows: int, *, caps: Caps = "ignore", target: float | None = None
 ) -> Setting:
-    """What the advisor needs to know of a run.
+    """The setting of the advisor for a run.
 
     Args:
-        config: resolved but for `auto`.
-        num_rows: of the training set.
+        config: resolved except for `auto`.
+        num_rows: number of training rows.
         caps: whether the theorem's caps are applied.
         target: ε of the theorem.
     """
@@ -68,12 +68,12 @@ def advise_on(
     """The advice on a run.
 
     Args:
-        config: whose `auto` values are asked for.
-        prepared: its model and rows; the model is put on the run's device, its bits stay.
+        config: the configuration with `auto` values.
+        prepared: its model and rows. The model moves to the run's device; its weights stay equal.
         caps: whether the theorem's caps are applied.
         target: ε of the theorem.
-        split: whether to look for rates by group of modules.
-        report: told what begins, and the forward-equivalents so far.
+        split: whether to measure one rate for each group of modules.
+        report: called with each stage that begins and the forward-equivalents so far.
 
     Raises:
         UserError: if the objective has no rows of its own, or there are too few.
@@ -100,7 +100,7 @@ def resolve(
     *,
     report: Callable[[str, float], None] | None = None,
 ) -> tuple[RunConfig, Advice | None]:
-    """The configuration with numbers, and the advice; None where nothing had to be found.
+    """The configuration with numbers, and the advice; None if nothing was measured.
 
     Args:
         config: with or without `auto`.
@@ -117,6 +117,6 @@ def resolve(
             update[key] = getattr(advice, key)
             if update[key] is None:
                 raise UserError(f"{key} could not be found; give it as a number")
-        else:  # it moves nothing
+        else:  # the method does not use this value
             update[key] = RunConfig.model_fields[key].default
     return config.model_copy(update=update), advice

@@ -10,14 +10,14 @@ from zofo.optim.methods import METHODS
 def forward_equivalents(
     config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
 ) -> float:
-    """Cost of training as `zofo.optim.cost` counts it.
+    """The cost of training, counted by `zofo.optim.cost`.
 
     Args:
         config: resolved.
-        steps: optimiser steps, of full batches.
-        part_again: whether the unperturbed loss of a part of the batch is evaluated a second time,
+        steps: number of optimizer steps with full batches.
+        part_again: whether the unperturbed loss of a part of the batch needs a second forward pass,
             as with dropout or in half precision.
-        cost_of_answers: of writing an answer to every row of a micro-batch, in forwards of it.
+        cost_of_answers: cost of generating the answers of a micro-batch, in its forward passes.
     """
     method, share = METHODS[config.method], share_of(config)
     writes = config.zo_objective == "f1"

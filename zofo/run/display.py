@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and the metrics it leaves behind."""
+"""The progress display of a run, and its file of metrics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    Progress,
-)
+from rich.progress import Progress
 from transformers import TrainerCallback
 
 from zofo.console import duration_text, new_progress
@@ -27,11 +25,11 @@ _SHOWN = {
 
 
 class TrainingDisplay(TrainerCallback):
-    """A live bar on a terminal, a line at each log elsewhere.
+    """Shows a live bar on a terminal, and elsewhere one line per log entry.
 
     Args:
-        console: where to.
-        rows_per_step: for the samples a second.
+        console: the console to print on.
+        rows_per_step: rows per step, for the samples per second.
     """
 
     def __init__(self, console: Console, rows_per_step: int) -> None:
@@ -50,14 +48,14 @@ class TrainingDisplay(TrainerCallback):
             self._progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
+        """Advance the bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show losses, projected gradient, rates, samples a second."""
+        """Show losses, projected gradient, learning rates and samples per second."""
         logs = logs or {}
         if "eval_loss" in logs:
             line = f"step {state.global_step}: dev loss {logs['eval_loss']:.4f}"
@@ -90,27 +88,24 @@ class TrainingDisplay(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Remove the bar, also when training ended by an error."""
+        """Remove the bar; also called after an error in training."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a log entry in `metrics.jsonl`.
+    """Writes every log entry to `metrics.jsonl`, as one JSON object per line.
 
-    A run that is continued writes the entries anew that its checkpoint holds: whatever was lost or
-    logged after that checkpoint, the file ends as that of an uninterrupted run.
-
-    Args:
-        path: the file.
+    A resumed run first rewrites the entries that its checkpoint holds. The file therefore ends the
+    same as that of an uninterrupted run, whatever was lost or logged after the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin with the entries of the steps that are done."""
+        """Rewrite the entries of the finished steps."""
         from zofo.disk.files import write_text
 
         done = state.log_history if state.global_step else []
@@ -119,7 +114,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Append.
+        """Append an entry.
 
         Raises:
             UserError: if the file cannot be written.
@@ -135,7 +130,7 @@ class MetricsFile(TrainerCallback):
 
 
 def _metrics_line(step: int, logs: Mapping[str, Any]) -> str:
-    # JSON has no NaN: a value that is not finite is written as text.
+    # JSON has no NaN, so a value that is not finite is written as text.
     values = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in logs.items()

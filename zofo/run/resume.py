@@ -1,7 +1,7 @@
-"""Continuing a run folder: with what configuration, from which checkpoint.
+"""The configuration and the checkpoint with which a run folder is resumed.
 
-A resumed run ends as the uninterrupted one, so whatever would change the result is refused; what
-only changes where it runs and what it shows may differ.
+A resumed run ends the same as an uninterrupted one. Options that would change the result are
+therefore refused; options of the machine and of the display may differ.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def resumed_config(
 
     Args:
         folder: the run folder.
-        path: a configuration that must agree with the run's; None: the run's own.
+        path: a configuration that must agree with the run's; None takes the run's own.
         overrides: "key=value", as for `load_config`.
 
     Raises:
-        UserError: if it is no run folder, or for every difference that would change the result.
+        UserError: if the folder is no run folder, or if a difference would change the result.
     """
     saved_path = folder / CONFIG_FILE
     if not saved_path.is_file():
@@ -67,7 +67,7 @@ def resumed_config(
 
 
 def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
-    """`auto` stands for the numbers that the run was begun with, if they were found for it."""
+    """Replace `auto` by the number that the run has measured, if it has measured one."""
     asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
     if not asked or not (folder / ADVICE_FILE).is_file():
         return config
@@ -77,7 +77,7 @@ def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfi
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved, now), of the keys that change what a run comes to."""
+    """Dotted key -> (saved, now), for the keys that change the result of a run."""
     then, now = _flat(saved.model_dump()), _flat(config.model_dump())
     keys = dict.fromkeys((*then, *now))
     return {
@@ -96,12 +96,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], Any] | None = None) -> Path | None:
-    """The checkpoint of the highest step that is whole.
-
-    Args:
-        folder: the run folder.
-        report: told of each damaged one that is passed over.
-    """
+    """The complete checkpoint of the highest step; `report` is told of each damaged one."""
     return newest_whole(folder, report)
 
 

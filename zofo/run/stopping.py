@@ -1,11 +1,9 @@
-"""Runs that end before their last step, and the record of why.
+"""End a run before its last step, and record the reason.
 
-    early_stopping = m:   from half of the steps on, a dev loss above the one before training by
-                          more than m nats ends the run; so does one that is not finite, at any time
-
-The rule reads the run's own history only, so that it does not matter what else runs beside it. The
-record, `stopped.json`, is written before the last checkpoint: a run that is killed in between is
-not taken for one to be continued.
+With early_stopping = m, a dev loss ends the run if it is not finite. From half of the steps on, it
+also ends the run if it exceeds the dev loss before training by more than m nats. The rule uses the
+run's own history only, so that other runs have no influence. The record `stopped.json` is written
+before the last checkpoint, so that a run killed in between is not continued by mistake.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ def is_hopeless(loss: float, start: float, margin: float, step: int, num_steps: 
 
 
 class StopEarly(TrainerCallback):
-    """Applies the rule, and records every early end.
+    """Applies the rule of early stopping, and records the reason of every early end.
 
     Args:
         trainer: whose `watch` stops at a loss that is not finite.
         folder: the run folder.
-        margin: in nats; None: no rule.
+        margin: in nats; None switches the rule off.
         start: the dev loss before training; needed with a margin.
     """
 
@@ -50,7 +48,7 @@ class StopEarly(TrainerCallback):
         self.reason: str | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record what the watch has found."""
+        """Record a step at which the watch has found a value that is not finite."""
         if self.trainer.watch.stopped_at is not None and self.reason is None:
             self._record(
                 state.global_step,
@@ -66,7 +64,7 @@ class StopEarly(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Apply the rule to a dev score."""
+        """Apply the rule to a dev loss."""
         loss, step = (metrics or {}).get("eval_loss"), state.global_step
         if self.margin is None or self.start is None or loss is None or step >= state.max_steps:
             return control
@@ -85,7 +83,7 @@ class StopEarly(TrainerCallback):
 
 
 def stop_reason(folder: Path) -> str | None:
-    """Why a run ended early; None if it did not.
+    """The reason why a run ended early; None if it did not.
 
     Raises:
         UserError: if the record is damaged.

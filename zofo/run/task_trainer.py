@@ -1,7 +1,7 @@
-"""`HybridTrainer` on a task: the loss is its objective, the dev scores are zofo's.
+"""`HybridTrainer` on a task: it minimizes the task's objective and computes zofo's dev scores.
 
-Of accuracy, the first-order pass knows the value at x: a difference costs one forward a direction.
-F1 asks for answers to be written at x too, without dropout.
+Accuracy at x is already known from the forward pass, so a difference costs one forward pass per
+direction. F1 also needs answers that are generated at x, without dropout.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from zofo.trainer.mixin import HybridArguments, HybridTrainer
 
 
 class TrainingClock:
-    """Seconds of training; stands still while dev rows are scored and checkpoints are written.
+    """Counts the seconds of training, without evaluations on dev and without checkpoints.
 
-    Those take as long for every method and as often as one asks for them, so they would bring the
-    methods closer together than they are.
+    Both take equally long for every method, so counting them would hide differences.
     """
 
     def __init__(self) -> None:
@@ -43,22 +42,19 @@ class TrainingClock:
         self._since: float | None = None
 
     def start(self, done: float = 0.0) -> None:
-        """Begin to count.
-
-        Args:
-            done: seconds that a run which is continued has behind it.
-        """
+        """Begin to count, from the `done` seconds of a run that is resumed."""
         self._done, self._since = done, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Counted so far."""
+        """The seconds counted so far."""
         running = 0.0 if self._since is None else time.monotonic() - self._since
         return round(self._done + running, 3)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still, from when the device has done what it was given."""
+        """Stop counting inside of the block."""
+        # Queued kernels belong to training, so the clock waits for them.
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         was_running = self._since is not None
@@ -71,7 +67,7 @@ class TrainingClock:
 
 
 class TaskTrainer(HybridTrainer):
-    """`HybridTrainer` on a task: its loss is the task's objective, its dev scores zofo's."""
+    """`HybridTrainer` whose loss is the task's objective and whose dev scores are zofo's."""
 
     def __init__(
         self,
@@ -105,7 +101,7 @@ class TaskTrainer(HybridTrainer):
         return (loss, {}) if return_outputs else loss
 
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Examples; one of them may have several rows."""
+        """The number of examples; one example may have several rows in the tensors."""
         return len(inputs["gold"])
 
     @property
@@ -122,7 +118,7 @@ class TaskTrainer(HybridTrainer):
     def batch_part(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
     ) -> tuple[ZerothLoss, None]:
-        """The first examples, with what the pass just made says of them."""
+        """The loss of the first examples, with its value from the last forward pass."""
         return self._first(model, inputs, num_items_in_batch, num_first), None
 
     def _first(
@@ -151,7 +147,7 @@ class TaskTrainer(HybridTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Scores on dev, under Trainer's names."""
+        """The dev scores, under the names that Trainer gives them."""
         with self.clock.paused():
             metrics = evaluate(
                 self.model,
@@ -167,7 +163,7 @@ class TaskTrainer(HybridTrainer):
         return logs
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add what training has cost so far, so that every curve can be drawn against it."""
+        """Add the cost of training so far, so that curves can be drawn against it."""
         if self._hybrid is not None:
             logs["forward_equivalents"] = self.forward_equivalents
             logs["elapsed_s"] = self.clock.seconds
@@ -186,7 +182,7 @@ class TaskTrainer(HybridTrainer):
 
 
 class _Answered:
-    """1 − F1 of the answers that a model writes to some examples, divided; and what that cost."""
+    """Computes 1 − F1 of generated answers, over `divisor`, and counts their cost."""
 
     def __init__(
         self,
@@ -209,17 +205,17 @@ class _Answered:
         return (1 - math.fsum(scores) / len(scores)) / self.divisor
 
     def cost(self) -> float:
-        """Tokens that went through the model so far, over those of a forward."""
+        """The tokens processed so far, divided by the tokens of one forward pass."""
         return self.num_tokens / self.tokens_per_forward
 
 
 def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
-    """The batches hold their examples beside their tensors."""
+    """A collator whose batches also hold their examples, which F1 needs."""
     return lambda examples: {**collator(examples), "examples": list(examples)}
 
 
 class _MeasureAtTheEnd(TrainerCallback):
-    """The last step is a candidate for the best, whatever the interval."""
+    """Evaluates and saves the last step, so that it can be chosen as the best."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step >= state.max_steps:
@@ -228,15 +224,15 @@ class _MeasureAtTheEnd(TrainerCallback):
 
 
 def _checkpointing(is_wanted: bool) -> dict[str, Any]:
-    """Trainer's argument, under the name that this transformers has for it."""
+    """The argument of Trainer, whose name depends on the version of transformers."""
     new_name = "activation_checkpointing"
     has_new = new_name in HybridArguments.__dataclass_fields__
     return {new_name if has_new else "gradient_checkpointing": True} if is_wanted else {}
 
 
 def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArguments:
-    """The configuration under the names that Trainer and the mixin have for it."""
-    numbers: Any = config  # of which none is auto
+    """Translate the configuration into the arguments of Trainer and of the mixin."""
+    numbers: Any = config  # `auto` has been replaced by numbers
     every = min(config.eval_every or max(1, total_steps // 4), total_steps)
     return HybridArguments(
         output_dir=str(folder),
@@ -298,7 +294,7 @@ def build_trainer(
     folder: Path,
     console: Console,
 ) -> TaskTrainer:
-    """The trainer of a run; its construction checks method against model.
+    """The trainer of a run; building it checks that the method suits the model.
 
     Args:
         config: resolved.

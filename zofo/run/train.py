@@ -1,14 +1,14 @@
-"""One run: read, measure, train, measure again, save.
+"""One run: prepare, evaluate, train, evaluate again, save.
 
 run.yaml           the resolved configuration, numbers in place of auto
 base.json          the base as it was before training, and the names of the classes
-advise.json        what these numbers rest on, where some were auto
+advise.json        the measurements behind the numbers, if some were auto
 environment.json   versions, machine, device
-metrics.jsonl      what was logged, one object a line
+metrics.jsonl      the log, one JSON object per line
 checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
-stopped.json       why it ended before its last step, where it did
+stopped.json       the reason, if the run ended before its last step
 result.json        scores before and after with intervals, cost
-artifact/          what one ships
+artifact/          the result to keep or publish
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from zofo.trainer.interrupt import StopOnSignal
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         folder: the run folder.
-        before, after: scores on the test rows; None if they were not to be measured.
+        before, after: scores on the test rows; None without measure_test.
         cost: seconds, forward-equivalents, peak memory, bytes of the artefact.
     """
 
@@ -84,14 +84,14 @@ def train(
 
     Args:
         config: resolved, as from `load_config`.
-        resume: a run folder to continue from its newest checkpoint, else from its beginning.
-        console: where progress goes; default: stderr.
+        resume: run folder to continue from its newest checkpoint, or else from the beginning.
+        console: console for the progress; default: stderr.
         on_start: called with the run folder once everything is checked.
-        stop: what handles signals while training.
-        watchers: makes callbacks for the trainer, such as `zofo.smoothness.path`'s.
+        stop: handler of signals while training.
+        watchers: makes callbacks of the trainer, such as that of `zofo.smoothness.path`.
 
     Raises:
-        TrainingInterrupt: if `stop` was asked to, after a checkpoint.
+        TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
         UserError: before any work, for anything wrong with the configuration, data or folders.
     """
     console = console or Console(stderr=True)
@@ -152,7 +152,7 @@ def train(
 
 
 def _checkpoint(folder: Path, console: Console) -> Path | None:
-    """Where a run goes on from; says so if it has to start anew."""
+    """The checkpoint to continue from; a note tells the user if there is none."""
     checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
     if checkpoint is None:
         _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
@@ -162,7 +162,7 @@ def _checkpoint(folder: Path, console: Console) -> Path | None:
 def _fit(
     trainer: TaskTrainer, checkpoint: Path | None, stop: StopOnSignal | None, stop_early: StopEarly
 ) -> float:
-    """Train to the last step; returns the seconds it took.
+    """Train to the last step, and return the seconds that it took.
 
     Raises:
         TrainingStoppedError: if the run ended before it.
@@ -239,10 +239,10 @@ def _write_result(
 def _original_base(
     config: RunConfig, prepared: Prepared
 ) -> Callable[[], Mapping[str, Tensor]] | None:
-    """Reads the original base weight by weight, to go back to the best step.
+    """A reader of the original base, which the trainer needs to return to the best step.
 
-    None where nothing needs it, or where the model's files do not hold it: the trainer then keeps
-    a copy of its own on the disk.
+    None if nothing needs it, or if the model's files lack a weight; the trainer then keeps its own
+    copy on disk.
     """
     if not config.select_best or METHODS[config.method].base != "zeroth":
         return None
@@ -290,14 +290,14 @@ def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str
 
 
 def _test_scores(before: Metrics | None, after: Metrics | None) -> dict[str, Any]:
-    """Nothing at all where the test rows were not to be measured."""
+    """The scores on the test rows; empty without measure_test."""
     if before is None or after is None:
         return {}
     return {"test": {"before": before.as_dict(), "after": after.as_dict()}}
 
 
 def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
-    """Those of the model that the run leaves: of the best checkpoint, or of the last step."""
+    """The dev scores of the saved model: of the best checkpoint, or of the last step."""
     measured = {
         entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
         for entry in state.log_history

@@ -1,0 +1,53 @@
+"""What the commands print with: consoles, tables and warnings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from zofo.cli.exits import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from zofo.config.schema import RunConfig
+    from zofo.pages.tables import Table
+
+
+def stdout_console(plain_width: int = 160) -> Console:
+    """A console on standard output; `plain_width` columns where no terminal gives a width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else plain_width)
+
+
+def printable(text: str) -> Text:
+    """Text without markup and without control characters, which can move a terminal's cursor."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def rich_table(table: Table, hidden: Collection[str] = (), title: str | None = None) -> RichTable:
+    """A table for the terminal, without the columns whose keys are `hidden`."""
+    shown = RichTable(box=None, pad_edge=False, title=title, title_justify="left")
+    kept = [i for i, column in enumerate(table.columns) if column.key not in hidden]
+    for column in (table.columns[i] for i in kept):
+        shown.add_column(printable(column.title), justify="right" if column.is_number else "left")
+    for row in table.rows:
+        shown.add_row(*(printable(f"{row[i].text} {row[i].aside}".strip()) for i in kept))
+    return shown
+
+
+def warn_of_idle_options(config: RunConfig) -> None:
+    """Warn of every option that has no effect with the chosen method and adapter."""
+    from zofo.config.checks import idle_options
+
+    for message in idle_options(config):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def exit_code_of(error: KeyboardInterrupt) -> int:
+    """The exit code after Ctrl-C, or after the signal that a training run was stopped by."""
+    from zofo.trainer.interrupt import TrainingInterrupt
+
+    return error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
