@@ -20,7 +20,11 @@ from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
 _SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
-_SECTIONS: Final = {"model": ModelConfig, "adapter": AdapterConfig, "task": TaskSpec}
+_SECTIONS: Final[dict[str, type[BaseModel]]] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "task": TaskSpec,
+}
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
 _BASE_LR: Final = 1e-5
 """Measured on SmolLM2-135M with SST-2. The larger models of the paper need about 1e-6."""

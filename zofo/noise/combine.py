@@ -9,7 +9,7 @@ over the threads that torch is set to use, on CUDA Triton kernels, elsewhere the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zofo.noise import backends, philox
+from zofo.noise.address_checks import check_address, check_tensors
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -25,9 +26,6 @@ DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
 
 
 PURPOSES: Final = {"rademacher": philox.RADEMACHER, "gaussian": philox.GAUSSIAN}
-
-
-_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def combine(
@@ -116,7 +114,7 @@ def prepare(
     per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
     rest = []
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        _check(weight, out, 1, seed, 0, tensor, 0, offset)
+        check_tensors(weight, out, 1, seed, 0, tensor, 0, offset)
         backend = backends.backend(weight.device.type)
         if backend == "torch" or not (weight.is_contiguous() and out.is_contiguous()):
             rest.append((weight, out, tensor))
@@ -136,7 +134,7 @@ def prepare(
     purpose = PURPOSES[distribution]
 
     def run(coefficient: float, step: int, index: int) -> None:
-        _check_address(seed=seed, step=step, num_directions=index + 1)
+        check_address(seed=seed, step=step, num_directions=index + 1)
         for dtype, call in calls.items():
             call.run(_plan(dtype, coefficient, step, index, seed, purpose))
         for layout in layouts:
@@ -228,7 +226,7 @@ def combine_many(
     address: dict[str, Any] = {"seed": seed, "step": step, "first_direction": first_direction}
     per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        _check(weight, out, len(coefficients), tensor=tensor, offset=0, **address)
+        check_tensors(weight, out, len(coefficients), tensor=tensor, offset=0, **address)
         per_device.setdefault(weight.device, []).append((weight, out, tensor))
     options: dict[str, Any] = {
         "decay": decay,
@@ -277,7 +275,7 @@ def combine_rows(
         ValueError: as `combine`.
     """
     table = weight.detach()[rows]
-    _check(weight, weight, 1, seed, step, tensor, first_direction, 0)
+    check_tensors(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
     backend = backends.backend(weight.device.type)
@@ -387,7 +385,7 @@ def _run(
     rounding: str,
 ) -> Tensor:
     num_directions = max(map(len, coefficients))
-    _check(weight, out, num_directions, seed, max(steps), tensor, first_direction, offset)
+    check_tensors(weight, out, num_directions, seed, max(steps), tensor, first_direction, offset)
     if min(steps) < 0:
         raise ValueError(f"step is {min(steps)}; it must be at least 0")
     if weight.numel() == 0:
@@ -435,47 +433,3 @@ def direction(
         distribution=distribution,
     )
     return zero.to(dtype)
-
-
-def _check(
-    weight: Tensor,
-    out: Tensor,
-    num_directions: int,
-    seed: int,
-    step: int,
-    tensor: int,
-    first_direction: int,
-    offset: int,
-) -> None:
-    if weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"dtype {weight.dtype} cannot be perturbed; load the base in one of "
-            + ", ".join(str(d) for d in _DTYPES)
-        )
-    if out.shape != weight.shape or out.dtype != weight.dtype or out.device != weight.device:
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, weight is "
-            f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; they must agree"
-        )
-    _check_address(seed=seed, step=step, num_directions=first_direction + num_directions)
-    limits = {
-        "tensor": (tensor, philox.MAX_TENSORS),
-        "offset + elements": (offset + weight.numel(), philox.MAX_BLOCKS * 4),
-    }
-    _check_limits(limits)
-
-
-def _check_address(*, seed: int, step: int, num_directions: int) -> None:
-    _check_limits(
-        {
-            "seed": (seed, 2**64),
-            "step": (step, philox.MAX_STEP),
-            "first_direction + directions": (num_directions, philox.MAX_DIRECTIONS),
-        }
-    )
-
-
-def _check_limits(limits: Mapping[str, tuple[int, int]]) -> None:
-    for name, (value, limit) in limits.items():
-        if not 0 <= value < limit:
-            raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")
