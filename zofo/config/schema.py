@@ -88,13 +88,15 @@ class ModelConfig(_Section):
 class AdapterConfig(_Section):
     """The PEFT module."""
 
-    type: AdapterType = Field("lora", description="see adapters.md; none for fo-ft and zo-ft")
-    r: int = Field(8, ge=1, description="rank of LoRA and its kin (paper)")
+    type: AdapterType = Field("lora", description="kind of adapter; none for fo-ft and zo-ft")
+    r: int = Field(8, ge=1, description="rank of lora, dora and rslora (paper)")
     alpha: float = Field(16, gt=0, description="scale alpha / r (paper); rslora: alpha / √r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of LoRA and its kin")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the input of lora, dora and rslora"
+    )
     targets: str | list[str] | None = Field(
         None,
-        description="modules of LoRA, its kin, IA3: names, all-linear, or peft's choice",
+        description="modules that lora, dora, rslora, ia3 adapt: names, all-linear, peft's choice",
     )
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="length of prefix (default 5), prompt and p-tuning (default 10)"
