@@ -50,7 +50,7 @@ _NO_AUTO: Final = (
     "cannot be auto: a study groups runs by their numbers, and auto finds others for each seed; "
     "list the rates, or compare with auto by benchmarks/advisor.py"
 )
-StudyMethod = MethodName | Literal["hybrid-tied"]
+StudyMethod = Literal[MethodName, "hybrid-tied"]
 Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
