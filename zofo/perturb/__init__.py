@@ -1,1 +1,1 @@
-"""The model seen at x + eps v, without a write to x."""
+"""Evaluate the model at x + eps v without writing to x."""

@@ -1,11 +1,11 @@
-"""Modules under `torch.compile`, whose graphs leave out every hook set after they were traced.
+"""Modules under `torch.compile`, whose graphs ignore every hook that is set after tracing.
 
-A graph does not hold the weights: it takes them as inputs, looked up in the modules at each call.
-So a compiled module is seen perturbed when the weights of all that is under it are swapped from
-outside, before its call, and put back after it. Shapes and dtypes stay: nothing is compiled again.
+A graph takes the weights as inputs and looks them up in the modules at each call. zofo therefore
+swaps all weights below a compiled module before its call and puts them back after it. Shapes and
+dtypes stay the same, so nothing is compiled again.
 
-`torch.compile(model)` and a compiled `forward` leave the module's own hooks outside of the graph;
-`module.compile()` takes them in, so its call is wrapped instead.
+`torch.compile(model)` and a compiled `forward` keep the module's own hooks outside the graph.
+`module.compile()` traces them as well, so zofo wraps the compiled call instead.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 WRAPPED_NAME = "_orig_mod."
-"""What `torch.compile(module)` puts into the names of the parameters."""
+"""What `torch.compile(module)` inserts into the names of the parameters."""
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is compiled, by itself or in one of its methods."""
+    """Whether the module or one of its methods is compiled."""
     return (
         module._compiled_call_impl is not None
         or _is_graph(vars(module).get("forward"))
@@ -33,12 +33,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile(module)` returned."""
+    """Whether the module is the wrapper that `torch.compile(module)` returns."""
     return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
 
 
 def compiled_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that are compiled."""
+    """The compiled ones among the modules."""
     return [module for module in modules if is_compiled(module)]
 
 
@@ -49,14 +49,15 @@ def has_graphs() -> bool:
 
 
 def running_eagerly() -> Any:
-    """A context without graphs; under a dispatch mode dynamo gives up what it meets for good."""
+    """A context in which compiled modules run without their graphs."""
+    # Under a dispatch mode, dynamo would refuse to compile the code that it meets, for good.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 class AroundCompiledCall:
-    """Runs functions before and after the calls of a module compiled in place, until removed."""
+    """Runs functions before and after each call of a module compiled in place, until removed."""
 
     def __init__(
         self, module: nn.Module, before: Callable[[], None], after: Callable[[Any], Any]
@@ -81,6 +82,7 @@ class AroundCompiledCall:
 
 
 def _is_graph(function: Any) -> bool:
+    # `torch.compiler.disable` leaves the first mark too, on functions that it keeps from compiling.
     return hasattr(function, "_torchdynamo_orig_callable") and not getattr(
         function, "_torchdynamo_disable", False
     )
@@ -88,5 +90,6 @@ def _is_graph(function: Any) -> bool:
 
 @functools.cache
 def _has_compiled_method(kind: type[nn.Module]) -> bool:
+    # The method resolution order holds the subclasses of nn.Module before nn.Module itself.
     kinds = kind.__mro__[: kind.__mro__.index(nn.Module)]
     return any(callable(f) and _is_graph(f) for k in kinds for f in vars(k).values())

@@ -1,8 +1,9 @@
-"""Which module's call swaps which weights: for each the nearest module that is called and reads it.
+"""Which module owns which weights: the calls of the owner swap them.
 
-Where a module reads the weights of its children instead of calling them, it is the owner of its
-whole subtree: `zofo.perturb.view.ATOMIC`, peft's DoRA, compiled modules. The head of a model whose
-forward was replaced (trl's and Liger's fused losses read it) is swapped for the whole forward.
+The owner of a weight is the nearest enclosing module that is called. A module that reads the
+weights of its children without calling them owns its whole subtree. Such modules are those of
+`zofo.perturb.view.ATOMIC`, peft's DoRA layers and compiled modules. If the forward of a model was
+replaced, the model owns its head, because the fused losses of trl and Liger read the head's weight.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from torch import nn
 from zofo.perturb.compiled import is_compiled
 from zofo.perturb.tiles import TiledLinear, is_tileable
 
+# A weight of at most this size is swapped for the whole forward, because the hooks of its module
+# would take longer than its computation.
 _SMALL_BYTES = 1 << 16
-"""Of a weight that is seen perturbed for the whole forward; a hook would take longer than it."""
 _SMALL_SHARE = 64
-"""The small weights take no more scratch than this part of what the largest layer takes."""
+"""All small weights together have at most the size of the largest layer divided by this."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter stands: the entry `name` of `module`'s parameter table."""
+    """A place that holds a parameter: the entry `name` of `module`'s parameter table."""
 
     module: nn.Module
     name: str
     parameter: nn.Parameter
-    tensor: int
-    path: str
+    tensor: int  # index that addresses its directions
+    path: str  # full name, for messages
 
 
 @dataclass(eq=False)
@@ -39,15 +41,15 @@ class Owner:
     module: nn.Module
     slots: list[Slot] = field(default_factory=list)
     ties: list[tuple[Slot, Slot]] = field(default_factory=list)
-    """Further places of a weight, each with the slot that swaps it: a tie stays a tie."""
+    """Further places of a tied weight, each with the slot that swaps it."""
     calls: int = 0
-    """Calls under way: a module that calls itself is swapped once."""
+    """Number of running calls. Only the outermost one swaps, if a module calls itself."""
     tiles: TiledLinear | None = None
-    """For a large linear layer: its product is computed in place of its swap."""
+    """Computes the product of a large linear layer without a swap; None for other modules."""
 
     @property
     def is_lookup(self) -> bool:
-        """A plain embedding, whose output is rows of its weight: only those are perturbed."""
+        """Whether this is a plain embedding, of which only the rows that it reads are perturbed."""
         module = self.module
         return (
             type(module) is nn.Embedding
@@ -60,11 +62,11 @@ class Owner:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weights in its slots."""
-        return sum(s.parameter.numel() * s.parameter.element_size() for s in self.slots)
+        """Size of the weights in the slots."""
+        return sum(slot.parameter.nbytes for slot in self.slots)
 
     def swap_out(self) -> None:
-        """Put the parameters themselves back."""
+        """Put the parameters back into their places."""
         for slot in (*self.slots, *(other for other, _ in self.ties)):
             slot.module._parameters[slot.name] = slot.parameter
 
@@ -75,27 +77,28 @@ def find_owners(
     atomic: tuple[type[nn.Module], ...],
     children_read: Mapping[str, tuple[str, ...]],
 ) -> list[Owner]:
-    """The modules to hook.
+    """Find the owners of all perturbed parameters.
 
     Args:
-        model: whose calls are watched.
-        tensors: direction indices of the parameters that are perturbed.
+        model: the module whose forward is perturbed.
+        tensors: parameter -> tensor index of its directions.
         atomic: classes that read the weights of their children directly.
-        children_read: names of classes, and of the children whose weights they read directly.
+        children_read: class name -> names of the children whose weights it reads directly.
     """
     owners: dict[nn.Module, Owner] = {}
 
+    # `holder` owns the weights that are found. `fixed` keeps it the owner of the whole subtree.
     def visit(module: nn.Module, path: str, holder: nn.Module, fixed: bool) -> None:
-        # A module may stand in a subtree that is swapped whole, and be called outside of it too.
+        # A shared module may lie in a subtree that is swapped whole, and elsewhere too.
         place = (module, holder if fixed else None)
         if place in seen:
             return
         seen.add(place)
         if module in heads:
-            # peft calls the patched forward without its hooks: only the outermost call is certain.
+            # peft calls the replaced forward without hooks, so only the model's own call is sure.
             holder, fixed = model, True
         heads.update(_head_read_by(module))
-        # A container without a forward of its own is read by whoever holds it.
+        # A container without a forward is never called, so its holder reads its weights.
         compiled = is_compiled(module)
         if not fixed and (compiled or _is_called(module)):
             holder = module
@@ -120,14 +123,15 @@ def find_owners(
 
 
 def take_small(owners: Sequence[Owner]) -> list[Slot]:
-    """Take the slots of small weights from their owners, up to a part of the largest layer."""
+    """Remove the slots of small weights from their owners, and return them."""
     hooked = [owner for owner in owners if not owner.is_lookup]
     room = max((owner.num_bytes for owner in hooked), default=0) // _SMALL_SHARE
     taken = []
     for owner in hooked:
         tied = [slot for _, slot in owner.ties]
         for slot in [slot for slot in owner.slots if slot not in tied]:
-            size = slot.parameter.numel() * slot.parameter.element_size()
+            size = slot.parameter.nbytes
+            # `TiledLinear` takes the bias as it finds it, so the bias must be perturbed beforehand.
             is_bias_of_tiles = slot.name == "bias" and is_tileable(slot.module)
             if is_bias_of_tiles or size <= min(_SMALL_BYTES, room):
                 room -= 0 if is_bias_of_tiles else size
@@ -141,14 +145,14 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _reads_children(module: nn.Module) -> bool:
-    """Peft's DoRA computes the norm of its base layer's weight; trained tokens replace its rows."""
+    # DoRA computes the norm of its base layer's weight. Trained tokens replace rows of it.
     use_dora = getattr(module, "use_dora", None)
     is_dora = isinstance(use_dora, dict) and any(use_dora.values())
     return is_dora or hasattr(module, "trainable_tokens_delta")
 
 
 def _head_read_by(module: nn.Module) -> list[nn.Module]:
-    """A forward set on the instance may read the output embeddings instead of calling them."""
+    # A forward that is set on the instance may read the output embeddings without calling them.
     if "forward" not in vars(module) or not hasattr(type(module), "get_output_embeddings"):
         return []
     head = module.get_output_embeddings()  # type: ignore[operator]

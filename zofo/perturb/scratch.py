@@ -1,7 +1,7 @@
-"""Scratch buffers for perturbed weights: kept, and reused by one layer after another.
+"""Scratch buffers for perturbed weights, which one layer after another reuses.
 
-There is a buffer for each level of nesting, dtype and device, of the size of the largest layer that
-was computed in it.
+There is one buffer for each level of nesting, dtype and device. It has the size of the largest
+layer that was computed in it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,24 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from zofo.noise.combine import Distribution, prepare
 from zofo.perturb.owners import Owner
 
+# Elements between the starts of two weights are a multiple of this, so that vector loads and the
+# CUDA kernels find aligned addresses in every dtype.
 _ALIGNMENT = 64
 
 _Place = tuple[int, torch.dtype, torch.device]
-"""Of a buffer: level, dtype, device."""
+"""Level, dtype and device of a buffer."""
 
 
 @dataclass(frozen=True)
 class Swap:
-    """Perturbed weights of an owner, laid out once: good while the weights stay where they are.
+    """Perturbed weights of an owner, laid out once. It is valid while the weights do not move."""
 
-    Attributes:
-        addresses: of the owner's weights.
-        parameters: what stands in their slots meanwhile.
-        compute: fills the parameters, given scale, step and direction.
-    """
-
-    addresses: list[int]
-    parameters: list[nn.Parameter]
-    compute: Callable[[float, int, int], None]
+    addresses: list[int]  # of the owner's weights
+    parameters: list[nn.Parameter]  # views of the scratch, one per slot
+    compute: Callable[[float, int, int], None]  # fills them, given scale, step and direction
 
     def put_in(self, owner: Owner) -> None:
-        """Let the owner's modules read it."""
+        """Put the perturbed weights into the owner's places; ties stay ties."""
         for slot, parameter in zip(owner.slots, self.parameters, strict=True):
             slot.module._parameters[slot.name] = parameter
         for other, slot in owner.ties:
@@ -46,12 +42,7 @@ class Swap:
 
 
 class Scratch:
-    """The buffers of a perturbed view.
-
-    Args:
-        seed: run seed.
-        distribution: of the directions.
-    """
+    """The buffers of a perturbed view, and the swaps that lie in them."""
 
     def __init__(self, seed: int, distribution: Distribution) -> None:
         self._seed, self._distribution = seed, distribution
@@ -59,16 +50,16 @@ class Scratch:
         self._swaps: dict[int, dict[Owner, Swap]] = {}
 
     def forget_owners(self) -> None:
-        """Keep the buffers only."""
+        """Forget all swaps and keep the buffers."""
         self._swaps.clear()
 
     @property
     def num_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(t.numel() * t.element_size() for t in self._buffers.values())
+        """Size of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def swap_of(self, owner: Owner, level: int) -> Swap:
-        """The owner's swap in the buffers of a level, not yet computed."""
+        """The owner's swap in the buffers of a level. Its weights are not computed here."""
         swap = self._swaps.get(level, {}).get(owner)
         if swap is None or swap.addresses != [s.parameter.data_ptr() for s in owner.slots]:
             swap = self._lay_out(owner, level)
@@ -76,9 +67,10 @@ class Scratch:
         return swap
 
     def detach(self, output: Any) -> Any:
-        """Copy what a module returns of its own weights: the next layer reuses the buffer."""
+        """Copy the tensors of a module's output that lie in a buffer, which others will reuse."""
         buffers = {t.untyped_storage().data_ptr() for t in self._buffers.values()}
 
+        # Sparse tensors have no storage to compare.
         def is_scratch(t: Tensor) -> bool:
             return t.layout == torch.strided and t.untyped_storage().data_ptr() in buffers
 
@@ -104,17 +96,18 @@ class Scratch:
         )
 
     def _views(self, weights: list[nn.Parameter], level: int) -> list[Tensor]:
-        """A tensor for each weight, from the buffers of a level."""
+        """A part of the level's buffers for each weight, in its shape."""
         needed: dict[_Place, int] = {}
         places = []
         for weight in weights:
             place = (level, weight.dtype, weight.device)
             places.append((place, needed.get(place, 0)))
+            # -(-a // b) rounds the quotient up.
             padded = -(-weight.numel() // _ALIGNMENT) * _ALIGNMENT
             needed[place] = needed.get(place, 0) + padded
         for place, size in needed.items():
             if place not in self._buffers or self._buffers[place].numel() < size:
-                # Nothing may hold on to the smaller buffer.
+                # Every reference to the smaller buffer goes first, so that both never coexist.
                 self._buffers.pop(place, None)
                 self._swaps.pop(level, None)
                 self._buffers[place] = torch.empty(size, dtype=place[1], device=place[2])

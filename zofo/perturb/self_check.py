@@ -1,7 +1,7 @@
 """The self-check of a perturbed forward.
 
-Every tensor operation is watched for reads of a weight that should be seen perturbed: a module that
-reads a child's weight instead of calling the child is found and named.
+It watches every tensor operation for reads of an unperturbed weight. So it finds and names a weight
+that some module reads without calling the weight's own module.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from zofo.perturb.owners import Owner
 
 
 class SelfCheckError(RuntimeError):
-    """A weight is read around its module, so the model cannot be seen perturbed."""
+    """A weight is read outside its module's call, so the read misses the perturbation."""
 
 
 class ReadWatch(TorchDispatchMode):
-    """Raises when an operation reads the storage of a weight that should be seen perturbed."""
+    """Raises SelfCheckError when an operation reads the storage of an owner's weight."""
 
     def __init__(self, owners: Sequence[Owner]) -> None:
         super().__init__()
-        self._paths = {
+        # By address, because views and detached tensors share the storage of a weight.
+        self._slots = {
             slot.parameter.untyped_storage().data_ptr(): slot
             for owner in owners
             for slot in owner.slots
@@ -36,7 +37,7 @@ class ReadWatch(TorchDispatchMode):
         self._is_paused = False
 
     def pause_during(self, module: nn.Module) -> list[Any]:
-        """Hooks that let a module read what it owns."""
+        """Hook a module so that its own calls may read its weights; returns the handles."""
 
         def pause(*_: Any) -> None:
             self._is_paused = True
@@ -51,7 +52,7 @@ class ReadWatch(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the context reads are allowed."""
+        """Allow reads inside the context."""
         self._is_paused = True
         try:
             yield
@@ -68,7 +69,7 @@ class ReadWatch(TorchDispatchMode):
         if not self._is_paused:
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor) and value.layout == torch.strided:
-                    slot = self._paths.get(value.untyped_storage().data_ptr())
+                    slot = self._slots.get(value.untyped_storage().data_ptr())
                     if slot is not None:
                         raise SelfCheckError(
                             f"the weight {slot.path} of {type(slot.module).__name__} is read by "

@@ -1,14 +1,14 @@
-"""A perturbed linear layer whose perturbed weight is never whole.
+"""A perturbed linear layer that computes its perturbed weight a tile at a time.
 
     y[:, rows] = x (w[rows] + scale · v[rows])ᵀ + b[rows]        512 rows at a time
 
-The scratch stays in the second-level cache: computed there, it is read from there by the product.
-Measured on an output head of 49,152 × 576 the perturbation then costs nothing beside the product
-(with a whole scratch a quarter of it), and the layer needs one megabyte instead of its own size.
+The tile stays in the second-level cache, from which the product reads it. On an output head of
+49,152 × 576 the perturbation measurably costs nothing beside the product. With scratch for the
+whole weight it costs a quarter of the product. The layer needs one megabyte instead of its size.
 
-A product of some rows has the same bits as those rows of the whole one where the library sums over
-the inner dimension in the same order. That is tried on the first batch; if it is not so here, the
-layer is computed whole.
+A product with some rows of the weight has the bits of the whole product if the library sums over
+the inner dimension in the same order. The first batch decides: if the bits differ, the layer is
+swapped as a whole.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, prepare
 
-ROWS: Final = 512
+ROWS: Final = 512  # of the weight, per tile
 _MIN_TILES: Final = 8
 
 
 def is_tileable(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer on the CPU, large enough to be worth it."""
+    """Whether the module is a plain linear layer on the CPU, large enough for tiles."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
@@ -39,14 +39,14 @@ def is_tileable(module: nn.Module) -> bool:
 
 
 class TiledLinear:
-    """A linear layer seen perturbed.
+    """A perturbed linear layer.
 
     Args:
-        weight: [out, in], as `is_tileable` asks.
-        tensor: its index.
+        weight: the weight of a tileable layer, [out, in].
+        tensor: its tensor index.
         scratch: of the weight's dtype, at least [ROWS · in]; layers may share it.
-        seed: run seed.
-        distribution: of the directions.
+        seed: seed of the run.
+        distribution: distribution of the directions.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TiledLinear:
         self._tiles: list[tuple[slice, Tensor, Callable[[float, int, int], None]]] = []
 
     def serves(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether `x` can be multiplied tile by tile, to the bits of the whole product."""
+        """Whether the tiled product with `x` has the bits of the whole product."""
         weight = self.weight
         if (
             torch.is_grad_enabled()
@@ -76,6 +76,7 @@ class TiledLinear:
         ):
             return False
         if self._is_exact is None:
+            # Both products use the unperturbed weight: only the order of summation matters.
             whole = nn.functional.linear(x, weight, bias)
             rows = [slice(a, a + ROWS) for a in range(0, len(weight), ROWS)]
             tiled = self._product(x, bias, ((part, weight[part]) for part in rows))
@@ -85,21 +86,19 @@ class TiledLinear:
     def __call__(
         self, x: Tensor, bias: Tensor | None, scale: float, step: int, direction: int
     ) -> Tensor:
-        """The layer's output at weight + scale · v[step, direction].
+        """The output at weight + scale · v[step, direction], shape [..., out].
 
         Args:
             x: [..., in].
-            bias: [out], as it is to be seen.
-            scale: of the direction.
-            step: of the direction.
-            direction: its index.
-
-        Returns:
-            [..., out].
+            bias: [out]; already perturbed, if it is to be.
+            scale: eps, or −eps.
+            step: the optimizer step.
+            direction: index of the direction.
         """
         if self._address != self.weight.data_ptr():
             self._lay_out()
 
+        # All tiles share one buffer, so each is used before the next is computed.
         def tiles() -> Iterator[tuple[slice, Tensor]]:
             for part, tile, compute in self._tiles:
                 compute(scale, step, direction)
@@ -110,8 +109,8 @@ class TiledLinear:
     def _product(
         self, x: Tensor, bias: Tensor | None, tiles: Iterable[tuple[slice, Tensor]]
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = rows.new_empty(len(rows), len(self.weight))
+        rows = x.reshape(-1, x.shape[-1])  # [rows, in]
+        out = rows.new_empty(len(rows), len(self.weight))  # [rows, out]
         for part, tile in tiles:
             if bias is None:
                 torch.mm(rows, tile.t(), out=out[:, part])
@@ -125,7 +124,7 @@ class TiledLinear:
         scratch = self._scratch[: ROWS * width].view(ROWS, width)
         self._address, self._tiles = weight.data_ptr(), []
         for a in range(0, len(weight), ROWS):
-            source = weight[a : a + ROWS]
+            source = weight[a : a + ROWS]  # [at most ROWS, in]
             tile = scratch[: len(source)]
             compute = prepare(
                 [source],
@@ -133,6 +132,6 @@ class TiledLinear:
                 tensors=[self.tensor],
                 seed=self.seed,
                 distribution=self.distribution,
-                offset=a * width,
+                offset=a * width,  # of the tile's first element within the weight
             )
             self._tiles.append((slice(a, a + ROWS), tile, compute))

@@ -1,16 +1,15 @@
-"""The model seen at w + scale · v, without writing w.
+"""Evaluate the model at w + scale · v without writing to w.
 
-A forward pre-hook on each module that owns moved weights computes w + scale · v into a scratch
-buffer and puts that in the module's parameter table; the post-hook puts the parameter itself back.
-The parameter is never written, so nothing has to be undone: an exception, Ctrl-C or a kill leaves
-every bit where it was. Each layer's scratch is reused by the next: the extra memory is that of the
-largest layer. Weights too small to be worth a hook (norms, biases) are computed all at once, before
-the forward, into a scratch of their own.
+A forward pre-hook on each owner of weights computes w + scale · v into a scratch buffer and puts
+the result into the module's parameter table. The post-hook puts the parameter back. The parameter
+is never written, so after an exception or Ctrl-C no weight has to be restored. One layer after
+another uses the same scratch, so the extra memory is that of the largest layer. Small weights, such
+as norms and biases, are computed together before the forward, into scratch of their own.
 
-A module that reads a child's weight directly (instead of calling the child) would see it as it was.
-The known ones (`ATOMIC`, and what `zofo.perturb.owners` finds) are swapped as a whole subtree,
-single children (`CHILDREN_READ`) for as long as their parent runs; any other is found by the
-self-check (`zofo.perturb.self_check`), which names it.
+A module that reads a child's weight without calling the child would see the unperturbed weight.
+Known modules of this kind (`ATOMIC`, and those that `zofo.perturb.owners` finds) swap their whole
+subtree during their call. Modules in `CHILDREN_READ` swap only the named children. The self-check
+(`zofo.perturb.self_check`) finds and names any other.
 """
 
 from __future__ import annotations
@@ -48,17 +47,17 @@ CHILDREN_READ: dict[str, tuple[str, ...]] = {
     "FalconMambaMixer": _MAMBA,
     "Mamba2Mixer": _MAMBA,
 }
-"""Names of classes, and of the children whose own weights their forward reads directly."""
+"""Class name -> names of the children whose own weights its forward reads directly."""
 
 
 class Perturbation:
     """The perturbed view of a model.
 
     Args:
-        model: the model whose forward is to be seen perturbed.
-        parameters: what is perturbed.
-        tensors: their direction indices, as in `Blocks.base_index`.
-        seed: run seed in [0, 2^64).
+        model: the model whose forward is perturbed.
+        parameters: the perturbed weights.
+        tensors: their tensor indices, which address directions, as in `Blocks.base_index`.
+        seed: seed of the run, in [0, 2^64).
         distribution: "rademacher" or "gaussian".
         overlap: on CUDA, compute the next layer's weights while a layer runs, into a second
             scratch buffer. The bits are the same. Off by default: it has not been timed on a GPU.
@@ -85,7 +84,7 @@ class Perturbation:
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Watch the calls of another module that holds the weights: accelerate wraps models."""
+        """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
         owners = find_owners(model, self._tensors, ATOMIC, CHILDREN_READ)
@@ -96,12 +95,13 @@ class Perturbation:
         self._tile = self._make_tiles()
         whole = sum(p.numel() for p in model.parameters())
         for owner in self._owners:
+            # The owner of a compiled module has the weights of its whole subtree.
             size = sum(slot.parameter.numel() for slot in owner.slots)
             if is_compiled(owner.module) and 2 * size > whole:
                 warnings.warn(
                     f"{type(owner.module).__name__} is compiled as a whole, so every perturbed "
-                    f"evaluation needs a copy of its {size:,} moved weights. To need a copy of one "
-                    "layer, compile them: for layer in model.model.layers: layer.compile()",
+                    f"evaluation needs a copy of its {size:,} moved weights. Compile each layer "
+                    "to need a copy of only one: for layer in model.model.layers: layer.compile()",
                     stacklevel=2,
                 )
 
@@ -112,31 +112,32 @@ class Perturbation:
 
     @property
     def num_weights(self) -> int:
-        """Weights that are perturbed."""
+        """Number of perturbed weights."""
         return sum(p.numel() for p in self._tensors)
 
     @property
     def model(self) -> nn.Module:
-        """The module whose calls are watched."""
+        """The module whose forward is perturbed."""
         return self._model
 
     @contextmanager
     def at(
         self, scale: float, *, step: int, direction: int = 0, self_check: bool = False
     ) -> Iterator[None]:
-        """Within the context the model computes with w + scale · v[step, direction].
+        """Inside the context, the model computes with w + scale · v[step, direction].
 
         Args:
             scale: eps, or −eps for the other side of a central difference.
-            step: the optimiser step.
+            step: the optimizer step.
             direction: index of the direction.
-            self_check: watch for reads of the unperturbed weights.
+            self_check: watch for reads of unperturbed weights.
 
         Raises:
-            SelfCheckError: if such a read happens; names the weight and its module.
+            SelfCheckError: at such a read; it names the weight and its module.
         """
         if self._point is not None:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
+        # A module that was compiled after the last evaluation changes the owners.
         if compiled_modules(self._modules) != self._compiled:
             self.follow(self._model)
         ahead = self._overlap()
@@ -163,40 +164,39 @@ class Perturbation:
                 owner.swap_out()
             self._stack.clear()
             self._watch = self._point = None
-            if ahead is not None:  # last: a device that has failed raises here, too
+            if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
 
     @property
     def largest_layer_bytes(self) -> int:
-        """Size of the scratch that the largest layer will need, with that of the small weights.
-
-        With overlap the layer counts twice.
-        """
+        """Size of the scratch for the largest layer, twice with overlap, and the small weights."""
         layers = [o.num_bytes for o in self._owners if not o.is_lookup and o.tiles is None]
-        tiles = sum(t.numel() * t.element_size() for t in self._tile.values())
         kind = self._device.type if self._owners else "cpu"
         buffers = 2 if self.overlap and (kind == "meta" or streams_of(kind)) else 1
-        return buffers * max(layers, default=0) + self._small.num_bytes + tiles
+        return buffers * max(layers, default=0) + self._small.num_bytes + self._tile_bytes
 
     @property
     def scratch_bytes(self) -> int:
-        """Size of the scratch buffers held between evaluations."""
-        tiles = sum(t.numel() * t.element_size() for t in self._tile.values())
-        return self._scratch.num_bytes + tiles
+        """Size of the scratch buffers that stay allocated between evaluations."""
+        return self._scratch.num_bytes + self._tile_bytes
+
+    @property
+    def _tile_bytes(self) -> int:
+        return sum(tile.nbytes for tile in self._tile.values())
 
     @property
     def entered(self) -> Collection[Any]:
-        """Where the last evaluation saw the perturbation."""
+        """The owners whose weights the last evaluation perturbed."""
         return tuple(self._entered)
 
     def check_entered(self, expected: Collection[Any]) -> None:
-        """Make sure that the last evaluation saw the perturbation wherever an eager one did.
+        """Check that the last evaluation perturbed every owner that an eager one did.
 
         Args:
-            expected: what `entered` was after the eager one.
+            expected: `entered` after the eager evaluation.
 
         Raises:
-            SelfCheckError: if not; names a weight that it saw unperturbed.
+            SelfCheckError: if it did not; it names a weight that was read unperturbed.
         """
         missing = next((owner for owner in expected if owner not in self._entered), None)
         if missing is not None:
@@ -208,10 +208,10 @@ class Perturbation:
             )
 
     def _hooks(self, owner: Owner) -> list[Any]:
-        """Watch the owner's calls; returns the handles."""
+        """Hook the owner's module; returns handles with a `remove` method."""
         module = owner.module
         if owner.is_lookup:
-            # First among the hooks: another's noise on the output stays (NEFTune).
+            # It replaces the output, so it must run before hooks that add to it (NEFTune's noise).
             hook = module.register_forward_hook(
                 lambda _, args, kwargs, output: self._look_up(owner, args, kwargs, output),
                 prepend=True,
@@ -243,7 +243,7 @@ class Perturbation:
             self._ahead.look_ahead(self._point)
 
     def _leave(self, owner: Owner, output: Any) -> Any:
-        if owner.calls == 0:  # another pre-hook failed before ours ran
+        if owner.calls == 0:  # another pre-hook raised before ours ran
             return None
         owner.calls -= 1
         if owner.calls:
@@ -255,7 +255,7 @@ class Perturbation:
         return None if safe is output else safe
 
     def _look_up(self, owner: Owner, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        """What the embedding returns at the perturbed point, from the rows that it reads."""
+        """The embedding's output at the perturbed point, from the rows that it reads."""
         if not isinstance(output, Tensor):  # the module failed
             return None
         assert self._point is not None
@@ -263,8 +263,8 @@ class Perturbation:
         ids, slot = args[0] if args else kwargs["input"], owner.slots[0]
         self._note(owner)
         with self._paused():
-            # A row is computed as often as it is read: to find the distinct ones would make the
-            # host wait for the device.
+            # Repeated rows are computed repeatedly, because finding the distinct ones would make
+            # the host wait for the device.
             table = combine_rows(
                 slot.parameter,
                 ids.reshape(-1).long(),
@@ -275,7 +275,7 @@ class Perturbation:
                 first_direction=direction,
                 distribution=self.distribution,
             )
-            return table.view(*ids.shape, -1)
+            return table.view(*ids.shape, -1)  # [..., width], from [rows, width]
 
     def _multiply(self, owner: Owner, x: Tensor) -> Any:
         module: Any = owner.module
@@ -294,7 +294,8 @@ class Perturbation:
         return output if safe is None else safe
 
     def _note(self, owner: Owner) -> None:
-        # What is called inside of a compiled module is called only while that runs eagerly.
+        # A graph calls no hooks of the modules inside it. Owners inside a compiled module do not
+        # count, because only an eager run would note them.
         if not any(is_compiled(other.module) for other in self._stack):
             self._entered[owner] = None
 
@@ -312,7 +313,7 @@ class Perturbation:
         return self._owners[0].slots[0].parameter.device
 
     def _overlap(self) -> Overlap | None:
-        """What computes ahead in the evaluation that begins, if anything does."""
+        """Begin the overlap of an evaluation; None without one."""
         if not self.overlap or not self._owners:
             return None
         if self._ahead is None or self._ahead.device != self._device:
@@ -322,14 +323,14 @@ class Perturbation:
         return self._ahead
 
     def _make_tiles(self) -> dict[torch.dtype, Tensor]:
-        """Find the layers that are computed in tiles; returns the scratch that they share."""
+        """Give large linear layers their tiles; returns the scratch that they share, by dtype."""
         found: list[tuple[Owner, Slot]] = []
         for owner in self._owners:
             module, slots = owner.module, owner.slots
             is_alone = len(slots) == 1 and not owner.ties and not self._compiled
             if is_alone and slots[0].module is module and is_tileable(module):
                 found.append((owner, slots[0]))
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
         for _, slot in found:
             dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
             sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
@@ -346,10 +347,11 @@ class Perturbation:
 
 
 class _InsteadOfForward:
-    """A function that a module runs as its forward, until removed; its hooks stay."""
+    """Makes a function the forward of one module, whose hooks stay, until removed."""
 
     def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
         self._module = module
+        # The argument keeps the name that it has in nn.Linear.forward, for calls by keyword.
         vars(module)["forward"] = lambda input: function(input)
 
     def remove(self) -> None:
