@@ -1,49 +1,58 @@
-"""What computes the sums of weights and directions, by device.
+"""The sums of weights and directions, computed by the backend of their device.
 
-On the CPU numba's kernels (`cpu`), on CUDA Triton's (`triton_launch`) where it can be imported,
-elsewhere plain torch operations (`philox`): the same directions, slower; said once.
+    device      backend
+    cpu         numba's kernels (`cpu`)
+    cuda        Triton's kernels (`triton_launch`), if Triton can be imported
+    any other   plain torch operations (`philox`), which are slower; one warning says so
+
+All backends draw the same directions.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from zofo.noise import philox
+from zofo.noise.address_checks import check_tensors
 
 Backend = Literal["cpu", "triton", "torch"]
+Job = tuple[Tensor, Tensor, int]
+"""A weight, the tensor that receives the sum, and the tensor index of the weight's directions."""
+_Key = TypeVar("_Key")
 
 
 @lru_cache(maxsize=8)
 def backend(device_type: str) -> Backend:
-    """What computes on such a device. Said once where it is the slow way."""
+    """The backend of a device. Warns once if it is the slow one."""
     chosen, reason = _choice(device_type)
     if reason is not None:
         warnings.warn(
-            f"directions on {device_type} are drawn by plain torch operations, the same but "
-            f"slower: {reason}",
+            f"directions on {device_type} are drawn by plain torch operations, which give the same "
+            f"numbers but are slower: {reason}",
             stacklevel=4,
         )
     return chosen
 
 
 def in_words(device_type: str) -> str:
-    """What `backend` chooses for a device, and why where it is the slow way; warns of nothing."""
+    """Describe the backend of a device without a warning, and say why if it is the slow one."""
     chosen, reason = _choice(device_type)
     if chosen == "cpu":
         return f"compiled kernels, {cpu().team_in_words()}"
     if chosen == "triton":
         return "Triton's kernels"
-    return f"plain torch operations, the same but slower: {reason}"
+    return f"plain torch operations, the same numbers but slower: {reason}"
 
 
 def _choice(device_type: str) -> tuple[Backend, str | None]:
-    """The backend, and why it is the slow one if it is."""
+    """The backend, and the reason if it is the slow one."""
     if device_type == "cpu":
         return "cpu", None
     if device_type != "cuda":
@@ -55,145 +64,142 @@ def _choice(device_type: str) -> tuple[Backend, str | None]:
     return "triton", None
 
 
-def triton_launch() -> Any:
-    """Imported on first use: triton is there only on Linux, and takes a moment to load."""
-    from zofo.noise import triton_launch
-
-    return triton_launch
-
-
-def _combine_triton(weight: Tensor, out: Tensor, *args: Any, **options: Any) -> None:
-    triton_launch().combine(weight, out, *args, **options)
-
-
-def _combine_anywhere(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    decays: Sequence[float],
-    steps: Sequence[int],
-    **address: Any,
-) -> None:
-    """By the reference, in torch's own operations: any device, slower."""
-    for step, decay, row in zip(steps, decays, coefficients, strict=True):
-        philox.combine(weight, out, tuple(row), decay=decay, step=step, **address)
-        weight = out
-
-
-def _combine_cpu(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    tensor: int,
-    offset: int,
-    **options: Any,
-) -> None:
-    plan = cpu().Plan(weight.dtype, coefficients, **options)
-    cpu().call_of([weight], [out], [tensor], offset).run(plan)
-
-
-def _many_by_cpu(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float],
-    *,
-    decay: float,
-    step: int,
-    stochastic: bool,
-    **options: Any,
-) -> None:
-    """One call for each dtype."""
-    groups: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
-    for triple in triples:
-        groups.setdefault(triple[0].dtype, []).append(triple)
-    for dtype, group in groups.items():
-        sources = [weight.detach().contiguous() for weight, _, _ in group]
-        targets = [
-            out.detach() if out.is_contiguous() else torch.empty_like(source)
-            for source, (_, out, _) in zip(sources, group, strict=True)
-        ]
-        plan = cpu().Plan(
-            dtype,
-            [coefficients],
-            decays=[decay],
-            steps=[step],
-            stochastic=stochastic and dtype.itemsize == 2,
-            **options,
-        )
-        cpu().call_of(sources, targets, [tensor for _, _, tensor in group]).run(plan)
-        for target, (_, out, _) in zip(targets, group, strict=True):
-            hand_back(target, out)
-
-
-def _many_by_triton(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float] | Tensor,
-    **options: Any,
-) -> None:
-    if not triples:
-        return
-    sources = [weight.detach().contiguous() for weight, _, _ in triples]
-    # A copy has the values that `out` has: the kernel may decide to write nothing.
-    targets = [out.detach().contiguous() for _, out, _ in triples]
-    triton_launch().combine_many(
-        sources, targets, coefficients, tensors=[tensor for _, _, tensor in triples], **options
-    )
-    for target, (_, out, _) in zip(targets, triples, strict=True):
-        hand_back(target, out)
-
-
-def _many_anywhere(
-    triples: Sequence[tuple[Tensor, Tensor, int]],
-    coefficients: Sequence[float],
-    *,
-    decay: float,
-    step: int,
-    stochastic: bool,
-    **options: Any,
-) -> None:
-    for weight, out, tensor in triples:
-        source = weight.detach().contiguous()
-        target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-        _combine_anywhere(
-            source,
-            target,
-            [coefficients],
-            decays=[decay],
-            steps=[step],
-            tensor=tensor,
-            offset=0,
-            stochastic=stochastic and weight.element_size() == 2,
-            **options,
-        )
-        hand_back(target, out)
-
-
-COMBINE: Final[dict[str, Any]] = {
-    "cpu": _combine_cpu,
-    "triton": _combine_triton,
-    "torch": _combine_anywhere,
-}
-
-
-MANY: Final[dict[str, Any]] = {
-    "cpu": _many_by_cpu,
-    "triton": _many_by_triton,
-    "torch": _many_anywhere,
-}
-
-
 @lru_cache(maxsize=1)
 def cpu() -> Any:
-    """Imported on first use: compiled kernels take a moment to load."""
+    """The launcher of the CPU kernels, imported on first use because numba loads slowly."""
     from zofo.noise import cpu as module
 
     return module
 
 
-def hand_back(target: Tensor, out: Tensor) -> None:
-    """What was written to `target` is out's, if it does not lie there already."""
-    if target.data_ptr() != out.data_ptr():
-        out.detach().copy_(target)
-    elif not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+def triton_launch() -> Any:
+    """The launcher of the CUDA kernels, imported on first use: only some systems have Triton."""
+    from zofo.noise import triton_launch
+
+    return triton_launch
+
+
+def grouped(jobs: Iterable[Job], key: Callable[[Tensor], _Key]) -> dict[_Key, list[Job]]:
+    """The jobs by a property of their weights, in order."""
+    groups: dict[_Key, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(key(job[0]), []).append(job)
+    return groups
+
+
+def _by_cpu(
+    jobs: Sequence[Job],
+    coefficients: Sequence[Sequence[float]],
+    *,
+    offset: int,
+    stochastic: bool,
+    **options: Any,
+) -> None:
+    # One call serves tensors of one dtype.
+    for dtype, group in grouped(jobs, lambda weight: weight.dtype).items():
+        stochastic_here = stochastic and dtype.itemsize == 2
+        plan = cpu().Plan(dtype, coefficients, stochastic=stochastic_here, **options)
+        cpu().call_of(*zip(*group, strict=True), offset).run(plan)
+
+
+def _by_triton(
+    jobs: Sequence[Job],
+    coefficients: Sequence[Sequence[float]] | Tensor,
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    offset: int,
+    **options: Any,
+) -> None:
+    if len(jobs) == 1 and not isinstance(coefficients, Tensor):
+        # A single tensor needs no table on the device, and may take several steps at once.
+        weight, out, tensor = jobs[0]
+        options |= {"decays": decays, "steps": steps, "tensor": tensor, "offset": offset}
+        triton_launch().combine(weight, out, coefficients, **options)
+        return
+    weights, outs, tensors = zip(*jobs, strict=True)
+    row = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
+    options |= {"decay": decays[0], "step": steps[0], "tensors": tensors}
+    triton_launch().combine_many(weights, outs, row, **options)
+
+
+def _by_torch(
+    jobs: Sequence[Job],
+    coefficients: Sequence[Sequence[float]],
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    **options: Any,
+) -> None:
+    for weight, out, tensor in jobs:
+        source = weight
+        for row, decay, step in zip(coefficients, decays, steps, strict=True):
+            philox.combine(
+                source, out, tuple(row), decay=decay, step=step, tensor=tensor, **options
+            )
+            source = out
+
+
+_BACKENDS: Final[dict[Backend, Callable[..., None]]] = {
+    "cpu": _by_cpu,
+    "triton": _by_triton,
+    "torch": _by_torch,
+}
+
+
+def compute(
+    jobs: Sequence[Job],
+    coefficients: Sequence[Sequence[float]] | Tensor,
+    *,
+    decays: Sequence[float],
+    steps: Sequence[int],
+    seed: int,
+    purpose: int,
+    first_direction: int,
+    stochastic: bool,
+    offset: int = 0,
+) -> None:
+    """Compute and write all jobs, after a check of all addresses.
+
+    Args:
+        jobs: on any devices, in any dtypes and layouts.
+        coefficients: [steps][directions]; or a tensor, [directions], for a single step.
+        decays: [steps].
+        steps: addresses of the directions, at least one.
+        seed: seed of the run.
+        purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
+        first_direction: index of the first direction.
+        stochastic: round 16-bit weights stochastically.
+        offset: index of each weight's first element within its whole tensor.
+
+    Raises:
+        ValueError: for a dtype, shape, device or address that the kernels cannot serve.
+    """
+    num_directions = (
+        len(coefficients) if isinstance(coefficients, Tensor) else max(map(len, coefficients))
+    )
+    for weight, out, tensor in jobs:
+        check_tensors(
+            weight, out, num_directions, seed, max(steps), tensor, first_direction, offset
+        )
+    drawing = {"seed": seed, "purpose": purpose, "first_direction": first_direction}
+    full = [job for job in jobs if job[0].numel()]
+    for device, given in grouped(full, lambda weight: weight.device).items():
+        chosen = backend(device.type)
+        rows = coefficients
+        if isinstance(rows, Tensor) and chosen != "triton":
+            rows = [rows.tolist()]
+            if not all(map(math.isfinite, rows[0])):
+                continue
+        # Kernels walk row-major memory, so another layout goes through a copy. The copy of `out`
+        # has its values, because the CUDA kernel writes nothing if a coefficient is not finite.
+        flat = [(w.detach().contiguous(), out.detach().contiguous(), t) for w, out, t in given]
+        _BACKENDS[chosen](
+            flat, rows, decays=decays, steps=steps, offset=offset, stochastic=stochastic, **drawing
+        )
+        for (_, target, _), (_, out, _) in zip(flat, given, strict=True):
+            if target.data_ptr() != out.data_ptr():
+                out.detach().copy_(target)
+            elif not out.is_inference():
+                # Autograd cannot see that the kernels wrote to it.
+                torch.autograd.graph.increment_version(out)

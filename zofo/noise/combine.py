@@ -1,14 +1,13 @@
-"""Directions and what is done with them: w + Σ_k c_k v_k, read, drawn and written in one pass.
+"""Sums of a weight and its directions, w + Σ_k c_k v_k: drawn, read and written in one pass.
 
-One function, `combine`, serves the perturbation (one coefficient, into a scratch buffer, rounded to
-nearest) and the update (one coefficient a direction, in place, rounded stochastically);
-`combine_many` does the same for the tensors of a whole model. On the CPU they run compiled kernels
-over the threads that torch is set to use, on CUDA Triton kernels, elsewhere the torch reference.
+`combine` serves the perturbation and the update. The perturbation has one coefficient, writes to a
+scratch buffer and rounds to nearest. The update has one coefficient per direction, works in place
+and rounds stochastically. `combine_many` does the same for all tensors of a model. `backends` says
+which kernels compute it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
@@ -20,11 +19,8 @@ from zofo.noise import backends, philox
 from zofo.noise.address_checks import check_address, check_tensors
 
 Distribution = Literal["rademacher", "gaussian"]
-
-
+Rounding = Literal["nearest", "stochastic"]
 DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
-
-
 PURPOSES: Final = {"rademacher": philox.RADEMACHER, "gaussian": philox.GAUSSIAN}
 
 
@@ -40,46 +36,47 @@ def combine(
     first_direction: int = 0,
     offset: int = 0,
     distribution: Distribution = "rademacher",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Rounding = "nearest",
 ) -> Tensor:
     """Compute out = round(decay · weight + Σ_k coefficients[k] · v_k).
 
-    Arithmetic is float32 (float64 for float64 weights); the coefficients are rounded to it first.
+    Arithmetic is float32 (float64 for float64 weights). The coefficients are rounded to it first.
 
     Args:
-        weight: float32, float64, bfloat16 or float16, any shape and strides: a whole tensor or a
-            contiguous slice of its row-major elements.
-        coefficients: one for each direction, from `first_direction` on.
-        seed: run seed in [0, 2^64).
+        weight: float32, float64, bfloat16 or float16, any shape and strides: a whole tensor, or a
+            slice of its row-major elements.
+        coefficients: one per direction, from `first_direction` on.
+        seed: seed of the run, in [0, 2^64).
         step: in [0, 2^32).
         tensor: the tensor's index in [0, 2^20).
-        out: where to write: shape and dtype of `weight`, or `weight` itself (the default).
+        out: receives the sum; shape, dtype and device of `weight`. None: `weight` itself.
         decay: factor of the weight (decoupled weight decay).
         first_direction: index of the first direction.
         offset: index of the slice's first element within the whole tensor.
         distribution: "rademacher" or "gaussian".
-        rounding: "nearest" (even), or "stochastic" for 16-bit weights, with bits drawn from the
-            same address; no difference for float32 and float64.
+        rounding: "nearest" (ties to even), or "stochastic" with bits drawn from the same address.
+            Float32 and float64 weights are the same with both.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: for a dtype without kernels, or an address outside its range.
+        ValueError: for a dtype without kernels, an `out` that does not fit, or an address outside
+            its range.
     """
-    return _run(
-        weight,
-        weight if out is None else out,
+    out = weight if out is None else out
+    backends.compute(
+        [(weight, out, tensor)],
         [tuple(coefficients)],
         decays=[decay],
         steps=[step],
         seed=seed,
-        tensor=tensor,
+        purpose=PURPOSES[distribution],
         first_direction=first_direction,
+        stochastic=rounding == "stochastic",
         offset=offset,
-        distribution=distribution,
-        rounding=rounding,
     )
+    return out
 
 
 def prepare(
@@ -91,43 +88,44 @@ def prepare(
     distribution: Distribution = "rademacher",
     offset: int = 0,
 ) -> Callable[[float, int, int], None]:
-    """Sums weights + coefficient · v, to be computed again and again into the same places.
+    """Prepare the sums weights + coefficient · v for repeated computation into the same memory.
 
-    What does not change is laid out once, and all tensors of a dtype are one call. On CUDA it goes
-    to the current stream; where the tensors are contiguous it neither waits nor allocates.
+    Everything that does not change is laid out once, and all tensors of a dtype take one call. On
+    CUDA the calls run on the current stream. If all tensors are contiguous, they neither wait nor
+    allocate.
 
     Args:
-        weights: as for `combine`. Their memory must stay where it is, and so must that of outs.
-        outs: where to write, apart from the weights.
-        tensors: the tensors' indices.
-        seed: run seed.
+        weights: as for `combine`. The memory of weights and outs must not move.
+        outs: receive the sums; they must not overlap the weights.
+        tensors: the tensor indices.
+        seed: seed of the run.
         distribution: "rademacher" or "gaussian".
-        offset: index of the weights' first element within their whole tensor; on the CPU.
+        offset: index of each weight's first element within its whole tensor. Only contiguous
+            weights on the CPU may have one.
 
     Returns:
-        A function of coefficient, step and direction.
+        A function of coefficient, step and direction, which computes the sums.
 
     Raises:
         ValueError: as `combine`.
     """
-    per_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = {}
-    per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
-    rest = []
-    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+    ready: dict[str, list[backends.Job]] = {"cpu": [], "triton": []}
+    rest: list[backends.Job] = []
+    for job in zip(weights, outs, tensors, strict=True):
+        weight, out, tensor = job
         check_tensors(weight, out, 1, seed, 0, tensor, 0, offset)
         backend = backends.backend(weight.device.type)
         if backend == "torch" or not (weight.is_contiguous() and out.is_contiguous()):
-            rest.append((weight, out, tensor))
-        elif weight.numel() and backend == "cpu":
-            per_dtype.setdefault(weight.dtype, []).append((weight, out, tensor))
+            rest.append(job)
         elif weight.numel():
-            per_device.setdefault(weight.device, []).append((weight, out, tensor))
+            ready[backend].append(job)
     calls = {
         dtype: backends.cpu().call_of(*zip(*jobs, strict=True), offset)
-        for dtype, jobs in per_dtype.items()
+        for dtype, jobs in backends.grouped(ready["cpu"], lambda weight: weight.dtype).items()
     }
     layouts = [
-        backends.triton_launch().layout_of(*zip(*jobs, strict=True)) for jobs in per_device.values()
+        backends.triton_launch().layout_of(*zip(*jobs, strict=True))
+        for jobs in backends.grouped(ready["triton"], lambda weight: weight.device).values()
     ]
     if (rest or layouts) and offset:
         raise ValueError("only a contiguous weight on the CPU can be a part of a tensor")
@@ -149,20 +147,21 @@ def prepare(
                 stochastic=False,
             )
         if rest:
-            combine_many(
-                [weight for weight, _, _ in rest],
-                (coefficient,),
+            backends.compute(
+                rest,
+                [(coefficient,)],
+                decays=[1.0],
+                steps=[step],
                 seed=seed,
-                step=step,
-                tensors=[tensor for _, _, tensor in rest],
-                outs=[out for _, out, _ in rest],
+                purpose=purpose,
                 first_direction=index,
-                distribution=distribution,
+                stochastic=False,
             )
 
     return run
 
 
+# One evaluation has the same plan for all of its layers, so a few are enough.
 @lru_cache(maxsize=16)
 def _plan(
     dtype: torch.dtype, coefficient: float, step: int, index: int, seed: int, purpose: int
@@ -190,18 +189,18 @@ def combine_many(
     decay: float = 1.0,
     first_direction: int = 0,
     distribution: Distribution = "rademacher",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Rounding = "nearest",
 ) -> list[Tensor]:
-    """`combine` for each of many tensors; on CUDA in one launch for each dtype.
+    """Apply `combine` to each of many tensors; on CUDA in one launch per dtype.
 
     Args:
         weights: as for `combine`; devices, dtypes and layouts may differ.
-        coefficients: one for each direction. A tensor, [directions], is not waited for on CUDA;
-            where a value of it is not finite nothing is written at all.
-        seed: run seed in [0, 2^64).
-        step: in [0, 2^32).
-        tensors: the tensors' indices.
-        outs: where to write; None: in place.
+        coefficients: one per direction. The host does not wait for a tensor, [directions], on
+            CUDA. If one of its values is not finite, nothing is written.
+        seed: seed of the run.
+        step: address of the directions.
+        tensors: the tensor indices.
+        outs: receive the sums; None: the weights themselves.
         decay: factor of the weights.
         first_direction: index of the first direction.
         distribution: "rademacher" or "gaussian".
@@ -217,31 +216,22 @@ def combine_many(
     if not len(weights) == len(outs) == len(tensors):
         raise ValueError(
             f"{len(weights)} weights, {len(outs)} outs and {len(tensors)} tensor indices; "
-            "there must be as many of each"
+            "their numbers must be equal"
         )
     if isinstance(coefficients, Tensor) and coefficients.ndim != 1:
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; it must be [directions]"
         )
-    address: dict[str, Any] = {"seed": seed, "step": step, "first_direction": first_direction}
-    per_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
-    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        check_tensors(weight, out, len(coefficients), tensor=tensor, offset=0, **address)
-        per_device.setdefault(weight.device, []).append((weight, out, tensor))
-    options: dict[str, Any] = {
-        "decay": decay,
-        "purpose": PURPOSES[distribution],
-        "stochastic": rounding == "stochastic",
-        **address,
-    }
-    for device, triples in per_device.items():
-        backend = backends.backend(device.type)
-        values = coefficients
-        if backend != "triton" and isinstance(values, Tensor):
-            values = values.tolist()
-            if not all(map(math.isfinite, values)):
-                continue
-        backends.MANY[backend]([t for t in triples if t[0].numel()], values, **options)
+    backends.compute(
+        list(zip(weights, outs, tensors, strict=True)),
+        coefficients if isinstance(coefficients, Tensor) else [coefficients],
+        decays=[decay],
+        steps=[step],
+        seed=seed,
+        purpose=PURPOSES[distribution],
+        first_direction=first_direction,
+        stochastic=rounding == "stochastic",
+    )
     return outs
 
 
@@ -256,15 +246,15 @@ def combine_rows(
     first_direction: int = 0,
     distribution: Distribution = "rademacher",
 ) -> Tensor:
-    """Some rows of weight + coefficient · v, as `combine` would make them.
+    """Compute some rows of weight + coefficient · v, with the bits of `combine`.
 
     Args:
         weight: [rows of the whole, width], contiguous.
-        rows: int64, [n]: which.
-        coefficient: of the direction.
-        seed: run seed.
-        step: of the direction.
-        tensor: the tensor's index.
+        rows: indices of the rows, int64, [n].
+        coefficient: factor of the direction.
+        seed: seed of the run.
+        step: address of the direction.
+        tensor: the tensor index.
         first_direction: index of the direction.
         distribution: "rademacher" or "gaussian".
 
@@ -274,51 +264,25 @@ def combine_rows(
     Raises:
         ValueError: as `combine`.
     """
-    table = weight.detach()[rows]
+    table = weight.detach()[rows]  # [n, width], a copy
     check_tensors(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
-    backend = backends.backend(weight.device.type)
+    backend, purpose = backends.backend(weight.device.type), PURPOSES[distribution]
+    if backend == "cpu":
+        plan = _plan(weight.dtype, coefficient, step, first_direction, seed, purpose)
+        backends.cpu().call_of_rows(table, rows, tensor).run(plan)
+        return table
+    address: dict[str, Any] = {"seed": seed, "step": step, "tensor": tensor}
+    address["first_direction"] = first_direction
     if backend == "triton":
         backends.triton_launch().combine_rows(
-            table,
-            rows,
-            coefficient,
-            seed=seed,
-            step=step,
-            tensor=tensor,
-            purpose=PURPOSES[distribution],
-            first_direction=first_direction,
-            stochastic=False,
+            table, rows, coefficient, purpose=purpose, stochastic=False, **address
         )
         return table
-    if backend == "torch":
-        width = weight.shape[1]
-        for i, row in enumerate(rows.tolist()):
-            combine(
-                table[i],
-                (coefficient,),
-                seed=seed,
-                step=step,
-                tensor=tensor,
-                first_direction=first_direction,
-                offset=row * width,
-                distribution=distribution,
-            )
-        return table
-
-    cpu = backends.cpu()
-    plan = cpu.Plan(
-        weight.dtype,
-        [[coefficient]],
-        decays=[1.0],
-        steps=[step],
-        seed=seed,
-        purpose=PURPOSES[distribution],
-        first_direction=first_direction,
-        stochastic=False,
-    )
-    cpu.call_of_rows(table, rows, tensor).run(plan)
+    for row, i in zip(table, rows.tolist(), strict=True):
+        start = i * weight.shape[1]  # of the row within the whole tensor
+        combine(row, (coefficient,), offset=start, distribution=distribution, **address)
     return table
 
 
@@ -331,19 +295,19 @@ def combine_steps(
     seed: int,
     tensor: int,
     distribution: Distribution = "rademacher",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Rounding = "nearest",
 ) -> Tensor:
-    """Several updates of a weight in one pass over it, in place.
+    """Apply several updates to a weight in one pass over it, in place.
 
-    The bits are those of `combine` called once for each step, in order.
+    The result has the bits of one `combine` per step, in order.
 
     Args:
         weight: as for `combine`.
-        coefficients: [steps][directions]: the same number of directions in every step.
+        coefficients: [steps][directions], with as many directions in every step.
         decays: [steps].
         steps: addresses of the directions.
-        seed: run seed.
-        tensor: the tensor's index.
+        seed: seed of the run.
+        tensor: the tensor index.
         distribution: "rademacher" or "gaussian".
         rounding: "nearest" or "stochastic".
 
@@ -355,59 +319,18 @@ def combine_steps(
     """
     if not steps:
         return weight
-    return _run(
-        weight,
-        weight,
+    check_address(seed=seed, step=min(steps), num_directions=0)
+    backends.compute(
+        [(weight, weight, tensor)],
         coefficients,
         decays=decays,
         steps=steps,
         seed=seed,
-        tensor=tensor,
-        first_direction=0,
-        offset=0,
-        distribution=distribution,
-        rounding=rounding,
-    )
-
-
-def _run(
-    weight: Tensor,
-    out: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    *,
-    decays: Sequence[float],
-    steps: Sequence[int],
-    seed: int,
-    tensor: int,
-    first_direction: int,
-    offset: int,
-    distribution: Distribution,
-    rounding: str,
-) -> Tensor:
-    num_directions = max(map(len, coefficients))
-    check_tensors(weight, out, num_directions, seed, max(steps), tensor, first_direction, offset)
-    if min(steps) < 0:
-        raise ValueError(f"step is {min(steps)}; it must be at least 0")
-    if weight.numel() == 0:
-        return out
-    # Kernels walk row-major memory; another layout goes through a copy.
-    source = weight.detach().contiguous()
-    target = out.detach() if out.is_contiguous() else torch.empty_like(source)
-    backends.COMBINE[backends.backend(weight.device.type)](
-        source,
-        target,
-        coefficients,
-        decays=decays,
-        steps=steps,
-        seed=seed,
-        tensor=tensor,
-        offset=offset,
         purpose=PURPOSES[distribution],
-        first_direction=first_direction,
-        stochastic=rounding == "stochastic" and weight.element_size() == 2,
+        first_direction=0,
+        stochastic=rounding == "stochastic",
     )
-    backends.hand_back(target, out)
-    return out
+    return weight
 
 
 def direction(
@@ -421,7 +344,7 @@ def direction(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The direction itself, materialised: for tests and for looking at."""
+    """The direction itself as a tensor, for tests and inspection. The steps never store it."""
     zero = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
     combine(
         zero,
