@@ -1,4 +1,4 @@
-"""Checks that an address of the noise lies within what the counters hold."""
+"""Checks that a weight has a dtype with kernels, and that the counters can hold its address."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ def check_tensors(
     first_direction: int,
     offset: int,
 ) -> None:
-    """Refuse tensors and an address that the kernels cannot serve.
-
-    Raises:
-        ValueError: for a dtype, shape, device or counter out of range.
-    """
+    """Raise ValueError for a dtype, shape, device or address that the kernels cannot serve."""
     if weight.dtype not in DTYPES:
         raise ValueError(
             f"dtype {weight.dtype} cannot be perturbed; load the base in one of "
@@ -36,18 +32,20 @@ def check_tensors(
     if out.shape != weight.shape or out.dtype != weight.dtype or out.device != weight.device:
         raise ValueError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}, weight is "
-            f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; they must agree"
+            f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; they must be equal"
         )
     check_address(seed=seed, step=step, num_directions=first_direction + num_directions)
-    limits = {
-        "tensor": (tensor, philox.MAX_TENSORS),
-        "offset + elements": (offset + weight.numel(), philox.MAX_BLOCKS * 4),
-    }
-    check_limits(limits)
+    check_limits(
+        {
+            "tensor": (tensor, philox.MAX_TENSORS),
+            # A Gaussian block holds the fewest elements, four.
+            "offset + elements": (offset + weight.numel(), philox.MAX_BLOCKS * 4),
+        }
+    )
 
 
 def check_address(*, seed: int, step: int, num_directions: int) -> None:
-    """Refuse a seed, a step or a number of directions that the counters cannot hold."""
+    """Raise ValueError for a seed, step or number of directions that the counters cannot hold."""
     check_limits(
         {
             "seed": (seed, 2**64),
@@ -58,7 +56,7 @@ def check_address(*, seed: int, step: int, num_directions: int) -> None:
 
 
 def check_limits(limits: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a value outside [0, limit); `limits` maps a name to value and limit."""
+    """Raise ValueError for a value outside [0, limit); `limits` is name -> (value, limit)."""
     for name, (value, limit) in limits.items():
         if not 0 <= value < limit:
             raise ValueError(f"{name} is {value}; it must lie in [0, {limit})")

@@ -1,9 +1,9 @@
-"""Launching the CPU kernels: many tensors in one call, over the threads that torch computes with.
+"""Launch the CPU kernels: many tensors in one call, on the threads that torch computes with.
 
-The threads are torch's own OpenMP team, asked for through the libgomp that torch has loaded: after
-a matrix product its workers spin for a while, and threads of another pool would share the cores
-with them (measured on two cores: a pool of our own is three times slower than one thread). Where
-torch has another runtime, a thread pool serves.
+These threads are torch's own OpenMP team, which the OpenMP runtime that torch has loaded provides.
+After a matrix product, its workers spin for a while, and threads of another pool would share the
+cores with them. On two cores, such a pool measured three times slower than one thread. A pool
+serves only if the runtime cannot be found.
 """
 
 from __future__ import annotations
@@ -32,18 +32,7 @@ _MIN_ELEMENTS_FOR_THREADS: Final = 1 << 16
 
 
 class Plan:
-    """What is done to every tensor of a call: `zofo.noise.combine.combine_steps`.
-
-    Args:
-        dtype: of the weights.
-        coefficients: [steps][directions].
-        decays: [steps].
-        steps: addresses of the directions.
-        seed: run seed.
-        purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
-        first_direction: index of the first direction.
-        stochastic: round 16-bit weights stochastically.
-    """
+    """The updates of every tensor in a call; arguments as for `zofo.noise.backends.compute`."""
 
     def __init__(
         self,
@@ -58,20 +47,22 @@ class Plan:
         stochastic: bool,
     ) -> None:
         wide = np.float64 if dtype == torch.float64 else np.float32
-        self.dtype, self.num_steps = dtype, len(steps)
+        self.num_steps = len(steps)
         self.function = kernels.entry(_SEEN_AS[dtype], wide)
+        # [steps, directions]
         scalars = np.asarray(coefficients, dtype=wide).reshape(len(steps), -1)
         factors = np.asarray(decays, dtype=wide)
         addresses = np.asarray(steps, dtype=np.uint64)
+        # The table below holds addresses of these arrays, so they must live as long as the plan.
         self._kept = (scalars, factors, addresses)
         self._table = np.array(
-            (
+            (  # in the order of the fields in `kernels`
                 scalars.ctypes.data,
                 factors.ctypes.data,
                 addresses.ctypes.data,
                 len(steps),
                 scalars.shape[1],
-                seed - (1 << 64) if seed >> 63 else seed,
+                seed - (1 << 64) if seed >> 63 else seed,  # the same 64 bits, as a signed integer
                 purpose,
                 first_direction,
                 stochastic,
@@ -82,10 +73,10 @@ class Plan:
 
 
 class Call:
-    """Tensors of one dtype, laid out for the kernel; may be run by many plans, one at a time.
+    """Tensors of one dtype, laid out for the kernel. Many plans may run it, one at a time.
 
     Args:
-        jobs: int64, [tensors, JOB_SIZE]: see `kernels`.
+        jobs: int64, [tensors, JOB_SIZE]; `kernels` names the columns.
     """
 
     def __init__(self, jobs: Any) -> None:
@@ -94,14 +85,14 @@ class Call:
         self._table = np.zeros(kernels.CALL_SIZE, dtype=np.int64)
         self._table[kernels.JOBS] = jobs.ctypes.data
         self._table[kernels.NUM_JOBS] = len(jobs)
-        self._table[kernels.NUM_TASKS] = -(-self._num_elements // kernels.GRAIN)
+        self._table[kernels.NUM_TASKS] = -(-self._num_elements // kernels.GRAIN)  # rounded up
         self._address = self._table.ctypes.data
 
     def run(self, plan: Plan) -> None:
         """Compute and write every tensor."""
         self._table[kernels.PLAN], self._table[kernels.COUNTER] = plan.address, 0
-        # Every thread comes along or none does: libgomp ends the threads that a smaller team
-        # leaves out. Many steps are much work on few elements.
+        # The team has all threads or one, because libgomp ends the threads that a smaller team does
+        # not use. Each step passes over all elements, so the steps count as work.
         is_large = self._num_elements * plan.num_steps >= _MIN_ELEMENTS_FOR_THREADS
         _launcher()(plan.function, self._address, torch.get_num_threads() if is_large else 1)
 
@@ -109,12 +100,12 @@ class Call:
 def call_of(
     weights: Sequence[Tensor], outs: Sequence[Tensor], tensors: Sequence[int], offset: int = 0
 ) -> Call:
-    """A call on tensors that the caller keeps alive.
+    """Lay out a call on tensors that the caller keeps alive.
 
     Args:
         weights: contiguous, not empty, one dtype.
-        outs: contiguous, each either its weight or apart from it.
-        tensors: their indices.
+        outs: contiguous; each is its weight itself, or does not overlap it.
+        tensors: the tensor indices.
         offset: index of each weight's first element within its whole tensor.
     """
     sizes = [weight.numel() for weight in weights]
@@ -129,7 +120,8 @@ def call_of(
 
 
 def call_of_rows(table: Tensor, rows: Tensor, tensor: int) -> Call:
-    """A call in place on `table` [n, width], whose row i is row rows[i] of the whole tensor."""
+    """Lay out a call in place on `table` [n, width]; row i is row rows[i] of the whole tensor."""
+    # Each row is a job, because rows that are neighbours here have distant addresses in the tensor.
     num_rows, width = table.shape
     places = np.arange(num_rows, dtype=np.int64)
     jobs = np.empty((num_rows, kernels.JOB_SIZE), dtype=np.int64)
@@ -143,17 +135,17 @@ def call_of_rows(table: Tensor, rows: Tensor, tensor: int) -> Call:
 
 
 def team_in_words() -> str:
-    """The threads that a large call runs on."""
+    """Describe the threads that a large call runs on."""
     num_threads, path = torch.get_num_threads(), _openmp_of_torch()
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
     if path is None:
-        return f"{threads} of a pool beside torch's, whose OpenMP runtime cannot be told"
+        return f"{threads} of a separate pool, because torch's OpenMP runtime cannot be told"
     return f"{threads} through torch's OpenMP runtime {Path(path).name}"
 
 
 @lru_cache(maxsize=1)
 def _launcher() -> Callable[[int, int, int], None]:
-    """What runs a function of one address on several threads."""
+    """Make a function that runs a kernel at an address on several threads."""
     signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     path = _openmp_of_torch()
     parallel: Any = None if path is None else ctypes.CDLL(path).GOMP_parallel
@@ -161,6 +153,7 @@ def _launcher() -> Callable[[int, int, int], None]:
         parallel.restype = None
         parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
+    # ctypes releases the GIL while it calls such a function.
     @lru_cache(maxsize=8)
     def callable_at(function: int) -> Callable[[int], None]:
         return signature(function)
@@ -171,6 +164,7 @@ def _launcher() -> Callable[[int, int, int], None]:
         elif parallel is not None:
             parallel(function, call, num_threads, 0)
         else:
+            # All threads run the same call and take its tasks one by one, this thread too.
             run = callable_at(function)
             others = [_pool(num_threads).submit(run, call) for _ in range(num_threads - 1)]
             run(call)
@@ -181,16 +175,18 @@ def _launcher() -> Callable[[int, int, int], None]:
 
 
 def _openmp_of_torch() -> str | None:
-    """The path of the OpenMP runtime that torch has loaded; None where it cannot be told.
+    """The path of the OpenMP runtime that torch has loaded; None if it cannot be told.
 
-    LLVM's and Intel's runtimes offer libgomp's entry as well.
+    LLVM's and Intel's runtimes have libgomp's entry point as well.
     """
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
+    # The sixth field of a line is the path of the file that is mapped into memory.
     loaded = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
     runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    # Other packages may have loaded a runtime too, so one in torch's own folder comes first.
     beside = str(Path(torch.__file__).parent)
     return min(runtimes, key=lambda path: (not path.startswith(beside), path), default=None)
 

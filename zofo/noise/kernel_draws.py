@@ -1,6 +1,6 @@
 """Directions and rounding bits on the CPU, drawn chunk by chunk into small buffers.
 
-`zofo.noise.philox` is the readable reference. Without `fastmath` LLVM neither fuses nor reorders
+`zofo.noise.philox` is the readable reference. Without `fastmath`, LLVM neither fuses nor reorders
 these operations, so Rademacher signs equal the reference bit for bit. The Gaussian's logarithm,
 sine and cosine are series in plain float32 arithmetic, so every CPU computes the same bits. LLVM
 vectorises these series; it cannot vectorise calls of the C library.
@@ -23,19 +23,20 @@ _W0, _W1 = np.uint64(philox.WEYL_0), np.uint64(philox.WEYL_1)
 _MASK = np.uint64(philox.MASK32)
 _S32 = np.uint64(32)
 _ONE32 = np.float32(1)
-SIGN = np.uint32(1 << 31)
-"""The sign bit of a word."""
+SIGN = np.uint32(1 << 31)  # the highest bit of a word
 _RADEMACHER, _GAUSSIAN, _ROUNDING = philox.RADEMACHER, philox.GAUSSIAN, philox.ROUNDING
 
 
 @numba.njit(inline="always")
 def _philox(block, seed, step, direction, tensor, purpose):
+    # The words of the counter; `philox` shows which part of the address each holds.
     c0 = block & _MASK
     c1 = (block >> _S32) | (tensor << np.uint64(12))
     c2 = step
     c3 = (purpose << np.uint64(24)) | direction
     k0, k1 = seed & _MASK, seed >> _S32
     for _ in range(10):
+        # Full 64-bit products, whose halves mix the words.
         p0, p1 = _M0 * c0, _M1 * c2
         c0, c1, c2, c3 = (p1 >> _S32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _S32) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
@@ -57,18 +58,19 @@ def draw_words(words, first_block, num_blocks, seed, step, direction, tensor, pu
 def add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
     """Add c · v[start : start + n] to delta[:n]."""
     stop = start + n
-    first_block = start >> 7
+    first_block = start >> 7  # a block holds 128 signs
     num_blocks = ((stop - 1) >> 7) + 1 - first_block
     draw_words(words, first_block, num_blocks, seed, step, direction, tensor, _RADEMACHER)
     for j in range(4 * num_blocks):
         word = words[j]
-        low = (first_block << 7) + (j << 5)
+        low = (first_block << 7) + (j << 5)  # element of the word's lowest bit
         if low >= start and low + 32 <= stop:
             # LLVM vectorises the loop only over a slice, whose indices need no check.
             part = delta[low - start : low - start + 32]
             for i in range(32):
                 part[i] += -c if np.uint32(word << np.uint32(31 - i)) & SIGN else c
         else:
+            # The first and the last word may reach beyond the chunk.
             for e in range(max(low, start), min(low + 32, stop)):
                 bit = np.uint32(word << np.uint32(31 - (e - low))) & SIGN
                 delta[e - start] += -c if bit else c
@@ -77,8 +79,10 @@ def add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
 @numba.njit(inline="always")
 def _normal_pair(word_1, word_2):
     """Two standard normals from two words (Box-Muller), float32."""
+    # u in (0, 1], at least 2^-33.
     u = (np.float32(word_1) + np.float32(0.5)) * np.float32(2.0**-32)
     # ln u = e ln 2 + 2 artanh(s), m in [sqrt(1/2), sqrt 2), s = (m - 1)/(m + 1), |s| < 0.172
+    # The bits of 1 less those of sqrt(1/2) are added, so the exponent e grows at sqrt(1/2), not 1.
     bits = np.uint32(bits_of_float(u) + np.uint32(0x3F800000 - 0x3F3504F3))
     e = np.float32(np.int32(np.int32(bits >> np.uint32(23)) - np.int32(127)))
     m = float_of_bits(np.uint32(np.uint32(bits & np.uint32(0x7FFFFF)) + np.uint32(0x3F3504F3)))
@@ -100,6 +104,7 @@ def _normal_pair(word_1, word_2):
     b = np.float32(1 / 40320) + t2 * np.float32(-1 / 3628800)
     b = np.float32(1 / 24) + t2 * (np.float32(-1 / 720) + t2 * b)
     cosine = _ONE32 + t2 * (np.float32(-1 / 2) + t2 * b)
+    # A quarter turn maps (cos, sin) to (−sin, cos), so odd quarters swap the two.
     odd = np.uint32(quarter & np.uint32(1)) != np.uint32(0)
     x, y = (sine, cosine) if odd else (cosine, sine)
     x = -x if (quarter == np.uint32(1)) | (quarter == np.uint32(2)) else x
@@ -111,13 +116,13 @@ def _normal_pair(word_1, word_2):
 @numba.njit(error_model="numpy")
 def add_gaussian(delta, words, values, start, n, c, seed, step, direction, tensor):
     """Add c · v[start : start + n] to delta[:n]. `values` has room for whole blocks of four."""
-    first_block = start >> 2
+    first_block = start >> 2  # a block holds 4 values
     num_blocks = ((start + n - 1) >> 2) + 1 - first_block
     draw_words(words, first_block, num_blocks, seed, step, direction, tensor, _GAUSSIAN)
     pairs, normals = words[: 4 * num_blocks], values[: 4 * num_blocks]
     for i in range(2 * num_blocks):
         normals[2 * i], normals[2 * i + 1] = _normal_pair(pairs[2 * i], pairs[2 * i + 1])
-    shift = start - (first_block << 2)
+    shift = start - (first_block << 2)  # position of element `start` in its block
     part, drawn = delta[:n], values[shift : shift + n]
     for i in range(n):
         part[i] += c * drawn[i]
@@ -126,10 +131,11 @@ def add_gaussian(delta, words, values, start, n, c, seed, step, direction, tenso
 @numba.njit
 def draw_rounding_bits(draws, words, start, n, seed, step, tensor):
     """Write the sixteen rounding bits of elements start .. start + n to draws[:n]."""
-    first_block = start >> 3
+    first_block = start >> 3  # a block holds 8 draws
     num_blocks = ((start + n - 1) >> 3) + 1 - first_block
     zero = np.uint64(0)
     draw_words(words, first_block, num_blocks, seed, step, zero, tensor, _ROUNDING)
+    # A little-endian CPU stores the low half of a word first: the draw of the even element.
     halves = words[: 4 * num_blocks].view(np.uint16)
     shift = start - (first_block << 3)
     part, drawn = draws[:n], halves[shift : shift + n]

@@ -72,8 +72,7 @@ def _finish(result, w, delta, draws, decay, stochastic):
 
 
 def _is_float(w):
-    """Whether w holds float32 or float64, which the compiler knows."""
-    raise NotImplementedError
+    """Whether w holds float32 or float64, which is known when numba compiles."""
 
 
 @overload(_is_float)
@@ -89,13 +88,14 @@ def _add_signs(out, w, words, draws, start, c, decay, stochastic):
     One direction of signs needs no buffer for the sum.
     """
     n = out.size
-    origin = (start >> 7) << 7
+    origin = (start >> 7) << 7  # first element of the first block of words
     for j in range((start - origin) >> 5, ((start + n - 1 - origin) >> 5) + 1):
         word = words[j]
-        low = origin + (j << 5) - start
+        low = origin + (j << 5) - start  # position in `out` of the word's lowest bit
         if low >= 0 and low + 32 <= n:
             # LLVM vectorises the loops only over slices, whose indices need no check.
             target, source = out[low : low + 32], w[low : low + 32]
+            # 32 elements span two cache lines in float32.
             _prefetch(w, low + _AHEAD)
             _prefetch(w, low + _AHEAD + 16)
             if stochastic:
@@ -122,9 +122,9 @@ def _add_signs(out, w, words, draws, start, c, decay, stochastic):
 
 @numba.njit
 def _add_signs_in_place(w, words, start, c, decay):
-    """Do the same with out = w, for floats.
+    """Write decay · w ± c to w, for float32 and float64.
 
-    LLVM would not vectorise `_add_signs` for one array given twice, because they overlap.
+    LLVM would not vectorise `_add_signs` with one array as both arguments, because they overlap.
     """
     n = w.size
     origin = (start >> 7) << 7
@@ -152,21 +152,22 @@ def _copy(target, source):
 
 @numba.njit
 def _combine(w, out, begin, end, tensor, offset, in_place, plan):
-    """Compute elements begin .. end of out: w after one update for each step of the plan.
+    """Compute elements begin .. end − 1 of out: w after one update for each step of the plan.
 
     Update t is w ← round(decays[t] · w + Σ_k coefficients[t, k] v_k[steps[t]]). A chunk takes all
     updates before it is written, so w is read once and out is written once. The result equals
-    that of the updates one by one.
+    that of one update at a time.
     """
     coefficients, decays, steps, seed, purpose, direction_0, stochastic = plan
     delta = np.empty(CHUNK, coefficients.dtype)
+    # Whole blocks are drawn, which may reach beyond both ends of a chunk.
     values = np.empty(CHUNK + 8, np.float32)
     words = np.empty(CHUNK + 8, np.uint32)
     draws = np.empty(CHUNK, np.uint32)
     # Two buffers alternate, because LLVM vectorises only where source and target do not overlap.
     here, there = np.empty(CHUNK, w.dtype), np.empty(CHUNK, w.dtype)
     use_signs = purpose == _RADEMACHER and coefficients.shape[1] == 1
-    at = begin
+    at = begin  # position in w; `start` below is the position in the whole tensor
     while at < end:
         start = offset + at
         # A chunk ends on a multiple of CHUNK within the tensor, so it uses whole blocks of words.
@@ -178,15 +179,18 @@ def _combine(w, out, begin, end, tensor, offset, in_place, plan):
             if stochastic:
                 draw_rounding_bits(draws, words, start, n, seed, step, tensor)
             if use_signs:
+                # The common case, one direction of signs, adds to w directly.
                 first_block, num_blocks = start >> 7, ((start + n - 1) >> 7) + 1 - (start >> 7)
                 first = np.uint64(direction_0)
                 draw_words(words, first_block, num_blocks, seed, step, first, tensor, purpose)
                 if _is_float(w):
+                    # After the first step, the current values are in `target`.
                     if in_place or t > 0:
                         _add_signs_in_place(target, words, start, c, decay)
                     else:
                         _add_signs(target, source, words, draws, start, c, decay, False)
                     is_written = True
+                # 16-bit weights are rounded after each step, in a buffer unless `out` can serve.
                 elif not in_place and t == 0:
                     _add_signs(target, source, words, draws, start, c, decay, stochastic)
                     source, is_written = target, True
@@ -243,7 +247,7 @@ PLAN_SIZE = 9
 """A plan: the updates that each tensor takes."""
 
 WEIGHT, OUT, FIRST, SIZE, TENSOR, OFFSET, JOB_SIZE = range(7)
-"""A job: one tensor. FIRST is the number of elements in the jobs before it."""
+"""A job: one tensor. FIRST is the number of elements in all jobs before it."""
 
 
 @lru_cache(maxsize=4)
@@ -264,7 +268,7 @@ def entry(stored, wide):
 
     @numba.cfunc(numba.types.void(numba.types.voidptr), cache=True)
     def run(address):
-        _ = sources
+        _ = sources  # makes it part of the closure
         call = numba.carray(address, (CALL_SIZE,), np.int64)
         jobs = numba.carray(_pointer(call[JOBS]), (call[NUM_JOBS], JOB_SIZE), np.int64)
         table = numba.carray(_pointer(call[PLAN]), (PLAN_SIZE,), np.int64)
@@ -289,6 +293,7 @@ def entry(stored, wide):
                     low = middle
                 else:
                     high = middle - 1
+            # A task may span the end of one tensor and the beginning of others.
             for i in range(low, jobs.shape[0]):
                 job = jobs[i]
                 if job[FIRST] >= last:

@@ -2,15 +2,15 @@
 
     v[i] = g(Philox-4x32-10(key = seed, counter = (block(i), tensor, step, direction, purpose)))
 
-Philox (Salmon et al., 2011) is a counter-based generator: no state, so any element can be drawn by
-itself, in any order, on any device. The address fills the 128-bit counter injectively:
+Philox (Salmon et al., 2011) is a counter-based generator. It has no state, so any element can be
+drawn alone, in any order, on any device. No two addresses have the same 128-bit counter:
 
     word 0   low 32 bits of the block          word 2   step
     word 1   tensor << 12 | high 12 bits       word 3   purpose << 24 | direction
 
 One block of 128 bits holds 128 Rademacher signs, 4 Gaussian values (Box-Muller) or 8 sixteen-bit
-rounding draws. This file is written for reading, and runs on any device that torch has int64 on;
-the fast kernels beside it are tested against it.
+rounding draws. This file is written to be read. It runs on any device where torch has int64, and
+the tests compare the fast kernels with it.
 
 References:
     J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 NOISE_VERSION: Final = 1
-"""Raised whenever an address would give another number; recorded in every artefact."""
+"""Grows whenever an address gives another number. Every artefact records it."""
 
 MULTIPLIER_0: Final = 0xD2511F53
 MULTIPLIER_1: Final = 0xCD9E8D57
@@ -35,7 +35,7 @@ WEYL_1: Final = 0xBB67AE85
 NUM_ROUNDS: Final = 10
 MASK32: Final = 0xFFFFFFFF
 
-# What a block is drawn for; a purpose never shares random bits with another.
+# The use of a block. Two purposes never share random bits.
 RADEMACHER: Final = 0
 GAUSSIAN: Final = 1
 ROUNDING: Final = 2
@@ -51,7 +51,8 @@ CHUNK: Final = 1 << 20
 
 
 def _multiply_high_low(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of multiplier · x, without leaving int64's 63 bits."""
+    """The high and the low 32 bits of multiplier · x."""
+    # The full product has 64 bits, too many for a signed int64, so half the multiplier at a time.
     high, low = multiplier >> 16, multiplier & 0xFFFF
     from_low = low * x  # < 2^48
     from_high = high * x + (from_low >> 16)  # < 2^49
@@ -85,7 +86,7 @@ def words(
 
     Args:
         elements: int64, shape [n], element indices within the tensor.
-        seed: run seed in [0, 2^64).
+        seed: seed of the run, in [0, 2^64).
         step: in [0, 2^32).
         direction: in [0, 2^24).
         tensor: in [0, 2^20).
@@ -94,7 +95,7 @@ def words(
     Returns:
         int64, shape [n, 4], values in [0, 2^32).
     """
-    block = elements // ELEMENTS_PER_BLOCK[purpose]
+    block = elements // ELEMENTS_PER_BLOCK[purpose]  # below 2^44
     counter = (
         block & MASK32,
         (block >> 32) | (tensor << 12),
@@ -109,6 +110,7 @@ def rademacher(elements: Tensor, *, seed: int, step: int, direction: int, tensor
     four = words(
         elements, seed=seed, step=step, direction=direction, tensor=tensor, purpose=RADEMACHER
     )
+    # A word holds 32 signs: bits 5 and 6 of the index choose the word, bits 0 to 4 the sign.
     word = four.gather(-1, ((elements >> 5) & 3).unsqueeze(-1)).squeeze(-1)
     return (1 - 2 * ((word >> (elements & 31)) & 1)).float()
 
@@ -121,8 +123,10 @@ def gaussian(elements: Tensor, *, seed: int, step: int, direction: int, tensor: 
     four = words(
         elements, seed=seed, step=step, direction=direction, tensor=tensor, purpose=GAUSSIAN
     )
+    # MPS has no float64.
     wide = torch.float32 if elements.device.type == "mps" else torch.float64
-    pair = (elements & 2).unsqueeze(-1)
+    pair = (elements & 2).unsqueeze(-1)  # first word of the pair: 0 or 2
+    # The half keeps u1 above 0, where the logarithm is finite.
     u1 = (four.gather(-1, pair).squeeze(-1).to(wide) + 0.5) * 2.0**-32
     angle = four.gather(-1, pair + 1).squeeze(-1).to(wide) * (2 * math.pi * 2.0**-32)
     radius = torch.sqrt(-2 * torch.log(u1))
@@ -132,12 +136,15 @@ def gaussian(elements: Tensor, *, seed: int, step: int, direction: int, tensor: 
 def rounding_bits(elements: Tensor, *, seed: int, step: int, tensor: int) -> Tensor:
     """Sixteen uniform bits for each element: int64 in [0, 2^16), shape of `elements`."""
     four = words(elements, seed=seed, step=step, direction=0, tensor=tensor, purpose=ROUNDING)
+    # A word holds two draws: bits 1 and 2 of the index choose the word, bit 0 the half.
     word = four.gather(-1, ((elements >> 1) & 3).unsqueeze(-1)).squeeze(-1)
     return (word >> (16 * (elements & 1))) & 0xFFFF
 
 
 def round_stochastically(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 to a neighbour in `dtype`, up with probability equal to the fraction cut off.
+    """Round float32 at random to one of its two neighbours in `dtype`.
+
+    The probability of the neighbour away from zero is the fraction that truncation cuts off.
 
     Args:
         exact: float32, any shape.
@@ -150,11 +157,13 @@ def round_stochastically(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Ten
     raw = exact.view(torch.int32)
     sign, magnitude = raw & -0x80000000, raw & 0x7FFFFFFF
     if dtype == torch.bfloat16:
+        # bfloat16 is the upper half of a float32. The sum carries into it as often as it should.
         rounded = (magnitude + bits.int()) & -0x10000
         result = (rounded | sign).view(torch.float32)
     else:
+        # float16 has 10 of the 23 bits of the mantissa, so 13 random bits decide.
         normal = ((magnitude + (bits.int() >> 3)) & -0x2000) | sign
-        # Below 2^-14 the spacing of float16 is 2^-24, whatever the exponent.
+        # Below 2^-14, the spacing of float16 is 2^-24 for all exponents.
         tiny = torch.floor(exact.abs() * 2.0**24 + bits.float() * 2.0**-16) * 2.0**-24
         result = torch.where(
             exact.abs() < 2.0**-14, torch.copysign(tiny, exact), normal.view(torch.float32)
@@ -176,10 +185,11 @@ def combine(
     first_direction: int,
     stochastic: bool,
 ) -> None:
-    """The reference of `zofo.noise.combine.combine`, in chunks; see there."""
+    """The reference of `zofo.noise.combine.combine`, whose docstring explains the arguments."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     draw = rademacher if purpose == RADEMACHER else gaussian
     source, target = weight.reshape(-1), out.view(-1)
+    # The temporaries have 8 bytes per element, so a chunk at a time bounds their memory.
     for start in range(0, weight.numel(), CHUNK):
         piece = source[start : start + CHUNK]
         elements = torch.arange(piece.numel(), device=piece.device) + (offset + start)

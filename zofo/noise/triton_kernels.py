@@ -3,24 +3,23 @@
     out[i] = round(decay · w[i] + Σ_k c_k v_k[offset + i])
 
 A program works on a tile of 16 blocks of 128 elements. It draws the blocks' words once and spreads
-them to [words, 32], one bit an element, so that neighbouring threads read neighbouring memory.
-Tensors are found through a table on the device, made once for each set of them; seed, step and
-scalars are arguments that compile nothing anew, or, where they lie on the device, are read there.
+them to [words, 32], one bit per element, so that neighbouring threads read neighbouring memory. A
+table on the device lists the tensors, and is made once for each set of them. Seed, step and scalars
+are arguments that cause no new compilation. Scalars on the device are read there.
 
-The bits are the reference's. Three things see to that:
-  - enable_fp_fusion=False at every launch: a fused multiply-add would round once where the
-    reference rounds twice;
-  - the Gaussian's logarithm, sine and cosine are series in plain float32 arithmetic with IEEE
-    division and square root, so they depend on no device's library;
-  - bfloat16 is packed and unpacked by integer arithmetic. Triton's interpreter (TRITON_INTERPRET=1,
-    which the tests use) keeps it in integers and, unlike a compiled conversion, does not round to
-    nearest even.
-A NaN stays a NaN, but its sign and payload are the device's. The interpreter also differs in that
-an argument annotated as float64 arrives as float32: doubles travel as int64 bits.
+Three rules give the bits of the reference:
+  - Every launch has enable_fp_fusion=False, because a fused multiply-add rounds once where the
+    reference rounds twice.
+  - The Gaussian's logarithm, sine and cosine are series in plain float32 arithmetic with IEEE
+    division and square root, so they do not depend on a device's library.
+  - Integer arithmetic packs and unpacks bfloat16. The conversion of Triton's interpreter, which the
+    tests use (TRITON_INTERPRET=1), does not round to nearest even as the compiled one does.
+A NaN stays a NaN, but its sign and payload depend on the device. In the interpreter, an argument
+annotated as float64 arrives as float32, so doubles travel as int64 bits.
 """
 
-# Triton reads these functions' types from their arguments. What is known when compiling is written
-# in capitals, and decides between branches of which only one is compiled.
+# Triton infers the types of these functions from their arguments. Names in capitals are known at
+# compile time. Of a branch on them, only the chosen side is compiled.
 # ruff: noqa: N803, RET505, SIM300
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, check-untyped-defs=False
 from __future__ import annotations
@@ -38,12 +37,11 @@ _ROUNDING = tl.constexpr(philox.ROUNDING)
 _LN2 = tl.constexpr(math.log(2))
 _TURN = tl.constexpr(2 * math.pi * 2.0**-32)
 
-# Where the coefficients are: one as an argument; [directions] on the device, whose values may be
-# anything; [steps, 2 + directions] on the device: step, decay, coefficients (float64 holds a step).
-ARGUMENT = tl.constexpr(0)
-DEVICE = tl.constexpr(1)
-SCHEDULE = tl.constexpr(2)
-# Values that no kernel is compiled anew for.
+# The place of the coefficients (SCALARS):
+ARGUMENT = tl.constexpr(0)  # at most one, as an argument
+DEVICE = tl.constexpr(1)  # [directions] on the device, not checked by the host
+SCHEDULE = tl.constexpr(2)  # float64 [steps, 2 + directions]: step, decay, coefficients
+# Arguments whose values cause no new compilation.
 _ARGUMENTS: Final = [
     "offset",
     "size",
@@ -61,7 +59,7 @@ _ARGUMENTS: Final = [
 
 @triton.jit
 def _words(first_block, COUNT: tl.constexpr, seed, step, direction, tensor, PURPOSE: tl.constexpr):
-    """The words of COUNT blocks: uint32 [COUNT, 2, 2], word 2i + j of a block at [i, j]."""
+    """The words of COUNT blocks: uint32 [COUNT, 2, 2]; word 2i + j of a block is at [i, j]."""
     block = first_block + tl.arange(0, COUNT)
     w0, w1, w2, w3 = tl.philox(
         seed,
@@ -70,12 +68,13 @@ def _words(first_block, COUNT: tl.constexpr, seed, step, direction, tensor, PURP
         step,
         direction | (PURPOSE << 24),
     )
+    # join appends an axis: i chooses within (w0, w2) or (w1, w3), and j chooses the pair.
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def _normal_pairs(word_1, word_2):
-    """Two standard normals from two words (Box-Muller), float32."""
+    """Two standard normals from two words, float32: `kernel_draws._normal_pair` explains it."""
     u = (word_1.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     # ln u = e ln 2 + 2 artanh(s), m in [sqrt(1/2), sqrt 2), s = (m - 1)/(m + 1), |s| < 0.172
     bits = u.to(tl.uint32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
@@ -85,9 +84,9 @@ def _normal_pairs(word_1, word_2):
     z = s * s
     series = 0.3333333333333333 + z * (0.2 + z * (0.14285714285714285 + z * 0.1111111111111111))
     log = e * _LN2 + 2.0 * (s + s * z * series)
-    # The rounded e·ln 2 + ... of u near 1 may be a hair above zero.
+    # For u near 1, rounding may leave the logarithm slightly above zero.
     radius = tl.sqrt_rn(tl.maximum(-2.0 * log, 0.0))
-    # The angle's nearest quarter turn, and the rest in [-1/8, 1/8) of a turn.
+    # The angle is its nearest quarter turn plus the rest, in [-1/8, 1/8) of a turn.
     quarter = (word_2 + (1 << 29)) >> 30
     t = (word_2 - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TURN
     t2 = t * t
@@ -106,7 +105,7 @@ def _normal_pairs(word_1, word_2):
 
 @triton.jit
 def _unpack(stored, DTYPE: tl.constexpr):
-    """What is kept in memory, in the dtype of the arithmetic."""
+    """A stored weight in the dtype of the arithmetic. 16 bits arrive as uint16."""
     if DTYPE == tl.bfloat16:
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == tl.float16:
@@ -132,8 +131,8 @@ def _pack(x, draws, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
             cut = ((((bits & 0x7FFFFFFF) + (draws >> 3)) & 0xFFFFE000) | sign).to(
                 tl.float32, bitcast=True
             )
-            # Below 2^-14 the spacing of float16 is 2^-24, whatever the exponent: the number of
-            # spacings is what float16 keeps. Other values are kept from the conversion to integer.
+            # Below 2^-14, the spacing of float16 is 2^-24 for all exponents, so its bits count
+            # spacings. Larger values become 0, because an integer may not hold their count.
             is_tiny = tl.abs(x) < 6.103515625e-05
             spacings = tl.where(is_tiny, tl.abs(x), 0.0) * 16777216.0
             tiny = (spacings + draws.to(tl.float32) * 1.52587890625e-05).to(tl.int32)
@@ -151,13 +150,14 @@ def _pack(x, draws, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 def _add_direction(
     delta, c, first, seed, step, direction, tensor, PURPOSE: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """Return delta [words, 32] + c · v, v from element `first` on, the first of a block."""
+    """Return delta [words, 32] + c · v; v starts at element `first`, the first of a block."""
     if PURPOSE == _RADEMACHER:
         words = _words(first >> 7, BLOCKS, seed, step, direction, tensor, PURPOSE)
-        word = tl.reshape(words, [BLOCKS * 4, 1])
+        word = tl.reshape(words, [BLOCKS * 4, 1])  # one word per row of 32 elements
         is_negative = (word >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
         return delta + tl.where(is_negative != 0, -c, c)
     else:
+        # A block holds 4 values, so 128 elements need 32 blocks.
         words = _words(first >> 2, BLOCKS * 32, seed, step, direction, tensor, PURPOSE)
         word_1, word_2 = tl.split(words)
         cosine, sine = _normal_pairs(word_1, word_2)
@@ -168,6 +168,7 @@ def _add_direction(
 @triton.jit
 def _rounding_bits(first, seed, step, tensor, BLOCKS: tl.constexpr):
     """Sixteen bits for each element: uint32 [words, 32]."""
+    # A block holds 8 draws, so 128 elements need 16 blocks.
     zero = tensor * 0
     words = _words(first >> 3, BLOCKS * 16, seed, step, zero, tensor, _ROUNDING)
     word = tl.reshape(words, [BLOCKS * 4, 16])
@@ -197,38 +198,41 @@ def _tile(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Tile `tile` of elements offset .. offset + size, which lie at source[0], source[1], ..."""
+    """Compute tile `tile` of the elements offset .. offset + size − 1; source[0] is the first."""
     WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     tensor = tensor.to(tl.uint32)
     if SCALARS == DEVICE:
-        # The host has not seen these. Anything but a number: no element is in range.
+        # If a coefficient is not finite, no element is in range, so nothing is written.
         for k in range(NUM_DIRECTIONS):
             is_finite = tl.abs(tl.load(scalars + k)) < float("inf")
             size = tl.where(is_finite, size, 0)
-    # Whole blocks: `first` may lie before the offset.
+    # Tiles consist of whole blocks, so `first`, the tile's first element, may precede the offset.
+    # `begin` and `end` are the limits of the tensor's part within the tile.
     first = ((offset >> 7) << 7) + tile.to(tl.int64) * (BLOCKS * 128)
     begin = offset - first
     end = begin + size
     source += first - offset
     out += first - offset
     if ALIGNED:
-        # What the compiler cannot see, and wide accesses need: these are multiples of 16 bytes.
+        # Both addresses are multiples of 16 bytes. Wide accesses need this, and the compiler cannot
+        # see it.
         source = tl.multiple_of(source, 16)
         out = tl.multiple_of(out, 16)
     at = tl.arange(0, BLOCKS * 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    # A mask of unknown alignment makes accesses narrow, so whole tiles go without one.
+    # A mask of unknown alignment makes accesses narrow, so whole tiles have none.
     is_whole = (begin <= 0) & (end >= BLOCKS * 128)
     if is_whole:
         w = tl.load(source + at)
     else:
         w = tl.load(source + at, mask=(at >= begin) & (at < end), other=0)
     for t in range(num_steps if SCALARS == SCHEDULE else 1):
+        # Doubles arrive as int64 bits and are rounded to the dtype of the arithmetic.
         now, factor, c = step.to(tl.uint32), decay.to(tl.int64), coefficient.to(tl.int64)
         factor = factor.to(tl.float64, bitcast=True).to(WIDE)
         c = c.to(tl.float64, bitcast=True).to(WIDE)
         coefficients = scalars
         if SCALARS == SCHEDULE:
-            row = scalars + t * (NUM_DIRECTIONS + 2)
+            row = scalars + t * (NUM_DIRECTIONS + 2)  # step, decay, coefficients
             now = tl.load(row).to(tl.int64).to(tl.uint32)
             factor = tl.load(row + 1).to(WIDE)
             coefficients = row + 2
@@ -273,7 +277,7 @@ def combine_rows(
     BLOCKS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
-    """One tensor from `offset` on; or a table whose row i is row rows[i] of the tensor."""
+    """Compute one tensor from `offset` on, or a table whose row i is row rows[i] of the tensor."""
     program = tl.program_id(0).to(tl.int64)
     if HAS_ROWS:
         row = program // tiles_per_row
@@ -324,7 +328,7 @@ def combine_tensors(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Whole tensors: a row of `table` holds source, out, size, tensor index and first tile."""
+    """Compute whole tensors. A row of `table`: source, out, size, tensor index, first tile."""
     program = tl.program_id(0)
     row = table + tl.load(tensor_of_tile + program) * 5
     source = tl.load(row).to(tl.pointer_type(STORED))

@@ -1,9 +1,9 @@
-"""Launches of the CUDA kernels: what they are told, and where.
+"""Launch the CUDA kernels.
 
-A launch for many tensors finds them in a table on the device, made once for each set of tensors and
-kept, by whoever laid them out (`layout_of`) or in a small cache. One coefficient or none travels as
-an argument, several from the host through pinned memory, and those on the device stay there; so a
-step neither copies nor waits.
+A launch for many tensors reads their addresses from a table on the device. The table is made once
+for each set of tensors. The caller of `layout_of` keeps it, or else a small cache does. At most one
+coefficient of the host travels as an argument, and several travel through pinned memory.
+Coefficients on the device stay there. So a step never waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zofo.noise import triton_kernels
 
-_BLOCKS_PER_TILE: Final = 16  # 16 elements for each of a program's 128 threads: a choice
+_BLOCKS_PER_TILE: Final = 16  # a choice: 16 elements for each of a program's 128 threads
 _NAMES: Final = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -42,17 +42,9 @@ def combine(
     offset: int,
     **drawing: Any,
 ) -> None:
-    """One tensor after one update for each of `steps`; see `zofo.noise`.
+    """Compute one tensor after one update for each of `steps`.
 
-    Args:
-        weight: contiguous, at least one element.
-        out: likewise, of that shape and dtype.
-        coefficients: [steps][directions].
-        decays: [steps].
-        steps: addresses of the directions.
-        tensor: the tensor's index.
-        offset: index of weight's first element within the whole tensor.
-        drawing: as for `combine_many`.
+    Arguments as for `zofo.noise.backends.compute`; weight and out are contiguous and not empty.
     """
     size = weight.numel()
     _launch_rows(
@@ -60,6 +52,7 @@ def combine(
         out,
         None,
         size,
+        # The first block may begin before the offset.
         num_programs=_num_tiles(offset % 128 + size, _BLOCKS_PER_TILE),
         blocks=_BLOCKS_PER_TILE,
         offset=offset,
@@ -77,13 +70,14 @@ def combine_rows(
     Args:
         table: [n, width], contiguous, not empty; row i is row rows[i] of the whole tensor.
         rows: int64, [n].
-        coefficient: of the direction.
-        step: of the direction.
-        tensor: the tensor's index.
-        drawing: as for `combine_many`.
+        coefficient: factor of the direction.
+        step: address of the direction.
+        tensor: the tensor index.
+        drawing: seed, purpose, first_direction and stochastic.
     """
     width = table.shape[1]
-    # A tile no larger than the row, which may begin in the middle of a block.
+    # A row may begin anywhere in a block, which adds up to 127 elements. A tile that is larger than
+    # that would compute elements that nothing uses.
     blocks = min(_BLOCKS_PER_TILE, triton.next_power_of_2(-(-(width + 127) // 128)))
     tiles_per_row = _num_tiles(width + 127, blocks)
     _launch_rows(
@@ -106,48 +100,23 @@ def combine_many(
     outs: Sequence[Tensor],
     coefficients: Sequence[float] | Tensor,
     *,
-    decay: float,
-    step: int,
     tensors: Sequence[int],
-    seed: int,
-    purpose: int,
-    first_direction: int,
-    stochastic: bool,
+    **drawing: Any,
 ) -> None:
-    """Whole tensors of one device in one launch for each dtype; see `combine.combine_many`.
+    """Lay out and compute whole tensors of one device; further arguments as for `run_layout`.
 
-    Tensors that do not begin at a multiple of 16 bytes have a launch of their own.
-
-    Args:
-        weights: contiguous, each of at least one element.
-        outs: likewise, of their shapes and dtypes.
-        coefficients: one for each direction; a tensor stays on the device, and where a value of it
-            is not finite nothing is written.
-        decay: factor of the weights.
-        step: address of the directions.
-        tensors: the tensors' indices.
-        seed: run seed.
-        purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
-        first_direction: index of the first direction.
-        stochastic: whether 16-bit results are rounded stochastically.
+    There is one launch for each dtype, and one more for those of its tensors that do not begin at a
+    multiple of 16 bytes. Weights and outs are contiguous and not empty.
     """
-    run_layout(
-        layout_of(weights, outs, tensors, table_of=_table),
-        coefficients,
-        decay=decay,
-        step=step,
-        seed=seed,
-        purpose=purpose,
-        first_direction=first_direction,
-        stochastic=stochastic,
-    )
+    run_layout(layout_of(weights, outs, tensors, table_of=_table), coefficients, **drawing)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensors of one device, as the launches find them: a table for each dtype and alignment."""
+    """Tensors of one device, with a table for each dtype and alignment."""
 
     device: torch.device
+    # Dtype, whether all addresses are aligned, and the two tensors of `_new_table`.
     tables: tuple[tuple[torch.dtype, bool, Tensor, Tensor], ...]
 
 
@@ -158,13 +127,9 @@ def layout_of(
     *,
     table_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Layout:
-    """Lay out tensors as for `combine_many`, whose memory must stay where it is.
+    """Lay out tensors as for `combine_many`; their memory must not move.
 
-    Args:
-        weights: contiguous, each of at least one element, on one device.
-        outs: likewise, of their shapes and dtypes.
-        tensors: the tensors' indices.
-        table_of: what makes the tables; None: they are made here, which waits for the device.
+    `table_of` finds the tables in a cache. None: make them, which waits for the device.
     """
     device = weights[0].device
     groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
@@ -188,7 +153,7 @@ def run_layout(
     first_direction: int,
     stochastic: bool,
 ) -> None:
-    """One launch for each table; arguments as for `combine_many`."""
+    """Launch a kernel for each table; arguments as for `zofo.noise.combine.combine_many`."""
     device = layout.device
     if isinstance(coefficients, Tensor):
         on_device = coefficients.detach().to(device, torch.float64).contiguous()
@@ -232,7 +197,10 @@ def _launch_rows(
 ) -> None:
     dtype = weight.dtype
     if dtype.itemsize == 2:
+        # The kernels convert the bits of 16-bit floats themselves.
         weight, out = weight.view(torch.uint16), out.view(torch.uint16)
+    # Tiles begin whole blocks after the tensor's address, less the offset. Offsets of rows are
+    # multiples of the width.
     step_bytes = (offset if rows is None else size) * dtype.itemsize
     with _on(weight.device):
         triton_kernels.combine_rows[(num_programs,)](
@@ -265,14 +233,18 @@ def _is_aligned(*num_bytes: int) -> bool:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    # Triton launches on the current device.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _new_table(
     device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
 ) -> tuple[Tensor, Tensor]:
-    """The table of `triton_kernels.combine_tensors` and the row for each of its tiles."""
+    """Make the table of `triton_kernels.combine_tensors`, and the row of each of its tiles.
+
+    Returns:
+        int64, [tensors, 5], and int32, [tiles].
+    """
     tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
     first = (tiles.cumsum(0) - tiles).tolist()
     table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
@@ -280,7 +252,7 @@ def _new_table(
     return table.to(device), tensor_of_tile.to(device)
 
 
-# A table says no more than its key does: a kept one is right whatever became of the memory.
+# The key determines the table completely, so a cached one is right even if memory was reused.
 _table = lru_cache(maxsize=32)(_new_table)
 
 
@@ -290,7 +262,7 @@ def _host_scalars(
     steps: Sequence[int],
     device: torch.device,
 ) -> dict[str, Any]:
-    """As arguments where there is one coefficient at most; else copied, without waiting."""
+    """The scalars as arguments if there is at most one coefficient; else copied without a wait."""
     num_directions = max(map(len, coefficients))
     if len(steps) == 1 and num_directions <= 1:
         (row,) = coefficients
@@ -307,6 +279,7 @@ def _host_scalars(
         dtype=torch.float64,
     )
     if device.type == "cuda":
+        # Only a copy from pinned memory does not wait.
         table = table.pin_memory().to(device, non_blocking=True)
     return _scalars(triton_kernels.SCHEDULE, table, num_directions, num_steps=len(steps))
 
@@ -333,4 +306,5 @@ def _scalars(
 
 
 def _bits(x: float) -> int:
+    # The bits of the double, as a signed integer.
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
