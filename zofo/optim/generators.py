@@ -45,6 +45,7 @@ class GeneratorState:
             torch.equal(self.torch_cpu, present.torch_cpu)
             and self.accelerator.keys() == present.accelerator.keys()
             and all(torch.equal(s, present.accelerator[d]) for d, s in self.accelerator.items())
+            # Numpy's state is a tuple of an array and plain values.
             and all(np.array_equal(a, b) for a, b in zip(self.numpy, present.numpy, strict=True))
             and self.python == present.python
         )

@@ -194,6 +194,7 @@ def param_groups(
     if chosen.base != "frozen":
         for pattern, names in _match(rates, list(blocks.base)).items():
             add(names, "base", chosen.base, rates[pattern], base_weight_decay)
+        # Base parameters that no pattern matches need no gradient.
         moved = {name for group in groups if group["block"] == "base" for name in group["names"]}
         for name in blocks.base.keys() - moved:
             blocks.base[name].requires_grad_(False)

@@ -201,8 +201,8 @@ class StepLog:
             norms |= _expected_norms(scalars, rates)
         if not is_finite:
             warnings.warn(
-                f"step {step}: loss {loss}, projected gradient {scalars}: not finite, "
-                "not applied. Lower the learning rates; in float16 raise eps or use bfloat16",
+                f"step {step} was not applied, because loss {loss} or projected gradient {scalars} "
+                "is not finite. Lower the learning rates; in float16, raise eps or use bfloat16",
                 stacklevel=4,
             )
         self.last = StepReport(

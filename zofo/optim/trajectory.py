@@ -111,7 +111,7 @@ class Trajectory:
         seed: seed of the directions.
         distribution: distribution of the directions.
         eps: smoothing radius, for information only; replay does not use it.
-        estimator: likewise.
+        estimator: "forward" or "central", for information only.
         groups: the recorded parameter groups.
         updates: one row per step, which holds one update per group.
     """
