@@ -150,9 +150,9 @@ _BACKENDS: Final[dict[Backend, Callable[..., None]]] = {
 def compute(
     jobs: Sequence[Job],
     coefficients: Sequence[Sequence[float]] | Tensor,
-    *,
     decays: Sequence[float],
     steps: Sequence[int],
+    *,
     seed: int,
     purpose: int,
     first_direction: int,

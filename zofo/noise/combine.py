@@ -65,16 +65,9 @@ def combine(
             its range.
     """
     out = weight if out is None else out
+    drawing = _drawing(seed, distribution, first_direction, rounding)
     backends.compute(
-        [(weight, out, tensor)],
-        [tuple(coefficients)],
-        decays=[decay],
-        steps=[step],
-        seed=seed,
-        purpose=PURPOSES[distribution],
-        first_direction=first_direction,
-        stochastic=rounding == "stochastic",
-        offset=offset,
+        [(weight, out, tensor)], [tuple(coefficients)], [decay], [step], offset=offset, **drawing
     )
     return out
 
@@ -129,34 +122,15 @@ def prepare(
     ]
     if (rest or layouts) and offset:
         raise ValueError("only a contiguous weight on the CPU can be a part of a tensor")
-    purpose = PURPOSES[distribution]
 
     def run(coefficient: float, step: int, index: int) -> None:
         check_address(seed=seed, step=step, num_directions=index + 1)
+        drawing, row = _drawing(seed, distribution, index), (coefficient,)
         for dtype, call in calls.items():
-            call.run(_plan(dtype, coefficient, step, index, seed, purpose))
+            call.run(_plan(dtype, coefficient, step, index, seed, distribution))
         for layout in layouts:
-            backends.triton_launch().run_layout(
-                layout,
-                (coefficient,),
-                decay=1.0,
-                step=step,
-                seed=seed,
-                purpose=purpose,
-                first_direction=index,
-                stochastic=False,
-            )
-        if rest:
-            backends.compute(
-                rest,
-                [(coefficient,)],
-                decays=[1.0],
-                steps=[step],
-                seed=seed,
-                purpose=purpose,
-                first_direction=index,
-                stochastic=False,
-            )
+            backends.triton_launch().run_layout(layout, row, decay=1.0, step=step, **drawing)
+        backends.compute(rest, [row], [1.0], [step], **drawing)
 
     return run
 
@@ -164,18 +138,27 @@ def prepare(
 # One evaluation has the same plan for all of its layers, so a few are enough.
 @lru_cache(maxsize=16)
 def _plan(
-    dtype: torch.dtype, coefficient: float, step: int, index: int, seed: int, purpose: int
+    dtype: torch.dtype,
+    coefficient: float,
+    step: int,
+    index: int,
+    seed: int,
+    distribution: Distribution,
 ) -> Any:
-    return backends.cpu().Plan(
-        dtype,
-        [[coefficient]],
-        decays=[1.0],
-        steps=[step],
-        seed=seed,
-        purpose=purpose,
-        first_direction=index,
-        stochastic=False,
-    )
+    drawing = _drawing(seed, distribution, index)
+    return backends.cpu().Plan(dtype, [[coefficient]], decays=[1.0], steps=[step], **drawing)
+
+
+def _drawing(
+    seed: int, distribution: Distribution, first_direction: int, rounding: Rounding = "nearest"
+) -> dict[str, Any]:
+    """The options that all kernels share."""
+    return {
+        "seed": seed,
+        "purpose": PURPOSES[distribution],
+        "first_direction": first_direction,
+        "stochastic": rounding == "stochastic",
+    }
 
 
 def combine_many(
@@ -222,16 +205,10 @@ def combine_many(
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; it must be [directions]"
         )
-    backends.compute(
-        list(zip(weights, outs, tensors, strict=True)),
-        coefficients if isinstance(coefficients, Tensor) else [coefficients],
-        decays=[decay],
-        steps=[step],
-        seed=seed,
-        purpose=PURPOSES[distribution],
-        first_direction=first_direction,
-        stochastic=rounding == "stochastic",
-    )
+    jobs = list(zip(weights, outs, tensors, strict=True))
+    rows = coefficients if isinstance(coefficients, Tensor) else [coefficients]
+    drawing = _drawing(seed, distribution, first_direction, rounding)
+    backends.compute(jobs, rows, [decay], [step], **drawing)
     return outs
 
 
@@ -268,21 +245,20 @@ def combine_rows(
     check_tensors(weight, weight, 1, seed, step, tensor, first_direction, 0)
     if table.numel() == 0:
         return table
-    backend, purpose = backends.backend(weight.device.type), PURPOSES[distribution]
+    backend = backends.backend(weight.device.type)
+    drawing = _drawing(seed, distribution, first_direction)
     if backend == "cpu":
-        plan = _plan(weight.dtype, coefficient, step, first_direction, seed, purpose)
+        plan = _plan(weight.dtype, coefficient, step, first_direction, seed, distribution)
         backends.cpu().call_of_rows(table, rows, tensor).run(plan)
-        return table
-    address: dict[str, Any] = {"seed": seed, "step": step, "tensor": tensor}
-    address["first_direction"] = first_direction
-    if backend == "triton":
+    elif backend == "triton":
         backends.triton_launch().combine_rows(
-            table, rows, coefficient, purpose=purpose, stochastic=False, **address
+            table, rows, coefficient, step=step, tensor=tensor, **drawing
         )
-        return table
-    for row, i in zip(table, rows.tolist(), strict=True):
-        start = i * weight.shape[1]  # of the row within the whole tensor
-        combine(row, (coefficient,), offset=start, distribution=distribution, **address)
+    else:
+        for row, i in zip(table, rows.tolist(), strict=True):
+            start = i * weight.shape[1]  # of the row within the whole tensor
+            job = (row, row, tensor)
+            backends.compute([job], [(coefficient,)], [1.0], [step], offset=start, **drawing)
     return table
 
 
@@ -320,16 +296,8 @@ def combine_steps(
     if not steps:
         return weight
     check_address(seed=seed, step=min(steps), num_directions=0)
-    backends.compute(
-        [(weight, weight, tensor)],
-        coefficients,
-        decays=decays,
-        steps=steps,
-        seed=seed,
-        purpose=PURPOSES[distribution],
-        first_direction=0,
-        stochastic=rounding == "stochastic",
-    )
+    drawing = _drawing(seed, distribution, 0, rounding)
+    backends.compute([(weight, weight, tensor)], coefficients, decays, steps, **drawing)
     return weight
 
 

@@ -31,6 +31,29 @@ _NAMES: Final = {
 }
 
 
+def _num_tiles(num_elements: int, blocks: int) -> int:
+    return -(-num_elements // (blocks * 128))
+
+
+def _new_table(
+    device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
+) -> tuple[Tensor, Tensor]:
+    """Make the table of `triton_kernels.combine_tensors`, and the row of each of its tiles.
+
+    Returns:
+        int64, [tensors, 5], and int32, [tiles].
+    """
+    tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
+    first = (tiles.cumsum(0) - tiles).tolist()
+    table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
+    tensor_of_tile = torch.repeat_interleave(torch.arange(len(rows)), tiles).int()
+    return table.to(device), tensor_of_tile.to(device)
+
+
+# The key determines the table completely, so a cached one is right even if memory was reused.
+_table = lru_cache(maxsize=32)(_new_table)
+
+
 def combine(
     weight: Tensor,
     out: Tensor,
@@ -125,20 +148,19 @@ def layout_of(
     outs: Sequence[Tensor],
     tensors: Sequence[int],
     *,
-    table_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    table_of: Callable[..., tuple[Tensor, Tensor]] = _new_table,
 ) -> Layout:
     """Lay out tensors as for `combine_many`; their memory must not move.
 
-    `table_of` finds the tables in a cache. None: make them, which waits for the device.
+    `table_of` finds the tables in a cache, or makes them, which waits for the device.
     """
     device = weights[0].device
     groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
         row = (weight.data_ptr(), out.data_ptr(), weight.numel(), tensor)
         groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
-    make = _new_table if table_of is None else table_of
     return Layout(
-        device, tuple((*group, *make(device, tuple(rows))) for group, rows in groups.items())
+        device, tuple((*group, *table_of(device, tuple(rows))) for group, rows in groups.items())
     )
 
 
@@ -188,12 +210,11 @@ def _launch_rows(
     blocks: int,
     offset: int,
     tensor: int,
-    seed: int,
     purpose: int,
-    first_direction: int,
     stochastic: bool,
     scalars: dict[str, Any],
     tiles_per_row: int = 1,
+    **drawing: Any,
 ) -> None:
     dtype = weight.dtype
     if dtype.itemsize == 2:
@@ -211,8 +232,7 @@ def _launch_rows(
             size,
             tiles_per_row,
             tensor,
-            seed=seed,
-            first_direction=first_direction,
+            **drawing,
             **scalars,
             DTYPE=_NAMES[dtype],
             PURPOSE=purpose,
@@ -224,10 +244,6 @@ def _launch_rows(
         )
 
 
-def _num_tiles(num_elements: int, blocks: int) -> int:
-    return -(-num_elements // (blocks * 128))
-
-
 def _is_aligned(*num_bytes: int) -> bool:
     return all(n % 16 == 0 for n in num_bytes)
 
@@ -235,25 +251,6 @@ def _is_aligned(*num_bytes: int) -> bool:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _new_table(
-    device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
-) -> tuple[Tensor, Tensor]:
-    """Make the table of `triton_kernels.combine_tensors`, and the row of each of its tiles.
-
-    Returns:
-        int64, [tensors, 5], and int32, [tiles].
-    """
-    tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
-    first = (tiles.cumsum(0) - tiles).tolist()
-    table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
-    tensor_of_tile = torch.repeat_interleave(torch.arange(len(rows)), tiles).int()
-    return table.to(device), tensor_of_tile.to(device)
-
-
-# The key determines the table completely, so a cached one is right even if memory was reused.
-_table = lru_cache(maxsize=32)(_new_table)
 
 
 def _host_scalars(

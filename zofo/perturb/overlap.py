@@ -67,12 +67,9 @@ class _Guess:
 
 
 class Overlap:
-    """Swaps of the outermost layers, each computed ahead if it was predicted.
+    """Swaps of the outermost layers, each computed ahead on `side` if it was predicted.
 
-    Args:
-        scratch: holds the buffers.
-        device: computes ahead only weights on this device.
-        side: the second stream of that device.
+    Weights on another device than `device` are computed when their layer is called.
     """
 
     def __init__(self, scratch: Scratch, device: torch.device, side: SideStream) -> None:

@@ -39,14 +39,9 @@ def is_tileable(module: nn.Module) -> bool:
 
 
 class TiledLinear:
-    """A perturbed linear layer.
+    """A perturbed linear layer with a weight [out, in] that `is_tileable` accepts.
 
-    Args:
-        weight: the weight of a tileable layer, [out, in].
-        tensor: its tensor index.
-        scratch: of the weight's dtype, at least [ROWS · in]; layers may share it.
-        seed: seed of the run.
-        distribution: distribution of the directions.
+    `scratch` has the weight's dtype and at least ROWS · in elements. Layers may share it.
     """
 
     def __init__(
@@ -86,14 +81,9 @@ class TiledLinear:
     def __call__(
         self, x: Tensor, bias: Tensor | None, scale: float, step: int, direction: int
     ) -> Tensor:
-        """The output at weight + scale · v[step, direction], shape [..., out].
+        """The output [..., out] for x [..., in] at weight + scale · v[step, direction].
 
-        Args:
-            x: [..., in].
-            bias: [out]; already perturbed, if it is to be.
-            scale: eps, or −eps.
-            step: the optimizer step.
-            direction: index of the direction.
+        The bias, [out], is used as it is, so it must already be perturbed.
         """
         if self._address != self.weight.data_ptr():
             self._lay_out()
