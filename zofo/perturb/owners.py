@@ -20,7 +20,10 @@ from zofo.perturb.tiles import TiledLinear, is_tileable
 # would take longer than its computation.
 _SMALL_BYTES = 1 << 16
 _SMALL_SHARE = 64
-"""All small weights together have at most the size of the largest layer divided by this."""
+"""All small weights together have at most the size of the largest layer divided by this.
+
+The biases of tiled layers come on top.
+"""
 
 
 @dataclass(frozen=True)

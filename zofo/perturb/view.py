@@ -147,6 +147,7 @@ class Perturbation:
         self._point = (scale, step, direction)
         is_whole = False
         try:
+            # Layers begin at level 1, so no layer reuses the buffer of the small weights.
             self._swap_in(self._small, level=0)
             for owner in self._owners:
                 handles += self._hooks(owner)
