@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -185,8 +185,8 @@ def convert_rows(table: Table, convert: Callable[[int, dict[str, Any]], T]) -> l
     return converted
 
 
-def text_in(row: dict[str, Any], column: str) -> str:
-    """A non-empty text; raises ValueError."""
+def text_in(row: Mapping[str, Any], column: str) -> str:
+    """The non-empty text of a column; raises ValueError."""
     if column not in row:
         raise ValueError(f"the column {column!r} is missing; every row needs it")
     value = row[column]
@@ -197,8 +197,8 @@ def text_in(row: dict[str, Any], column: str) -> str:
     return value
 
 
-def label_in(row: dict[str, Any], column: str) -> str:
-    """A label as text; raises ValueError."""
+def label_in(row: Mapping[str, Any], column: str) -> str:
+    """The label of a row as text; raises ValueError."""
     value = row.get(column)
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from zofo.errors import UserError
+from zofo.tasks.spec import Sizes
 
-Sizes = tuple[int | None, int | None, int | None]
 _MOST_HELD_OUT: Final = 0.4
 """Largest share of the rows for a carved part without a size: training needs most rows (choice)."""
 
