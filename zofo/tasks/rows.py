@@ -35,7 +35,7 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
     """Read a file by its suffix, or a split of a hub dataset.
 
     Raises:
-        UserError: if it cannot be found or read.
+        UserError: if the source is missing, cannot be read, or a file has no rows.
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
@@ -44,7 +44,7 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
             raise UserError(f"the data file {source} does not exist")
         try:
             rows = _READERS[suffix](path)
-        except UserError:
+        except UserError:  # a ValueError, too, that already names the file
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"the data file {source} cannot be read: {error}") from error
@@ -89,6 +89,7 @@ def _read_separated(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
+        # Everything is read as text, so that a label such as 01 or NA keeps its form.
         frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     except pd.errors.ParserError as error:
         raise UserError(
@@ -202,6 +203,7 @@ def label_in(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if isinstance(value, bool):
         return "true" if value else "false"
+    # pandas reads integers with missing values as floats, so 1.0 and 1 are the same label.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "":
