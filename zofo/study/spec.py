@@ -31,14 +31,14 @@ from zofo.tasks.spec import TaskSpec
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
 SECTIONS: Final = {"model": "name", "task": "name", "adapter": "type"}
-"""Sections of a run's configuration that are axes -> the key that an entry without keys sets."""
+"""Sections of a run's configuration that are axes -> the key that an entry given as text sets."""
 _SECTION_TYPES: Final[dict[str, type[BaseModel]]] = {
     "models": ModelConfig,
     "tasks": TaskSpec,
     "adapters": AdapterConfig,
 }
 _OWN_KEYS: Final = ("output_dir", "measure_test", "epochs")
-"""Keys of a run that are ignored in `base`, because only the study sets them."""
+"""Keys of a run that are dropped from `base`, because only the study sets them."""
 _AXES: Final = {
     "models": "model",
     "tasks": "task",
@@ -227,7 +227,9 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     for override in overrides:
         problems += apply_override(given, override)
     if isinstance(given.get("base"), str):
-        given["base"] = read_yaml(_beside(given["base"], file))
+        # A relative path starts at the working directory, or else beside the file of the study.
+        base = Path(given["base"]).expanduser()
+        given["base"] = read_yaml(base if base.exists() else file.parent / base)
     problems += _take_from_base(given)
     # A single entry may be given without a list.
     if isinstance(given.get("rates"), dict):
@@ -263,12 +265,6 @@ def differences(saved: StudySpec, spec: StudySpec) -> list[str]:
     return found
 
 
-def _beside(name: str, file: Path) -> Path:
-    """A file named in another file, relative to the working directory or else to that file."""
-    path = Path(name).expanduser()
-    return path if path.is_absolute() or path.exists() else file.parent / path
-
-
 def _take_from_base(given: dict[str, Any]) -> list[str]:
     """Move values of `base` to the omitted axes, and return problems."""
     base = given.get("base") or {}
@@ -279,7 +275,7 @@ def _take_from_base(given: dict[str, Any]) -> list[str]:
     unset = [k for k, v in base.items() if v is None and k in known and known[k].default is None]
     base = {k: v for k, v in base.items() if k not in unset}
     problems = []
-    if "epochs" in base:
+    if "epochs" in base:  # an epoch costs the methods different numbers of forward passes
         problems.append("base.epochs is not equal for all methods; give budget or steps")
     for key in _OWN_KEYS:
         base.pop(key, None)
@@ -395,7 +391,7 @@ def _absolute(entry: Entry, section: str) -> Entry:
         if not isinstance(value, str) or value in ALIASES:
             continue
         path = Path(value).expanduser()
-        # A folder may have the same name as a split of a hub dataset.
+        # Data options may name a hub dataset or its split, and a folder may have the same name.
         if path.is_dir() if name in ("name", "data_dir") else path.is_file():
             values[name] = str(path.absolute())
     return values[key] if isinstance(entry, str) else values

@@ -99,8 +99,10 @@ class Worker:
         refreshed = beaten = -math.inf
         try:
             while True:
+                # Not in the signal handler, which may interrupt the start of a child.
                 self._send_signals()
                 ended = [job for job in list(self.jobs) if self._has_ended(job)]
+                # After a signal nothing new is claimed; only the running children are awaited.
                 if self.signum is not None and not self.jobs:
                     break
                 now = time.monotonic()
@@ -140,7 +142,7 @@ class Worker:
         place = self.folder.path
         saved, lock = place / SPEC_FILE, place / "locks" / "begin"
         has_files = place.exists() and any(f.name != "locks" for f in place.iterdir())
-        # Check the lock after the listing: another worker may create it at this moment.
+        # Check the lock after listing the files, because another worker may create it in between.
         if has_files and not lock.exists() and not saved.exists():
             raise UserError(f"{place} exists and is no study; choose another output")
         with locked(lock):
