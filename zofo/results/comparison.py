@@ -267,7 +267,7 @@ def _reach(
     for ours, theirs in pairs:
         if ours not in by_run or theirs not in by_run:
             continue
-        best = float(by_run[theirs]["dev_loss"].min())  # the mark for both: fo-peft's lowest loss
+        best = float(by_run[theirs]["dev_loss"].min())  # both must reach fo-peft's lowest loss
         num_reached += bool((by_run[ours]["dev_loss"] <= best).any())
         for cost, (of_ours, of_theirs) in costs.items():
             of_ours.append(cost_to_reach(by_run[ours], best, cost))

@@ -74,7 +74,7 @@ def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:
             spent.append(f"{_range(ratios, '.2f')}× the {_COST_WORDS[cost]}")
     if spent:
         notes.append(f"Hybrid took {_joined(spent)} of fo-peft.")
-    # Many intervals of 95% need this warning: some exclude 0 by chance.
+    # With many intervals of 95%, some exclude 0 by chance, so the note says how many to expect.
     if len(pairs) > 1:
         notes.append(
             f"Pair by pair: {counts['win']} won, {counts['loss']} lost, {counts['tie']} tied (the "

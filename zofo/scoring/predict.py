@@ -88,7 +88,7 @@ def predict(
     for example, values in zip(examples, scores, strict=True):
         best = int(np.argmax(values))
         if labels:
-            # Softmax of the scores; logaddexp cannot overflow.
+            # Softmax of the scores, by logaddexp because exp of the scores could underflow.
             shares = np.exp(values - np.logaddexp.reduce(values)).tolist()
             details = {"probabilities": dict(zip(labels, shares, strict=True))}
         else:

@@ -142,7 +142,7 @@ class Queue:
 
     def give_back(self, trial: int) -> None:
         """Let other workers claim the task of a trial."""
-        # If another worker has already ended this trial, it has added the new one, too.
+        # The error means that another worker has already given the task back.
         with suppress(self._finished_error):
             if self._storage.set_trial_state_values(trial, self._states.FAIL):
                 self._add(self._storage.get_trial(trial).user_attrs[_TASK])

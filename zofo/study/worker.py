@@ -92,7 +92,7 @@ class Worker:
             retry_failed: try failed runs and measurements again.
 
         Raises:
-            UserError: if the folder holds another study, or other files.
+            UserError: if the folder holds another study or other files, or the queue fails.
         """
         self._begin(retry_failed)
         previous = self._handle_signals()

@@ -54,7 +54,7 @@ def passages(task: BuiltinTask, table: Table, template: str) -> list[Completion]
         UserError: for missing columns or bad rows.
     """
     require_passage_columns(table, template)
-    require_columns(table, task.labels, "It holds the gold answers")
+    require_columns(table, task.labels, "That column holds the gold answers")
     assert task.measure is not None
     measure = task.measure
 

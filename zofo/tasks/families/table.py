@@ -6,7 +6,8 @@
     the hub         otherwise
 
 Test rows are those of the hub's or the package's own split, and dev rows are carved from the
-training rows. The packages of rotten-tomatoes and piqa have no test split, so both are carved.
+training rows. The packages of rotten-tomatoes and piqa have no test split, so their test rows are
+carved, too.
 """
 
 from __future__ import annotations
