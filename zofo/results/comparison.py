@@ -160,26 +160,26 @@ def _groups(table: pd.DataFrame, left_out: dict[str, str]) -> tuple[Group, ...]:
     finished = finished[finished["accuracy"].notna() & finished["seed"].notna()]
     keys = [*CELL, "rates", "setting"]
     for _, same in finished.groupby([*keys, "seed"], sort=False):
+        # A repetition is no second observation, so only the first of equal runs counts.
         for name in same["run"].iloc[1:]:
             left_out[str(name)] = f"same configuration and seed as {same['run'].iloc[0]}"
     finished = finished[~finished["run"].isin(left_out)]
     found: dict[Any, pd.DataFrame] = dict(iter(finished.groupby(keys, sort=False)))
     chosen = {_standing_for(cell, found) for cell in dict.fromkeys(key[:5] for key in found)}
     groups = [_group(key, rows, key in chosen) for key, rows in found.items()]
-    return tuple(sorted(groups, key=_order))
-
-
-def _order(group: Group) -> tuple[Any, ...]:
-    """Sort key: methods in the order of `METHODS`, unknown ones last."""
-    known = list(METHODS).index(group.method) if group.method in METHODS else len(METHODS)
-    return group.model, group.task, known, group.adapter, group.optimizer
+    # Methods in the order of `METHODS`, unknown ones last; a stable sort keeps the rates in order.
+    place = {name: i for i, name in enumerate(METHODS)}
+    known = {g.method: place.get(g.method, len(place)) for g in groups}
+    return tuple(
+        sorted(groups, key=lambda g: (g.model, g.task, known[g.method], g.adapter, g.optimizer))
+    )
 
 
 def _standing_for(cell: Any, found: Mapping[Any, pd.DataFrame]) -> Any:
     """The key of the group that represents a cell."""
     keys = [key for key in found if key[:5] == cell]
     by_study = [key for key in keys if found[key]["chosen"].any()]
-    # The mean is NaN for a group without dev losses, which comes last.
+    # The mean is NaN for a group without dev losses; such a group comes last.
     losses = {key: float(found[key]["best_dev_loss"].mean()) for key in by_study or keys}
     return min(losses, key=lambda key: math.inf if math.isnan(losses[key]) else losses[key])
 
@@ -217,9 +217,8 @@ def _pairs(groups: Sequence[Group], runs: Runs) -> tuple[Pair, ...]:
     for group in chosen.values():
         other = chosen.get((group.model, group.task, "fo-peft", group.adapter, group.optimizer))
         if group.method == "hybrid" and other is not None:
-            pair = _pair(group, other, runs)
-            pairs += [pair] if pair is not None else []
-    return tuple(pairs)
+            pairs.append(_pair(group, other, runs))
+    return tuple(pair for pair in pairs if pair is not None)
 
 
 def _pair(hybrid: Group, fo_peft: Group, runs: Runs) -> Pair | None:
@@ -233,6 +232,7 @@ def _pair(hybrid: Group, fo_peft: Group, runs: Runs) -> Pair | None:
     )
     if difference is None:
         return None
+    # Everything below is over the seeds that both have, so that the pairs stay paired.
     seeds = difference.seeds
     ratios: dict[str, float | None] = {}
     for cost in COSTS:
@@ -267,7 +267,7 @@ def _reach(
     for ours, theirs in pairs:
         if ours not in by_run or theirs not in by_run:
             continue
-        best = float(by_run[theirs]["dev_loss"].min())
+        best = float(by_run[theirs]["dev_loss"].min())  # both must reach fo-peft's lowest loss
         num_reached += bool((by_run[ours]["dev_loss"] <= best).any())
         for cost, (of_ours, of_theirs) in costs.items():
             of_ours.append(cost_to_reach(by_run[ours], best, cost))
@@ -310,6 +310,7 @@ def _ranks(groups: Sequence[Group]) -> tuple[Ranks | None, str]:
         }
     )
     scores = frame.pivot(index="block", columns="treatment", values="accuracy")
+    # A rank needs every treatment in its block, and a test of ranks needs three treatments.
     while scores.shape[1] > 3 and len(scores.dropna()) < 2:
         scores = scores.drop(columns=str(scores.notna().sum().idxmin()))
     complete = scores.dropna()
@@ -326,8 +327,8 @@ def _grids(table: pd.DataFrame, groups: Sequence[Group]) -> tuple[Grid, ...]:
     }
     tried = table[table["base_lr"].notna() | table["adapter_lr"].notna()]
     tried = tried[tried["status"] != "unfinished"]
-    is_map = tried["base_lr"].map(lambda rate: isinstance(rate, str)).astype(bool)
-    tried = tried[~is_map]
+    # A map of learning rates, stored as text, has no place on the axis of a grid.
+    tried = tried[~tried["base_lr"].map(lambda rate: isinstance(rate, str)).astype(bool)]
     grids = []
     for key, rows in tried.groupby([*CELL, "setting"], sort=False):
         standing = set(rows["rates"][rows["chosen"]]) or {chosen.get(key)}

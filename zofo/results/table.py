@@ -162,7 +162,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    # A run of a study that failed at its start has only the file of the study.
+    # If a run of a study failed at its start, its folder contains only the file of the study.
     return any((folder / name).is_file() for name in (CONFIG_FILE, STUDY_FILE))
 
 
@@ -193,7 +193,7 @@ def _read_run(
     elapsed = last.get("elapsed_s")
     row = {
         "study": _text(study.get("study")),
-        # If the rates are chosen, the run of the search is scored on test and becomes final.
+        # A run of the search becomes final if its rates are chosen and it is scored on test.
         "stage": "search" if study.get("stage") == "search" and not is_final else "final",
         "chosen": is_chosen,
         **_status(folder, study, result, config, last),
@@ -282,11 +282,8 @@ def _base_lr(rate: Any) -> float | str | None:
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations on dev; the training entry of the same step supplies missing costs."""
-    at_step: dict[Any, Mapping[str, Any]] = {}
-    for entry in log:
-        if "loss" in entry:
-            at_step[entry.get("step")] = entry
-    points = {}
+    at_step = {entry.get("step"): entry for entry in log if "loss" in entry}
+    points = {}  # by step; if a step was measured twice, the last entry counts
     for entry in log:
         if "eval_loss" not in entry:
             continue
@@ -303,10 +300,7 @@ def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for entry in log:
-        values |= entry
-    return values
+    return {key: value for entry in log for key, value in entry.items()}
 
 
 def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -318,7 +312,7 @@ def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # an incomplete line, or absurdly deep brackets
             continue
         if isinstance(entry, dict):
             yield entry

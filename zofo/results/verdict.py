@@ -50,39 +50,31 @@ def judge(pairs: Sequence[Pair]) -> Verdict:
     # For the same seed all pairs of a task use the same rows, whatever their model and adapter.
     estimate = mean_over_pairs([pair.values for pair in pairs], [p.hybrid.task for p in pairs])
     counts = Counter(pair.difference.outcome for pair in pairs)
-    found = f"{_points(estimate.value)} of test accuracy"
+    found = f"{100 * estimate.value:+.2f} points of test accuracy"
     if not math.isnan(estimate.low):
         found += f", 95% interval [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}],"
     found += f" {_over(pairs)}"
-    outcome: Literal["higher", "lower", "undecided"]
-    match outcome_of(estimate):
-        case "win":
-            outcome, sentence = "higher", f"Hybrid scored higher than fo-peft: {found}."
-        case "loss":
-            outcome, sentence = "lower", f"Hybrid scored lower than fo-peft: {found}."
-        case "tie":
-            outcome = "undecided"
-            sentence = f"Undecided: hybrid − fo-peft is {found}. The interval holds 0."
-        case _:
-            outcome = "undecided"
-            sentence = f"Undecided: hybrid − fo-peft is {found}. Too few seeds for an interval."
+    outcome: Literal["higher", "lower", "undecided"] = "undecided"
+    result = outcome_of(estimate)
+    if result in ("win", "loss"):
+        outcome = "higher" if result == "win" else "lower"
+        sentence = f"Hybrid scored {outcome} than fo-peft: {found}."
+    else:
+        reason = "The interval holds 0" if result == "tie" else "Too few seeds for an interval"
+        sentence = f"Undecided: hybrid − fo-peft is {found}. {reason}."
     all_counts = {name: counts.get(name, 0) for name in ("win", "tie", "loss", "undecided")}
     return Verdict(outcome, sentence, tuple(_notes(pairs, all_counts)), estimate, all_counts)
 
 
 def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:
-    notes = []
-    ratios = {
-        cost: [pair.cost_ratios[cost] for pair in pairs if pair.cost_ratios[cost] is not None]
-        for cost in COSTS
-    }
-    spent = [
-        f"{_range([r for r in ratios[cost] if r is not None], '.2f')}× the {_COST_WORDS[cost]}"
-        for cost in COSTS
-        if ratios[cost]
-    ]
+    notes, spent = [], []
+    for cost in COSTS:
+        ratios = [r for pair in pairs if (r := pair.cost_ratios[cost]) is not None]
+        if ratios:
+            spent.append(f"{_range(ratios, '.2f')}× the {_COST_WORDS[cost]}")
     if spent:
         notes.append(f"Hybrid took {_joined(spent)} of fo-peft.")
+    # With many intervals of 95%, some exclude 0 by chance, so the note says how many to expect.
     if len(pairs) > 1:
         notes.append(
             f"Pair by pair: {counts['win']} won, {counts['loss']} lost, {counts['tie']} tied (the "
@@ -126,10 +118,6 @@ def _over(pairs: Sequence[Pair]) -> str:
 def _name(pair: Pair) -> str:
     group = pair.hybrid
     return f"{group.task} ({group.model}, {group.adapter}, {group.optimizer})"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f} points"
 
 
 def _range(values: Sequence[float], form: str) -> str:

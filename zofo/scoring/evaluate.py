@@ -39,12 +39,12 @@ class Metrics:
         num_rows: rows measured.
         loss: mean negative log-likelihood: of the right candidate among the candidates
             (classification, choice), or a target token (completion, generation), in nats.
-        accuracy, accuracy_low, accuracy_high: share of right predictions and its 95% interval; for
-            completions the share of target tokens that are the model's first choice, no interval.
-        f1, f1_low, f1_high: mean F1 of written answers and its 95% interval (generation).
-        exact_match, exact_match_low, exact_match_high: share of written answers that are right as
-            they stand, and its 95% interval (generation).
-        majority: share of the commonest class: what guessing reaches.
+        accuracy, accuracy_low, accuracy_high: share of right predictions and its 95% interval. For
+            completions: share of target tokens with the highest probability, without an interval.
+        f1, f1_low, f1_high: mean F1 of generated answers and its 95% interval (generation).
+        exact_match, exact_match_low, exact_match_high: share of generated answers that equal a gold
+            answer, and its 95% interval (generation).
+        majority: share of the commonest class, which is the accuracy of always guessing it.
         auc, auc_low, auc_high: area under the ROC curve and its 95% interval (two classes).
         perplexity: exp of the loss of completions.
     """
@@ -87,6 +87,7 @@ def predict_scores(
     scores: list[np.ndarray | None] = [None] * len(rows)
     for indices, batch in _batches(model, rows, collator, batch_size, progress):
         for i, values in zip(indices, candidate_scores(model, batch).double().cpu(), strict=True):
+            # Rows may differ in their number of candidates; −inf pads the shorter ones.
             num = len(rows[i].targets) or len(values)
             scores[i] = values[:num].numpy()
     return [values for values in scores if values is not None]
@@ -107,11 +108,11 @@ def evaluate(
     Args:
         model: the model, on its device.
         rows: encoded examples, at least one.
-        collator: the batcher.
-        kind: the task's.
-        batch_size: rows a forward.
+        collator: pads rows into batches.
+        kind: kind of the task.
+        batch_size: rows per forward pass.
         progress: called with the number of rows just done.
-        writer: writes the answers where kind is "generation".
+        writer: generates the answers if kind is "generation".
     """
     if kind == "generation":
         if writer is None:
@@ -134,15 +135,14 @@ def classification_metrics(
     """Metrics from candidates' scores.
 
     Args:
-        scores: one array a row.
+        scores: one array [candidates] per row.
         gold: index of the right candidate of each row.
-        has_classes: the candidates are the same classes in every row, so that AUC and the majority
-            rate mean something.
+        has_classes: all rows have the same classes; without them there is neither AUC nor majority.
     """
     right = sum(int(np.argmax(s)) == g for s, g in zip(scores, gold, strict=True))
     losses = [float(np.logaddexp.reduce(s) - s[g]) for s, g in zip(scores, gold, strict=True)]
     low, high = wilson_interval(right, len(gold))
-    auc: tuple[float, float, float] | None = None
+    auc: tuple[float | None, float | None, float | None] = (None, None, None)
     if has_classes and all(len(s) == 2 for s in scores) and len(set(gold)) == 2:
         auc = auc_interval([float(s[1] - s[0]) for s in scores], gold)
     return Metrics(
@@ -152,9 +152,9 @@ def classification_metrics(
         accuracy_low=low,
         accuracy_high=high,
         majority=float(max(np.bincount(gold))) / len(gold) if has_classes else None,
-        auc=auc[0] if auc else None,
-        auc_low=auc[1] if auc else None,
-        auc_high=auc[2] if auc else None,
+        auc=auc[0],
+        auc_low=auc[1],
+        auc_high=auc[2],
     )
 
 
@@ -184,6 +184,7 @@ def auc_interval(scores: Sequence[float], labels: Sequence[int]) -> tuple[float,
     auc = float(above.mean())
 
     def variance(placements: np.ndarray) -> float:
+        # A single row gives no estimate; 0.25 is the largest variance of a value in [0, 1].
         return float(placements.var(ddof=1)) / len(placements) if len(placements) > 1 else 0.25
 
     half = float(norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(variance(above) + variance(below))
@@ -240,7 +241,7 @@ def _evaluate_completions(
         num_rows=len(rows),
         loss=loss,
         accuracy=right / num_tokens,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=math.exp(min(loss, 700.0)),  # exp of more than about 709 overflows
     )
 
 
@@ -251,7 +252,7 @@ def _batches(
     batch_size: int,
     progress: Callable[[int], None] | None,
 ) -> Any:
-    """(indices, batch), longest rows first, so that a lack of memory shows at once."""
+    """(indices, batch), longest rows first, so that a lack of memory is noticed at once."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
     device = next(model.parameters()).device
     was_training = model.training

@@ -1,12 +1,12 @@
-"""Greedy text after prompts, by the model's own `generate`.
+"""Generates text after prompts greedily, with the model's own `generate`.
 
 Prompts of a decoder are padded on the left, because `generate` counts positions from the first real
 token. Prompts of an encoder are padded on the right. With prompt tuning, PEFT also counts the
 padding, so only prompts of equal length share a batch. In each case a text is independent of the
 other rows of its batch, up to rounding.
 
-Deviation from MeZO's protocol (greedy, up to a line break or the end token): a line break counts
-wherever it stands in a token.
+Deviation from MeZO's protocol, which stops at a line break or the end token: a line break also
+counts in the middle of a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Written:
     """Generated texts.
 
     Attributes:
-        texts: one text a prompt, in the order of the prompts.
+        texts: one text per prompt, in the order of the prompts.
         num_tokens: tokens that the model processed, padding included.
     """
 
@@ -61,12 +61,12 @@ class Writer:
         batch_size: int = 32,
         progress: Callable[[int], None] | None = None,
     ) -> Written:
-        """Write after each prompt; the model is put into evaluation mode and back.
+        """Generate a text after each prompt; the model runs in evaluation mode.
 
         Args:
             model: the model, on its device.
-            prompts: token ids, at least one each.
-            batch_size: prompts a batch.
+            prompts: token ids of each prompt, at least one.
+            batch_size: prompts per batch.
             progress: called with the number of prompts just done.
         """
         texts = [""] * len(prompts)
@@ -88,7 +88,7 @@ class Writer:
     def _write(self, model: Any, prompts: Sequence[Sequence[int]]) -> tuple[list[str], int]:
         device = next(model.parameters()).device
         length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
+        ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)  # [prompts, tokens]
         mask = torch.zeros_like(ids)
         is_read_by_encoder = bool(model.config.is_encoder_decoder)
         for i, prompt in enumerate(prompts):
@@ -111,9 +111,9 @@ class Writer:
                 eos_token_id=ends or None,
                 stopping_criteria=stop,
             ).cpu()
-        # Some adapters' generate returns the new tokens alone.
+        # A decoder's output begins with the prompt, but some adapters' `generate` cuts it off.
         if is_read_by_encoder:
-            written = written[:, 1:]  # the token that every decoder begins with
+            written = written[:, 1:]  # the start token of the decoder
         elif torch.equal(written[:, :length], ids):
             written = written[:, length:]
         num_forwards = max(1, written.shape[1])
@@ -121,6 +121,7 @@ class Writer:
         return [self._text(row.tolist(), ends) for row in written], cost
 
     def _end_tokens(self, model: Any) -> list[int]:
+        # Chat models may have several end tokens, of which the tokenizer knows only one.
         known = getattr(model.generation_config, "eos_token_id", None)
         known = known if isinstance(known, list) else [known]
         found = [self.tokenizer.eos_token_id, *known]
@@ -154,13 +155,8 @@ def _batches(
 ) -> list[list[int]]:
     """Indices of the prompts by batch, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    groups = (
-        [list(group) for _, group in itertools.groupby(order, key=lambda i: len(prompts[i]))]
-        if one_length
-        else [order]
-    )
-    return [
-        group[start : start + batch_size]
-        for group in groups
-        for start in range(0, len(group), batch_size)
-    ]
+    batches = []
+    for _, equal in itertools.groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
+        group = list(equal)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return batches

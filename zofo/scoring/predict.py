@@ -29,20 +29,17 @@ def table_of_texts(spec: TaskSpec, texts: Sequence[str]) -> Table:
     Raises:
         UserError: if the task's rows have more than one column.
     """
+    values: Sequence[Any] = texts
     if spec.name == "chat":
-        rows: list[dict[str, Any]] = [
-            {spec.messages: [{"role": "user", "content": text}]} for text in texts
-        ]
-    elif spec.name == "completion":
-        rows = [{spec.prompt: text} for text in texts]
+        columns: Sequence[str] = [spec.messages]
+        values = [[{"role": "user", "content": text}] for text in texts]
     else:
-        columns = _columns(spec)
-        if len(columns) > 1:
-            raise UserError(
-                f"a row of task {spec.name} has several columns; give a file with "
-                f"{', '.join(columns)}"
-            )
-        rows = [{columns[0]: text} for text in texts]
+        columns = [spec.prompt] if spec.name == "completion" else _columns(spec)
+    if len(columns) > 1:
+        raise UserError(
+            f"a row of task {spec.name} has several columns; give a file with {', '.join(columns)}"
+        )
+    rows = [{columns[0]: value} for value in values]
     return Table(list(enumerate(rows, start=1)), "the command line", {})
 
 
@@ -55,19 +52,19 @@ def predict(
     max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One prediction a row, in the rows' order.
+    """One prediction per row, in the order of the rows.
 
     Args:
         artifact: the model.
         spec: the task it was trained on.
-        table: rows; their labels are ignored.
-        batch_size: rows a forward pass.
+        table: the rows; their labels are ignored.
+        batch_size: rows per forward pass.
         max_new_tokens: most tokens of a text. None: 64, or the task's number for answers.
         progress: called with the number of rows just done.
 
     Yields:
-        `row`, `prediction`, and for classes `probabilities` by label; for choices `scores`; for
-        answers, where the row has gold ones, `f1` and `exact_match`.
+        `row` and `prediction`; also `probabilities` by label (classes), `scores` (choices), or `f1`
+        and `exact_match` (answers, if the row has gold ones).
 
     Raises:
         UserError: for missing columns, bad rows, or labels that are not known.
@@ -90,23 +87,18 @@ def predict(
     )
     for example, values in zip(examples, scores, strict=True):
         best = int(np.argmax(values))
-        shares = np.exp(values - np.logaddexp.reduce(values)).tolist()
         if labels:
-            yield {
-                "row": example.row,
-                "prediction": labels[best],
-                "probabilities": dict(zip(labels, shares, strict=True)),
-            }
+            # Softmax of the scores, by logaddexp because exp of the scores could underflow.
+            shares = np.exp(values - np.logaddexp.reduce(values)).tolist()
+            details = {"probabilities": dict(zip(labels, shares, strict=True))}
         else:
-            yield {
-                "row": example.row,
-                "prediction": example.candidates[best].strip(),
-                "scores": values.tolist(),
-            }
+            details = {"scores": values.tolist()}
+        prediction = labels[best] if labels else example.candidates[best].strip()
+        yield {"row": example.row, "prediction": prediction, **details}
 
 
 def _template(spec: TaskSpec) -> str:
-    """Of the user's own rows."""
+    """The prompt of the user's own rows."""
     return spec.template or DEFAULT_TEMPLATE.replace("text", spec.text)
 
 
@@ -122,10 +114,9 @@ def _labels(artifact: Artifact, spec: TaskSpec) -> tuple[str, ...]:
             f"{artifact.base.name} was not trained on labels, so there is nothing to choose from; "
             "predict with a run folder or an artefact"
         )
-    if spec.name in BUILTIN:
-        task = BUILTIN[spec.name]
-        return artifact.labels or (task.classes if task.kind == "classification" else ())
-    return artifact.labels
+    task = BUILTIN.get(spec.name)
+    classes = task.classes if task is not None and task.kind == "classification" else ()
+    return artifact.labels or classes
 
 
 def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Example]:
@@ -169,9 +160,9 @@ def _write(
     encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
 
     def ids_of(prompt: str) -> Sequence[int]:
-        if is_answer:  # cut as in training
+        if is_answer:  # shortened as in training
             return encoder.prompt(prompt)
-        special = spec.name != "chat"  # a chat template has written them
+        special = spec.name != "chat"  # a chat template has already written the special tokens
         ids: Sequence[int] = artifact.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         return ids
 
@@ -181,14 +172,14 @@ def _write(
     )
     for (number, row), text in zip(table.rows, written.texts, strict=True):
         answers = _answers(spec, row) if is_answer else None
-        scores = (
-            {"f1": answers.f1(text), "exact_match": answers.exact_match(text)} if answers else {}
-        )
-        yield {"row": number, "prediction": text, **scores}
+        entry = {"row": number, "prediction": text}
+        if answers:
+            entry |= {"f1": answers.f1(text), "exact_match": answers.exact_match(text)}
+        yield entry
 
 
 def _answers(spec: TaskSpec, row: dict[str, Any]) -> Answers | None:
-    """What counts as right, where the row says."""
+    """The gold answers of a row; None if it has none, because they are optional here."""
     try:
         if spec.name == "completion":
             return answer_in(row, spec.completion)
@@ -205,12 +196,12 @@ def _chat_prompts(artifact: Artifact, spec: TaskSpec, table: Table) -> list[str]
 
     def convert(number: int, row: dict[str, Any]) -> str:
         messages = checked_messages(row[column], column, must_end_with_answer=False)
+        # Drop the answer that the model shall write itself.
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise ValueError(f"{column!r} holds no message to answer")
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(messages, **options))
 
     return convert_rows(table, convert)

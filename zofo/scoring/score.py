@@ -26,15 +26,15 @@ def evaluate_artifact(
     """Scores of a loaded model on a task's rows.
 
     Raises:
-        UserError: for data that cannot be read or does not suit the model, or test rows that it
-            was trained on.
+        UserError: if the data cannot be read or does not suit the model, or if the model was
+            trained or selected on test rows.
     """
     if artifact.task is not None:
         check_tasks(artifact.task["name"], task.name)
     splits = load_splits(task, seed=seed, tokenizer=artifact.tokenizer)
     if artifact.base.head == "classification" and len(splits.labels) != artifact.base.num_labels:
         raise UserError(
-            f"the model tells {artifact.base.num_labels} classes apart, the task has "
+            f"the model has {artifact.base.num_labels} classes, and the task has "
             f"{len(splits.labels)} ({', '.join(splits.labels) or 'none'}); choose the task it was "
             "trained on"
         )
@@ -42,12 +42,10 @@ def evaluate_artifact(
         seeds = (artifact.base.seed, seed)
         check_rows(artifact.task, task, splits.test, seeds=seeds, tokenizer=artifact.tokenizer)
     encoder = encoder_for(artifact.tokenizer, artifact.base.head, task)
-    rows = [encoder(row) for row in splits.part(part)]
-    collator = Collator(artifact.tokenizer.pad_token_id)
     return evaluate(
         artifact.model,
-        rows,
-        collator,
+        [encoder(row) for row in splits.part(part)],
+        Collator(artifact.tokenizer.pad_token_id),
         kind=splits.kind,
         batch_size=batch_size,
         progress=progress,

@@ -1,15 +1,16 @@
-"""Expands a study into its runs; the study alone decides their order and names.
+"""Expands a study into its runs, whose order and names depend on nothing but the study.
 
-    cell    a model on a task, moved by a method through an adapter with an optimizer
-    run     a cell at one pair of learning rates with one seed
+    cell    a combination of model, task, method, adapter and optimizer
+    run     a cell with one pair of learning rates and one seed
     name    MODEL_TASK_METHOD_ADAPTER-OPTIMIZER_bRATE_aRATE_sSEED
 
-What does not apply to a method is left out of the name, and is `none` in the cell.
+If a method has no adapter or no optimizer, the name omits it and the cell holds `none`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -20,13 +21,14 @@ from typing import Any, Final, NamedTuple
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError
+from zofo.optim.methods import METHODS, Method
 from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
 
 NONE: Final = "none"
 
 
 class Cell(NamedTuple):
-    """One combination of the axes' labels; `none` if a method has no adapter or optimizer."""
+    """One combination of the labels of all axes."""
 
     model: str
     task: str
@@ -36,21 +38,21 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Readable and unique in the study."""
+        """Readable name, unique in the study."""
         parts = [self.model, self.task, self.method]
         rest = [x for x in (self.adapter, self.optimizer) if x != NONE]
         return "_".join([*parts, *(["-".join(rest)] if rest else [])])
 
 
 class Pair(NamedTuple):
-    """Learning rates of a run; None for a frozen block."""
+    """The learning rates of a run; None for a frozen block."""
 
     base_lr: float | None
     adapter_lr: float | None
 
     @property
     def name(self) -> str:
-        """Such as b1e-6_a1e-3."""
+        """Both rates in words, such as b1e-6_a1e-3."""
         parts = (("b", self.base_lr), ("a", self.adapter_lr))
         return "_".join(mark + rate_text(rate) for mark, rate in parts if rate is not None)
 
@@ -65,18 +67,18 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Its name: unique in the study, and its folder's."""
+        """Name of the run and of its folder, unique in the study."""
         return f"{self.cell.name}_{self.rates.name}_s{self.seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A study, spread out.
+    """All cells and runs of a study.
 
     Attributes:
         spec: the study.
-        rates: cell -> the pairs to choose from, in order of size.
-        dropped: why combinations are left out, and how many.
+        rates: cell -> the pairs of learning rates to choose from, in ascending order.
+        dropped: reason -> number of combinations that are left out.
     """
 
     spec: StudySpec
@@ -95,31 +97,29 @@ class Grid:
 
     @property
     def other_seeds(self) -> tuple[int, ...]:
-        """Seeds that are run at the chosen rates only."""
+        """The seeds that run only at the chosen rates."""
         return tuple(s for s in self.spec.seeds if s not in self.spec.choosing_seeds)
 
     @property
     def num_runs(self) -> int:
-        """Searches and the runs of the other seeds."""
+        """Number of runs that choose rates, and of runs with the other seeds."""
         return len(self.search) + len(self.rates) * len(self.other_seeds)
 
     @property
     def starts(self) -> tuple[tuple[str, str, int], ...]:
-        """Model, task and seed of the untrained models that are measured beside."""
+        """Model, task and seed of each untrained model that is measured for comparison."""
         found = {(cell.model, cell.task): None for cell in self.rates}
         return tuple((*pair, seed) for pair in found for seed in self.spec.seeds)
 
     def config(self, run: Run, output_dir: str | Path | None = None) -> RunConfig:
-        """The configuration of a run.
-
-        Raises:
-            UserError: with every problem found.
-        """
+        """The configuration of a run; see `config_of`."""
         return config_of(self.spec, run.cell, run.rates, run.seed, output_dir)
 
 
 def rate_text(rate: float) -> str:
     """A rate with all its digits, such as 1e-6, 2.5e-4 or 0."""
+    # Decimal of repr keeps the shortest digits that restore the float, so different rates never
+    # share a name.
     _, digits, exponent = Decimal(repr(float(rate))).normalize().as_tuple()
     assert isinstance(exponent, int)
     if not any(digits):
@@ -130,10 +130,10 @@ def rate_text(rate: float) -> str:
 
 
 def expand(spec: StudySpec) -> Grid:
-    """Spread a study out.
+    """Find all cells of a study and the pairs of learning rates of each.
 
     Raises:
-        UserError: for every configuration problem, each once; if no cell is left.
+        UserError: with every problem of a configuration, or if no cell is left.
     """
     dropped: dict[str, int] = {}
     cells: dict[Cell, tuple[Pair, ...]] = {}
@@ -141,19 +141,20 @@ def expand(spec: StudySpec) -> Grid:
     problems: list[str] = []
     for cell in _cells(spec):
         reason = _unsuited(spec, cell)
+        # Look at every pattern, because a pattern that matches no cell at all is reported below.
         for i, where in enumerate(spec.exclude):
             if matches(where, cell):
                 used[i], reason = True, "excluded"
         if reason is not None:
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
-        pairs, lacking = _pairs(spec, cell)
+        cells[cell], lacking = _pairs(spec, cell)
         problems += lacking
-        cells[cell] = pairs
     for where, is_used in zip(spec.exclude, used, strict=True):
         if not is_used:
             given = {key: value for key, value in where.model_dump().items() if value != "*"}
             problems.append(f"exclude {given} matches no cell; correct or remove it")
+    # All pairs of a cell are configured alike, so the first one shows every problem.
     for cell, pairs in cells.items():
         if pairs:
             problems += _problems_of(spec, cell, pairs[0])
@@ -177,23 +178,20 @@ def config_of(
     Raises:
         UserError: with every problem found.
     """
-    from zofo.optim.methods import METHODS
-
-    method = "hybrid" if cell.method == TIED else cell.method
     values: dict[str, Any] = {
         **spec.base,
-        "method": method,
+        "method": "hybrid" if cell.method == TIED else cell.method,
         "model": _section(spec, "model", cell.model),
         "task": _section(spec, "task", cell.task),
         "seed": seed,
         "early_stopping": spec.early_stopping,
-        "measure_test": False,
+        "measure_test": False,  # `zofo.study.measure` does so once all rates are chosen
         "num_threads": spec.num_threads,
         "output_dir": None if output_dir is None else str(output_dir),
-        "steps": spec.steps or 1,
+        "steps": spec.steps or 1,  # with a budget, the number of steps follows from the cost below
     }
     values.pop("adapter", None)
-    if METHODS[method].needs_adapter:
+    if method_of(cell.method).needs_adapter:
         values["adapter"] = _section(spec, "adapter", cell.adapter)
     if cell.optimizer != NONE:
         values["optimizer"] = cell.optimizer
@@ -208,11 +206,12 @@ def config_of(
 
 
 def steps_within(config: RunConfig, budget: float) -> int:
-    """The most steps that a number of forward-equivalents pays for.
+    """The largest number of steps whose cost is within a budget of forward-equivalents.
 
     Raises:
-        UserError: if it pays for none.
+        UserError: if the budget is smaller than the cost of one step.
     """
+    # Bisect: the cost grows with the steps, and each step costs at least one forward-equivalent.
     low, high = 0, int(budget) + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -229,69 +228,66 @@ def cost_of(config: RunConfig, steps: int | None = None) -> float:
     """Forward-equivalents of a run's training."""
     from zofo.run.cost import forward_equivalents
 
+    # `zofo.run.plan` also counts dropout, which is unknown before the model is loaded.
     again = config.model.dtype != "float32"
     return forward_equivalents(config, steps or config.steps or 0, part_again=again)
 
 
 def matches(where: Where, cell: Cell) -> bool:
-    """Whether a cell's labels fit."""
-    return all(_fits(getattr(where, f"{axis}s"), label) for axis, label in cell._asdict().items())
+    """Whether every label of a cell matches its pattern, or one of its patterns."""
+
+    def fits(pattern: Pattern, label: str) -> bool:
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        return any(fnmatch.fnmatchcase(label, p) for p in patterns)
+
+    return all(fits(getattr(where, f"{axis}s"), label) for axis, label in cell._asdict().items())
 
 
-def _fits(pattern: Pattern, label: str) -> bool:
-    patterns: Sequence[str] = [pattern] if isinstance(pattern, str) else pattern
-    return any(fnmatch.fnmatchcase(label, p) for p in patterns)
+def method_of(label: str) -> Method:
+    """The method behind the label of a cell."""
+    return METHODS["hybrid" if label == TIED else label]
 
 
 def _cells(spec: StudySpec) -> Iterator[Cell]:
-    """Every combination that differs, in the order of the axes."""
-    from zofo.optim.methods import METHODS
-
+    """Every different combination, in the order of the axes."""
     for model in spec.models:
         for task in spec.tasks:
             for method in spec.methods:
-                orders = METHODS["hybrid" if method == TIED else method]
+                orders = method_of(method)
                 adapters = [label_of(a, "type") for a in spec.adapters]
-                has_gradient = orders.first is not None
                 for adapter in adapters if orders.needs_adapter else [NONE]:
-                    for optimizer in spec.optimizers if has_gradient else [NONE]:
+                    for optimizer in spec.optimizers if orders.first is not None else [NONE]:
                         labels = label_of(model, "name"), label_of(task, "name")
                         yield Cell(*labels, method, adapter, optimizer)
 
 
 def _pairs(spec: StudySpec, cell: Cell) -> tuple[tuple[Pair, ...], list[str]]:
-    """The rates to choose from, and what is missing."""
-    from zofo.optim.methods import METHODS
-
+    """The pairs of rates to choose from, and problems with missing rates."""
     fitting = [rates for rates in spec.rates if matches(rates, cell)]
-    orders = METHODS["hybrid" if cell.method == TIED else cell.method]
+    orders = method_of(cell.method)
     base, adapter = _last(fitting, "base_lr"), _last(fitting, "adapter_lr")
     if cell.method == TIED:
         tied = _last(fitting, "tied") or sorted({*(base or ()), *(adapter or ())})
         lacking = [] if tied else [f"rates give no tied for {cell.name}; add them"]
         return tuple(Pair(rate, rate) for rate in sorted(tied)), lacking
-    moved = {"base_lr": orders.base != "frozen", "adapter_lr": orders.adapter != "frozen"}
-    grids = {"base_lr": base, "adapter_lr": adapter}
-    lacking = [
-        f"rates give no {key} for {cell.name}; add them"
-        for key, is_moved in moved.items()
-        if is_moved and not grids[key]
-    ]
-    pairs = [
-        Pair(b, a)
-        for b in (sorted(base or ()) if moved["base_lr"] else [None])
-        for a in (sorted(adapter or ()) if moved["adapter_lr"] else [None])
-    ]
-    return tuple(pairs), lacking
+    # A frozen block has the single rate None, so that the product below has a pair.
+    grids: dict[str, Sequence[float | None]] = {
+        "base_lr": [None] if orders.base == "frozen" else sorted(base or ()),
+        "adapter_lr": [None] if orders.adapter == "frozen" else sorted(adapter or ()),
+    }
+    missing = [key for key, rates in grids.items() if not rates]
+    lacking = [f"rates give no {key} for {cell.name}; add them" for key in missing]
+    return tuple(Pair(*rates) for rates in itertools.product(*grids.values())), lacking
 
 
 def _last(fitting: Sequence[Rates], key: str) -> list[float] | None:
+    # Later entries of `rates` override earlier ones, but only in the keys that they give.
     given = [getattr(rates, key) for rates in fitting if getattr(rates, key) is not None]
     return given[-1] if given else None
 
 
 def _section(spec: StudySpec, section: str, label: str) -> dict[str, Any]:
-    """An entry of an axis with what all entries share."""
+    """The options of an entry of an axis, including those that all its entries share."""
     key = SECTIONS[section]
     entries: list[Entry] = getattr(spec, f"{section}s")
     entry = next(e for e in entries if label_of(e, key) == label)
@@ -301,10 +297,11 @@ def _section(spec: StudySpec, section: str, label: str) -> dict[str, Any]:
 
 
 def _problems_of(spec: StudySpec, cell: Cell, pair: Pair) -> list[str]:
-    """What `zofo train` would refuse."""
+    """The problems for which `zofo train` would refuse a configuration."""
     try:
         config_of(spec, cell, pair, spec.seeds[0])
     except UserError as error:
+        # Strip heading and bullets: `expand` lists these problems under its own heading.
         lines = str(error).splitlines()
         if len(lines) == 1:
             return [lines[0].removeprefix("the configuration: ")]
@@ -313,7 +310,7 @@ def _problems_of(spec: StudySpec, cell: Cell, pair: Pair) -> list[str]:
 
 
 def _unsuited(spec: StudySpec, cell: Cell) -> str | None:
-    """Why a cell makes no sense, as far as can be told without the model."""
+    """Why the model of a cell cannot do its task; None if that is unknown before it is loaded."""
     task, model = _section(spec, "task", cell.task), _section(spec, "model", cell.model)
     if not _has_classes(str(task["name"])) and _is_classifier(model):
         return f"{cell.model} is an encoder, and {cell.task} has no fixed classes"
@@ -329,7 +326,7 @@ def _has_classes(task: str) -> bool:
 
 
 def _is_classifier(model: dict[str, Any]) -> bool:
-    """Of models that are here; a hub id is looked up when its runs begin."""
+    """Whether a local model has a classification head; a hub id is not looked up here."""
     from zofo.models.embedded import ALIASES
     from zofo.models.loading import head_of
 
@@ -343,10 +340,6 @@ def _is_classifier(model: dict[str, Any]) -> bool:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """What tells a run apart, as plain values."""
-    return {
-        "id": run.id,
-        "cell": run.cell._asdict(),
-        "rates": run.rates._asdict(),
-        "seed": run.seed,
-    }
+    """The values that identify a run, for JSON."""
+    cell, rates = run.cell._asdict(), run.rates._asdict()
+    return {"id": run.id, "cell": cell, "rates": rates, "seed": run.seed}

@@ -1,11 +1,13 @@
 """The tasks of a study, their order and their states, read from the study's files.
 
-    search   a run that chooses rates                        at once
-    final    another seed at the chosen rates                once the cell's search has ended
-    start    the untrained model's test scores, by seed      once all cells of its task are chosen
-    test     the test scores of a run at the chosen rates    once its run and its start have ended
+    kind     work                                            it becomes ready
+    search   a run that helps to choose the rates            at once
+    final    a run of another seed at the chosen rates       once the cell's search has ended
+    start    test scores of the untrained model, per seed    once all its cells have a choice
+    test     test scores of a run at the chosen rates        once its run and its start have ended
 
-No test row is scored before every choice on its task and model is made.
+The cells of a start are those with its model and task, so no test row is scored before all choices
+on that model and task are made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ START_ERROR_FILE = "failed.json"
 
 @dataclass(frozen=True)
 class Task:
-    """A unit of work for a worker: `cell` is None for a start, and only a search has its `run`."""
+    """A unit of work for a worker. A start has no `cell`, and only a search has a `run`."""
 
     kind: Kind
     model: str
@@ -38,7 +40,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Unique in the study."""
+        """Name of the task, unique in the study."""
         if self.run is not None:
             return f"{self.kind} {self.run.id}"
         place = self.cell.name if self.cell is not None else f"{self.model}_{self.task}"
@@ -46,7 +48,7 @@ class Task:
 
 
 def all_tasks(grid: Grid) -> dict[str, Task]:
-    """Name -> task, in the order in which they are best done."""
+    """Name -> task, in the order in which workers should claim them."""
     tasks = [
         Task("search", run.cell.model, run.cell.task, run.seed, run.cell, run)
         for run in grid.search
@@ -59,18 +61,16 @@ def all_tasks(grid: Grid) -> dict[str, Task]:
 
 
 def run_of(task: Task, folder: StudyFolder) -> Run | None:
-    """The run that a task is about; None for a start, and before or without a choice."""
+    """The run of a task. None for a start, and if the cell of a final or test has no rates."""
     if task.run is not None or task.cell is None:
         return task.run
     return folder.final_run(task.cell, task.seed)
 
 
 def state_of(task: Task, folder: StudyFolder) -> State:
-    """Whether a task can be done; a task that is no longer needed counts as ended.
+    """Whether a task can begin now. A task that is no longer needed counts as ended.
 
-    Args:
-        task: the task.
-        folder: whose choices are up to date.
+    The choices of `folder` must be up to date.
     """
     choices = folder.choices_known
     run = run_of(task, folder)
@@ -80,6 +80,7 @@ def state_of(task: Task, folder: StudyFolder) -> State:
         cells = [c for c in folder.grid.rates if (c.model, c.task) == (task.model, task.task)]
         if any(cell not in choices for cell in cells):
             return "blocked"
+        # If every cell failed, no test follows that would need the start for comparison.
         return "ready" if any(choices[cell].rates for cell in cells) else "ended"
     if task.kind != "search" and task.cell not in choices:
         return "blocked"
@@ -96,19 +97,19 @@ def state_of(task: Task, folder: StudyFolder) -> State:
 
 
 def start_of(task: Task) -> Task:
-    """The untrained model beside a test."""
+    """The start with which the scores of a test are compared."""
     return Task("start", task.model, task.task, task.seed)
 
 
 def start_file(task: Task, folder: StudyFolder) -> Path:
-    """The test scores of a start."""
+    """File of the test scores of a start."""
     return folder.start_folder(task.model, task.task, task.seed) / START_FILE
 
 
 def start_error(task: Task, folder: StudyFolder) -> str | None:
-    """Why a start has no scores; None if it has, or none was tried."""
-    path = folder.start_folder(task.model, task.task, task.seed) / START_ERROR_FILE
+    """Why a start has failed; None if it has scores, or has not been tried."""
+    path = start_file(task, folder).with_name(START_ERROR_FILE)
     try:
         return str(read_json(path)["error"]) if path.exists() else None
-    except UserError as error:
+    except UserError as error:  # the file is damaged, which is a failure too
         return str(error)

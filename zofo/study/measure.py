@@ -1,9 +1,10 @@
-"""Scores on the test rows, once the rates are chosen.
+"""Measures scores on the test rows after the rates are chosen.
 
-    python -m zofo.study.measure start CONFIG.yaml OUT.json    of a configuration's untrained model
-    python -m zofo.study.measure run RUN START.json            of a run's artefact
+    python -m zofo.study.measure start CONFIG.yaml OUT.json    the untrained model of a run
+    python -m zofo.study.measure run RUN START.json            the artefact of a run
 
-The scores of a run go into its result.json, with those of the untrained model.
+The second command writes the scores of the artefact and of the untrained model into the run's
+result.json.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from zofo.tasks.load import load_splits
 
 
 def measure_start(config_file: Path, output: Path) -> None:
-    """Write the test scores of the model that a run begins with, without adapter.
+    """Write the test scores of the model from which a run starts, without an adapter.
 
     Raises:
-        UserError: for anything wrong with data or model.
+        UserError: if the data or the model cannot be used.
     """
     config = load_config(config_file)
     device = _device(config)
@@ -45,10 +46,10 @@ def measure_start(config_file: Path, output: Path) -> None:
 
 
 def measure_run(folder: Path, start: Path) -> None:
-    """Add the test scores of a run's artefact, and those before training, to its result.
+    """Add test scores before and after training to the result of a run.
 
     Raises:
-        UserError: if there is no artefact, or its base cannot be found.
+        UserError: if the artefact or its base is missing.
     """
     config = load_config(folder / CONFIG_FILE)
     result: dict[str, Any] = read_json(folder / RESULT_FILE)
@@ -72,7 +73,7 @@ def _scores(artifact: Artifact, config: RunConfig) -> Metrics:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; what is wrong is one message."""
+    """Run the command; an error is printed as one message."""
     what, given, other = arguments
     try:
         {"start": measure_start, "run": measure_run}[what](Path(given), Path(other))

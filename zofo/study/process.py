@@ -1,8 +1,9 @@
-"""Runs a task in a child process, under a lock that shows that a worker has it.
+"""Runs a task in a child process, and locks the task while worker or child is alive.
 
-The child has a session of its own, so that Ctrl-C in a terminal reaches it once, through its
-worker; it inherits the lock's file, so that the lock lasts as long as worker or child. When the
-worker is killed, Linux sends the child SIGTERM: it writes a checkpoint and ends.
+The child has its own session, so Ctrl-C in a terminal does not reach it directly; its worker passes
+the signal on, once. The child inherits the open lock file, so the lock lasts until both processes
+have ended. If the worker is killed, Linux sends SIGTERM to the child, which then writes a
+checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -19,30 +20,24 @@ from typing import ClassVar, Final
 
 _NUM_LINES: Final = 5
 _NUM_CHARACTERS: Final = 500
-"""Of what a failing process printed last, in the record."""
+"""Limits of a failed process's last output that its record keeps (choice)."""
 _PR_SET_PDEATHSIG: Final = 1
 
 
 class Lock:
-    """Held by this process and the children that inherit it.
-
-    Args:
-        path: a file that only serves as lock.
-        handle: of the locked file.
-    """
+    """A lock that this process and the children that inherit its file descriptor hold."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self.handle = path, handle
 
     @classmethod
     def take(cls, path: Path, *, wait: bool = False) -> Lock | None:
-        """The lock, or None if another process holds it.
+        """Take the lock of a file, which is created if it is missing.
 
-        Args:
-            path: made if it does not exist.
-            wait: until it is free.
+        Returns None if another process holds the lock, unless `wait` is set.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        # O_CLOEXEC: only a child that names the descriptor in `pass_fds` inherits the lock.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -52,30 +47,28 @@ class Lock:
         return cls(path, handle)
 
     def release(self) -> None:
-        """Close this process's copy."""
+        """Close the descriptor of this process; the lock ends when no process has one."""
         os.close(self.handle)
 
 
 class Child:
-    """A process that works on a run.
+    """A process that works on a task.
 
     Args:
         arguments: module and its arguments.
-        log: what it prints is added here.
-        lock: inherited.
-        num_threads: of the CPU.
-
-    Attributes:
-        program: what the arguments are given to.
+        log: file to which the output is appended.
+        lock: lock that the process inherits.
+        num_threads: number of CPU threads.
     """
 
     program: ClassVar[tuple[str, ...]] = (sys.executable, "-m")
+    """Command before the arguments."""
 
     def __init__(self, arguments: Sequence[str], log: Path, lock: Lock, num_threads: int) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            self._start = file.tell()
+            self._start = file.tell()  # an earlier attempt may have written before this position
             self._process = subprocess.Popen(
                 [*self.program, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -89,11 +82,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
+        """The exit code, negative for a signal; None while the process runs."""
         return self._process.poll()
 
     def send(self, signum: int) -> None:
@@ -101,14 +94,14 @@ class Child:
         self._process.send_signal(signum)
 
     def wait(self, timeout_s: float) -> int | None:
-        """Its exit code, or None if it still runs then."""
+        """Wait for the exit code; None if the process still runs after `timeout_s`."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
     def last_lines(self) -> str:
-        """What it printed last."""
+        """The end of what this process has printed."""
         with self._log.open("rb") as file:
             file.seek(self._start)
             text = file.read().decode("utf-8", "replace")
@@ -117,13 +110,16 @@ class Child:
 
 
 def was_stopped(code: int) -> bool:
-    """Whether an exit code says that a signal ended the process, however it took it."""
+    """Whether a signal ended the process."""
+    # A process that handles the signal exits with 128 + its number, as shells report it.
     return code < 0 or code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
+    # Runs in the child between fork and exec; Linux keeps the setting across exec.
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+# Loaded before any fork: loading a library between fork and exec may deadlock.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

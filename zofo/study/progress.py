@@ -1,9 +1,9 @@
-"""Shows the progress of a study: counts, the estimated remaining time, a live table or lines.
+"""Shows the progress of a study: counts and the estimated remaining time, as table or as lines.
 
-    remaining = sum over open runs of forward-equivalents x seconds for one, over workers
+    remaining = sum over open runs of (forward-equivalents · seconds for one) / number of workers
 
-The seconds for a forward-equivalent are those of the runs that have ended on the same model and
-task, else on the same model, else on any.
+The seconds for one forward-equivalent come from ended runs with the same model and task, else with
+the same model, else from all ended runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zofo.console import duration_text
-from zofo.study.grid import Cell, Grid, cost_of
+from zofo.study.grid import Cell, Grid, Run, cost_of
 from zofo.study.jobs import Task, all_tasks, run_of, start_error, state_of
 from zofo.study.records import StudyFolder
 
@@ -33,14 +33,14 @@ STATES = ("done", "running", "failed", "stopped", "open")
 
 @dataclass
 class Summary:
-    """How far a study is.
+    """The state of a study.
 
     Attributes:
-        counts: phase -> state -> tasks.
-        running: names of the tasks under way.
-        failed: name -> why.
+        counts: phase -> state -> number of tasks.
+        running: names of the running tasks.
+        failed: name of a failed task -> reason.
         remaining_s: estimated seconds for one worker; None if no run has been timed.
-        num_unchosen: cells without a choice, because every pair of rates failed.
+        num_unchosen: number of cells without rates, because every pair failed.
     """
 
     counts: dict[str, dict[str, int]]
@@ -51,43 +51,33 @@ class Summary:
 
     @property
     def num_open(self) -> int:
-        """Tasks that have not ended."""
+        """Number of tasks that have not ended."""
         return sum(c["open"] + c["running"] for c in self.counts.values())
 
 
 class Costs:
-    """What runs cost, and how long that takes.
-
-    Args:
-        grid: the study.
-    """
+    """The cost of the runs of a study; each cell is computed once."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self._costs: dict[Cell, float] = {}
 
     def of(self, cell: Cell) -> float:
-        """Forward-equivalents of a run; rates and seeds do not matter."""
+        """Forward-equivalents of a run of a cell, for any rates and any seed."""
         if cell not in self._costs:
-            from zofo.study.grid import Run
-
             run = Run(cell, self.grid.rates[cell][0], self.grid.spec.seeds[0])
             self._costs[cell] = cost_of(self.grid.config(run))
         return self._costs[cell]
 
     def total(self) -> float:
-        """Of the whole study."""
-        seeds = len(self.grid.spec.choosing_seeds), len(self.grid.other_seeds)
-        return math.fsum(
-            self.of(cell) * (len(pairs) * seeds[0] + seeds[1])
-            for cell, pairs in self.grid.rates.items()
-        )
+        """Forward-equivalents of the whole study."""
+        choosing, other = len(self.grid.spec.choosing_seeds), len(self.grid.other_seeds)
+        numbers = {cell: len(pairs) * choosing + other for cell, pairs in self.grid.rates.items()}
+        return math.fsum(self.of(cell) * num for cell, num in numbers.items())
 
 
-def seconds_per_forward(
-    records: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, ...], float]:
-    """(model, task), (model,) and () -> seconds for a forward-equivalent, evaluations included."""
+def seconds_per_forward(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+    """(model, task), (model,) and () -> seconds for a forward-equivalent, with evaluations."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
         cost, cell = record["cost"], record["cell"]
@@ -102,13 +92,13 @@ def seconds_per_forward(
 def summarize(
     folder: StudyFolder, costs: Costs, tasks: Mapping[str, Task], running: Sequence[str] = ()
 ) -> Summary:
-    """Count; the folder's choices must be up to date.
+    """Count the tasks in each state. The choices of `folder` must be up to date.
 
     Args:
-        folder: the study's.
-        costs: of its runs.
-        tasks: all of them.
-        running: names of those under way.
+        folder: the files of the study.
+        costs: the costs of its runs.
+        tasks: all tasks by name.
+        running: names of the running tasks.
     """
     counts = {phase: dict.fromkeys(STATES, 0) for phase in PHASES}
     records = [r for r in map(folder.record, folder.known_runs()) if r is not None]
@@ -123,6 +113,7 @@ def summarize(
             result.failed[name] = why or ""
         if state in ("open", "running") and task.cell is not None and task.kind != "test":
             keys: list[tuple[str, ...]] = [(task.model, task.task), (task.model,), ()]
+            # Without a timed run the pace is NaN, which makes the whole estimate unknown.
             pace = next((paces[key] for key in keys if key in paces), math.nan)
             left += costs.of(task.cell) * pace
     result.remaining_s = None if math.isnan(left) else left
@@ -132,18 +123,16 @@ def summarize(
 
 
 def _state(task: Task, folder: StudyFolder, is_running: bool) -> tuple[str | None, str | None]:
-    """One of `STATES` and the error; None for what has become pointless."""
+    """One of `STATES`, and the error; the state is None if the task is no longer needed."""
     if is_running:
         return "running", None
     if state_of(task, folder) != "ended":
         return "open", None
     run = run_of(task, folder)
     if task.kind == "start":
-        if not any(
-            choice.rates
-            for cell, choice in folder.choices_known.items()
-            if (cell.model, cell.task) == (task.model, task.task)
-        ):
+        # Only a choice of rates leads to test scores that a start is compared with.
+        chosen = [cell for cell, choice in folder.choices_known.items() if choice.rates]
+        if (task.model, task.task) not in [(cell.model, cell.task) for cell in chosen]:
             return None, None
         error = start_error(task, folder)
         return ("done" if error is None else "failed"), error
@@ -158,7 +147,7 @@ def _state(task: Task, folder: StudyFolder, is_running: bool) -> tuple[str | Non
 
 
 def table_of(summary: Summary, num_workers: int = 1) -> Table:
-    """The counts as a table."""
+    """The counts of a summary as a table."""
     table = Table("", *STATES, title=_title(summary, num_workers))
     for phase, counts in summary.counts.items():
         if any(counts.values()):
@@ -175,12 +164,7 @@ def _title(summary: Summary, num_workers: int) -> str:
 
 
 class StudyDisplay:
-    """A live table on a terminal, a line for every end elsewhere.
-
-    Args:
-        grid: the study.
-        console: where to.
-    """
+    """Reports a worker's progress: a live table on a terminal, else a line per ended task."""
 
     def __init__(self, grid: Grid, console: Console) -> None:
         self.console, self.costs = console, Costs(grid)
@@ -189,23 +173,23 @@ class StudyDisplay:
         self._has_reported_failure = False
 
     def started(self, worker: Worker, job: Job) -> None:
-        """A job begins."""
+        """Report that a job begins."""
         self.refreshed(worker)
 
     def ended(self, worker: Worker, job: Job) -> None:
-        """A job has ended: a line that stays."""
-        minutes = duration_text(time.monotonic() - job.began)
-        line = f"{job.task.name}: {self._outcome(worker, job)}, {minutes}"
+        """Print a permanent line about a job that has ended."""
+        took = duration_text(time.monotonic() - job.began)
+        line = f"{job.task.name}: {self._outcome(worker, job)}, {took}"
         if self._live is None and self.console.is_terminal:
             self.refreshed(worker)
         if self._live is None:
             summary = self._summary(worker)
             num = sum(sum(c.values()) for c in summary.counts.values())
             line = f"{num - summary.num_open}/{num} {line}; {_title(summary, worker.num_slots)}"
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._print(line)
 
     def refreshed(self, worker: Worker) -> None:
-        """Refresh the table."""
+        """Update the table."""
         if not self.console.is_terminal:
             return
         summary = self._summary(worker)
@@ -224,18 +208,17 @@ class StudyDisplay:
         if not self._has_reported_failure:
             self._has_reported_failure = True
             first = (str(error).strip().splitlines() or [repr(error)])[0]
-            self.console.print(
-                f"the queue's database does not answer ({first}); trying on",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            self._print(f"the queue's database does not answer ({first}); trying again")
 
     def close(self) -> None:
-        """Take the table off the screen."""
+        """Remove the table from the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _print(self, line: str) -> None:
+        # Names and errors may contain brackets, which rich would read as markup.
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _summary(self, worker: Worker) -> Summary:
         running = {job.task.name for job in worker.jobs} | (worker.others() or set())

@@ -1,25 +1,26 @@
 """Distributes tasks to workers: optuna's storage serves as a queue, with one trial per task.
 
-    WAITING   nobody works on it           FAIL      its worker died, or gave it back; a new trial
-    RUNNING   somebody does                          of the same task waits
-    COMPLETE  it has ended
+    WAITING   no worker has the task
+    RUNNING   a worker has it
+    COMPLETE  the task has ended
+    FAIL      its worker died or gave it back, and a new trial of the same task waits
 
 A claim is one transaction of the database. SQLite has no row locks, so its transactions begin with
 BEGIN IMMEDIATE; otherwise two workers could read the same waiting trial and both take it. optuna's
-own `ask` would create a trial if none waits, so it is not used.
+own `ask` creates a trial if none waits, so it is not used.
 
-A worker's claims carry its heartbeat. A trial whose heartbeat is old, or whose worker was on this
-machine and is gone, is given to others. What a task comes to stands in files; the database can be
-lost and is filled again.
+A worker writes heartbeats for the trials that it has claimed. If a heartbeat is too old, or if the
+worker ran on this machine and has ended, others may claim the task. Results are stored in files, so
+a lost database is filled again.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import uuid
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,22 +34,23 @@ if TYPE_CHECKING:
 
 DATABASE_FILE: Final = "study.db"
 _NAME_FILE: Final = "study.id"
-"""What the study is called in the database, wherever its folder lies."""
+"""File of the study's name in the database, which stays valid if the folder is moved."""
 HEARTBEAT_S: Final = 20
 GRACE_S: Final = 120
-"""Choices: a worker that writes no heartbeat for two minutes has died or lost the database."""
+"""Choice: a worker without a heartbeat for two minutes has died or lost the database."""
 _TASK, _WORKER = "task", "worker"
 _BUSY_TIMEOUT_S: Final = 60
+"""Time that a connection waits for SQLite's write lock (choice)."""
 
 
 class Queue:
     """The tasks of a study.
 
     Args:
-        url: of the database, as for SQLAlchemy.
-        name: of the study in it.
-        heartbeat_s: seconds from one heartbeat to the next.
-        grace_s: age of a heartbeat at which its worker counts as dead.
+        url: URL of the database, as for SQLAlchemy.
+        name: name of the study in the database.
+        heartbeat_s: seconds between two heartbeats.
+        grace_s: age of a heartbeat, in seconds, at which its worker counts as dead.
 
     Raises:
         UserError: if the database cannot be reached.
@@ -61,12 +63,15 @@ class Queue:
         from sqlalchemy.exc import SQLAlchemyError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna = optuna
-        self.worker = _this_worker()
+        self._optuna, self._states = optuna, optuna.trial.TrialState
+        self._finished_error = optuna.exceptions.UpdateFinishedTrialError
+        process = psutil.Process()
+        host, since = socket.gethostname(), process.create_time()
+        self.worker = {"host": host, "pid": process.pid, "since": since}
         self.heartbeat_s = heartbeat_s
         try:
             with warnings.catch_warnings():
-                # Heartbeats have been "experimental" since 2021.
+                # optuna has called heartbeats "experimental" since 2021.
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self._storage = optuna.storages.RDBStorage(
                     _with_driver(url),
@@ -93,100 +98,89 @@ class Queue:
         self.errors = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close all connections to the database."""
         self._storage.remove_session()
         self._storage.engine.dispose()
 
     def fill(self, tasks: Iterable[str]) -> None:
-        """Add those tasks that nobody has or waits for. Only one worker may do so at a time."""
-        states = self._optuna.trial.TrialState
-        trials = self._trials(states.WAITING, states.RUNNING)
-        present = {trial.user_attrs.get(_TASK) for trial in trials}
+        """Add the tasks that neither wait nor run.
+
+        Two workers that fill at once would both add the same task, so the caller holds a lock.
+        """
+        # One query, because a task may go from one of the two states to the other in between.
+        present = self._tasks(self._states.WAITING, self._states.RUNNING)
         for task in tasks:
             if task not in present:
                 self._add(task)
 
     def waiting(self) -> dict[str, int]:
-        """Task -> its trial, of those that nobody works on; in the order they were added."""
-        trials = self._trials(self._optuna.trial.TrialState.WAITING)
-        return {t.user_attrs[_TASK]: t._trial_id for t in trials if _TASK in t.user_attrs}
+        """Waiting task -> its trial, in the order in which they were added."""
+        return {task: trial._trial_id for task, trial in self._tasks(self._states.WAITING).items()}
 
     def claim(self, trial: int) -> bool:
         """Take a trial; False if another worker was faster."""
-        # Before the claim, so that no claimed trial is without heartbeat and worker. The lock of
-        # the run, which a worker takes first, keeps another's claim from being overwritten.
+        # Heartbeat and worker are written before the claim, so that every claimed trial has both.
+        # The worker already holds the lock of the run, so no other worker's entry is overwritten.
         try:
             self._storage.record_heartbeat(trial)
             self._storage.set_trial_user_attr(trial, _WORKER, self.worker)
-            return self._storage.set_trial_state_values(
-                trial, self._optuna.trial.TrialState.RUNNING
-            )
-        except self._optuna.exceptions.UpdateFinishedTrialError:
+            return self._storage.set_trial_state_values(trial, self._states.RUNNING)
+        except self._finished_error:
             return False
 
     def beat(self, trial: int) -> bool:
-        """Write a heartbeat; False if the trial was given to others in the meantime."""
+        """Write a heartbeat; False if the trial was meanwhile given to others."""
         self._storage.record_heartbeat(trial)
-        state = self._storage.get_trial(trial).state
-        return bool(state == self._optuna.trial.TrialState.RUNNING)
+        return bool(self._storage.get_trial(trial).state == self._states.RUNNING)
 
     def finish(self, trial: int, score: float | None = None) -> None:
-        """The task has ended.
-
-        Args:
-            trial: the trial.
-            score: dev score, for whoever looks into the database.
-        """
+        """Mark a task as ended; its dev score only informs readers of the database."""
         values = None if score is None else [score]
-        try:
-            self._storage.set_trial_state_values(
-                trial, self._optuna.trial.TrialState.COMPLETE, values
-            )
-        except self._optuna.exceptions.UpdateFinishedTrialError:
-            return  # given to others, who will find that it has ended
+        # If others got the task meanwhile, they will see in its files that it has ended.
+        with suppress(self._finished_error):
+            self._storage.set_trial_state_values(trial, self._states.COMPLETE, values)
 
     def give_back(self, trial: int) -> None:
-        """Let others have the task."""
-        try:
-            done = self._storage.set_trial_state_values(trial, self._optuna.trial.TrialState.FAIL)
-        except self._optuna.exceptions.UpdateFinishedTrialError:
-            return  # somebody else did
-        if done:
-            self._add(self._storage.get_trial(trial).user_attrs[_TASK])
+        """Let other workers claim the task of a trial."""
+        # The error means that another worker has already given the task back.
+        with suppress(self._finished_error):
+            if self._storage.set_trial_state_values(trial, self._states.FAIL):
+                self._add(self._storage.get_trial(trial).user_attrs[_TASK])
 
     def recover(self) -> None:
-        """Let others have what dead workers had."""
+        """Let other workers claim the tasks of dead workers."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             self._optuna.storages.fail_stale_trials(self._study)
-        for trial in self._trials(self._optuna.trial.TrialState.RUNNING):
+        # A worker that died on this machine is found without waiting for its heartbeat to age.
+        for trial in self._trials(self._states.RUNNING):
             worker = trial.user_attrs.get(_WORKER)
             if worker is not None and _is_gone(worker):
                 self.give_back(trial._trial_id)
 
     def workers(self) -> dict[str, str]:
-        """Task -> the worker that has it."""
-        trials = self._trials(self._optuna.trial.TrialState.RUNNING)
-        return {
-            t.user_attrs[_TASK]: t.user_attrs.get(_WORKER, {}).get("host", "?")
-            for t in trials
-            if _TASK in t.user_attrs
-        }
+        """Running task -> host of its worker."""
+        running = self._tasks(self._states.RUNNING)
+        return {name: t.user_attrs.get(_WORKER, {}).get("host", "?") for name, t in running.items()}
 
     def _add(self, task: str) -> None:
-        states = self._optuna.trial.TrialState
-        trial = self._optuna.trial.create_trial(state=states.WAITING, user_attrs={_TASK: task})
+        waiting = self._states.WAITING
+        trial = self._optuna.trial.create_trial(state=waiting, user_attrs={_TASK: task})
         self._storage.create_new_trial(self._id, template_trial=trial)
 
     def _trials(self, *states: Any) -> list[Any]:
         return self._storage.get_all_trials(self._id, deepcopy=False, states=states)
 
+    def _tasks(self, *states: Any) -> dict[str, Any]:
+        """Task -> its trial, of the trials in the given states."""
+        return {t.user_attrs[_TASK]: t for t in self._trials(*states) if _TASK in t.user_attrs}
+
 
 def queue_of(spec: StudySpec, **options: Any) -> Queue:
-    """The queue of a study: a file in its folder, or in a database that may serve several.
+    """The queue of a study, in a file of its folder or in the database that `storage` names.
 
     Raises:
-        UserError: as `Queue`.
+        UserError: if the database cannot be reached.
     """
     folder = Path(spec.output)
     name = folder / _NAME_FILE
@@ -196,13 +190,8 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     return Queue(url, name.read_text(encoding="utf-8").strip(), **options)
 
 
-def _this_worker() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": process.create_time()}
-
-
 def _is_gone(worker: dict[str, Any]) -> bool:
-    """Whether a worker was on this machine and is no more."""
+    """Whether a worker of this machine has ended; False if that is unknown."""
     if worker["host"] != socket.gethostname():
         return False
     try:
@@ -210,38 +199,37 @@ def _is_gone(worker: dict[str, Any]) -> bool:
         return abs(psutil.Process(worker["pid"]).create_time() - worker["since"]) > 1
     except psutil.NoSuchProcess:
         return True
-    except psutil.Error:
+    except psutil.Error:  # access denied, for instance; the worker may be alive
         return False
 
 
 def _with_driver(url: str) -> str:
-    head, mark, rest = url.partition("://")
-    return (
-        f"postgresql+psycopg://{rest}" if head in ("postgres", "postgresql") else head + mark + rest
-    )
+    # Without a driver, SQLAlchemy would look for psycopg2, which zofo does not install.
+    head, _, rest = url.partition("://")
+    return f"postgresql+psycopg://{rest}" if head in ("postgres", "postgresql") else url
 
 
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
-    return {"pool_pre_ping": True}
+    return {"pool_pre_ping": True}  # a server may have closed an idle connection
 
 
 def _begin_immediately(engine: Any) -> None:
-    """Every transaction takes SQLite's write lock at its beginning."""
+    """Let every transaction take SQLite's write lock when it begins."""
     from sqlalchemy import event
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # sqlite3 begins no transactions of its own
-        # A kill loses nothing; after a power cut a spoilt file can be removed.
+        connection.isolation_level = None  # stops sqlite3 from beginning transactions itself
+        # A killed process loses no data. After a power cut, a damaged file can be removed.
         connection.execute("PRAGMA synchronous = OFF")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    engine.dispose()  # connections that were opened before know nothing of it
+    engine.dispose()  # connections that are already open do not have these listeners
 
 
 def _without_password(url: str) -> str:

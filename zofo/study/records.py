@@ -1,17 +1,18 @@
 """Reads and writes the study folder and the record of each run.
 
-    study.yaml            the study, complete
-    study.db, study.id    the queue (SQLite), unless `storage` names a database; its name there
+    study.yaml            the complete study
+    study.db              the queue (SQLite), unless `storage` names a database
+    study.id              name of the study in the queue's database
     configs/RUN.yaml      configuration of a run
     runs/RUN/             run folder, with `study.json` once the run has ended
-    runs/RUN.log          what the run printed
-    untrained/START/      test scores of the untrained model of a task and seed
-    locks/                locks of the tasks under way
-    selection.json        every cell's choice and the dev scores that it rests on
-    results.json          one entry a run
+    runs/RUN.log          output of a run
+    untrained/START/      test scores of the untrained model for a task and seed
+    locks/                locks of the running tasks
+    selection.json        the choice of every cell, and the dev scores behind it
+    results.json          one entry per run
 
-`study.json` holds the dev scores. Test scores are written into `result.json`, which nothing that
-chooses reads.
+`study.json` holds dev scores. Test scores are written into `result.json`; the choice of rates does
+not read that file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 from zofo.disk.files import read_json, write_json, write_text
 from zofo.saved.checkpoint_folders import checkpoints
-from zofo.saved.layout import ARTIFACT_FOLDER, BASE_COPIES, CONFIG_FILE, RESULT_FILE
+from zofo.saved.layout import ARTIFACT_FOLDER, BASE_COPIES, RESULT_FILE
 from zofo.study.grid import Cell, Grid, Run, as_json
 from zofo.study.select import Choice, DevScore, choose
 from zofo.study.spec import SPEC_FILE
@@ -32,11 +33,7 @@ Record = dict[str, Any]
 
 
 class StudyFolder:
-    """Reads and writes the files of a study; the record of an ended run is read once.
-
-    Args:
-        grid: the study.
-    """
+    """Reads and writes the files of a study; the record of each ended run is read once."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.path = grid, Path(grid.spec.output)
@@ -45,32 +42,28 @@ class StudyFolder:
         self._measured: set[str] = set()
 
     def begin(self) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Create the folder and write the study into it."""
         for name in ("configs", "runs", "locks", "untrained"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         write_text(self.path / SPEC_FILE, self.grid.spec.to_yaml())
 
     def run_folder(self, run: Run) -> Path:
-        """Of a run."""
+        """Run folder of a run."""
         return self.path / "runs" / run.id
 
     def log_file(self, name: str) -> Path:
-        """What a run or a measurement printed."""
+        """File of the output of a run."""
         return self.path / "runs" / f"{name}.log"
 
     def config_file(self, run: Run) -> Path:
-        """The configuration that a run is begun with; written on first use."""
+        """The configuration file with which a run begins; written on first use."""
         path = self.path / "configs" / f"{run.id}.yaml"
         if not path.exists():
             write_text(path, self.grid.config(run).to_yaml())
         return path
 
     def start_folder(self, model: str, task: str, seed: int) -> Path:
-        """Of an untrained model."""
+        """Folder of the test scores of an untrained model."""
         return self.path / "untrained" / f"{model}_{task}_s{seed}"
 
     def record(self, run: Run) -> Record | None:
@@ -84,28 +77,29 @@ class StudyFolder:
 
     def write_record(self, run: Run, record: Record) -> None:
         """Write the record of a run."""
+        # A run that failed at its start has no folder yet.
         self.run_folder(run).mkdir(parents=True, exist_ok=True)
         write_json(self.run_folder(run) / RECORD_FILE, record)
         self._records[run.id] = record
 
     def has_failed(self, run: Run) -> bool:
-        """Whether a run has ended by an error."""
+        """Whether a run has ended with an error."""
         record = self.record(run)
         return record is not None and record["status"] == "failed"
 
     def restore(self, run: Run) -> None:
-        """Remove a run whose artefact was deleted because its rates lost, so that it runs again."""
+        """Delete a completed run without an artefact, so that it runs again.
+
+        Artefacts are deleted when other rates are chosen, but a new choice may need them.
+        """
         record, folder = self.record(run), self.run_folder(run)
-        if (
-            record is not None
-            and record["status"] == "done"
-            and not (folder / ARTIFACT_FOLDER).exists()
-        ):
+        is_done = record is not None and record["status"] == "done"
+        if is_done and not (folder / ARTIFACT_FOLDER).exists():
             shutil.rmtree(folder)
             self._records.pop(run.id)
 
     def forget(self, run: Run) -> None:
-        """Delete the record of a failed run, so that it is tried again from its checkpoints."""
+        """Delete the record of a failed run, so that it continues from its last checkpoint."""
         (self.run_folder(run) / RECORD_FILE).unlink(missing_ok=True)
         self._records.pop(run.id, None)
         self._choices.pop(run.cell, None)
@@ -116,7 +110,7 @@ class StudyFolder:
         return self._choices
 
     def choices(self) -> dict[Cell, Choice]:
-        """The choice of every cell whose search has ended; marks the runs of new ones."""
+        """The choice of every cell whose search has ended; marks the runs of each new choice."""
         waiting = [run for run in self.grid.search if run.cell not in self._choices]
         scores = []
         for run in waiting:
@@ -126,7 +120,7 @@ class StudyFolder:
         for cell, choice in choose(self.grid, scores).items():
             self._choices[cell] = choice
             for run in (r for r in waiting if r.cell == cell):
-                self._records.pop(run.id)  # other workers may have written to it
+                self._records.pop(run.id)  # read again: another worker may have changed it
                 record = self.record(run)
                 assert record is not None
                 is_chosen = run.rates == choice.rates
@@ -137,35 +131,33 @@ class StudyFolder:
         return self._choices
 
     def final_run(self, cell: Cell, seed: int) -> Run | None:
-        """The run of a seed at the cell's chosen rates; None before the choice, or without one."""
+        """The run of a seed at the chosen rates of a cell; None if there are no such rates."""
         choice = self._choices.get(cell)
         return None if choice is None or choice.rates is None else Run(cell, choice.rates, seed)
 
     def is_measured(self, run: Run) -> bool:
-        """Whether a run has its test scores, or can never have them."""
+        """Whether a run has its test scores, or can never get them."""
         if run.id in self._measured:
             return True
         record = self.record(run)
         if record is None:
             return False
-        folder = self.run_folder(run)
         is_over = record["status"] != "done" or record["test_error"] is not None
-        if is_over or "test" in read_json(folder / RESULT_FILE):
-            self._measured.add(run.id)
+        if is_over or "test" in read_json(self.run_folder(run) / RESULT_FILE):
+            self._measured.add(run.id)  # remembered, so that the file is read only once
         return run.id in self._measured
 
     def forget_measurement(self, run: Run) -> None:
-        """Clear the error of a failed measurement, so that it is tried again."""
+        """Delete the error of a failed measurement, so that it is tried again."""
         record = self.record(run)
         if record is not None and record["test_error"] is not None:
             self._measured.discard(run.id)
             self.write_record(run, {**record, "test_error": None})
 
     def ended(self, run: Run, status: str, error: str | None, is_final: bool) -> Record:
-        """Record the end of a run's training, and remove files that only a resumption needs."""
+        """Record the end of a run, and delete files that are only needed to resume it."""
         folder = self.run_folder(run)
         result = read_json(folder / RESULT_FILE) if status == "done" else {}
-        cost = dict(result.get("cost", {}))
         record = {
             "study": self.grid.spec.name,
             **as_json(run),
@@ -174,9 +166,10 @@ class StudyFolder:
             "status": status,
             "error": error,
             "dev": result["dev"]["after"] if status == "done" else None,
-            "cost": cost,
+            "cost": dict(result.get("cost", {})),
             "test_error": None,
         }
+        # A failed run keeps its checkpoints, because it may be tried again.
         if self.grid.spec.keep == "chosen" and status != "failed":
             for checkpoint in checkpoints(folder).values():
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -187,18 +180,15 @@ class StudyFolder:
 
     def write_results(self) -> None:
         """Write `selection.json` and `results.json`, from the files of the runs."""
-        choices = self.choices()
-        write_json(
-            self.path / "selection.json",
-            [
-                {
-                    "cell": cell._asdict(),
-                    "rates": None if choice.rates is None else choice.rates._asdict(),
-                    "dev": [{**p._asdict(), "score": s} for p, s in choice.scores.items()],
-                }
-                for cell, choice in sorted(choices.items())
-            ],
-        )
+        selection = [
+            {
+                "cell": cell._asdict(),
+                "rates": None if choice.rates is None else choice.rates._asdict(),
+                "dev": [{**pair._asdict(), "score": s} for pair, s in choice.scores.items()],
+            }
+            for cell, choice in sorted(self.choices().items())
+        ]
+        write_json(self.path / "selection.json", selection)
         runs, timings = [], {}
         for run in sorted(self.known_runs(), key=lambda run: run.id):
             record = self.record(run)
@@ -211,18 +201,13 @@ class StudyFolder:
             result = read_json(self.run_folder(run) / RESULT_FILE) if has_result else {}
             runs.append({**entry, "test": result.get("test")})
             timings[run.id] = {k: v for k, v in cost.items() if k not in entry}
-        write_json(
-            self.path / "results.json",
-            {
-                "study": self.grid.spec.name,
-                "runs": runs,
-                "dropped": self.grid.dropped,
-                "timings": timings,
-            },
-        )
+        # Timings differ between repetitions of a study, so they stand apart from the results.
+        study, dropped = self.grid.spec.name, self.grid.dropped
+        results = {"study": study, "runs": runs, "dropped": dropped, "timings": timings}
+        write_json(self.path / "results.json", results)
 
     def known_runs(self) -> list[Run]:
-        """The searches, and the runs at rates that are chosen by now."""
+        """The runs of the search, and the runs of the other seeds at rates chosen so far."""
         later = [self.final_run(c, s) for c in self.grid.rates for s in self.grid.other_seeds]
         return [*self.grid.search, *(run for run in later if run is not None)]
 
@@ -232,13 +217,3 @@ class StudyFolder:
             return None
         loss = self.grid.spec.select_by == "loss"
         return float(dev["loss"]) if loss else 1 - float(dev["accuracy"])
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether a run folder can be continued: `zofo train` has come to write its configuration."""
-    return (folder / CONFIG_FILE).is_file()
-
-
-def start_over(folder: Path) -> None:
-    """Remove what a run left that was killed before it began."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -3,13 +3,13 @@
     rates of a cell = argmin over pairs of mean over the choosing seeds of the dev score
 
 This module reads no file, and a `DevScore` holds no test score, so a choice cannot depend on the
-test rows. A pair is out of the choice if one of its runs failed or was stopped.
+test rows. A pair cannot be chosen if one of its runs failed or was stopped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zofo.study.grid import Cell, Grid, Pair
@@ -17,9 +17,9 @@ from zofo.study.grid import Cell, Grid, Pair
 
 @dataclass(frozen=True)
 class DevScore:
-    """The dev score of an ended run: its loss, or one minus its accuracy; lower is better.
+    """The dev score of a run that has ended: its loss, or 1 − accuracy; lower is better.
 
-    `score` is None if the run failed, was stopped, or has no finite score.
+    `score` is None if the run failed or was stopped.
     """
 
     cell: Cell
@@ -32,7 +32,8 @@ class DevScore:
 class Choice:
     """The chosen pair of a cell, and the mean dev score of each pair.
 
-    `rates` is None if every pair has a failed or stopped run; such a pair's score is None.
+    A pair with a failed or stopped run, or a score that is not finite, has the mean None. `rates`
+    is None if all means are None.
     """
 
     rates: Pair | None
@@ -40,36 +41,26 @@ class Choice:
 
 
 def choose(grid: Grid, scores: Iterable[DevScore]) -> dict[Cell, Choice]:
-    """The choice of every cell whose search has ended.
-
-    Args:
-        grid: the study.
-        scores: of the runs that have ended, in any order.
-    """
+    """The choice of every cell whose search has ended, from the scores of ended runs."""
     known = {(s.cell, s.rates, s.seed): s.score for s in scores}
-    found = {}
+    seeds, found = grid.spec.choosing_seeds, {}
     for cell, pairs in grid.rates.items():
-        wanted = [(cell, pair, seed) for pair in pairs for seed in grid.spec.choosing_seeds]
-        if all(key in known for key in wanted):
-            found[cell] = _choice(cell, pairs, grid.spec.choosing_seeds, known)
+        # A choice before the last run has ended would depend on the order of the runs.
+        if all((cell, pair, seed) in known for pair in pairs for seed in seeds):
+            found[cell] = _choice({p: [known[cell, p, seed] for seed in seeds] for p in pairs})
     return found
 
 
-def _choice(
-    cell: Cell,
-    pairs: tuple[Pair, ...],
-    seeds: tuple[int, ...],
-    known: Mapping[tuple[Cell, Pair, int], float | None],
-) -> Choice:
+def _choice(scores: Mapping[Pair, Sequence[float | None]]) -> Choice:
     means: dict[Pair, float | None] = {}
-    for pair in pairs:
-        scores = [known[cell, pair, seed] for seed in seeds]
-        finite = [s for s in scores if s is not None and math.isfinite(s)]
-        means[pair] = math.fsum(finite) / len(finite) if len(finite) == len(scores) else None
-    left = [(mean, _size(pair), pair) for pair, mean in means.items() if mean is not None]
-    return Choice(min(left)[2] if left else None, means)
-
-
-def _size(pair: Pair) -> tuple[float, float]:
-    """Of equal scores the smallest rates win: of the base first."""
-    return pair.base_lr or 0.0, pair.adapter_lr or 0.0
+    for pair, by_seed in scores.items():
+        finite = [s for s in by_seed if s is not None and math.isfinite(s)]
+        # fsum rounds once, so the mean does not depend on the order of the seeds.
+        means[pair] = math.fsum(finite) / len(finite) if len(finite) == len(by_seed) else None
+    # Among equal means the smallest rates win, first by base_lr and then by adapter_lr.
+    left = [
+        (mean, pair.base_lr or 0.0, pair.adapter_lr or 0.0, pair)
+        for pair, mean in means.items()
+        if mean is not None
+    ]
+    return Choice(min(left)[3] if left else None, means)

@@ -1,18 +1,19 @@
 """Defines a study: axes, grids of learning rates, and an equal budget for all methods.
 
-    models x tasks x methods x adapters x optimizers      cells
-    cell x rates x seeds                                  runs
+    cells = models x tasks x methods x adapters x optimizers
+    runs  = cells x rates x seeds
 
-A method that moves no adapter has no adapters, one without a gradient no optimizer. `hybrid-tied`
-is hybrid with one learning rate for both blocks. An axis that is left out has the value that `base`
-has, and a section of `base` holds the options that all entries of its axis share.
+A method that does not update an adapter has no adapter axis, and a method without a gradient has no
+optimizer axis. `hybrid-tied` is hybrid with one learning rate for both blocks. If an axis is
+omitted, it takes its value from `base`. A section of `base` holds the options that all entries of
+its axis share.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,9 +31,14 @@ from zofo.tasks.spec import TaskSpec
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
 SECTIONS: Final = {"model": "name", "task": "name", "adapter": "type"}
-"""Sections of a run's configuration that are axes, and the key that an entry's text stands for."""
+"""Sections of a run's configuration that are axes -> the key that an entry given as text sets."""
+_SECTION_TYPES: Final[dict[str, type[BaseModel]]] = {
+    "models": ModelConfig,
+    "tasks": TaskSpec,
+    "adapters": AdapterConfig,
+}
 _OWN_KEYS: Final = ("output_dir", "measure_test", "epochs")
-"""Keys of a run that only the study can set."""
+"""Keys of a run that are dropped from `base`, because only the study sets them."""
 _AXES: Final = {
     "models": "model",
     "tasks": "task",
@@ -44,11 +50,11 @@ _AXES: Final = {
     "num_threads": "num_threads",
     "early_stopping": "early_stopping",
 }
-"""Keys of a study -> keys of `base` that give their value if they are left out."""
+"""Keys of a study -> keys of `base` that give their value if they are omitted."""
 _SCALARS: Final = ("steps", "num_threads", "early_stopping")
 _NO_AUTO: Final = (
-    "cannot be auto: a study groups runs by their numbers, and auto finds others for each seed; "
-    "list the rates, or compare with auto by benchmarks/advisor.py"
+    "cannot be auto: a study compares runs with equal values, and auto chooses other values for "
+    "each seed; list the rates, or compare with auto by benchmarks/advisor.py"
 )
 StudyMethod = Literal[MethodName, "hybrid-tied"]
 Entry = str | dict[str, Any]
@@ -60,7 +66,7 @@ class _Strict(BaseModel):
 
 
 class Where(_Strict):
-    """Selects cells by their labels; a key that is left out matches every label, as `*` does."""
+    """Selects cells by patterns for their labels; an omitted key matches every label."""
 
     models: Pattern = "*"
     tasks: Pattern = "*"
@@ -75,16 +81,14 @@ class Rates(Where):
     base_lr: list[float] | None = Field(None, min_length=1, description="of the base")
     adapter_lr: list[float] | None = Field(None, min_length=1, description="of the adapter")
     tied: list[float] | None = Field(
-        None,
-        min_length=1,
-        description="of hybrid-tied; default: base_lr and adapter_lr",
+        None, min_length=1, description="of hybrid-tied; default: the rates of both blocks together"
     )
 
     @field_validator("base_lr", "adapter_lr", "tied", mode="before")
     @classmethod
     def _are_grids(cls, value: Any) -> Any:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
-            value = [value]  # one rate is a grid too
+            value = [value]  # a single rate needs no brackets in YAML
         if isinstance(value, list) and AUTO in value:
             raise ValueError(_NO_AUTO)
         return value
@@ -103,42 +107,42 @@ class Rates(Where):
 class StudySpec(_Strict):
     """A study."""
 
-    name: str = Field("study", pattern=r"^[\w.-]+$", description="of the study; also in its files")
+    name: str = Field("study", pattern=r"^[\w.-]+$", description="name of the study")
     output: str = Field(description="study folder")
-    base: dict[str, Any] = Field({}, description="run configuration, or its file, that all share")
+    base: dict[str, Any] = Field({}, description="options that all runs share, or a file of them")
     models: list[Entry] = Field(min_length=1, description="names, or sections with a label")
     tasks: list[Entry] = Field(min_length=1, description="names, or sections with a label")
     methods: list[StudyMethod] = Field(
-        min_length=1, description="also hybrid-tied, with one rate for both blocks"
+        min_length=1, description="methods; also hybrid-tied, which has one rate for both blocks"
     )
     adapters: list[Entry] = Field(min_length=1, description="types, or sections with a label")
     optimizers: list[Literal["adamw", "sgd"]] = Field(
-        min_length=1, description="of the first-order block"
+        min_length=1, description="optimizers of the first-order block"
     )
-    seeds: list[int] = Field(min_length=1, description="of the runs at the chosen rates")
+    seeds: list[int] = Field(min_length=1, description="seeds of the runs at the chosen rates")
     select_seeds: list[int] | None = Field(
-        None, min_length=1, description="seeds that choose the rates; default: the first"
+        None, min_length=1, description="seeds that choose the rates; default: the first seed"
     )
     select_by: Literal["loss", "accuracy"] = Field(
         "loss", description="mean dev score that chooses the rates"
     )
     rates: list[Rates] = Field(
-        min_length=1, description="grids; of those that match, the last that names a block counts"
+        min_length=1, description="grids; the last grid that matches a cell and gives a key counts"
     )
     budget: float | None = Field(
-        None, gt=0, description="forward-equivalents a run, the same for every method"
+        None, gt=0, description="forward-equivalents of each run, equal for all methods"
     )
-    steps: int | None = Field(None, ge=1, description="steps a run, instead of budget")
+    steps: int | None = Field(None, ge=1, description="steps of each run, instead of budget")
     num_evaluations: int | None = Field(
-        None, ge=1, description="on dev, a run; default: base.eval_every, else 4"
+        None, ge=1, description="evaluations on dev per run; default: by base.eval_every, else 4"
     )
     early_stopping: float | None = Field(
-        1.0, ge=0, description="of every run, see there; null: none"
+        1.0, ge=0, description="early_stopping of every run; null: never stop early"
     )
-    num_threads: int = Field(1, ge=1, description="of the CPU, a run")
+    num_threads: int = Field(1, ge=1, description="CPU threads of each run")
     keep: Literal["chosen", "all"] = Field(
         "chosen",
-        description="what stays of checkpoints and artefacts; chosen: artefacts of chosen runs",
+        description="files that stay; chosen: only the artefacts of runs at the chosen rates",
     )
     storage: str | None = Field(
         None, description="URL of the queue's database; default: study.db in the study folder"
@@ -166,7 +170,7 @@ class StudySpec(_Strict):
 
     def to_yaml(self) -> str:
         """The study as YAML, from which `load_spec` restores it."""
-        values = self.model_dump(exclude_unset=False)
+        values = self.model_dump()
         for part in (*values["rates"], *values["exclude"]):
             for key in [k for k, v in part.items() if v is None or v == "*"]:
                 del part[key]
@@ -174,16 +178,16 @@ class StudySpec(_Strict):
 
 
 def presets() -> dict[str, Path]:
-    """Name -> file of the studies that come with the package."""
+    """Name -> file of each study that is part of the package."""
     folder = Path(str(resources.files("zofo.study"))) / "presets"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_spec(name: str | Path) -> Path:
-    """The file of a study: itself, a preset's, or the one in a study folder.
+    """The file of a study, given by its path, the name of a preset, or a study folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if it does not exist.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -195,19 +199,23 @@ def find_spec(name: str | Path) -> Path:
     known = presets()
     if str(name) in known:
         return known[str(name)]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = _nearest(str(name), known)
+    hint = f"did you mean {near}? " if near else ""
     raise UserError(
         f"the study {name} does not exist; {hint}give a YAML file, a study folder, or one of "
         f"{', '.join(known)}"
     )
 
 
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read, check and complete a study.
+    """Read a study, complete it and check it.
 
     Args:
-        path: YAML file, preset, or study folder.
+        path: YAML file, name of a preset, or study folder.
         overrides: "key=value", as for `zofo train`.
 
     Raises:
@@ -219,13 +227,15 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     for override in overrides:
         problems += apply_override(given, override)
     if isinstance(given.get("base"), str):
-        given["base"] = read_yaml(_beside(given["base"], file))
+        # A relative path starts at the working directory, or else beside the file of the study.
+        base = Path(given["base"]).expanduser()
+        given["base"] = read_yaml(base if base.exists() else file.parent / base)
     problems += _take_from_base(given)
     # A single entry may be given without a list.
     if isinstance(given.get("rates"), dict):
         given["rates"] = [given["rates"]]
     if Path(path).expanduser().is_dir():
-        given["output"] = str(path)  # where it lies now, or as this machine sees it
+        given["output"] = str(path)  # the folder may have been moved, or mounted elsewhere
     if "output" not in given:
         given["output"] = str(Path("studies") / str(given.get("name", file.stem)))
     given.setdefault("name", file.stem)
@@ -242,6 +252,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
 
 def differences(saved: StudySpec, spec: StudySpec) -> list[str]:
     """Changes that forbid continuing a study; more seeds and another database are allowed."""
+    # `select_seeds` may be omitted, so compare the seeds that it stands for.
     then, now = saved.model_dump(), spec.model_dump()
     then["select_seeds"], now["select_seeds"] = saved.choosing_seeds, spec.choosing_seeds
     found = []
@@ -254,30 +265,27 @@ def differences(saved: StudySpec, spec: StudySpec) -> list[str]:
     return found
 
 
-def _beside(name: str, file: Path) -> Path:
-    """A file named in another: from where the command runs, else from that other file."""
-    path = Path(name).expanduser()
-    return path if path.is_absolute() or path.exists() else file.parent / path
-
-
 def _take_from_base(given: dict[str, Any]) -> list[str]:
-    """Move values of `base` to the axes that are left out; the rest of `base` is shared."""
+    """Move values of `base` to the omitted axes, and return problems."""
     base = given.get("base") or {}
     if not isinstance(base, dict):
         return []
-    base = {k: v for k, v in base.items() if v is not None or not _is_none_by_default(k)}
+    # Drop a null that is the default of its key, because it sets nothing.
+    known = RunConfig.model_fields
+    unset = [k for k, v in base.items() if v is None and k in known and known[k].default is None]
+    base = {k: v for k, v in base.items() if k not in unset}
     problems = []
-    if "epochs" in base:
+    if "epochs" in base:  # an epoch costs the methods different numbers of forward passes
         problems.append("base.epochs is not equal for all methods; give budget or steps")
     for key in _OWN_KEYS:
         base.pop(key, None)
     for axis, key in _AXES.items():
-        if key in SECTIONS:
-            value, rest = _name_and_rest(base.pop(key, {}), SECTIONS[key])
+        value = base.pop(key, None)
+        if key in SECTIONS and isinstance(value, dict):
+            rest = {k: v for k, v in value.items() if k != SECTIONS[key]}
+            value = value.get(SECTIONS[key])
             if rest:
-                base[key] = rest
-        else:
-            value = base.pop(key, None)
+                base[key] = rest  # shared by all entries of the axis
         if value is not None and axis not in given and not (axis == "steps" and "budget" in given):
             given[axis] = value if axis in _SCALARS else [value]
     rates = {key: base.pop(key, None) for key in ("base_lr", "adapter_lr")}
@@ -290,25 +298,14 @@ def _take_from_base(given: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _is_none_by_default(key: str) -> bool:
-    field = RunConfig.model_fields.get(key)
-    return field is not None and field.default is None
-
-
-def _name_and_rest(value: Any, key: str) -> tuple[Any, dict[str, Any]]:
-    if not isinstance(value, dict):
-        return value, {}
-    return value.get(key), {k: v for k, v in value.items() if k != key}
-
-
 def _described(error: Any) -> str:
     if error["type"] == "missing":
         return f"{error['loc'][0]} is missing; give it, or the run's key in base"
     if error["type"] == "extra_forbidden":
         path = error["loc"]
         home: type[BaseModel] = {"rates": Rates, "exclude": Where}.get(str(path[0]), StudySpec)
-        near = difflib.get_close_matches(str(path[-1]), home.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(home.model_fields)}"
+        near = _nearest(str(path[-1]), home.model_fields)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(home.model_fields)}"
         return f"unknown key {'.'.join(map(str, path))}; {hint}"
     return describe_problem(error)
 
@@ -327,9 +324,11 @@ def _check(spec: StudySpec) -> list[str]:
     more = sorted(set(spec.choosing_seeds) - set(spec.seeds))
     if more:
         problems.append(f"select_seeds {more} are not among the seeds; add them there")
-    for key in ("models", "tasks", "adapters"):
+    for key in _SECTION_TYPES:
         problems += _check_entries(spec, key)
-    if "password" in (spec.storage or "") or _has_password(spec.storage):
+    # A URL gives a password as user:password@host, or as a parameter of that name.
+    storage = spec.storage or ""
+    if "password" in storage or ":" in storage.partition("://")[2].rpartition("@")[0]:
         problems.append(
             "storage holds a password, which would be written into the study folder; leave it out "
             "and set PGPASSWORD, or ~/.pgpass"
@@ -337,26 +336,16 @@ def _check(spec: StudySpec) -> list[str]:
     return problems
 
 
-def _has_password(url: str | None) -> bool:
-    user = (url or "").partition("://")[2].rpartition("@")[0]
-    return ":" in user
-
-
 def _check_entries(spec: StudySpec, axis: str) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "models": ModelConfig,
-        "tasks": TaskSpec,
-        "adapters": AdapterConfig,
-    }
-    section, key = sections[axis], SECTIONS[axis[:-1]]
+    section, key = _SECTION_TYPES[axis], SECTIONS[axis[:-1]]
     problems = []
     for entry in getattr(spec, axis):
         values = {key: entry} if isinstance(entry, str) else entry
         shared = spec.base.get(axis[:-1], {})
         for name in [*values, *shared]:
             if name not in section.model_fields and name != "label":
-                near = difflib.get_close_matches(str(name), section.model_fields, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                near = _nearest(str(name), section.model_fields)
+                hint = f"; did you mean {near}?" if near else ""
                 problems.append(f"unknown key {name} in {axis}{hint}")
         if key not in values:
             problems.append(f"{axis} holds {entry}, which lacks {key}")
@@ -367,9 +356,10 @@ def _check_entries(spec: StudySpec, axis: str) -> list[str]:
 
 
 def label_of(entry: Entry, key: str) -> str:
-    """What an entry is called in cells and in the names of runs."""
+    """The name of an entry in cells and runs: its label, or the last part of its value."""
     values: Mapping[str, Any] = {key: entry} if isinstance(entry, str) else entry
     text = str(values.get("label") or values.get(key) or "")
+    # Run names are file names, so only these characters are left in them.
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.rstrip("/").split("/")[-1])
 
 
@@ -382,7 +372,7 @@ _FILES: Final = {
 
 
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:
-    """Make paths absolute, so that workers in other working directories find them."""
+    """Make paths absolute, because workers may run in other working directories."""
     update: dict[str, Any] = {"output": str(Path(spec.output).expanduser().absolute())}
     for section in SECTIONS:
         entries = getattr(spec, f"{section}s")
@@ -401,7 +391,7 @@ def _absolute(entry: Entry, section: str) -> Entry:
         if not isinstance(value, str) or value in ALIASES:
             continue
         path = Path(value).expanduser()
-        # A folder may have the same name as a split of a hub dataset.
+        # Data options may name a hub dataset or its split, and a folder may have the same name.
         if path.is_dir() if name in ("name", "data_dir") else path.is_file():
             values[name] = str(path.absolute())
     return values[key] if isinstance(entry, str) else values

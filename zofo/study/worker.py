@@ -1,12 +1,13 @@
-"""Claims the tasks of a study, runs them as processes, and records their ends.
+"""Claims the tasks of a study, runs them as processes, and records their results.
 
-The files alone tell what is done. A killed run resumes from its checkpoint. The record of a failed
-run holds its last lines of output, and the other runs go on.
+Only the files of the study decide which tasks have ended. A killed run resumes from its checkpoint.
+The record of a failed run holds its last lines of output, and the other runs continue.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from zofo.errors import UserError
 from zofo.run.resume import is_finished
 from zofo.run.stopping import stop_reason
 from zofo.saved.checkpoint_folders import checkpoints
+from zofo.saved.layout import CONFIG_FILE
 from zofo.study.grid import Grid, Run, config_of
 from zofo.study.jobs import (
     START_ERROR_FILE,
@@ -35,21 +37,21 @@ from zofo.study.jobs import (
 )
 from zofo.study.process import Child, Lock, was_stopped
 from zofo.study.queue import queue_of
-from zofo.study.records import StudyFolder, is_begun, start_over
+from zofo.study.records import StudyFolder
 from zofo.study.spec import SPEC_FILE, differences, load_spec
 
 T = TypeVar("T")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _POLL_S: Final = 0.05
 _REFRESH_S: Final = 2.0
-"""Seconds between two checks of the other workers' progress."""
+"""Seconds between two checks of the files, which other workers change, too (choice)."""
 _MAX_DEATHS: Final = 3
-"""Deaths by a signal, out of memory for instance, without a checkpoint in between."""
+"""Deaths by a signal, for instance out of memory, without a new checkpoint in between (choice)."""
 
 
 @dataclass
 class Job:
-    """A task under way."""
+    """A running task of this worker."""
 
     task: Task
     run: Run | None
@@ -67,9 +69,9 @@ class Worker:
 
     Args:
         grid: the study.
-        num_slots: tasks at once.
-        report: told of what happens, see `zofo.study.progress`.
-        queue_options: for `Queue`.
+        num_slots: number of tasks to run at once.
+        report: shows the progress, as `zofo.study.progress.StudyDisplay` does.
+        queue_options: options of `Queue`.
     """
 
     def __init__(
@@ -84,21 +86,23 @@ class Worker:
         self._queue_options = queue_options
 
     def run(self, *, retry_failed: bool = False) -> None:
-        """Work until everything has ended, or a signal comes.
+        """Work until all tasks have ended, or a signal arrives.
 
         Args:
             retry_failed: try failed runs and measurements again.
 
         Raises:
-            UserError: if the folder holds another study, or cannot be used.
+            UserError: if the folder holds another study or other files, or the queue fails.
         """
         self._begin(retry_failed)
         previous = self._handle_signals()
         refreshed = beaten = -math.inf
         try:
             while True:
+                # Not in the signal handler, which may interrupt the start of a child.
                 self._send_signals()
                 ended = [job for job in list(self.jobs) if self._has_ended(job)]
+                # After a signal nothing new is claimed; only the running children are awaited.
                 if self.signum is not None and not self.jobs:
                     break
                 now = time.monotonic()
@@ -117,28 +121,28 @@ class Worker:
             for job in self.jobs:
                 self._drop(job)
                 self._tell(self.queue.give_back, job.trial)
+            # Each worker writes what is there when it ends, so the last one writes all results.
             with locked(self.folder.path / "locks" / "results"):
-                self.folder.write_results()  # of what is there; the last worker has all
+                self.folder.write_results()
             self.queue.close()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
     def stop(self, signum: int) -> None:
-        """Have every run write a checkpoint and end; asked again, end at once."""
+        """Let every run write a checkpoint and end. A second call ends them at once."""
         self.signum = signum
         self._num_signals += 1
 
     def others(self) -> set[str] | None:
-        """Names of the tasks that other workers have; None if the database does not answer."""
+        """Names of the tasks of other workers; None if the database does not answer."""
         found = self._tell(self.queue.workers)
         return None if found is None else set(found) - {job.task.name for job in self.jobs}
 
     def _begin(self, retry_failed: bool) -> None:
         place = self.folder.path
-        saved = place / SPEC_FILE
-        lock = place / "locks" / "begin"
+        saved, lock = place / SPEC_FILE, place / "locks" / "begin"
         has_files = place.exists() and any(f.name != "locks" for f in place.iterdir())
-        # Check the lock after the listing: another worker may create it at this moment.
+        # Check the lock after listing the files, because another worker may create it in between.
         if has_files and not lock.exists() and not saved.exists():
             raise UserError(f"{place} exists and is no study; choose another output")
         with locked(lock):
@@ -159,7 +163,7 @@ class Worker:
             self.queue.fill(self._open_tasks())
 
     def _forget_failures(self) -> None:
-        """What failed is open again, and with it what followed from the choice of rates."""
+        """Make failed tasks open again, and runs whose artefact the new choice may need."""
         for task in self.tasks.values():
             if task.kind == "start":
                 (start_file(task, self.folder).parent / START_ERROR_FILE).unlink(missing_ok=True)
@@ -179,11 +183,11 @@ class Worker:
         return all(state_of(task, self.folder) == "ended" for task in self.tasks.values())
 
     def _fill_slots(self) -> None:
-        """Claim what is ready, in the order of the queue."""
+        """Claim ready tasks in the order of the queue."""
         if len(self.jobs) >= self.num_slots:
             return
         for name, trial in (self._tell(self.queue.waiting) or {}).items():
-            task = self.tasks.get(name)
+            task = self.tasks.get(name)  # None if this worker's study lacks it
             state = "ended" if task is None else state_of(task, self.folder)
             if task is None or state == "ended":
                 self._tell(self.queue.finish, trial)
@@ -196,19 +200,20 @@ class Worker:
         run = run_of(task, self.folder)
         name = run.id if run is not None else task.name
         lock = Lock.take(self.folder.path / "locks" / name)
-        if lock is None:  # a child of a worker that was killed is still ending
+        if lock is None:  # the child of a killed worker has not ended yet
             return
-        # Another worker may have finished the task since its files were read.
+        # Another worker may have finished the task after its files were read.
         is_ready = state_of(task, self.folder) == "ready"
         if not is_ready or not self._tell(self.queue.claim, trial):
             lock.release()
             return
-        failure = self._needless(task)
+        # Without scores of the untrained model, a test has nothing to compare with.
+        failure = start_error(start_of(task), self.folder) if task.kind == "test" else None
         if failure is not None:
             self._record_failure(task, run, failure)
             self._release(lock, trial, None)
             return
-        if self._has_come_to_end(task, run):  # and its worker was killed before it said so
+        if self._has_come_to_end(task, run):  # its worker was killed before it recorded the end
             self._release(lock, trial, self._record_end(task, run))
             return
         child = Child(*self._command(task, run), lock, self.grid.spec.num_threads)
@@ -216,12 +221,8 @@ class Worker:
         self.jobs.append(job)
         self._report("started", job)
 
-    def _needless(self, task: Task) -> str | None:
-        """Why a test cannot be had."""
-        return start_error(start_of(task), self.folder) if task.kind == "test" else None
-
     def _command(self, task: Task, run: Run | None) -> tuple[list[str], Path]:
-        """What follows `python -m`, and the log."""
+        """The arguments of `python -m` for a task, and its log file."""
         measure = ["zofo.study.measure"]
         if run is None:
             output = start_file(task, self.folder)
@@ -231,14 +232,15 @@ class Worker:
         folder, log = self.folder.run_folder(run), self.folder.log_file(run.id)
         if task.kind == "test":
             return [*measure, "run", str(folder), str(start_file(start_of(task), self.folder))], log
-        if is_begun(folder):
+        if (folder / CONFIG_FILE).is_file():
             return ["zofo", "train", "--resume", str(folder)], log
-        start_over(folder)
+        # A run that was killed before it wrote its configuration cannot resume; it starts anew.
+        shutil.rmtree(folder, ignore_errors=True)
         config_file = self.folder.config_file(run)
         return ["zofo", "train", str(config_file), f"output_dir={folder}"], log
 
     def _start_config(self, task: Task) -> str:
-        """The configuration of any matching cell: all share model, task and seed."""
+        # Every cell with this model and task has the same untrained model.
         cell = next(c for c in self.grid.rates if (c.model, c.task) == (task.model, task.task))
         pair = self.grid.rates[cell][0]
         return config_of(self.grid.spec, cell, pair, task.seed).to_yaml()
@@ -247,7 +249,7 @@ class Worker:
         return max(checkpoints(self.folder.run_folder(run)), default=0) if run is not None else 0
 
     def _has_ended(self, job: Job) -> bool:
-        """Look at a job; record its end, or go on with a run that was killed."""
+        """Whether a job has ended; records its end, or restarts a run that was killed."""
         code = job.child.poll()
         if code is None:
             return False
@@ -256,7 +258,7 @@ class Worker:
         if failure is None:
             self._release(job.lock, job.trial, self._record_end(job.task, job.run))
         elif was_stopped(code) and (self.signum is not None or self._goes_on(job)):
-            if self.signum is not None:
+            if self.signum is not None:  # this worker ends, so another one may continue the run
                 job.lock.release()
                 self._tell(self.queue.give_back, job.trial)
             return True
@@ -267,11 +269,12 @@ class Worker:
         return True
 
     def _release(self, lock: Lock, trial: int, score: float | None) -> None:
+        # The files are complete by now, so whoever takes the lock sees that the task has ended.
         lock.release()
         self._tell(self.queue.finish, trial, score)
 
     def _failure(self, job: Job, code: int) -> str | None:
-        """Why a job did not come to its end; None if it did."""
+        """Why a job has failed; None if it has succeeded."""
         trains = job.task.kind in ("search", "final")
         if self._has_come_to_end(job.task, job.run) if trains else code == 0:
             return None
@@ -280,15 +283,16 @@ class Worker:
         return f"{died}: {said}" if said else died
 
     def _has_come_to_end(self, task: Task, run: Run | None) -> bool:
-        """Whether a run has left a result, or has stopped early."""
+        """Whether a run has written a result, or the reason why it stopped."""
         if task.kind not in ("search", "final") or run is None:
             return False
         folder = self.folder.run_folder(run)
         return is_finished(folder) or stop_reason(folder) is not None
 
     def _goes_on(self, job: Job) -> bool:
-        """Start a job again that a signal has ended, unless that happens over and over."""
+        """Restart a job that a signal has ended, unless this happens too often."""
         step = self._last_step(job.run)
+        # A new checkpoint is progress, so the count starts again.
         job.num_deaths = 1 if step > job.last_step else job.num_deaths + 1
         job.last_step = step
         if job.num_deaths >= _MAX_DEATHS:
@@ -298,7 +302,7 @@ class Worker:
         return True
 
     def _record_end(self, task: Task, run: Run | None) -> float | None:
-        """Write what a run has come to; returns its dev loss."""
+        """Record the end of a run, and return its dev loss."""
         if task.kind not in ("search", "final") or run is None:
             return None
         reason = stop_reason(self.folder.run_folder(run))
@@ -319,7 +323,7 @@ class Worker:
             self.folder.ended(run, "failed", failure, task.kind == "final")
 
     def _beat(self) -> None:
-        """Say that this worker is alive; drop what was given to others while it was not."""
+        """Write heartbeats; drop jobs that were given to others because a heartbeat was late."""
         for job in list(self.jobs):
             if self._tell(self.queue.beat, job.trial) is False:
                 self.jobs.remove(job)
@@ -327,6 +331,7 @@ class Worker:
         if self.signum is None:
             with locked(self.folder.path / "locks" / "begin"):
                 self._tell(self.queue.recover)
+                # An idle worker also restores a database that was lost.
                 if not self.jobs:
                     self._tell(self.queue.fill, self._open_tasks())
 
@@ -336,7 +341,7 @@ class Worker:
         job.lock.release()
 
     def _tell(self, action: Callable[..., T], *values: Any) -> T | None:
-        """Call the queue; the worker goes on if the database does not answer for a while."""
+        """Call the queue; the worker continues if the database does not answer for a while."""
         try:
             return action(*values)
         except self.queue.errors as error:
@@ -348,15 +353,16 @@ class Worker:
             getattr(self.report, what)(self, *values)
 
     def _send_signals(self) -> None:
-        """Pass signals to all children, including those that started after a signal."""
+        """Send signals to all children, including those that started after a signal."""
         for job in self.jobs:
+            # Two SIGTERM: the first asks for a checkpoint, the second for an immediate end.
             while job.num_signals < self._num_signals:
                 job.num_signals += 1
                 job.child.send(signal.SIGTERM if job.num_signals <= 2 else signal.SIGKILL)
 
     def _handle_signals(self) -> dict[int, Any]:
         if threading.current_thread() is not threading.main_thread():
-            return {}
+            return {}  # Python allows signal handlers only in the main thread
 
         def handle(signum: int, frame: FrameType | None) -> None:
             self.stop(signum)
@@ -370,7 +376,7 @@ class Worker:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
+    """Wait for a lock and hold it, so that only one process at a time runs the block."""
     lock = Lock.take(path, wait=True)
     assert lock is not None
     try:

@@ -85,8 +85,8 @@ def drop_words(text: str) -> list[str]:
     """The words of a span after DROP's normalisation."""
     words = []
     for part in re.split(" |-", text.lower()):
-        number = _number(part)
-        word = part if number is not None else part.translate(_NO_PUNCTUATION)
+        # A number keeps its decimal point; other words may become numbers without punctuation.
+        word = part if _number(part) is not None else part.translate(_NO_PUNCTUATION)
         number = _number(word)
         words += [str(number)] if number is not None else _ARTICLES.sub(" ", word).split()
     return words
@@ -97,6 +97,7 @@ def drop_f1(spans: Sequence[str], gold: Sequence[str]) -> float:
     from scipy.optimize import linear_sum_assignment
 
     written, right = ([set(drop_words(span)) for span in bag] for bag in (spans, gold))
+    # [gold spans, written spans]
     table = [[_span_f1(words, wanted) for words in written] for wanted in right]
     rows, columns = linear_sum_assignment(table, maximize=True)
     matched = sum(table[i][j] for i, j in zip(rows, columns, strict=True))
@@ -126,5 +127,4 @@ def _number(word: str) -> float | None:
 
 def _spans(text: str) -> list[str]:
     """The spans of a generated answer: at least one, which may be empty."""
-    separator = SPAN_SEPARATOR.strip()
-    return [span for span in text.split(separator) if span.strip()] or [""]
+    return [span for span in text.split(SPAN_SEPARATOR.strip()) if span.strip()] or [""]

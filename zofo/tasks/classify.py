@@ -16,14 +16,11 @@ from zofo.tasks.spec import Example
 
 DEFAULT_TEMPLATE: Final = "{text}\nLabel:"
 _MAX_CLASSES: Final = 200
+"""Choice: more labels than this are more likely a wrong column."""
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template names.
-
-    Raises:
-        UserError: if the template names no column, or is malformed.
-    """
+    """The columns that a template names; raises UserError if it names none or is malformed."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -37,12 +34,11 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """Put the row's values into the template; braces inside the values stay as they are."""
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
-            parts.append(str(row[name]))
-    return "".join(parts)
+    # str.format would also evaluate attributes, indices and format specifications.
+    parts = string.Formatter().parse(template)
+    return "".join(
+        literal + ("" if name is None else str(row[name])) for literal, name, _, _ in parts
+    )
 
 
 def class_names(tables: Sequence[Table], column: str) -> tuple[str, ...]:
@@ -82,7 +78,7 @@ def examples(
     template: str | None,
     verbalizers: Mapping[str, str] | None,
 ) -> list[Example]:
-    """One example a row.
+    """One example per row.
 
     Args:
         table: the rows.
@@ -108,7 +104,7 @@ def examples(
     def convert(number: int, row: dict[str, Any]) -> Example:
         texts = [text_in(row, column) for column in columns]
         label = label_in(row, label_column)
-        if names is not None:
+        if names is not None:  # the hub stores classes as numbers, and -1 if the label is secret
             index = int(label)
             if not 0 <= index < len(names):
                 raise ValueError(f"{label_column!r} is {label}: the row has no label; drop it")

@@ -113,10 +113,12 @@ class Encoder:
         return [self.tokenizer.eos_token_id if start is None else start]
 
     def _candidates(self, example: Example) -> Encoded:
+        # A tokenizer may join the end of the prompt and the beginning of a candidate in one token,
+        # so whole texts are encoded, and a candidate begins where they differ from the prompt.
         prompt = self._ids(example.prompt)
         full = [self._ids(example.prompt + candidate) for candidate in example.candidates]
         shared = min(_common(prompt, ids) for ids in full)
-        if shared == 0:
+        if shared == 0:  # the first token needs a token before it whose logits score it
             full = [self._start() + ids for ids in full]
             shared = 1
         if any(len(ids) <= shared for ids in full):
@@ -126,17 +128,11 @@ class Encoder:
             )
         tails = [ids[shared:] for ids in full]
         head = self._shorten(full[0][:shared], max(map(len, tails)), example.row)
+        # The logits after the prompt score all candidates of one token, so one sequence suffices.
         if all(len(tail) == 1 for tail in tails):
-            place = len(head) - 1
-            return Encoded(
-                (tuple(head),), tuple(((0, place, tail[0]),) for tail in tails), example.gold
-            )
-        rows = tuple(tuple(head + tail[:-1]) for tail in tails)
-        targets = tuple(
-            tuple((row, len(head) - 1 + i, token) for i, token in enumerate(tail))
-            for row, tail in enumerate(tails)
-        )
-        return Encoded(rows, targets, example.gold)
+            targets = tuple(((0, len(head) - 1, tail[0]),) for tail in tails)
+            return Encoded((tuple(head),), targets, example.gold)
+        return _continued([head] * len(tails), tails, example.gold)
 
     def _endings(self, example: Example) -> Encoded:
         """Encode one sequence per candidate and score the ending that all sequences share."""
@@ -153,14 +149,9 @@ class Encoder:
                 "begin it with a blank"
             )
         # A tokenizer may put the end of a candidate and the beginning of the ending in one token.
+        # Only the tokens that all endings share are scored, so that every candidate has the same.
         heads = [self._shorten(ids[:-num] or self._start(), num, example.row) for ids in full]
-        ending = full[0][-num:]
-        rows = tuple(tuple(head + ending[:-1]) for head in heads)
-        targets = tuple(
-            tuple((row, len(head) - 1 + i, token) for i, token in enumerate(ending))
-            for row, head in enumerate(heads)
-        )
-        return Encoded(rows, targets, example.gold)
+        return _continued(heads, [full[0][-num:]] * len(heads), example.gold)
 
     def _completion(self, example: Completion) -> Encoded:
         ids: list[int] = []
@@ -177,15 +168,15 @@ class Encoder:
         # A long row loses its beginning, but never a target token.
         excess = max(0, len(ids) - self.max_length)
         ids, learnt = ids[excess:], learnt[excess:]
+        # The logits at position i - 1 predict token i.
         targets = tuple((0, i - 1, ids[i]) for i in range(1, len(ids)) if learnt[i])
         if not targets or (excess and learnt[0]):
             raise UserError(
                 f"row {example.row}: its completion is longer than max_length {self.max_length}; "
                 "raise task.max_length or shorten the row"
             )
-        last = targets[-1][1]
         prompt = () if example.answers is None else self.prompt(example.segments[0][0])
-        rows = (tuple(ids[: last + 1]),)
+        rows = (tuple(ids[: targets[-1][1] + 1]),)  # no logits are needed after the last target
         return Encoded(rows, (targets,), 0, prompt=prompt, answers=example.answers)
 
     def _outputs(self, example: Example | Completion) -> Encoded:
@@ -228,6 +219,7 @@ class Encoder:
         return ids
 
     def _shorten(self, prompt: list[int], longest_tail: int, row: int) -> list[int]:
+        # + 1 because the last token of a tail is predicted, but is no input.
         room = self.max_length - longest_tail + 1
         if room < 1:
             raise UserError(
@@ -245,10 +237,20 @@ def encoder_for(tokenizer: Any, head: str, spec: TaskSpec) -> Encoder:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _continued(heads: Sequence[list[int]], tails: Sequence[list[int]], gold: int) -> Encoded:
+    """One sequence per candidate, in which the logits before each token of the tail score it."""
+    pairs = list(zip(heads, tails, strict=True))
+    rows = tuple(tuple(head + tail[:-1]) for head, tail in pairs)
+    targets = tuple(
+        tuple((row, len(head) - 1 + i, token) for i, token in enumerate(tail))
+        for row, (head, tail) in enumerate(pairs)
+    )
+    return Encoded(rows, targets, gold)
 
 
 class Collator:
@@ -270,7 +272,7 @@ class Collator:
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad examples into one batch."""
         rows = [row for example in examples for row in example.rows]
-        length = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        length = -(-max(map(len, rows)) // self.multiple) * self.multiple  # rounded up
         ids = torch.full((len(rows), length), self.pad_token_id)  # [rows, tokens]
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
@@ -296,24 +298,21 @@ class Collator:
             )
         # Candidates may share a logit: each (row, position) is computed once and numbered here.
         places: dict[tuple[int, int], int] = {}
-        token_place: list[int] = []
-        token_id: list[int] = []
-        token_candidate: list[int] = []
+        scored: list[tuple[int, int, int]] = []  # place, token, candidate
         candidates: list[tuple[int, int]] = []
         first_row = 0
         for e, example in enumerate(examples):
             for c, tokens in enumerate(example.targets):
                 for offset, position, token in tokens:
-                    place = (first_row + offset, position)
-                    token_place.append(places.setdefault(place, len(places)))
-                    token_id.append(token)
-                    token_candidate.append(len(candidates))
+                    place = places.setdefault((first_row + offset, position), len(places))
+                    scored.append((place, token, len(candidates)))
                 candidates.append((e, c))
             first_row += len(example.rows)
+        token_place, token_id, token_candidate = map(torch.tensor, zip(*scored, strict=True))
         return batch | {
             "place": torch.tensor(list(places)),
-            "token_place": torch.tensor(token_place),
-            "token_id": torch.tensor(token_id),
-            "token_candidate": torch.tensor(token_candidate),
+            "token_place": token_place,
+            "token_id": token_id,
+            "token_candidate": token_candidate,
             "candidate": torch.tensor(candidates),
         }

@@ -16,7 +16,7 @@ _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 def completions(
     table: Table, *, prompt_column: str, completion_column: str, is_answer: bool = False
 ) -> list[Completion]:
-    """One completion a row; no blank is put between prompt and completion.
+    """One completion per row; no blank is put between prompt and completion.
 
     Args:
         table: the rows.
@@ -27,11 +27,8 @@ def completions(
     Raises:
         UserError: for missing columns or bad rows.
     """
-    require_columns(
-        table,
-        [prompt_column, completion_column],
-        "Name yours with task.prompt and task.completion",
-    )
+    remedy = "Name yours with task.prompt and task.completion"
+    require_columns(table, [prompt_column, completion_column], remedy)
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
         prompt, completion = text_in(row, prompt_column), text_in(row, completion_column)
@@ -54,7 +51,7 @@ def answer_in(row: dict[str, Any], column: str) -> Answers:
 
 
 def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Completion]:
-    """One conversation a row, in the chat template; the model learns the assistant turns.
+    """One conversation per row, in the chat template; the model learns the assistant turns.
 
     Raises:
         UserError: for a missing column, bad rows, or a tokenizer without a chat template.
@@ -104,13 +101,10 @@ def _segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[tuple
     """
 
     def render(part: Sequence[dict[str, str]], opened: bool) -> str:
+        options = {"tokenize": False, "add_generation_prompt": opened}
         try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(part), tokenize=False, add_generation_prompt=opened
-                )
-            )
-        except Exception as error:  # jinja's errors, raised by the template on purpose
+            return str(tokenizer.apply_chat_template(list(part), **options))
+        except Exception as error:  # a template raises jinja's errors to refuse messages
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     whole = render(messages, False)
@@ -120,6 +114,7 @@ def _segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[tuple
         if message["role"] != "assistant":
             continue
         before, after = render(messages[:i], True), render(messages[: i + 1], False)
+        # Each text must continue the previous one, or the turns cannot be cut from the whole.
         if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
             break
         segments += [(before[len(done) :], False), (after[len(before) :], True)]

@@ -19,17 +19,13 @@ SHARED_ROWS: Final[Mapping[frozenset[str], str]] = {
         "SST-2 is made of Rotten Tomatoes: 84% of the sentences of its validation split are there"
     ),
 }
-"""Pairs of tasks that share rows, and how many."""
+"""Pairs of tasks that share rows -> how many."""
 _UNRELATED: Final = {"template", "verbalizers", "max_length", "objective"}
 """Options that change how rows are shown, but not which rows there are."""
 
 
 def check_tasks(trained_on: str, name: str) -> None:
-    """Refuse a task that is known to share rows with the task a model was trained on.
-
-    Raises:
-        UserError: if the two tasks share rows.
-    """
+    """Raise UserError if a task is known to share rows with the one a model was trained on."""
     shared = SHARED_ROWS.get(frozenset((trained_on, name)))
     if shared is not None:
         raise UserError(
@@ -61,13 +57,16 @@ def check_rows(
     from zofo.tasks.load import load_splits
 
     known = TaskSpec(**trained)
-    if seeds[0] == seeds[1] and _which_rows(known) == _which_rows(spec):
-        return
+    is_unchanged = known.model_dump(exclude=_UNRELATED) == spec.model_dump(exclude=_UNRELATED)
+    if seeds[0] == seeds[1] and is_unchanged:
+        return  # the same splits, which `zofo.tasks.splits` keeps apart
     try:
         splits = load_splits(known, seed=seeds[0], tokenizer=tokenizer)
     except UserError:  # the training rows are gone, so there is nothing to compare with
         return
-    key = key_of if _source(known) == _source(spec) else letters_of
+    source = {"name", "train", "dev", "test", "subset", "data_dir"}
+    is_same = known.model_dump(include=source) == spec.model_dump(include=source)
+    key = key_of if is_same else letters_of
     used = {key(row) for row in (*splits.train, *splits.dev)}
     found = [row.row for row in rows if key(row) in used]
     if found:
@@ -83,11 +82,3 @@ def letters_of(row: Any) -> str:
     """A row's letters and digits, because sources write blanks and punctuation differently."""
     text = key_of(row)
     return "".join(c for c in text if c.isalnum()) or text
-
-
-def _source(spec: TaskSpec) -> dict[str, Any]:
-    return spec.model_dump(include={"name", "train", "dev", "test", "subset", "data_dir"})
-
-
-def _which_rows(spec: TaskSpec) -> dict[str, Any]:
-    return spec.model_dump(exclude=_UNRELATED)

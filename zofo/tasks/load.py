@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks.families import family, passages
+from zofo.tasks.families.table import BUILTIN, builtin_tables
+from zofo.tasks.rows import SUFFIXES, read_table, require_columns
 from zofo.tasks.spec import Splits, TaskSpec
 from zofo.tasks.split_notes import split_notes
 
@@ -31,22 +34,16 @@ _USED_BY_OWN: Final = {
 
 def task_names() -> tuple[str, ...]:
     """The names of all tasks, built-in tasks first."""
-    from zofo.tasks.families.table import BUILTIN
-
     return (*BUILTIN, *OWN_TASKS)
 
 
 def used_options(name: str) -> set[str]:
     """The options that a task uses besides those that every task uses."""
-    from zofo.tasks.families.table import BUILTIN
-
     return _USED_BY_OWN[name] if name in OWN_TASKS else _USED_BY_KIND[BUILTIN[name].kind]
 
 
 def writes_answers(spec: TaskSpec) -> bool:
     """Whether the model generates answers that are scored by F1."""
-    from zofo.tasks.families.table import BUILTIN
-
     is_built_in = spec.name in BUILTIN and BUILTIN[spec.name].kind == "generation"
     return is_built_in or spec.metric == "f1"
 
@@ -63,6 +60,7 @@ def check_spec(spec: TaskSpec) -> list[str]:
         near = difflib.get_close_matches(spec.name, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return [f"task {spec.name!r} does not exist; {hint}choose one of {', '.join(names)}"]
+    # An option that is set to its default changes nothing, so it is not refused.
     unused = sorted(
         key
         for key in spec.model_fields_set - _SHARED - used_options(spec.name)
@@ -108,17 +106,15 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
 
 def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
     from zofo.tasks import splits
-    from zofo.tasks.families import family, passages
-    from zofo.tasks.families import table as builtin
 
-    task = builtin.BUILTIN[spec.name]
+    task = BUILTIN[spec.name]
 
     def convert(table: Any) -> list[Any]:
         if task.measure is not None:
             return passages.passages(task, table, spec.template or task.template)
         return family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
 
-    train, test = builtin.builtin_tables(spec)
+    train, test = builtin_tables(spec)
     parts = splits.separate(
         convert(train),
         None,
@@ -133,27 +129,22 @@ def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
 
 def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
     from zofo.tasks import classify, generate, splits
-    from zofo.tasks.rows import SUFFIXES, read_table
 
-    assert spec.train is not None
-
-    def is_file(source: str) -> bool:
-        return source.lower().endswith(SUFFIXES)
+    source = spec.train or ""
 
     def read(part: str | None) -> Any:
         if part is None:
             return None
-        if is_file(part) or part == spec.train:
+        if part.lower().endswith(SUFFIXES) or part == source:
             return read_table(part, subset=spec.subset)
-        if is_file(spec.train or ""):
+        # Other names are splits, which only a hub dataset has.
+        if source.lower().endswith(SUFFIXES):
             raise UserError(f"{part!r} must be a file that ends in one of {', '.join(SUFFIXES)}")
-        return read_table(spec.train or "", subset=spec.subset, split=part)
+        return read_table(source, subset=spec.subset, split=part)
 
     tables = [read(spec.train), read(spec.dev), read(spec.test)]
     labels: tuple[str, ...] = ()
     if spec.name == "classification":
-        from zofo.tasks.rows import require_columns
-
         present = [table for table in tables if table is not None]
         for table in present:
             require_columns(table, [spec.label], "Name yours with task.label")
@@ -180,13 +171,8 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
             )
         return generate.chats(table, messages_column=spec.messages, tokenizer=tokenizer)
 
-    train, dev, test, notes = splits.separate(
-        convert(tables[0]),
-        convert(tables[1]),
-        convert(tables[2]),
-        sizes=(spec.num_train, spec.num_dev, spec.num_test),
-        seed=seed,
-    )
+    sizes = (spec.num_train, spec.num_dev, spec.num_test)
+    train, dev, test, notes = splits.separate(*map(convert, tables), sizes=sizes, seed=seed)
     text_kind = "generation" if writes_answers(spec) else "completion"
     kind = "classification" if spec.name == "classification" else text_kind
     return Splits(kind, train, dev, test, labels=labels, notes=notes)  # type: ignore[arg-type]

@@ -1,4 +1,7 @@
-"""Scores of tokens and candidates, and the training loss of a batch."""
+"""Scores of tokens and candidates, and the training loss of a batch.
+
+`zofo.tasks.encode` gives the equations of the scores and of the loss.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ def token_scores(
         outputs, start = batch["output_ids"], _decoder_start(model)
         begin = outputs.new_full((len(outputs), 1), start)
         inputs["decoder_input_ids"] = torch.cat((begin, outputs[:, :-1]), dim=1)
+    # Computing only the logits that are scored saves most of the [rows, tokens, vocabulary] memory.
     if _keeps_logits(model):
         wanted, slot = place[:, 1].unique(return_inverse=True)
         logits = model(**inputs, logits_to_keep=wanted + virtual_tokens(model)).logits
@@ -40,6 +44,7 @@ def token_scores(
         logits = model(**inputs).logits
         slot = place[:, 1] + virtual_tokens(model)
     scored = logits[place[:, 0], slot].float()  # [places, vocabulary]
+    # Log-softmax at the target tokens only, without a second tensor of this shape.
     chosen = scored[batch["token_place"], batch["token_id"]]
     first = scored.argmax(dim=-1)[batch["token_place"]] if with_first_choice else None
     return TokenScores(
@@ -53,7 +58,7 @@ def candidate_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if "place" not in batch:
         return functional.log_softmax(_encoder_logits(model, batch), dim=-1)
     scores = _mean_by(token_scores(model, batch).log_likelihood, batch["token_candidate"])
-    example, index = batch["candidate"].unbind(1)
+    example, index = batch["candidate"].unbind(1)  # [candidates] each
     table = scores.new_full((len(batch["gold"]), int(index.max()) + 1), -torch.inf)
     return table.index_put((example, index), scores)
 
@@ -116,19 +121,11 @@ def first_examples(batch: dict[str, Tensor], num: int) -> tuple[dict[str, Tensor
     # Places and rows are numbered in the order of the examples, so a prefix of each suffices.
     num_places = int(batch["token_place"][:num_tokens].max()) + 1
     num_rows = int(batch["place"][:num_places, 0].max()) + 1
-    ends = {
-        "input_ids": num_rows,
-        "attention_mask": num_rows,
-        "gold": num,
-        "place": num_places,
-        "token_place": num_tokens,
-        "token_id": num_tokens,
-        "token_candidate": num_tokens,
-        "candidate": num_candidates,
-    }
-    if "output_ids" in batch:
-        ends["output_ids"] = num_rows
-    part = {name: batch[name][:end] for name, end in ends.items()}
+    ends = {"gold": num, "place": num_places, "candidate": num_candidates}
+    ends |= dict.fromkeys(("input_ids", "attention_mask", "output_ids"), num_rows)
+    ends |= dict.fromkeys(("token_place", "token_id", "token_candidate"), num_tokens)
+    part = {name: batch[name][:end] for name, end in ends.items() if name in batch}
+    # Shares are relative to the mean number of tokens in the whole batch.
     part["tokens_per_example"] = torch.tensor(len(batch["token_id"]) / len(gold))
     return part, num_rows / len(batch["input_ids"])
 
@@ -151,7 +148,7 @@ def _encoder_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def _mean_by(values: Tensor, group: Tensor) -> Tensor:
     num_groups = int(group.max()) + 1
-    counts = torch.bincount(group, minlength=num_groups).to(values.dtype)
+    counts = torch.bincount(group, minlength=num_groups).to(values.dtype)  # [groups]
     return values.new_zeros(num_groups).index_add(0, group, values) / counts
 
 
@@ -169,15 +166,12 @@ def virtual_tokens(model: Any) -> int:
 
 def _decoder_start(model: Any) -> int:
     """The first input token of a decoder."""
-    config = model.config
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        start = getattr(config, "bos_token_id", None)
-    if start is None:
-        raise UserError(
-            f"the configuration of {model.__class__.__name__} has no decoder_start_token_id; set it"
-        )
-    return int(start)
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        if getattr(model.config, name, None) is not None:
+            return int(getattr(model.config, name))
+    raise UserError(
+        f"the configuration of {model.__class__.__name__} has no decoder_start_token_id; set it"
+    )
 
 
 def _keeps_logits(model: Any) -> bool:

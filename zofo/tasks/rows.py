@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -35,7 +35,7 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
     """Read a file by its suffix, or a split of a hub dataset.
 
     Raises:
-        UserError: if it cannot be found or read.
+        UserError: if the source is missing, cannot be read, or a file has no rows.
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
@@ -44,7 +44,7 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
             raise UserError(f"the data file {source} does not exist")
         try:
             rows = _READERS[suffix](path)
-        except UserError:
+        except UserError:  # a ValueError, too, that already names the file
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"the data file {source} cannot be read: {error}") from error
@@ -89,6 +89,7 @@ def _read_separated(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
+        # Everything is read as text, so that a label such as 01 or NA keeps its form.
         frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     except pd.errors.ParserError as error:
         raise UserError(
@@ -185,8 +186,8 @@ def convert_rows(table: Table, convert: Callable[[int, dict[str, Any]], T]) -> l
     return converted
 
 
-def text_in(row: dict[str, Any], column: str) -> str:
-    """A non-empty text; raises ValueError."""
+def text_in(row: Mapping[str, Any], column: str) -> str:
+    """The non-empty text of a column; raises ValueError."""
     if column not in row:
         raise ValueError(f"the column {column!r} is missing; every row needs it")
     value = row[column]
@@ -197,11 +198,12 @@ def text_in(row: dict[str, Any], column: str) -> str:
     return value
 
 
-def label_in(row: dict[str, Any], column: str) -> str:
-    """A label as text; raises ValueError."""
+def label_in(row: Mapping[str, Any], column: str) -> str:
+    """The label of a row as text; raises ValueError."""
     value = row.get(column)
     if isinstance(value, bool):
         return "true" if value else "false"
+    # pandas reads integers with missing values as floats, so 1.0 and 1 are the same label.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "":

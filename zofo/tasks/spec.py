@@ -11,6 +11,7 @@ from zofo.tasks.answers import Answers
 
 Kind = Literal["classification", "choice", "completion", "generation"]
 Objective = Literal["candidates", "gold"]
+Sizes = tuple[int | None, int | None, int | None]
 
 
 class TaskSpec(BaseModel):

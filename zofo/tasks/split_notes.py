@@ -37,6 +37,7 @@ def split_notes(splits: Splits) -> tuple[str, ...]:
 
 def _balance(splits: Splits) -> str:
     parts = {part: splits.part(part) for part in ("train", "dev", "test")}
+    # Choice tasks have no class names, so candidates are counted by their position.
     num = max(len(row.candidates) for rows in parts.values() for row in rows)
     names = splits.labels or [f"candidate {i + 1}" for i in range(num)]
     counts = {

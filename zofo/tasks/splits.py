@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from zofo.errors import UserError
+from zofo.tasks.spec import Sizes
 
-Sizes = tuple[int | None, int | None, int | None]
 _MOST_HELD_OUT: Final = 0.4
 """Largest share of the rows for a carved part without a size: training needs most rows (choice)."""
 
@@ -61,6 +61,7 @@ def separate(
     notes: list[str] = []
     pool = shuffled(train, seed)
     if dev is None or test is None:
+        # A duplicate could end up on both sides of a split. The first of equal rows stays.
         unique = list({key_of(row): row for row in reversed(pool)}.values())[::-1]
         if len(unique) < len(pool):
             notes.append(f"{len(pool) - len(unique)} duplicate rows dropped before splitting")
@@ -72,6 +73,7 @@ def separate(
         final_test, pool = _carve(pool, size, "test", total, notes)
     else:
         final_test = _cut(shuffled(test, seed), sizes[2], limits[2], "test")
+    # A given test set counts as a whole, so that the other parts do not depend on num_test.
     test_keys = {key_of(row) for row in (*final_test, *(test or ()))}
     num_before = len(pool)
     pool = [row for row in pool if key_of(row) not in test_keys]
@@ -112,6 +114,7 @@ def _carve(
             f"{size} rows were asked for {part}, and {len(pool)} are left of {total}; lower "
             f"num_{part} or give a {part} file"
         )
+    # In this order a carved part splits at most one group, and the rest of it is dropped.
     ordered = _by_group(pool)
     carved, rest = ordered[:size], set(map(id, ordered[size:]))
     groups = {_group(row) for row in carved} - {""}
@@ -130,6 +133,7 @@ def _by_group(rows: Sequence[Any]) -> list[Any]:
     first: dict[Any, int] = {}
     for i, row in enumerate(rows):
         first.setdefault(_group(row) or id(row), i)
+    # Rows without a group count as groups of their own; sorted() is stable.
     return sorted(rows, key=lambda row: first[_group(row) or id(row)])
 
 

@@ -1,12 +1,10 @@
-"""What a built-in task is made of, and how rows in the hub's columns become examples.
+"""The definition of a built-in task, and the conversion of its rows to examples.
 
-Of every row:
-
-    values      the row's columns, and what the task derives from them
-    prompt      the template, filled with the values
-    candidates  the classes' words; or, in choice tasks, templates filled with the values
-    gold        the place of the row's label among the classes
-    text        one or two templates: what an encoder reads, and how duplicates are found
+values      the columns of the row, and the values that the task derives from them
+prompt      the template, filled with the values
+candidates  the words of the classes; in choice tasks, option templates filled with the values
+gold        index of the label of the row among the classes
+text        one or two filled templates; encoders read it, and duplicates are found by it
 """
 
 from __future__ import annotations
@@ -19,20 +17,19 @@ from zofo.errors import UserError
 from zofo.tasks.answers import Measure
 from zofo.tasks.classify import candidates_of, fill, template_columns
 from zofo.tasks.rows import Table, convert_rows, label_in, require_columns, text_in
-from zofo.tasks.spec import Example, Kind
+from zofo.tasks.spec import Example, Kind, Sizes
 
 Row = Mapping[str, Any]
-Sizes = tuple[int | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the hub keeps a task's rows.
+    """The rows of a task on the hub.
 
     Attributes:
-        dataset: its id.
-        subset: its configuration.
-        test: the split to report on, the last one whose labels are public.
+        dataset: id of the dataset.
+        subset: name of its configuration.
+        test: the split to report on; if the labels of "test" are secret, it is "validation".
     """
 
     dataset: str
@@ -45,11 +42,11 @@ class Hub:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Rows that an installed package carries.
+    """The rows of a task in an installed package.
 
     Attributes:
         package: name on the package index.
-        read: rows to train on, and test rows or None to carve them too; in the hub's columns.
+        read: reads the training rows and the test rows (None: carved), with the hub's columns.
     """
 
     package: str
@@ -58,33 +55,33 @@ class Embedded:
 
 @dataclass(frozen=True)
 class BuiltinTask:
-    """A task whose prompt and sizes are fixed.
+    """A task with a fixed prompt and fixed sizes.
 
     Attributes:
         description: one line.
-        hub: whose columns its rows have.
-        columns: the hub's columns that it reads, the label aside.
-        classes: names of the label's values, in the hub's order.
+        hub: the dataset that defines the columns of the rows.
+        columns: columns that the task reads, without the label.
         template: the prompt.
-        texts: templates of an encoder's one or two sequences.
-        sizes: rows of train, dev and test, at most; None: all there are.
-        words: what the model should write for each class; empty: a choice task.
-        options: templates of a choice task's candidates.
-        ending: template of what stands after every candidate, and is scored instead of it.
-        labels: names that the label's column may have.
-        derive: further values of a row.
-        group: template; rows that agree in it stay in one part.
-        embedded: rows to be had without the hub.
-        measure: how answers are scored that the model writes; None: it chooses among candidates.
+        texts: templates of the one or two sequences that an encoder reads.
+        classes: names of the label's values, in the hub's order.
+        sizes: most rows of train, dev and test; None: all rows. Default: MeZO's.
+        words: text that the model should write for each class; empty: not a classification task.
+        options: templates of the candidates of a choice task.
+        ending: template of a text after every candidate, which is scored instead of the candidate.
+        labels: possible names of the label column.
+        derive: computes further values of a row.
+        group: template; rows with the same filled text stay in one part of the data.
+        embedded: rows that need no access to the hub.
+        measure: scores the answers that the model writes; None: the model chooses a candidate.
     """
 
     description: str
     hub: Hub
     columns: tuple[str, ...]
-    classes: tuple[str, ...]
     template: str
     texts: tuple[str, ...]
-    sizes: Sizes
+    classes: tuple[str, ...] = ()
+    sizes: Sizes = (1000, 500, 1000)
     words: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     ending: str = ""
@@ -96,18 +93,18 @@ class BuiltinTask:
 
     @property
     def kind(self) -> Kind:
-        """Whether every row has the same classes, or candidates of its own, or wants an answer."""
+        """Whether rows share classes, have their own candidates, or need a generated answer."""
         if self.measure is not None:
             return "generation"
         return "classification" if self.words else "choice"
 
     @property
     def origin(self) -> str:
-        """Where the rows come from unless task.data_dir is given, in words."""
+        """The source of the rows without task.data_dir, in words."""
         return f"package {self.embedded.package}" if self.embedded else str(self.hub)
 
     def values(self, row: Row) -> dict[str, str]:
-        """What templates may name; raises ValueError for a bad row."""
+        """The values that templates may name; raises ValueError for a bad row."""
         found = {column: _value_in(row, column) for column in self.columns}
         return found | self.derive(row) if self.derive else found
 
@@ -120,23 +117,24 @@ def examples(
     verbalizers: Mapping[str, str] | None = None,
     is_labelled: bool = True,
 ) -> list[Example]:
-    """One example a row.
+    """One example per row.
 
     Args:
         task: the task.
-        table: rows in the hub's columns.
-        template: prompt instead of the task's.
-        verbalizers: label -> word instead of the task's.
+        table: rows with the hub's columns.
+        template: replaces the task's prompt.
+        verbalizers: label -> word; replaces the task's words.
         is_labelled: whether to read the labels; otherwise the first candidate is gold.
 
     Raises:
-        UserError: for missing columns, or bad rows (all of them named).
+        UserError: for missing columns, or with the problems of all bad rows.
     """
     template = task.template if template is None else template
-    require_columns(table, task.columns, f"These rows must have the columns of {task.hub}")
+    remedy = f"These rows must have the columns of {task.hub}"
+    require_columns(table, task.columns, remedy)
     label = next((c for c in task.labels if c in table.rows[0][1]), task.labels[0])
     if is_labelled:
-        require_columns(table, [label], f"These rows must have the columns of {task.hub}")
+        require_columns(table, [label], remedy)
     words = words_of(task, verbalizers)
     named = template_columns(template)
 
@@ -162,11 +160,7 @@ def examples(
 
 
 def words_of(task: BuiltinTask, verbalizers: Mapping[str, str] | None) -> tuple[str, ...]:
-    """The candidates of a task with classes; empty for a choice task.
-
-    Raises:
-        UserError: for verbalizers that do not name each class once.
-    """
+    """The candidates of a classification task; raises UserError for unsuitable verbalizers."""
     if verbalizers is None or not task.words:
         return task.words
     named = {}
@@ -179,7 +173,7 @@ def words_of(task: BuiltinTask, verbalizers: Mapping[str, str] | None) -> tuple[
 
 
 def class_index(label: str, classes: tuple[str, ...], where: str) -> int:
-    """Place of a label: a class's name, its number, or true and false for 1 and 0.
+    """Index of a label: the name of a class, its number, or true and false for 1 and 0.
 
     Raises:
         ValueError: if it is none of these.
@@ -200,9 +194,8 @@ def class_index(label: str, classes: tuple[str, ...], where: str) -> int:
 
 
 def _value_in(row: Row, column: str) -> str:
-    """A text, or a number as text; raises ValueError."""
     value: Any = row.get(column)
-    if hasattr(value, "item"):  # numpy scalars of parquet
+    if hasattr(value, "item"):  # parquet gives numpy scalars
         value = value.item()
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if is_number else text_in(dict(row), column)
+    return str(value) if is_number else text_in(row, column)

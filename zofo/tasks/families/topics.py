@@ -1,8 +1,8 @@
-"""What a text is about: AG News; what a question asks for: TREC.
+"""Topics of news (AG News) and types of questions (TREC).
 
 AG News (Zhang et al., 2015) and TREC (Li and Roth, 2002) have labelled test splits. The templates
-are ours: a decoder writes its answer last. TREC's words are those of LM-BFF (Gao et al., 2021),
-which MeZO's masked models take too.
+are ours, because a decoder writes its answer at the end of the prompt. TREC's words are those of
+LM-BFF (Gao et al., 2021), which MeZO uses for masked models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ TASKS: Final = {
         template="{text}\nAnswer type:",
         words=(" Expression", " Entity", " Description", " Human", " Location", " Number"),
         texts=("{text}",),
-        sizes=(1000, 500, 1000),
     ),
     "agnews": BuiltinTask(
         description="topic of a news item",
@@ -31,6 +30,5 @@ TASKS: Final = {
         template="{text}\nTopic:",
         words=(" World", " Sports", " Business", " Technology"),
         texts=("{text}",),
-        sizes=(1000, 500, 1000),
     ),
 }

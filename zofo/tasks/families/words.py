@@ -3,8 +3,8 @@
 Whether a word means the same in two sentences (Pilehvar and Camacho-Collados, 2019), and whether a
 pronoun refers to a noun (Levesque et al., 2012), as in SuperGLUE (Wang et al., 2019). Prompts are
 MeZO's (Malladi et al., 2023); they name the word, the noun and the pronoun. A pronoun may occur
-several times, so encoders get WSC's text with both spans marked where they stand, as T5 does
-(Raffel et al., 2020); a template of yours may name it as {marked}.
+several times, so encoders read WSC's text with both spans marked in place, as in T5 (Raffel et al.,
+2020). Your own template may name this text as {marked}.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from zofo.tasks.rows import text_in
 
 
 def _marked(row: Row) -> dict[str, str]:
-    """The text with *noun* and _pronoun_; their places count words from 0."""
-    words = text_in(dict(row), "text").split()
+    """The text with *noun* and _pronoun_; the row gives their positions as word indices from 0."""
+    words = text_in(row, "text").split()
     for span, mark in (("span1", "*"), ("span2", "_")):
         start = _number_in(row, f"{span}_index", len(words))
-        # Punctuation that clings to a span's last word stays outside of the mark.
-        last = start + len(text_in(dict(row), f"{span}_text").split()) - 1
+        last = start + len(text_in(row, f"{span}_text").split()) - 1
         last = min(last, len(words) - 1)
+        # Punctuation attached to the last word of a span stays outside the mark.
         end = words[last].rstrip(".,;:!?\"'")
         words[last] = f"{end}{mark}{words[last][len(end) :]}"
         words[start] = mark + words[start]
-    return {"marked": " ".join(words), "pronoun": text_in(dict(row), "span2_text").lower()}
+    return {"marked": " ".join(words), "pronoun": text_in(row, "span2_text").lower()}
 
 
 def _number_in(row: Row, column: str, end: int) -> int:
@@ -49,7 +49,6 @@ TASKS: Final = {
         "{sentence1}\n{sentence2}\n",
         words=("No", "Yes"),
         texts=("{word}: {sentence1}", "{word}: {sentence2}"),
-        sizes=(1000, 500, 1000),
     ),
     "wsc": BuiltinTask(
         description="does a pronoun refer to a noun",
@@ -60,7 +59,7 @@ TASKS: Final = {
         "{span1_text}? Yes or No?\n",
         words=("No", "Yes"),
         texts=("{marked}", "{span2_text} refers to {span1_text}"),
-        # 554 rows: the protocol's 500 for dev would leave 54 to train on.
+        # Of 554 rows, the usual 500 dev rows would leave only 54 to train on.
         sizes=(1000, 100, 1000),
         derive=_marked,
         group="{text}",
