@@ -153,11 +153,9 @@ def run(
         if epoch < checkpoints[-1]:
             block = _orders(num, tuple(seeds), epoch // _BLOCK, setting.sampling)
             order = block[epoch % _BLOCK]
-            where = (points, lost, lr_x, lr_y, keys, order, epoch * num)
-            if kind == QUADRATIC and setting.base_order == "zeroth":
-                kernels.move_quadratic(*common[1:], *where, *how[1:])
-            else:
-                kernels.move(*common, *where, *how)
+            is_fast = kind == QUADRATIC and setting.base_order == "zeroth"
+            move = kernels.move_quadratic if is_fast else kernels.move
+            move(common, (points, lost, lr_x, lr_y, keys, order, epoch * num), how)
             if on_epoch is not None:
                 on_epoch(epoch + 1)
     means = np.stack([mean for mean, _ in found], axis=1)
