@@ -32,6 +32,7 @@ def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | fl
     for b in range(len(out)):
         column = log_values[:, b]
         below = np.flatnonzero(column <= targets[b])
+        # Between the first T below the target and the one before, log T is linear in the value.
         if len(below) and below[0] > 0:
             i = below[0]
             share = (column[i - 1] - targets[b]) / (column[i - 1] - column[i])

@@ -217,7 +217,7 @@ def move(problem, runs, how):
     """One epoch, in place: points [rates, seeds, d], order [seeds, n]."""
     kind, d_x, params, data = problem
     points, lost, lr_x, lr_y, seeds, order, first_step = runs
-    is_zeroth, is_central, is_gaussian, num_directions, eps = how
+    is_zeroth, _, is_gaussian, num_directions, _ = how
     num_rates, num_seeds, d = points.shape
     begin = d_x if is_zeroth else 0  # the base needs no gradient if it moves by differences
     gradient, away, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)

@@ -117,9 +117,8 @@ def series_of(name: str, x: Sequence[float] | np.ndarray, log_y: np.ndarray) -> 
     )
 
 
-VALUE_TITLE: Final = "(1/T) Σ ‖∇f‖², best rate"
 _TITLES: Final = {
-    "value": VALUE_TITLE,
+    "value": "(1/T) Σ ‖∇f‖², best rate",
     "rate": "best rate",
     "cap": "largest rate that does not diverge",
 }
@@ -206,9 +205,11 @@ def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:
     """
     start = result.arrays["start"]
     reference = start[0] if part == "x" else start[1] if part == "y" else start.sum()
-    is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)  # [rates, seeds]
+    # `not <` counts NaN as diverged too, [rates, seeds].
+    is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)
     log_rates = np.log(result.arrays["rates"][:, 1 if part == "y" else 0])
-    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)  # first diverging rate, [seeds]
+    # `argmax` finds the first True: the first diverging rate, [seeds].
+    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)
     middle = np.where(first > 0, 0.5 * (log_rates[first] + log_rates[first - 1]), np.nan)
     return np.asarray(middle @ weights)
 
@@ -243,7 +244,7 @@ def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Meas
     logs = np.log(means(values_of(result, "all"), study.weights(result)))
     is_one = np.isclose(rates[:, 0], rates[:, 1])
     gain = logs[:, is_one].min(1) - logs.min(1)  # [T, resamples]
-    x, y = rates[logs[-1, :, 0].argmin()]
+    x, y = rates[logs[-1, :, 0].argmin()]  # the best pair at the last T, by the mean over all seeds
     on_edge = x in (rates[:, 0].min(), rates[:, 0].max()) or y in (
         rates[:, 1].min(),
         rates[:, 1].max(),

@@ -40,6 +40,7 @@ def _log_bias(result: Result, weights: np.ndarray) -> np.ndarray:
     """Logarithm of the norm of the mean, without the part that chance adds to its square."""
     bias = np.moveaxis(result.arrays["bias"], 1, -1)  # [eps, d, seeds]
     mean = bias @ weights
+    # E‖mean‖² exceeds the squared bias by the variance of the mean over the seeds.
     spread = (bias**2 @ weights - mean**2).sum(1) / bias.shape[-1]
     square = (mean**2).sum(1) - spread
     return np.asarray(0.5 * np.log(np.where(square > 0, square, np.nan)))

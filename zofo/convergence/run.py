@@ -26,13 +26,6 @@ from zofo.disk.files import finite, write_json
 def run(plan: Plan, console: Console) -> list[Finding]:
     """Run the missing cells, judge the claims, and write JSON and page.
 
-    Args:
-        plan: a checked plan.
-        console: shows the progress.
-
-    Returns:
-        One finding per claim.
-
     Raises:
         UserError: if the folder cannot be written.
     """
@@ -67,6 +60,7 @@ def _results(plan: Plan, console: Console) -> list[Result]:
                 continue
             last_shown = 0.0
 
+            # Epochs can take microseconds, so the line is drawn at most five times a second.
             def show(share: float, name: str = cell.name) -> None:
                 nonlocal last_shown
                 if time.monotonic() - last_shown > 0.2:
