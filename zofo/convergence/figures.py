@@ -42,7 +42,7 @@ def claim_figure(finding: Finding, theme: Theme) -> Figure:
             line={"color": colour, "width": 2},
             marker={"size": 8},
         )
-    is_log = measured.is_power
+    is_log = measured.is_power  # a power law is a line on logarithmic axes
     if is_log and measured.series:
         _add_candidates(figure, finding, theme)
     elif isinstance(finding.claim.claimed, tuple):

@@ -173,7 +173,7 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
 def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
     """Write ∇f(w) into out."""
     begin = np.int64(0)
-    if mean_row.size > 0:  # f has a row of its own, so one evaluation gives the mean
+    if mean_row.size > 0:  # this row's loss is f itself, so one evaluation replaces n
         gradient_of(kind, d_x, params, mean_row, w, scratch, begin, out)
         return
     out[:] = 0
@@ -201,7 +201,7 @@ def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
 
 @numba.njit(cache=True)
 def draw(out, words, values, seed, step, num_directions, is_gaussian):
-    """Directions of one step: out [directions, d_x]."""
+    """Directions of one step: out [directions, d_x]; the other arrays are buffers of the noise."""
     zero, one = np.uint64(0), np.float64(1)
     out[:] = 0
     for k in range(num_directions):

@@ -67,11 +67,8 @@ def _results(plan: Plan, console: Console) -> list[Result]:
                     last_shown = time.monotonic()
                     progress.update(task, text=f"{name} {share:.0%}")
 
-            results.append(
-                storage.finish(
-                    plan.folder, cell, plan.engine, show if console.is_terminal else None
-                )
-            )
+            on_progress = show if console.is_terminal else None
+            results.append(storage.finish(plan.folder, cell, plan.engine, on_progress))
             progress.update(task, advance=1)
             if not console.is_terminal:
                 line = f"{place + 1}/{len(every)} {cell.name}: {results[-1].elapsed_s:.1f} s"
