@@ -110,7 +110,7 @@ def loss_after(
     scale = max(loss, 1e-12)
     rise = 0.5 * np.square(rate) * noise * curvature
     pull = (rate * signal - 0.5 * np.square(rate) * signal * curvature) / scale
-    exponent = np.clip(-pull * num_steps, -700, 50)  # beyond, exp overflows or is 0
+    exponent = np.clip(-pull * num_steps, -700, 50)  # keeps the exponential within float64
     with np.errstate(divide="ignore", invalid="ignore"):
         # Σ_{t<N} e^{−at}, as an integral: (1 − e^{−aN}) / a, and N for a = 0.
         gathered = np.where(np.abs(exponent) < 1e-9, num_steps, -np.expm1(exponent) / pull)

@@ -63,7 +63,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class AnyCell:
-    """What every kind of cell has.
+    """The part that all kinds of cells share.
 
     Attributes:
         experiment: the experiment that the cell belongs to.
@@ -134,7 +134,7 @@ class Cell(AnyCell):
 
 @dataclass
 class Result:
-    """A finished cell, the arrays of its `run` and the duration; `cache` holds what they imply."""
+    """A finished cell, the arrays of its `run` and the duration; `cache` keeps its tuned values."""
 
     cell: Any
     arrays: dict[str, np.ndarray]

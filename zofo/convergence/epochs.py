@@ -12,7 +12,7 @@ from zofo.convergence.measures import Measured, Study, series_of, values_of
 from zofo.statistics.resampling import Interval
 
 _SHARE: Final = 0.25
-"""Choice: the share of the best rate that c stands for."""
+"""A choice: c belongs to this share of the best rate."""
 
 
 def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
@@ -32,7 +32,7 @@ def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | fl
     for b in range(len(out)):
         column = log_values[:, b]
         below = np.flatnonzero(column <= targets[b])
-        # Between the first T below the target and the one before, log T is linear in the value.
+        # Interpolate logarithms between the first T below the target and the one before it.
         if len(below) and below[0] > 0:
             i = below[0]
             share = (column[i - 1] - targets[b]) / (column[i - 1] - column[i])

@@ -94,7 +94,6 @@ def directional_curvature(
     """
     num_forwards = 0
 
-    # A closure may draw random numbers, which must be the same afterwards as before.
     def evaluate(scale: float, direction: int) -> float:
         nonlocal num_forwards
         num_forwards += 1
@@ -103,6 +102,7 @@ def directional_curvature(
                 return float(closure())
         return float(closure())
 
+    # A closure may draw random numbers. The training must draw the same as without this call.
     generators = GeneratorState.capture()
     try:
         loss = evaluate(0.0, 0)

@@ -162,7 +162,7 @@ def fit_growth(
     level, share, error = _linear(x - centre, z, whole)
     resamples = None if counts is None else _linear(x - centre, z, counts)[:2]
 
-    # L0 = A (1 − s), L1 = A s / ū and s itself cannot be negative, so an interval ends at 0.
+    # L0 = A (1 − s), L1 = A s / ū and s cannot be negative, so their intervals are cut off at 0.
     def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Interval:
         resampled = None if resamples is None else formula(*resamples)
         found = _interval(float(formula(level, share)[0]), resampled, factor_of)

@@ -160,8 +160,7 @@ def _test_majoriser(
     from zofo.smoothness.hessian import BlockHessian
 
     spectra = {r["block"]: r for r in records.of("spectrum") if r["step"] == step}
-    # Ritz values lie within the spectrum, so the norm is at least the largest of them. The residual
-    # is added, because a constant that is too small would be refuted by rounding alone.
+    # Ritz values lie within the spectrum, so the residual is added to bound the norm from above.
     constants = {
         name: spectra[name]["norm"]
         + max(spectra[name][end]["residual"] for end in ("top", "bottom"))

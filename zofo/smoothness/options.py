@@ -130,9 +130,9 @@ def load_smoothness(
     except UserError as error:
         # `load_config` had no path, so it calls the file "the configuration".
         named = str(error).replace("the configuration", where, 1)
-        problems = [*problems, named] if problems else []
         if not problems:
             raise UserError(named) from None
+        problems.append(named)
     if problems:
         raise UserError(join_problems(where, problems))
     return config, options

@@ -131,7 +131,7 @@ def lanczos(operator: Any, start: Tensor, num_steps: int, *, keeps_vectors: bool
     for step in range(min(num_steps, len(start))):
         image = (operator @ vector).detach()
         alpha = inner_product(vector, image)
-        if step == 0:  # the start is v / ‖v‖, and vᵀHv is that of v
+        if step == 0:  # `alpha` is that of v / ‖v‖, while vᵀHv is reported for v
             curvature, squared_norm = squared * alpha, squared * inner_product(image, image)
         image = image - alpha * vector
         if betas:

@@ -53,18 +53,14 @@ def doubling(first: int, last: int, scale: Scale) -> tuple[int, ...]:
 
 
 def flat(num: int, curvature: float = 1.0) -> dict[str, Any]:
-    """A flat spectrum."""
+    """A flat spectrum, as `make_problem` takes it."""
     return {"kind": "flat", "num": num, "curvature": curvature}
 
 
 def quadratic(num_samples: int, spectrum_x: Any, spectrum_y: Any, **options: Any) -> dict[str, Any]:
-    """Options of a quadratic."""
-    return {
-        "spectrum_x": spectrum_x,
-        "spectrum_y": spectrum_y,
-        "num_samples": num_samples,
-        **options,
-    }
+    """Options of a quadratic, as `make_problem` takes them."""
+    spectra = {"spectrum_x": spectrum_x, "spectrum_y": spectrum_y}
+    return {**spectra, "num_samples": num_samples, **options}
 
 
 CURVATURE: Final = {"curvature_spread": 0.8, "alignment": 1.0}
