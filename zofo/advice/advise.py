@@ -254,12 +254,11 @@ class _Advisor:
             view = self._view(names)
             parts[group] = self._moments(view, radius, DIRECTIONS_A_GROUP, 200 + 20 * i)
         whole = total(list(parts.values()))
-        rate = self._rate_of(whole, advice)
         advice.split = split_rates(
             parts,
             groups,
             batch_rows=self.batch_rows,
-            rate=rate.rate,
+            rate=self._rate_of(whole, advice).rate,
             num_directions=self.setting.num_directions,
         )
         return whole
@@ -312,6 +311,7 @@ class _Advisor:
         is_full = setting.first == "base"
         rows = [self.probe.draw() for _ in range(2)]
 
+        # The same rows and dropout masks at every call, so that only the weights differ.
         def gradient() -> None:
             for batch in rows:
                 torch.manual_seed(self.seed % 2**63)
@@ -331,6 +331,7 @@ class _Advisor:
                 f"{self.steps} steps at any of {rates}; check the data and the dtype, or give "
                 f"{setting.first}_lr as a number"
             )
+        # The first step of LoRA meets another curvature than the later ones, so both are measured.
         if found.best in self.ends:
             self._set(self.ends[found.best])
             advice.along = (along, along_update(self.first, gradient, is_sign=is_sign))
@@ -347,7 +348,7 @@ class _Advisor:
         if not math.isfinite(best):
             size = weight_scale(self.first) * math.sqrt(sum(p.numel() for p in self.first)) or 1.0
             best = 0.01 * size / norm if norm > 0 else setting.usual_rate
-        # With a clipped gradient, the rate alone sets the size of the step.
+        # A clipped gradient is shorter by norm / clip, so the same step needs a larger rate.
         clip = setting.max_grad_norm
         return best * max(1.0, norm / clip) if clip else best
 
@@ -366,7 +367,8 @@ class _Advisor:
             start=self.beginning,
             seed=self.seed % 2**63,
         )
-        self.beginning = run.start
+        self.beginning = run.start  # evaluated by the first training, then shared by all
+        # A full base is too large to keep the end of every training.
         if setting.first == "adapter" and not run.blew_up:
             self.ends[rate] = [p.detach().clone() for p in self.first]
         self._set(self.start)
@@ -398,6 +400,7 @@ class _Advisor:
         found = advice.at_later or advice.at_start
         smoothness: dict[str, tuple[float, int | None]] = {}
         if found is not None and setting.zeroth is not None:
+            # λ_max is at least any Rayleigh quotient and at least the mean eigenvalue.
             least = max(found.rayleigh, found.trace / found.num_weights)
             smoothness[setting.zeroth] = least, found.num_weights
         if setting.first is not None and advice.along:
@@ -425,15 +428,14 @@ def _apply(advice: Advice, block: str, limit: float) -> bool:
     if rate is None or max(rate.values() if isinstance(rate, dict) else [rate]) <= limit:
         return False
     limit = _rounded_down(limit)
-    if isinstance(rate, dict):
-        setattr(advice, f"{block}_lr", {name: min(r, limit) for name, r in rate.items()})
-    else:
-        setattr(advice, f"{block}_lr", limit)
+    lower = {n: min(r, limit) for n, r in rate.items()} if isinstance(rate, dict) else limit
+    setattr(advice, f"{block}_lr", lower)
     return True
 
 
 def _advice_seed(seed: int) -> int:
     """A seed whose directions and row order differ from those of the run."""
+    # An odd factor is invertible modulo 2^64, so different seeds stay different.
     return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
 
 

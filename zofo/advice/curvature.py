@@ -5,9 +5,9 @@ For a direction v and each row r of its batch:
     s_r = (f_r(x + h v) − f_r(x − h v)) / 2h                         vᵀ∇f_r
     c_r = (f_r(x + h v) + f_r(x − h v) − 2 f_r(x)) / h²              vᵀ∇²f_r v
 
-A direction takes three forward passes, whatever the size of the model. Each row has its own s_r, so
-one batch separates signal from noise: the product of two different rows' slopes has the mean
-(v·∇f)², whatever the noise of the rows.
+A direction takes three forward passes for a model of any size. Each row has its own s_r, so one
+batch separates signal from noise: the product of the slopes of two different rows has the mean
+(v·∇f)², because their noise is independent.
 
 Along an update u of the first-order block, two gradients give
 
@@ -126,7 +126,7 @@ def along_update(
         is_sign: whether u = sign(∇f), as in the first step of Adam; otherwise u = ∇f.
         reach: h ‖u‖ relative to the norm of the parameters.
     """
-    before = [p.detach().clone() for p in parameters]
+    before = [p.detach().clone() for p in parameters]  # a step back would leave rounding
     here = _gradient(parameters, gradient)
     update = [g.sign() if is_sign else g for g in here]
     square = _dot(update, update)
@@ -149,7 +149,7 @@ def along_update(
 
 
 def _gradient(parameters: Sequence[nn.Parameter], gradient: Callable[[], None]) -> list[Tensor]:
-    for p in parameters:
+    for p in parameters:  # backward adds to an existing gradient
         p.grad = None
     gradient()
     found = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]

@@ -40,7 +40,6 @@ _NUM_RUNGS: Final = 6
 _NUM_DIRECTIONS: Final = 3
 MOST_FORWARDS: Final = _NUM_DIRECTIONS * (1 + 2 * (_NUM_RUNGS + _MAX_STEPS_OUT))
 """Upper bound of the forward passes of a ladder."""
-"""Rungs that the ladder grows at an end where the error is still falling."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,6 @@ def measure_ladder(
     scale: float,
     estimator: Estimator = "forward",
     num_directions: int = _NUM_DIRECTIONS,
-    num_rungs: int = _NUM_RUNGS,
     is_16_bit: bool = False,
 ) -> Ladder:
     """Evaluate the loss on a ladder of ε. The ladder grows while the smallest error lies at an end.
@@ -118,11 +116,10 @@ def measure_ladder(
             for 16-bit weights. If it is 0, the centre is 1e-3.
         estimator: the estimator whose error is measured.
         num_directions: number of directions, at least 2.
-        num_rungs: number of rungs at the beginning.
         is_16_bit: whether the weights have 16 bits.
     """
     centre = (0.1 if is_16_bit else 0.01) * scale or 1e-3
-    exponents = list(range(-(num_rungs // 2), num_rungs - num_rungs // 2))
+    exponents = list(range(-(_NUM_RUNGS // 2), _NUM_RUNGS - _NUM_RUNGS // 2))
     batches = [probe.draw() for _ in range(num_directions)]
     found: dict[int, tuple[list[float], list[float]]] = {}
 
@@ -131,6 +128,7 @@ def measure_ladder(
         masks = probe.masks(k)
         return probe.losses_at(view, eps, batches[k], direction=k, masks=masks)[0]
 
+    # Each direction keeps its rows and dropout masks on all rungs, so that only ε differs.
     at = [loss(0, 0, k) for k in range(num_directions)]
     steps_out = 0
     while True:
@@ -178,7 +176,7 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
     low = a / tol if a > 0 else float(eps[first])
     high = (tol / b) ** (1 / power) if b > 0 else float(eps[last])
     middle = math.sqrt(low * high)
-    if low > high and a > 0 and b > 0:
+    if low > high and a > 0 and b > 0:  # no plateau: the minimum of e, where its derivative is 0
         middle = (a / (power * b)) ** (1 / (power + 1))
     # The advice stays within the measured rungs.
     middle = min(max(middle, float(eps[first])), float(eps[last]))
@@ -196,16 +194,10 @@ def plateau(ladder: Ladder, estimator: Estimator = "forward", tol: float = TOLER
 
 
 def _no_plateau(eps: np.ndarray) -> Plateau:
-    """The result if no direction changes the loss."""
+    """The result if no direction changes the loss: the middle of the ladder, with low > high."""
+    middle, rungs = math.sqrt(float(eps[0]) * float(eps[-1])), [(e, math.inf) for e in eps.tolist()]
     return Plateau(
-        eps=math.sqrt(float(eps[0]) * float(eps[-1])),
-        low=math.inf,
-        high=0.0,
-        error=math.inf,
-        rungs=tuple((value, math.inf) for value in eps.tolist()),
-        is_open_low=False,
-        is_open_high=False,
-        quadratic_to=float(eps[-1]),
+        middle, math.inf, 0.0, math.inf, tuple(rungs), False, False, quadratic_to=float(eps[-1])
     )
 
 
@@ -249,10 +241,12 @@ def _quadratic_to(ladder: Ladder, best: int) -> float:
     slopes, curvatures, eps = ladder.slopes("central"), ladder.curvatures(), ladder.eps
     reach = float(eps[best])
     for i in range(best + 1, len(eps)):
+        # f(x ± ε v) − f(x) ≈ ± ε s + ε² c / 2, with s and c from the rung before.
         odd = eps[i] * slopes[i - 1]
         even = eps[i] ** 2 * curvatures[i - 1] / 2
         changes = np.stack((ladder.ahead[i], ladder.behind[i])) - ladder.at
         missed = changes - np.stack((even + odd, even - odd))
+        # `not <=` also ends the loop at an overflowed loss.
         if not math.sqrt(float((missed**2).mean())) <= 0.5 * math.sqrt(float((changes**2).mean())):
             break
         reach = float(eps[i])

@@ -70,6 +70,7 @@ class Split:
 
 def kind_of(name: str) -> str:
     """The group of a base weight: embedding, head, norm, attention, mlp or other."""
+    # T5 calls its feed-forward module DenseReluDense. All other patterns are in lower case.
     lower = name if "DenseReluDense" in name else name.lower()
     return next((kind for kind, pattern in _KINDS if re.search(pattern, lower)), "other")
 
@@ -79,19 +80,11 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def groups_of(names: Sequence[str], *, smallest: int = 1) -> dict[str, list[str]]:
-    """Names of base weights by group.
-
-    Args:
-        names: canonical names.
-        smallest: groups with fewer tensors join the largest group.
-    """
+def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group -> canonical names of its base weights."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(kind_of(name), []).append(name)
-    largest = max(found, key=lambda kind: len(found[kind]))
-    for kind in [k for k, v in found.items() if len(v) < smallest and k != largest]:
-        found[largest] += found.pop(kind)
     return found
 
 
@@ -133,7 +126,7 @@ def split_rates(
     """
     replicates = {name: part.replicates for name, part in parts.items()}
     sizes = {n: np.maximum(r[:, 0], 0) + r[:, 1] / batch_rows for n, r in replicates.items()}
-    size = np.maximum(sum(sizes.values()), 1e-300)
+    size = np.maximum(sum(sizes.values()), 1e-300)  # E s² of the whole block, [resamples]
     bends = {
         n: np.asarray(bend(r[:, 2], r[:, 3] * sizes[n] / size, num_directions))
         for n, r in replicates.items()

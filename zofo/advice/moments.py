@@ -2,8 +2,8 @@
 
 The notation is that of `zofo.advice.rates`: G = ‖∇f‖² is the signal, S the variance of a row's
 gradient, H the Hessian, and κ = gᵀHg / ‖g‖² the curvature along the gradient. Directions v are
-Gaussian whatever the run uses. Random signs would miss the diagonal of H: with them, cov(s², vᵀHv)
-is 2 gᵀHg − 2 Σ H_ii g_i², and κ, which decides for many directions K, would come out too small.
+Gaussian even if the run uses random signs. Random signs would miss the diagonal of H: with them,
+cov(s², vᵀHv) is 2 gᵀHg − 2 Σ H_ii g_i², and κ would be too small. It matters most for large K.
 
 The largest eigenvalue is bounded, not measured: λ_max ≤ tr H and λ_max ≤ ‖H‖_F, where Var(vᵀHv) = 2
 ‖H‖_F².
@@ -24,6 +24,8 @@ from zofo.statistics.resampling import Interval, interval, quantile, resamples
 
 CAUTION: Final = 0.8
 """One-sided confidence level of the bounds on curvature and signal."""
+_RESAMPLED: Final = ("signal", "row_noise", "trace", "rayleigh", "spread")
+"""The columns of `Moments.replicates`."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,9 @@ class Moments:
 
     def intervals(self) -> dict[str, Interval]:
         """95% intervals of signal, noise, trace and κ, from resampled, expanded percentiles."""
-        names = ("signal", "row_noise", "trace", "rayleigh")
         return {
             name: interval(getattr(self, name), self.replicates[:, i], self.num)
-            for i, name in enumerate(names)
+            for i, name in enumerate(_RESAMPLED[:4])
         }
 
 
@@ -117,16 +118,18 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
         )
     num_rows = slopes.shape[1]
     means, variances = slopes.mean(axis=1), slopes.var(axis=1, ddof=1)
+    # The square of a mean contains the mean's variance, which is not signal.
     signals = means**2 - variances / num_rows
     drawn, least = resamples(len(means), seed=seed), float(curvatures.min())
 
-    def statistics(index: np.ndarray) -> np.ndarray:
+    def statistics(index: np.ndarray) -> np.ndarray:  # [resamples, directions] -> [resamples, 5]
         signal, noise = signals[index].mean(axis=-1), variances[index].mean(axis=-1)
         trace = curvatures[index].mean(axis=-1)
         squares = means[index] ** 2
         size = squares.mean(axis=-1)
         shared = (squares * curvatures[index]).mean(axis=-1) - size * trace
         unbiased = index.shape[-1] / (index.shape[-1] - 1)
+        # For Gaussian v and s = gᵀv: cov(s², vᵀHv) = 2 gᵀHg, and E s² = ‖g‖².
         with np.errstate(divide="ignore", invalid="ignore"):
             rayleigh = np.where(size > 0, unbiased * shared / (2 * size), 0.0)
         largest = trace if least >= 0 else curvatures[index].max(axis=-1)
@@ -135,14 +138,9 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
         return np.stack((signal, noise, trace, rayleigh, spread), axis=-1)
 
     replicates = statistics(drawn)
-    signal, noise, trace, rayleigh, spread = replicates[0].tolist()
     return Moments(
+        **dict(zip(_RESAMPLED, replicates[0].tolist(), strict=True)),
         loss=float(directions.losses.mean()),
-        signal=signal,
-        row_noise=noise,
-        trace=trace,
-        rayleigh=rayleigh,
-        spread=spread,
         least=least,
         replicates=replicates,
         num=len(means),
@@ -159,7 +157,7 @@ def total(parts: Sequence[Moments]) -> Moments:
     the terms between groups. The spreads add up too, because λ_max of a positive semi-definite H is
     at most the sum of the groups' λ_max.
     """
-    stacked = np.stack([part.replicates for part in parts])
+    stacked = np.stack([part.replicates for part in parts])  # [groups, resamples, 5]
     summed = stacked.sum(axis=0)
     rows = np.array([part.num_rows for part in parts])[:, None]
     weights = np.maximum(stacked[:, :, 0], 0) + stacked[:, :, 1] / rows
@@ -167,14 +165,9 @@ def total(parts: Sequence[Moments]) -> Moments:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(sizes > 0, weights / sizes, 1 / len(parts))
     summed[:, 3] = (shares * stacked[:, :, 3]).sum(axis=0)
-    signal, noise, trace, rayleigh, spread = summed[0].tolist()
     return Moments(
+        **dict(zip(_RESAMPLED, summed[0].tolist(), strict=True)),
         loss=float(np.mean([part.loss for part in parts])),
-        signal=signal,
-        row_noise=noise,
-        trace=trace,
-        rayleigh=rayleigh,
-        spread=spread,
         least=min(part.least for part in parts),
         replicates=summed,
         # The group with the fewest directions sets how far the percentiles are expanded.

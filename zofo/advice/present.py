@@ -76,9 +76,8 @@ def lines_of(advice: Advice) -> list[str]:
 
 def reason_of(advice: Advice, key: str) -> str:
     """The reason for an advised number."""
-    if key.removesuffix("_lr") in advice.capped:
-        return f"the theorem's cap; without it: {_reason_of(advice, key)}"
-    return _reason_of(advice, key)
+    is_capped = key.removesuffix("_lr") in advice.capped
+    return ("the theorem's cap; without it: " if is_capped else "") + _reason_of(advice, key)
 
 
 def _reason_of(advice: Advice, key: str) -> str:

@@ -39,7 +39,6 @@ class Probe:
         batch_of: row indices -> batch.
         num_rows: rows of the training set.
         batch_size: rows of a micro-batch.
-        num_held: rows to hold aside, at most a quarter of all.
         seed: seed of the row order and of the dropout masks.
     """
 
@@ -51,14 +50,13 @@ class Probe:
         *,
         num_rows: int,
         batch_size: int,
-        num_held: int = NUM_HELD,
         seed: int = 0,
     ) -> None:
         self.model, self.loss, self.batch_of = model, loss, batch_of
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1))))
         order = generator.permutation(num_rows).tolist()
-        num_held = min(num_held, num_rows // 4)
+        num_held = min(NUM_HELD, num_rows // 4)
         self.held, self.open = order[:num_held], order[num_held:]
         self.cost = 0.0
         self._next = 0
@@ -80,14 +78,8 @@ class Probe:
         return GeneratorState.capture()
 
     @torch.no_grad()
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """Loss of each row: float64, [rows], on the CPU."""
-        self.cost += len(indices) / self.batch_size
-        return self.loss(self.model, self.batch_of(indices))[1].detach().double().cpu()
-
-    @torch.no_grad()
     def batch_loss(self, indices: Sequence[int]) -> tuple[float, np.ndarray]:
-        """The loss in the dtype that a step computes it in, and the loss of each row, [rows]."""
+        """The loss in the dtype that a step computes, and the loss of each row, float64 [rows]."""
         self.cost += len(indices) / self.batch_size
         loss, shares = self.loss(self.model, self.batch_of(indices))
         return float(loss), shares.detach().double().cpu().numpy()
@@ -118,6 +110,7 @@ class Probe:
             is_full: whether all weights have gradients, which sets the cost.
             share: factor of the loss.
         """
+        # The gradient of an adapter needs no products for the base's weights.
         self.cost += (3 if is_full else 2) * len(indices) / self.batch_size
         with torch.enable_grad():
             loss = self.loss(self.model, self.batch_of(indices))[0]

@@ -110,8 +110,9 @@ def loss_after(
     scale = max(loss, 1e-12)
     rise = 0.5 * np.square(rate) * noise * curvature
     pull = (rate * signal - 0.5 * np.square(rate) * signal * curvature) / scale
-    exponent = np.clip(-pull * num_steps, -700, 50)
+    exponent = np.clip(-pull * num_steps, -700, 50)  # keeps the exponential within float64
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Σ_{t<N} e^{−at}, as an integral: (1 − e^{−aN}) / a, and N for a = 0.
         gathered = np.where(np.abs(exponent) < 1e-9, num_steps, -np.expm1(exponent) / pull)
     return np.asarray(loss * np.exp(exponent) + rise * gathered)
 
@@ -130,7 +131,7 @@ def best_constant_rate(
     """
     if signal <= 0:
         return math.sqrt(2 * HARMLESS * max(loss, 1e-12) / (num_steps * noise * curvature))
-    top = signal / ((signal + noise) * curvature)
+    top = signal / ((signal + noise) * curvature)  # the best rate for one step
     rates = top * np.logspace(-_DECADES, 0, _NUM_RATES)
     after = loss_after(rates, num_steps, loss=loss, signal=signal, noise=noise, curvature=curvature)
     return float(rates[int(np.argmin(after))])
@@ -224,6 +225,7 @@ def zeroth_rate(
     )
     size = max(found.signal, 0.0) + noise
     drift = math.inf
+    # After N steps of a random walk a weight has moved η √(N E s² / K).
     if pretrained_scale > 0 and size > 0:
         allowed = (FAR if signal > 0 else NEAR) * pretrained_scale
         drift = allowed / math.sqrt(num_steps * size / num_directions)

@@ -1,4 +1,4 @@
-"""What is asked of the advisor, and what it answers."""
+"""The question to the advisor, `Setting`, and its answer, `Advice`."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from zofo.optim.options import StepOptions
 from zofo.statistics.resampling import Interval
 
 HOPELESS: Final = 0.01
-"""Share of the loss below which the zeroth-order part is said not to be worth its forwards."""
+"""A choice: an expected decrease below this share of the loss is not worth its forward passes."""
 Caps = Literal["ignore", "apply"]
 
 
 @dataclass(kw_only=True)
 class Setting(StepOptions):
-    """The run that is advised on.
+    """The run that needs advice.
 
     Attributes:
         method: a name in `METHODS`.
-        num_steps: optimiser steps.
+        num_steps: optimizer steps.
         batch_size: rows of a micro-batch.
-        accumulation: micro-batches a step.
-        base_rows: rows of a micro-batch that the difference is taken on; None: all.
-        optimizer: of the first-order block: "adamw" or "sgd".
-        adapter_weight_decay: handed to it.
-        max_grad_norm: clipping of its gradient.
-        eps, base_lr, adapter_lr: "auto", or what is given.
-        usual_rate: where the first-order search begins if curvature says nothing, and within half a
-            decade of which Adam's begins otherwise.
-        seed: of the run.
-        caps: whether the theorem's caps are applied; they are always shown.
-        target: ε of the theorem, for the epochs that it asks for.
+        accumulation: micro-batches per step.
+        base_rows: rows of a micro-batch that the loss difference uses; None: all rows.
+        optimizer: optimizer of the first-order block, "adamw" or "sgd".
+        adapter_weight_decay: weight decay of that optimizer.
+        max_grad_norm: limit of that block's gradient norm; None: no clipping.
+        eps, base_lr, adapter_lr: the given numbers, or "auto" for those to find.
+        usual_rate: first rate of the search if the measurements give none. Adam's search begins at
+            most half a decade away from it.
+        seed: seed of the run.
+        caps: whether the theorem's caps lower the rates; they are always shown.
+        target: the theorem's ε, which sets the number of epochs in the caps.
     """
 
     method: str = "hybrid"
@@ -61,21 +61,21 @@ class Setting(StepOptions):
 
     @property
     def zeroth(self) -> Block | None:
-        """The block that moves by loss differences."""
+        """The block that is updated by loss differences."""
         return METHODS[self.method].zeroth
 
     @property
     def first(self) -> Block | None:
-        """The block that moves by its gradient."""
+        """The block that is updated by its gradient."""
         return METHODS[self.method].first
 
     def asks(self, block: str | None) -> bool:
-        """Whether a block's rate is to be found."""
+        """Whether the advisor must find the rate of a block."""
         return block is not None and getattr(self, f"{block}_lr") == "auto"
 
     @property
     def forwards_of_run(self) -> float:
-        """Forward-equivalents of its training."""
+        """Forward-equivalents of the whole training."""
         share = 1.0 if self.base_rows is None else self.base_rows / self.batch_size
         a_move = forwards_of_a_move(self.estimator, self.num_directions, share)
         moves = num_moves(self.num_steps, self.base_every) if self.zeroth else 0
@@ -88,22 +88,24 @@ class Setting(StepOptions):
 
 @dataclass
 class Advice:
-    """What is advised, and what it rests on.
+    """The advised numbers, and the measurements behind them.
 
     Attributes:
         setting: the run.
-        eps, base_lr, adapter_lr: numbers: advised where "auto" was asked, else as given; None where
-            the method has no use for one.
-        plateau: of eps; None without a zeroth-order block, or where nothing of it was asked.
+        eps, base_lr, adapter_lr: the advised number if the setting has "auto", otherwise the given
+            one; None if the method does not use it.
+        plateau: suitable radii; None if neither `eps` nor the zeroth-order rate was asked for.
         at_start, at_later: moments of the zeroth-order block before and after a short training of
-            the first-order block; `at_later` is None where there is none.
-        zeroth_start, zeroth_later: rates that follow from each.
-        split: rates by group; None where groups were not measured.
-        first: of the first-order block; None where its rate was given.
-        along: of the first-order block: along its first update, at the start and later.
-        caps: block and reading -> the theorem's cap; infinite where no curvature was found.
-        capped: blocks whose rate a cap has lowered.
-        progress: expected decrease of the loss by the zeroth-order part over the run.
+            the first-order block. Both are None if the zeroth-order rate was given, and `at_later`
+            is None without a first-order block.
+        zeroth_start, zeroth_later: the rates that follow from these moments.
+        split: rates per group; None if groups were not measured.
+        first: search for the first-order rate; None if that rate was given.
+        along: curvature along the update of the first-order block, at the start and after a short
+            training.
+        caps: block and reading -> the theorem's cap; infinite if no curvature was found.
+        capped: the blocks whose rate a cap lowered.
+        progress: expected decrease of the loss by the zeroth-order block over the run.
         cost: forward-equivalents that the advice took.
         remarks: sentences, most important first.
     """
@@ -128,15 +130,16 @@ class Advice:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the zeroth-order part is not expected to move the loss within the run."""
+        """Whether the expected decrease of the loss is too small to pay for the forward passes."""
         later = self.at_later or self.at_start
         if self.progress is None or later is None:
             return False
+        # `not >` also covers NaN: an unknown upper end is no reason for hope.
         return not self.progress.high > HOPELESS * later.loss
 
 
 def remarks_of(advice: Advice) -> list[str]:
-    """What a reader should know before the numbers."""
+    """Sentences that a reader should know before the numbers, most important first."""
     setting, found = advice.setting, []
     later = advice.at_later or advice.at_start
     if advice.progress is not None and later is not None:
@@ -156,16 +159,17 @@ def remarks_of(advice: Advice) -> list[str]:
             if setting.first and setting.zeroth:
                 what += "; method fo-peft costs a third less"
         elif advice.progress.low <= 0:
-            what += "; the interval holds 0, so it may do nothing"
+            what += "; the interval contains 0, so it may have no effect"
         found.append(what)
     if advice.plateau is not None and not advice.plateau.exists:
         found.append(
-            f"there is no plateau of eps: at the best, {advice.plateau.eps:.2g}, the difference is "
-            f"off by {advice.plateau.error:.0%}; a wider dtype or estimator central helps"
+            f"no eps keeps both errors small: at the best one, {advice.plateau.eps:.2g}, the error "
+            f"of the loss difference is {advice.plateau.error:.0%}; use a dtype with more bits or "
+            "estimator=central"
         )
     if advice.first is not None and not advice.first.moved:
         found.append(
-            "the best harmless rate did not lower the loss beyond its noise within "
-            f"{advice.first.num_steps} steps; the first-order rate rests on what does no harm"
+            f"no first-order rate improved the loss measurably within {advice.first.num_steps} "
+            "steps, so none can be preferred; the largest harmless one is taken"
         )
     return found

@@ -21,9 +21,9 @@ The best rate of n steps must be carried over to N steps:
     noise                    shrinks like 1 / √N
     curvature                stays
 
-The middle factor, √(n / N), is applied to the largest harmless rate that is not measurably worse
-than the best. If no rate improved the loss measurably, none can be preferred, and the largest
-harmless rate is taken.
+The factor of noise, √(n / N), lies between the others. It is applied to the largest harmless rate
+that is not measurably worse than the best. If no rate improved measurably, none can be preferred;
+the largest harmless one is taken.
 
 References:
     Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3 (a range test).
@@ -120,7 +120,7 @@ class VirtualRun:
         return -math.inf if self.blew_up else float(self.start.held.mean() - self.held.mean())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The values for JSON."""
         held = None if self.blew_up else float(self.held.mean())
         return {
             "rate": self.rate,
@@ -228,12 +228,7 @@ def beginning(probe: Probe, *, num_steps: int, accumulation: int = 1, seed: int 
 
 
 def search_rate(
-    train: Callable[[float], VirtualRun],
-    *,
-    start: float,
-    num_steps: int,
-    horizon: int,
-    max_rates: int = MAX_RATES,
+    train: Callable[[float], VirtualRun], *, start: float, num_steps: int, horizon: int
 ) -> FirstRate:
     """Walk along a geometric ladder until the best rate lies inside, then shrink it for N steps.
 
@@ -242,7 +237,6 @@ def search_rate(
         start: first rate.
         num_steps: n.
         horizon: N.
-        max_rates: largest number of short trainings.
     """
     runs: dict[int, VirtualRun] = {}
 
@@ -253,7 +247,8 @@ def search_rate(
 
     at(0)
     at(1)
-    while len(runs) < max_rates:
+    # The ladder grows by one rung at a time, towards the side where the best rate may lie.
+    while len(runs) < MAX_RATES:
         safe = {rung: run for rung, run in runs.items() if not run.is_harmful}
         low, high = min(runs), max(runs)
         best = min(safe, key=lambda rung: (safe[rung].score, rung)) if safe else low
@@ -290,13 +285,14 @@ def _seed_masks(seed: int, step: int) -> None:
 def _held(probe: Probe) -> np.ndarray:
     """Losses of the held-aside rows without dropout."""
     was_training = probe.model.training
-    probe.model.eval()
+    probe.model.eval()  # dropout would add noise to the comparison of rates
     try:
         size = probe.batch_size
-        parts = [probe.rows(probe.held[i : i + size]) for i in range(0, len(probe.held), size)]
+        starts = range(0, len(probe.held), size)
+        parts = [probe.batch_loss(probe.held[i : i + size])[1] for i in starts]
     finally:
         probe.model.train(was_training)
-    return torch.cat(parts).numpy()
+    return np.concatenate(parts)
 
 
 def _is_equal(run: VirtualRun, best: VirtualRun) -> bool:
@@ -305,6 +301,7 @@ def _is_equal(run: VirtualRun, best: VirtualRun) -> bool:
         return True
     fresh = np.array(run.last_half) - np.array(best.last_half)
     both = (run.held - best.held, fresh)
+    # Differences row by row: what a hard row adds to both runs cancels.
     errors = [float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf for d in both]
     # A rate that makes the loss oscillate also widens its standard error. The second bound keeps
     # such a rate from passing as equal.

@@ -29,8 +29,6 @@ ENGINES: Final = {"compiled": engine.run, "optimizer": reference.run}
 FORMAT: Final = 1
 """Increase this number whenever the numbers of a cell would change."""
 
-Labels = Mapping[str, float | str]
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -64,38 +62,47 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is run.
+class AnyCell:
+    """The part that all kinds of cells share.
 
     Attributes:
         experiment: the experiment that the cell belongs to.
         labels: what varies within the experiment, name -> value.
         problem: a name in `PROBLEMS`.
         options: options of the problem.
+    """
+
+    experiment: str
+    labels: Mapping[str, float | str]
+    problem: str
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Experiment and labels, as part of a file name."""
+        return ",".join([self.experiment, *(f"{k}={v}" for k, v in self.labels.items())])
+
+
+@dataclass(frozen=True)
+class Cell(AnyCell):
+    """Runs of one problem.
+
+    Attributes:
         setting: how the problem is run.
         rates: the grid of rates.
         checkpoints: numbers of epochs T, ascending.
         num_seeds: the seeds are 0, 1, ..., num_seeds − 1.
     """
 
-    experiment: str
-    labels: Labels
-    problem: str
-    options: Mapping[str, Any]
     setting: Setting
     rates: Rates
     checkpoints: tuple[int, ...]
     num_seeds: int
 
     @property
-    def name(self) -> str:
-        """Experiment and labels, as part of a file name."""
-        parts = [self.experiment, *(f"{key}={value}" for key, value in self.labels.items())]
-        return ",".join(parts)
-
-    @property
     def num_steps(self) -> int:
         """Steps of one run."""
+        # 8 is the default number of samples of the problems that the study runs.
         return self.checkpoints[-1] * int(self.options.get("num_samples", 8))
 
     def run(
@@ -113,6 +120,7 @@ class Cell:
             self.checkpoints,
             on_epoch=None if on_progress is None else lambda epoch: on_progress(epoch / total),
         )
+        # ‖∇_x f‖² and ‖∇_y f‖² at the start, relative to which a run counts as diverged.
         start = problem.gradient(problem.start()).square()
         return {
             "mean_x": traces.mean_x,
@@ -126,19 +134,11 @@ class Cell:
 
 @dataclass
 class Result:
-    """A finished cell.
-
-    Attributes:
-        cell: what was run.
-        arrays: the arrays from `run`.
-        elapsed_s: duration of the run.
-        engine: the engine that ran it.
-    """
+    """A finished cell, the arrays of its `run` and the duration; `cache` keeps its tuned values."""
 
     cell: Any
     arrays: dict[str, np.ndarray]
     elapsed_s: float = 0.0
-    engine: str = "compiled"
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -149,6 +149,7 @@ class Result:
 
 def _content(cell: Any) -> dict[str, Any]:
     """The description of a cell in its file."""
+    # Only the options that the engines use count, so that a new option keeps old files valid.
     own = {"setting": cell.setting.as_dict()} if isinstance(cell, Cell) else {}
     return asdict(cell) | own
 
@@ -182,7 +183,7 @@ def finish(
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     write_tensors(path_of(folder, cell, engine_name), tensors, metadata)
-    return Result(cell, arrays, elapsed, engine_name)
+    return Result(cell, arrays, elapsed)
 
 
 def read(folder: Path, cell: Any, engine_name: Engine) -> Result | None:
@@ -191,7 +192,8 @@ def read(folder: Path, cell: Any, engine_name: Engine) -> Result | None:
         tensors, metadata = read_tensors(path_of(folder, cell, engine_name))
     except UserError:
         return None
+    # The file's name has only a part of the digest; the whole digest is compared here.
     if metadata.get("digest") != digest_of(cell, engine_name):
         return None
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    return Result(cell, arrays, float(metadata["elapsed_s"]), engine_name)
+    return Result(cell, arrays, float(metadata["elapsed_s"]))

@@ -59,14 +59,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and its result.
-
-    Attributes:
-        claim: the claim.
-        measured: the measured number.
-        outcome: confirmed, refuted, or undecided at this scale.
-        reason: the reason in words.
-    """
+    """A claim, what was measured, and what follows, with the reason in words."""
 
     claim: Claim
     measured: Measured
@@ -93,7 +86,7 @@ def judge(claim: Claim, found: Interval) -> tuple[str, str]:
     if nearest[0] != nearest[1]:
         between = " and ".join(names[i] for i in sorted({*map(int, nearest)}))
         return UNDECIDED, f"the interval does not separate {between}"
-    i = int(nearest[0])
+    i = int(nearest[0])  # both ends have the same nearest candidate
     gap = np.abs(np.delete(values, i) - values[i]).min()
     off = np.abs(ends - values[i]).max()
     if off > _SHARE * gap:

@@ -3,12 +3,12 @@
     s_k = (f_i(x + eps v_k, y) − f_i(x, y)) / eps            or the central difference
     x  ← x − η_x mean_k s_k v_k ;   y ← y − η_y ∇_y f_i(x, y)        both from the same point
 
-All rates of a seed see the same samples and the same directions, as they would in runs of
-`zofo.HybridOptimizer` with that seed: directions have the same Philox addresses, orders come from
-`zofo.optim.reshuffle.epoch_order`. The tests run both and compare;
-`zofo.convergence.reference` is the slow twin that runs the optimizer itself.
+All rates of a seed see the samples and the directions that `zofo.HybridOptimizer` would see with
+that seed: directions have the same Philox addresses, and orders come from
+`zofo.optim.reshuffle.epoch_order`. `zofo.convergence.reference` runs the optimizer itself. The
+tests compare the two.
 
-What is measured is what the theorem bounds, exactly: (1/T) Σ_t ‖∇f(x_t, y_t)‖² with the whole
+The engine measures exactly what the theorem bounds: (1/T) Σ_t ‖∇f(x_t, y_t)‖², with the whole
 gradient at the start of every epoch t.
 """
 
@@ -30,24 +30,22 @@ from zofo.optim.reshuffle import Sampling, epoch_order
 _BLOCK: Final = 64
 """Epochs whose orders are drawn at a time."""
 DIVERGED: Final = 1e12
-"""A run whose ‖∇f‖² is this many times that of the start is given up: it counts as infinite."""
-USED_KEYS: Final = (
-    *("base_order", "sampling", "estimator", "distribution", "num_directions", "eps"),
-)
-"""What of a `Setting` the engines vary; a cell's file and its digest hold these."""
+"""A run stops at this many times the ‖∇f‖² of the start, and then counts as infinite."""
+USED_KEYS: Final = ("base_order", "sampling", "estimator", "distribution", "num_directions", "eps")
+"""The options of a `Setting` that the engines use; a cell's file and its digest contain them."""
 
 
 @dataclass(kw_only=True)
 class Setting(StepOptions):
-    """How the base is moved and in which order samples come.
+    """How the base moves, and the order of the samples.
 
-    Of `StepOptions`, the engines take those in `USED_KEYS`; they refuse the others.
+    The engines use the step options in `USED_KEYS`. They refuse a value of any other option.
 
     Attributes:
         base_order: "zeroth", or "first" for the exact gradient in both blocks.
         sampling: "reshuffle", "shuffle-once" or "with-replacement".
-        distribution: the paper's by default.
-        eps: small by default, so that rounding and curvature do not show.
+        distribution: distribution of the directions; the default is the paper's.
+        eps: smoothing radius; the default is so small that curvature has no visible effect.
     """
 
     base_order: Literal["zeroth", "first"] = "zeroth"
@@ -62,20 +60,19 @@ class Setting(StepOptions):
             raise UserError(f"the engine does not vary {', '.join(wrong)}; leave the default")
 
     def as_dict(self) -> dict[str, float | str]:
-        """What a cell's file says of it."""
+        """The options that determine the numbers of a cell."""
         return {key: getattr(self, key) for key in USED_KEYS}
 
 
 @dataclass
 class Traces:
-    """What a set of runs did, at some numbers of epochs.
+    """The results of a set of runs after some numbers of epochs T; infinite once a run diverged.
 
     Attributes:
         checkpoints: T, ascending.
-        mean_x: (1/T) Σ ‖∇_x f‖² over the starts of the first T epochs, [T, rates, seeds]; infinite
-            from the checkpoint on at which a run had diverged.
-        mean_y: likewise of ∇_y f.
-        last: ‖∇f‖² after T epochs, likewise.
+        mean_x, mean_y: (1/T) Σ ‖∇_x f‖² and (1/T) Σ ‖∇_y f‖² over the starts of the first T epochs,
+            [T, rates, seeds].
+        last: ‖∇f‖² after T epochs, [T, rates, seeds].
         w: where the runs ended, [rates, seeds, d_x + d_y].
     """
 
@@ -93,7 +90,7 @@ class Traces:
 
 @lru_cache(maxsize=2048)
 def _orders(num_samples: int, seeds: tuple[int, ...], block: int, sampling: Sampling) -> np.ndarray:
-    """Sample indices of a block of epochs: int64, [epochs, seeds, n]."""
+    """Sample indices of a block of epochs: int32, [epochs, seeds, n]."""
     epochs = range(block * _BLOCK, (block + 1) * _BLOCK)
     rows = [
         [epoch_order(num_samples, seed=s, epoch=e, sampling=sampling) for s in seeds]
@@ -120,15 +117,13 @@ def run(
         seeds: of directions and orders.
         checkpoints: numbers of epochs to report at, ascending; the last ends the run.
         on_epoch: called after each epoch with their number.
-
-    Returns:
-        The traces.
     """
     from zofo.convergence import kernels
 
     kind, params, data, mean_row = problem.compiled()
     common = (kind, problem.d_x, params, data)
     shape = (len(rates), len(seeds))
+    # Point and state of every run; the kernels write both in place.
     points = np.tile(problem.start().numpy(), (*shape, 1))
     lost, squares = np.zeros(shape, dtype=bool), np.zeros((2, *shape))
     lr_x, lr_y = (np.array([pair[i] for pair in rates], dtype=np.float64) for i in (0, 1))
@@ -144,20 +139,19 @@ def run(
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for epoch in range(checkpoints[-1] + 1):
         kernels.measure(*common, mean_row, points, limit, lost, squares)
+        # All runs have the same start. The small constant lets a run begin at a minimum.
         if epoch == 0:
             limit = DIVERGED * max(float(squares.sum(0).max()), 1e-12)
         if epoch in checkpoints:
             known = np.where(lost, np.inf, sums / max(epoch, 1))
             found.append((known, np.where(lost, np.inf, squares.sum(0))))
-        sums += squares
+        sums += squares  # after the report, so that a mean covers the starts of finished epochs
         if epoch < checkpoints[-1]:
             block = _orders(num, tuple(seeds), epoch // _BLOCK, setting.sampling)
             order = block[epoch % _BLOCK]
-            where = (points, lost, lr_x, lr_y, keys, order, epoch * num)
-            if kind == QUADRATIC and setting.base_order == "zeroth":
-                kernels.move_quadratic(*common[1:], *where, *how[1:])
-            else:
-                kernels.move(*common, *where, *how)
+            is_fast = kind == QUADRATIC and setting.base_order == "zeroth"
+            move = kernels.move_quadratic if is_fast else kernels.move
+            move(common, (points, lost, lr_x, lr_y, keys, order, epoch * num), how)
             if on_epoch is not None:
                 on_epoch(epoch + 1)
     means = np.stack([mean for mean, _ in found], axis=1)

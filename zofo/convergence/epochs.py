@@ -12,7 +12,7 @@ from zofo.convergence.measures import Measured, Study, series_of, values_of
 from zofo.statistics.resampling import Interval
 
 _SHARE: Final = 0.25
-"""Choice: the share of the best rate that c stands for."""
+"""A choice: c belongs to this share of the best rate."""
 
 
 def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | float) -> np.ndarray:
@@ -32,6 +32,7 @@ def epochs_to(x: np.ndarray, log_values: np.ndarray, log_target: np.ndarray | fl
     for b in range(len(out)):
         column = log_values[:, b]
         below = np.flatnonzero(column <= targets[b])
+        # Interpolate logarithms between the first T below the target and the one before it.
         if len(below) and below[0] > 0:
             i = below[0]
             share = (column[i - 1] - targets[b]) / (column[i - 1] - column[i])
@@ -51,18 +52,10 @@ def epochs_under_cap(
 ) -> Measured:
     """Exponent in n of the epochs to ε, with rates c / (√T n^power).
 
-    c is a quarter of the best value for the smallest n at one checkpoint. At such rates the
-    distance to go decides, and neither form of the cap is at a disadvantage. ε² is the value that
-    the smallest n reaches at another checkpoint.
-
-    Args:
-        study: finished cells.
-        experiment: name of an experiment with the label n.
-        where: labels that are fixed.
-        power: 1/2 for the form √(T n), 1 for √T n.
-        calibrated: row of the checkpoint at which c is tuned.
-        target: row of the checkpoint at which ε is set.
-        name: name in the legend.
+    `power` is 1/2 for the form √(T n) and 1 for √T n. c is a quarter of the best value for the
+    smallest n at the checkpoint `calibrated`. At such rates the distance to go decides, and neither
+    form of the cap is at a disadvantage. ε² is what the smallest n reaches at the checkpoint
+    `target`.
     """
     results = study.find(experiment, where)
     smallest = results[0]
@@ -95,14 +88,8 @@ def predicted_epochs(
 ) -> Measured:
     """Measured epochs to ε divided by the prediction T = C / (n ε⁴), for every n and ε.
 
-    ε² is the tuned value at the last T, so the last T is the measured number of epochs. The
-    interval covers those of all cells.
-
-    Args:
-        study: finished cells.
-        experiment: name of an experiment with the label n.
-        where: labels that are fixed.
-        constant: C as a function of a cell's options.
+    `constant` gives C from a cell's options. ε² is the tuned value at the last T, so the last T is
+    the measured number of epochs. The interval covers those of all cells.
     """
     xs, rows = [], []
     for result in study.find(experiment, where):

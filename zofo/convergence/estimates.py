@@ -9,26 +9,21 @@ spread differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from zofo.convergence.cells import Labels
+from zofo.convergence.cells import AnyCell
 from zofo.convergence.problems import make_problem
 
 
 @dataclass(frozen=True)
-class EstimateCell:
+class EstimateCell(AnyCell):
     """Estimates of ∇_x f at one point of a problem, for several eps.
 
     Attributes:
-        experiment: the experiment that the cell belongs to.
-        labels: what varies within the experiment.
-        problem: a name in `PROBLEMS`.
-        options: options of the problem.
         at_minimum: whether the point is the origin, where ∇f = 0 in these problems, or the start.
         estimator: "forward" or "central".
         distribution: "gaussian" or "rademacher".
@@ -37,10 +32,6 @@ class EstimateCell:
         num_seeds: the seeds are 0, 1, ..., num_seeds − 1.
     """
 
-    experiment: str
-    labels: Labels
-    problem: str
-    options: Mapping[str, Any]
     at_minimum: bool
     estimator: str
     distribution: str
@@ -49,13 +40,9 @@ class EstimateCell:
     num_seeds: int
 
     @property
-    def name(self) -> str:
-        """Experiment and labels, as part of a file name."""
-        return ",".join([self.experiment, *(f"{k}={v}" for k, v in self.labels.items())])
-
-    @property
     def num_steps(self) -> int:
         """The amount of work, comparable with the steps of a run."""
+        # Draws are evaluated together, which is cheaper than as many steps of a run.
         return self.num_draws // 32
 
     def run(
@@ -83,14 +70,15 @@ class EstimateCell:
             v = torch.from_numpy(
                 draw_many(self.num_draws, problem.d_x, np.uint64(seed), is_gaussian)
             )
-            wide = torch.nn.functional.pad(v, (0, problem.d_y))
+            wide = torch.nn.functional.pad(v, (0, problem.d_y))  # the adapter does not move
             exact, here = v @ slope, problem.value(w)
             for i, eps in enumerate(self.eps):
-                ahead = problem.value(w + eps * wide)
+                ahead = problem.value(w + eps * wide)  # [draws]
                 if self.estimator == "forward":
                     scalar = (ahead - here) / eps
                 else:
                     scalar = (ahead - problem.value(w - eps * wide)) / (2 * eps)
+                # The exact slope has no bias, and without it the mean below has less noise.
                 error = scalar - exact
                 error2[i, seed] = float(error.square().mean())
                 bias[i, seed] = (error.unsqueeze(-1) * v).mean(0).numpy()

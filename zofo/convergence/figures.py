@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zofo.convergence.claims import Finding
@@ -36,20 +36,13 @@ def claim_figure(finding: Finding, theme: Theme) -> Figure:
         figure.add_scatter(
             x=series.x,
             y=_finite(series.y),
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": _finite([h - v for h, v in zip(series.high, series.y, strict=True)]),
-                "arrayminus": _finite([v - w for v, w in zip(series.y, series.low, strict=True)]),
-                "thickness": 1.5,
-                "width": 4,
-            },
+            error_y=_bars(zip(series.y, series.low, series.high, strict=True), 1.5, 4),
             mode="lines+markers",
             name=html.escape(series.name, quote=False),
             line={"color": colour, "width": 2},
             marker={"size": 8},
         )
-    is_log = measured.is_power
+    is_log = measured.is_power  # a power law is a line on logarithmic axes
     if is_log and measured.series:
         _add_candidates(figure, finding, theme)
     elif isinstance(finding.claim.claimed, tuple):
@@ -72,6 +65,7 @@ def _add_candidates(figure: Any, finding: Finding, theme: Theme) -> None:
     points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y) and y > 0]
     if len(points) < 2:
         return
+    # The lines meet at the last point, because a power law holds best there.
     x_0, (x_1, y_1) = points[0][0], points[-1]
     for (name, power), dash in zip(finding.claim.candidates.items(), DASHES[1:], strict=False):
         figure.add_scatter(
@@ -111,14 +105,7 @@ def exponents_figure(found: Sequence[Finding], theme: Theme) -> Figure:
     figure.add_scatter(
         x=_finite([e.value for e in ends]),
         y=names,
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": _finite([e.high - e.value for e in ends]),
-            "arrayminus": _finite([e.value - e.low for e in ends]),
-            "thickness": 2,
-            "width": 5,
-        },
+        error_x=_bars(((e.value, e.low, e.high) for e in ends), 2, 5),
         mode="markers",
         name="measured, 95% interval",
         marker={"color": theme.methods["hybrid"], "size": 8},
@@ -130,6 +117,19 @@ def exponents_figure(found: Sequence[Finding], theme: Theme) -> Figure:
         yaxis={"categoryorder": "array", "categoryarray": names[::-1], "showgrid": True},
     )
     return plain(figure)
+
+
+def _bars(ends: Iterable[tuple[float, float, float]], thickness: float, width: int) -> Figure:
+    """Error bars from (value, low, high)."""
+    lengths = [(high - value, value - low) for value, low, high in ends]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": _finite([above for above, _ in lengths]),
+        "arrayminus": _finite([below for _, below in lengths]),
+        "thickness": thickness,
+        "width": width,
+    }
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -69,7 +69,7 @@ def tune(values: np.ndarray, rates: np.ndarray, weights: np.ndarray) -> Tuned:
     logs = np.log(means(values, weights))  # [T, rates, resamples]
     num = logs.shape[1]
     best = logs.argmin(axis=1)
-    inside = np.clip(best, 1, num - 2)
+    inside = np.clip(best, 1, num - 2)  # so that both neighbours exist, [T, resamples]
     below, here, above = (
         np.take_along_axis(logs, (inside + k)[:, None], axis=1)[:, 0] for k in (-1, 0, 1)
     )
@@ -79,7 +79,7 @@ def tune(values: np.ndarray, rates: np.ndarray, weights: np.ndarray) -> Tuned:
     usable = (bend > 1e-12) & (best == inside) & (above < np.log(_HUGE) / 2)
     shift = np.where(usable, 0.5 * (below - above) / np.where(usable, bend, 1.0), 0.0)
     shift = np.clip(shift, -0.5, 0.5)
-    refined = here - 0.25 * (below - above) * shift
+    refined = here - 0.25 * (below - above) * shift  # the height of the parabola at its vertex
     log_rates = np.log(rates)
     spacing = log_rates[1] - log_rates[0]
     coarse = np.take_along_axis(logs, best[:, None], axis=1)[:, 0]
@@ -105,7 +105,7 @@ def at_rates(
     out = np.full((len(values), weights.shape[1]), np.nan)
     for t, rate in enumerate(np.log(wanted)):
         place = (rate - log_rates[0]) / (log_rates[1] - log_rates[0])
-        if -1e-9 <= place <= len(rates) - 1 + 1e-9:
+        if -1e-9 <= place <= len(rates) - 1 + 1e-9:  # rounding may move an end of the grid out
             i = int(np.clip(np.floor(place), 0, len(rates) - 2))
             share = place - i
             out[t] = (1 - share) * logs[t, i] + share * logs[t, i + 1]
@@ -135,6 +135,7 @@ def exponent(x: Sequence[float] | np.ndarray, log_y: np.ndarray, note: str = "")
     """
     log_x = np.log(np.asarray(x, dtype=np.float64))
     whole = interval(slopes(log_x, log_y))
+    # A slope needs two points, so a short window has the last two as its upper half.
     half = len(log_x) // 2 if len(log_x) >= 5 else len(log_x) - 2
     upper = interval(slopes(log_x[half:], log_y[half:]))
     if not np.isfinite([whole.low, whole.high, upper.low, upper.high]).all():

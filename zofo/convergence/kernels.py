@@ -24,7 +24,7 @@ _LINEAR, _EXPONENTIAL = 0, 1
 def _law_value(law, z):
     kind, l0, a, p = law
     if kind == _LINEAR:
-        t = a * abs(z)
+        t = a * abs(z)  # expm1 keeps the digits that e^t − 1 loses near 0
         return l0 / (a * a) * (math.expm1(t) - t)
     if kind == _EXPONENTIAL:
         half = math.sinh(a * z / 2)
@@ -47,6 +47,8 @@ def _law_slope(law, z):
 def _residual(params, row, w, d_x, projected, activation):
     """Forward pass of the network. It fills Vᵀ z and the activations."""
     hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
+    # w is laid out as W [hidden, inputs], U [hidden, rank], V [inputs, rank], row by row. The
+    # output weights follow five other numbers in params, and the target ends the row.
     v = d_x + hidden * rank
     for r in range(rank):
         projected[r] = 0.0
@@ -92,18 +94,27 @@ def loss_of(kind, d_x, params, row, w, scratch):
             margin += row[j] * w[j]
             square = w[j] * w[j]
             total += square if params[1] != 0 else square / (1 + square)
+        # Both forms equal log(1 + e^−margin); this choice never takes the exponential of a large
+        # number.
         loss = (
             math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
         )
         return loss + 0.5 * params[0] * total
     half = scratch.size // 2
     residual = _residual(params, row, w, d_x, scratch[:half], scratch[half:])
+    x2, y2 = _squares(w, d_x)
+    return 0.5 * residual * residual + 0.5 * params[3] * x2 + 0.25 * params[4] * y2 * y2
+
+
+@numba.njit(cache=True)
+def _squares(w, d_x):
+    """‖x‖² and ‖y‖² of w = (x, y)."""
     x2, y2 = 0.0, 0.0
     for j in range(d_x):
         x2 += w[j] * w[j]
-    for j in range(d_x, d):
+    for j in range(d_x, w.size):
         y2 += w[j] * w[j]
-    return 0.5 * residual * residual + 0.5 * params[3] * x2 + 0.25 * params[4] * y2 * y2
+    return x2, y2
 
 
 @numba.njit(cache=True)
@@ -142,9 +153,8 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
     half, v = scratch.size // 2, d_x + hidden * rank
     projected, activation = scratch[:half], scratch[half:]
     residual = _residual(params, row, w, d_x, projected, activation)
-    y2 = 0.0
-    for j in range(d_x, w.size):
-        y2 += w[j] * w[j]
+    y2 = _squares(w, d_x)[1]
+    # The penalty sets the adapter's part first, because every hidden unit below adds to it.
     for j in range(d_x, w.size):
         out[j] = params[4] * y2 * w[j]
     for k in range(hidden):
@@ -163,7 +173,7 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
 def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
     """Write ∇f(w) into out."""
     begin = np.int64(0)
-    if mean_row.size > 0:
+    if mean_row.size > 0:  # this row's loss is f itself, so one evaluation replaces n
         gradient_of(kind, d_x, params, mean_row, w, scratch, begin, out)
         return
     out[:] = 0
@@ -183,19 +193,15 @@ def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
             if lost[q, s]:
                 continue
             whole_gradient(kind, d_x, params, data, mean_row, points[q, s], scratch, part, out)
-            x2, y2 = 0.0, 0.0
-            for j in range(d_x):
-                x2 += out[j] * out[j]
-            for j in range(d_x, d):
-                y2 += out[j] * out[j]
+            x2, y2 = _squares(out, d_x)
             squares[0, q, s], squares[1, q, s] = x2, y2
-            if not x2 + y2 < limit:
+            if not x2 + y2 < limit:  # `not <` is true for NaN as well
                 lost[q, s] = True
 
 
 @numba.njit(cache=True)
 def draw(out, words, values, seed, step, num_directions, is_gaussian):
-    """Directions of one step: out [directions, d_x]."""
+    """Directions of one step: out [directions, d_x]; the other arrays are buffers of the noise."""
     zero, one = np.uint64(0), np.float64(1)
     out[:] = 0
     for k in range(num_directions):
@@ -207,34 +213,20 @@ def draw(out, words, values, seed, step, num_directions, is_gaussian):
 
 
 @numba.njit(cache=True)
-def move(
-    kind,
-    d_x,
-    params,
-    data,
-    points,
-    lost,
-    lr_x,
-    lr_y,
-    seeds,
-    order,
-    first_step,
-    is_zeroth,
-    is_central,
-    is_gaussian,
-    num_directions,
-    eps,
-):
+def move(problem, runs, how):
     """One epoch, in place: points [rates, seeds, d], order [seeds, n]."""
+    kind, d_x, params, data = problem
+    points, lost, lr_x, lr_y, seeds, order, first_step = runs
+    is_zeroth, _, is_gaussian, num_directions, _ = how
     num_rates, num_seeds, d = points.shape
-    begin = d_x if is_zeroth else 0
+    begin = d_x if is_zeroth else 0  # the base needs no gradient if it moves by differences
     gradient, away, scratch = np.empty(d), np.empty(d), np.empty(2 * d + 2)
     directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
     words, values = np.empty(d_x + 256, np.uint32), np.empty(d_x + 256, np.float32)
     for s in range(num_seeds):
         for i in range(order.shape[1]):
             row = data[order[s, i]]
-            if is_zeroth:
+            if is_zeroth:  # one draw serves all rates
                 step = np.uint64(first_step + i)
                 draw(directions, words, values, seeds[s], step, num_directions, is_gaussian)
             for q in range(num_rates):
@@ -243,10 +235,8 @@ def move(
                 w = points[q, s]
                 gradient_of(kind, d_x, params, row, w, scratch, begin, gradient)
                 if is_zeroth:
-                    _along(
-                        kind, d_x, params, row, w, scratch, directions, is_central, eps, away,
-                        lr_x[q], delta,
-                    )  # fmt: skip
+                    _along(problem, row, w, scratch, directions, how, away, lr_x[q], delta)
+                    # `gradient` was taken before this write, so both blocks move from one point.
                     for j in range(d_x):
                         w[j] = w[j] + delta[j]
                 else:
@@ -257,23 +247,11 @@ def move(
 
 
 @numba.njit(cache=True)
-def move_quadratic(
-    d_x,
-    params,
-    data,
-    points,
-    lost,
-    lr_x,
-    lr_y,
-    seeds,
-    order,
-    first_step,
-    is_central,
-    is_gaussian,
-    num_directions,
-    eps,
-):
+def move_quadratic(problem, runs, how):
     """`move` for quadratics with a zeroth-order base: the same numbers, inlined, 4 × faster."""
+    _, d_x, params, data = problem
+    points, lost, lr_x, lr_y, seeds, order, first_step = runs
+    _, is_central, is_gaussian, num_directions, eps = how
     num_rates, num_seeds, d = points.shape
     shared, coupling = min(d_x, d - d_x), params[0]
     directions, delta = np.empty((num_directions, d_x)), np.empty(d_x)
@@ -337,10 +315,12 @@ def _quadratic(params, data, sample, w, coupling, shared, d_x):
 
 
 @numba.njit(cache=True)
-def _along(kind, d_x, params, row, w, scratch, directions, is_central, eps, away, lr, delta):
+def _along(problem, row, w, scratch, directions, how, away, lr, delta):
     """Write the base's step −(lr / K) Σ_k s_k v_k into delta."""
+    kind, d_x, params, _ = problem
+    _, is_central, _, _, eps = how
     loss = 0.0 if is_central else loss_of(kind, d_x, params, row, w, scratch)
-    away[:] = w
+    away[:] = w  # only its base part changes below; the adapter's part stays that of w
     delta[:] = 0
     num_directions = directions.shape[0]
     for k in range(num_directions):

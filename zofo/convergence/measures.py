@@ -1,8 +1,10 @@
 """Numbers computed from finished cells: exponents, caps and ratios.
 
-Each measure returns one `Measured`: a number with its interval, and the points of its figure.
+Every measure takes the study, the name of an experiment and the labels that its cells must have
+(`where`). It returns one `Measured`: a number with its interval, and the points of its figure.
 `value` is the tuned (1/T) Σ ‖∇f‖², `rate` is the rate that gives it, and `cap` is the largest rate
-at which runs do not diverge.
+at which runs do not diverge. `part` is the part of the gradient: "all", "x", "y", or "last" for the
+whole gradient at the end. `name` is the name in the legend, `x_title` the title of the abscissa.
 """
 
 from __future__ import annotations
@@ -117,9 +119,8 @@ def series_of(name: str, x: Sequence[float] | np.ndarray, log_y: np.ndarray) -> 
     )
 
 
-VALUE_TITLE: Final = "(1/T) Σ ‖∇f‖², best rate"
 _TITLES: Final = {
-    "value": VALUE_TITLE,
+    "value": "(1/T) Σ ‖∇f‖², best rate",
     "rate": "best rate",
     "cap": "largest rate that does not diverge",
 }
@@ -133,7 +134,6 @@ def in_epochs(
     of: str = "value",
     part: str = "all",
     last: int = 6,
-    name: str = "measured",
 ) -> Measured:
     """Exponent in T of the best value or rate of one cell, over its last checkpoints."""
     result = study.one(experiment, where)
@@ -144,7 +144,7 @@ def in_epochs(
     x = result.checkpoints
     return Measured(
         exponent(x[window], log_y[window], note),
-        [series_of(name, x, log_y)],
+        [series_of("measured", x, log_y)],
         "epochs T",
         "‖∇f‖² after T epochs, best rate" if part == "last" else _TITLES[of],
     )
@@ -160,22 +160,11 @@ def across(
     part: str = "all",
     per: Callable[[float], float] | None = None,
     x_title: str = "",
-    name: str = "measured",
 ) -> Measured:
-    """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap at the last T.
+    """Exponent in a label (n, d_x, ...) of the tuned value, rate or cap (`of`) at the last T.
 
-    The interval of a cap's exponent is widened by the spacing of the grid.
-
-    Args:
-        study: finished cells.
-        experiment: name of the experiment.
-        where: labels that are fixed.
-        label: the label that varies.
-        of: "value", "rate" or "cap".
-        part: part of the gradient.
-        per: the abscissa as a function of the label.
-        x_title: title of the abscissa.
-        name: name in the legend.
+    `per` gives the abscissa as a function of the label. The interval of a cap's exponent is widened
+    by the spacing of the grid.
     """
     rows, xs, inside = [], [], True
     for result in study.find(experiment, where):
@@ -195,7 +184,7 @@ def across(
         step = float(np.diff(np.log(result.arrays["rates"][:2, 0]))[0])
         slack = step / abs(np.log(xs[-1] / xs[0]))
         found = replace(found, low=found.low - slack, high=found.high + slack)
-    return Measured(found, [series_of(name, xs, log_y)], x_title or label, _TITLES[of])
+    return Measured(found, [series_of("measured", xs, log_y)], x_title or label, _TITLES[of])
 
 
 def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:
@@ -206,9 +195,11 @@ def log_cap(result: Result, weights: np.ndarray, part: str = "x") -> np.ndarray:
     """
     start = result.arrays["start"]
     reference = start[0] if part == "x" else start[1] if part == "y" else start.sum()
-    is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)  # [rates, seeds]
+    # `not <` counts NaN as diverged too, [rates, seeds].
+    is_lost = ~(values_of(result, part)[-1] < _DIVERGED * reference)
     log_rates = np.log(result.arrays["rates"][:, 1 if part == "y" else 0])
-    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)  # first diverging rate, [seeds]
+    # `argmax` finds the first True: the first diverging rate, [seeds].
+    first = np.where(is_lost.any(0), is_lost.argmax(0), 0)
     middle = np.where(first > 0, 0.5 * (log_rates[first] + log_rates[first - 1]), np.nan)
     return np.asarray(middle @ weights)
 
@@ -243,11 +234,8 @@ def one_rate(study: Study, *, experiment: str, where: Mapping[str, Any]) -> Meas
     logs = np.log(means(values_of(result, "all"), study.weights(result)))
     is_one = np.isclose(rates[:, 0], rates[:, 1])
     gain = logs[:, is_one].min(1) - logs.min(1)  # [T, resamples]
-    x, y = rates[logs[-1, :, 0].argmin()]
-    on_edge = x in (rates[:, 0].min(), rates[:, 0].max()) or y in (
-        rates[:, 1].min(),
-        rates[:, 1].max(),
-    )
+    best = rates[logs[-1, :, 0].argmin()]  # the best pair at the last T, by the mean over all seeds
+    on_edge = bool(((best == rates.min(0)) | (best == rates.max(0))).any())
     return Measured(
         interval(np.exp(gain[-1]), AT_EDGE if on_edge else ""),
         [series_of("one rate over two", result.checkpoints, gain)],

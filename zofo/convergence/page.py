@@ -46,13 +46,7 @@ def claimed_text(finding: Finding) -> str:
 
 
 def write_page(plan: Plan, results: Sequence[Result], found: Sequence[Finding], path: Path) -> None:
-    """Write the page.
-
-    Args:
-        plan: the plan that was run.
-        results: its cells.
-        found: the findings.
-        path: the file.
+    """Write the page of a plan, its cells and the findings.
 
     Raises:
         UserError: if the file cannot be written.

@@ -20,14 +20,7 @@ PAGE_NAME: Final = "convergence.html"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
-
-    Attributes:
-        folder: folder of the study.
-        experiments: the chosen experiments.
-        scale: sizes and numbers of seeds.
-        engine: "compiled", or "optimizer" for `zofo.HybridOptimizer` itself.
-    """
+    """What is run; `engine` is "compiled", or "optimizer" for `zofo.HybridOptimizer` itself."""
 
     folder: Path
     experiments: tuple[Experiment, ...]
@@ -56,9 +49,6 @@ def make_plan(
             conclusions.
         engine: "compiled" or "optimizer".
         num_seeds: replaces the number of seeds of the scale.
-
-    Returns:
-        The plan.
 
     Raises:
         UserError: for values outside their ranges, all of them at once.

@@ -53,19 +53,13 @@ def optimizer_of(
     groups: list[dict[str, Any]]
     if setting.base_order == "zeroth":
         groups = param_groups(model, "hybrid", base_lr=rate[0], adapter_lr=rate[1])
-    else:
+    else:  # no method of zofo has exact gradients in two groups, so they are made by hand
         model.x.requires_grad_(True)
         groups = [
             {"params": [model.x], "order": "first", "block": "base", "lr": rate[0]},
             {"params": [model.y], "order": "first", "block": "adapter", "lr": rate[1]},
         ]
-    return HybridOptimizer(
-        groups,
-        model,
-        optimizer="SGD",
-        seed=seed,
-        options=setting,
-    )
+    return HybridOptimizer(groups, model, optimizer="SGD", seed=seed, options=setting)
 
 
 def _one(

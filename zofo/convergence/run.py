@@ -26,13 +26,6 @@ from zofo.disk.files import finite, write_json
 def run(plan: Plan, console: Console) -> list[Finding]:
     """Run the missing cells, judge the claims, and write JSON and page.
 
-    Args:
-        plan: a checked plan.
-        console: shows the progress.
-
-    Returns:
-        One finding per claim.
-
     Raises:
         UserError: if the folder cannot be written.
     """
@@ -67,17 +60,15 @@ def _results(plan: Plan, console: Console) -> list[Result]:
                 continue
             last_shown = 0.0
 
+            # Epochs can take microseconds, so the line is drawn at most five times a second.
             def show(share: float, name: str = cell.name) -> None:
                 nonlocal last_shown
                 if time.monotonic() - last_shown > 0.2:
                     last_shown = time.monotonic()
                     progress.update(task, text=f"{name} {share:.0%}")
 
-            results.append(
-                storage.finish(
-                    plan.folder, cell, plan.engine, show if console.is_terminal else None
-                )
-            )
+            on_progress = show if console.is_terminal else None
+            results.append(storage.finish(plan.folder, cell, plan.engine, on_progress))
             progress.update(task, advance=1)
             if not console.is_terminal:
                 line = f"{place + 1}/{len(every)} {cell.name}: {results[-1].elapsed_s:.1f} s"

@@ -17,6 +17,7 @@ from zofo.optim.blocks import split_parameters
 
 Split = Literal["none", "layer", "type"]
 SPLITS: Final[tuple[str, ...]] = get_args(Split)
+# The names that transformers gives to the list of layers, such as `model.layers.3.` or `h.3.`.
 _LAYER: Final = re.compile(r"(?:^|\.)(layers?|h|blocks?|block)\.(\d+)\.")
 
 
@@ -60,22 +61,19 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
     parts: dict[str, list[str]] = {}
     for name in names if split != "none" else ():
         parts.setdefault(layer_of(name) if split == "layer" else type_of(name), []).append(name)
-    base = {"base": names} | {part: parts[part] for part in sorted(parts, key=_in_reading_order)}
-    blocks = {
+    members = {"base": names} | ({"adapter": sorted(found.adapter)} if found.adapter else {})
+    members |= {part: parts[part] for part in sorted(parts, key=_in_reading_order)}
+    parameters = {**found.base, **found.adapter}
+    index = {**found.base_index, **found.adapter_index}
+    return {
         block: Block(
             block,
-            {n: found.base[n] for n in inside},
-            tuple(found.base_index[n] for n in inside),
-            is_part=block != "base",
+            {n: parameters[n] for n in inside},
+            tuple(index[n] for n in inside),
+            is_part=block in parts,
         )
-        for block, inside in base.items()
+        for block, inside in members.items()
     }
-    if not found.adapter:
-        return blocks
-    own = sorted(found.adapter)
-    tensors = tuple(found.adapter_index[n] for n in own)
-    adapter = Block("adapter", {n: found.adapter[n] for n in own}, tensors)
-    return {"base": blocks.pop("base"), "adapter": adapter, **blocks}
 
 
 def layer_of(name: str) -> str:
@@ -83,6 +81,7 @@ def layer_of(name: str) -> str:
     found = _LAYER.search(name)
     if found is None:
         return "embeddings" if _is_embedding(name) else "rest"
+    # T5 has two stacks whose layers have the same numbers.
     stack = next((s for s in ("encoder", "decoder") if f"{s}.block." in f".{name}"), "")
     return f"{stack} layer {found.group(2)}".strip()
 
@@ -104,6 +103,6 @@ def _is_embedding(name: str) -> bool:
 
 
 def _in_reading_order(part: str) -> tuple[int, str, int]:
-    number = re.search(r"\d+$", part)
+    number = re.search(r"\d+$", part)  # layer 2 comes before layer 10
     place = {"embeddings": 0, "rest": 2}.get(part, 1)
     return (place, part.rstrip("0123456789"), int(number.group()) if number else 0)

@@ -102,6 +102,7 @@ def directional_curvature(
                 return float(closure())
         return float(closure())
 
+    # A closure may draw random numbers. The training must draw the same as without this call.
     generators = GeneratorState.capture()
     try:
         loss = evaluate(0.0, 0)
@@ -110,7 +111,7 @@ def directional_curvature(
             ahead, behind = evaluate(eps, k), evaluate(-eps, k)
             curvatures.append((ahead - 2 * loss + behind) / eps**2)
             projections.append((ahead - behind) / (2 * eps))
-            if k < num_checked:
+            if k < num_checked:  # the same direction at half the radius shows the truncation
                 near = evaluate(eps / 2, k) - 2 * loss + evaluate(-eps / 2, k)
                 changes.append(abs(curvatures[-1] - near / (eps / 2) ** 2))
     finally:
@@ -124,7 +125,7 @@ def directional_curvature(
         loss,
         eps,
         sum(p.numel() for p in parameters),
-        4 * torch.finfo(computed_in).eps / 2 * abs(loss) / eps**2,
+        4 * torch.finfo(computed_in).eps / 2 * abs(loss) / eps**2,  # u is half of torch's eps
         statistics.median(changes) if changes else float("nan"),
         num_forwards,
     )

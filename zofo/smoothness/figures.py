@@ -43,6 +43,7 @@ def path_figures(summaries: Mapping[str, Mapping[str, Any]], theme: Theme) -> Ch
         panels[str(i)] = label
         for kind in SERIES:
             shown[kind] |= kind in found
+            # The page switches all panels at once, so a run without a kind shows another one.
             figures[f"{i}|{kind}"] = found.get(kind) or next(iter(found.values()))
     axes = {kind: AXES[kind] for kind in SERIES if shown[kind]}
     return Choices(panels, axes, {k: f for k, f in figures.items() if k.split("|")[1] in axes})
@@ -103,7 +104,7 @@ def _figure_one(summary: Mapping[str, Any], kind: str, theme: Theme) -> Figure:
         low, high = min(u for _, u, _ in found), max(u for _, u, _ in found)
         if fit is None or high <= low:
             continue
-        xs = [low * (high / low) ** (i / 40) for i in range(41)]
+        xs = [low * (high / low) ** (i / 40) for i in range(41)]  # even on the logarithmic axis
         linear, power = fit["linear"], fit["power"]
         constant, slope = linear["constant"]["value"], linear["slope"]["value"]
         factor, exponent = power["factor"]["value"], power["exponent"]["value"]
@@ -170,7 +171,7 @@ def _spectra(summary: Mapping[str, Any], step: int, theme: Theme) -> Figure:
     records = [r for r in summary["spectra"] if r["step"] == step]
     values = [abs(v) for r in records for ritz in r["ritz"] for v in ritz["values"] if v]
     largest = max(values, default=1.0)
-    smallest = 10.0 ** math.floor(math.log10(largest) - 4)
+    smallest = 10.0 ** math.floor(math.log10(largest) - 4)  # four decades or more stay visible
     figure = go.Figure()
     names = [html.escape(str(r["block"]), quote=False) for r in records]
     for name, record in zip(names, records, strict=True):
@@ -188,6 +189,7 @@ def _spectra(summary: Mapping[str, Any], step: int, theme: Theme) -> Figure:
             marker={
                 "symbol": "line-ns-open",
                 "color": colour_of(str(record["block"]), theme),
+                # Weights span many decades; the fourth root keeps the small ones visible.
                 "size": [8 + 20 * w**0.25 for _, w in nodes],
                 "line": {"width": 2},
             },

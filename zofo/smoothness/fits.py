@@ -143,7 +143,7 @@ def fit_growth(
     if not (np.all(np.isfinite(x) & (x > 0)) and np.all(np.isfinite(z) & (z > 0))):
         raise ValueError("gradient norms and constants must be positive and finite")
     x, z = np.log(x), np.log(z)
-    whole = np.ones((1, len(x)))
+    whole = np.ones((1, len(x)))  # one "resample" that has every point once
 
     factor, exponent = _power(x, z, whole)
     residuals = z - factor[0] - exponent[0] * x
@@ -158,10 +158,11 @@ def fit_growth(
         length,
     )
 
-    centre = x.mean()
+    centre = x.mean()  # log ū
     level, share, error = _linear(x - centre, z, whole)
     resamples = None if counts is None else _linear(x - centre, z, counts)[:2]
 
+    # L0 = A (1 − s), L1 = A s / ū and s cannot be negative, so their intervals are cut off at 0.
     def of(formula: Callable[[Any, Any], Any], high: float = math.inf) -> Interval:
         resampled = None if resamples is None else formula(*resamples)
         found = _interval(float(formula(level, share)[0]), resampled, factor_of)
@@ -269,8 +270,10 @@ def _dependence(residuals: Array) -> tuple[int, float]:
 def _block_counts(num: int, length: int, num_resamples: int, seed: int) -> Array:
     """How often each point occurs in each resample, float64 [resamples, n]."""
     rng = np.random.default_rng(seed)
+    # Enough blocks of neighbours to cover the path; what exceeds its length is cut off.
     starts = rng.integers(0, num - length + 1, size=(num_resamples, -(-num // length)))
     drawn = (starts[:, :, None] + np.arange(length)).reshape(num_resamples, -1)[:, :num]
+    # One bincount counts all resamples: each has its own range of places.
     places = drawn + num * np.arange(num_resamples)[:, None]
     counts = np.bincount(places.ravel(), minlength=num * num_resamples)
     return counts.reshape(num_resamples, num).astype(np.float64)
@@ -289,6 +292,7 @@ def _power(x: Array, z: Array, counts: Array) -> tuple[Array, Array]:
 def _linear(x: Array, z: Array, counts: Array) -> tuple[Array, Array, Array]:
     """Log A, s and error of z = log A + log(1 − s + s eˣ) for each row of counts, [resamples]."""
     shape = np.log((1 - _SHARES)[:, None] + _SHARES[:, None] * np.exp(x))  # [shares, n]
+    # For a given share, the best log A is the mean of the rest, and the error its variance.
     rest = z - shape
     weight = counts.sum(axis=1, keepdims=True)
     mean, square = counts @ rest.T / weight, counts @ (rest**2).T / weight
@@ -316,6 +320,7 @@ def _refined(variance: Array, best: Array) -> Array:
     if not len(rows):
         return share
     i = best[rows]
+    # The vertex of a parabola through three points whose distances differ.
     a, b, c = _SHARES[i - 1], _SHARES[i], _SHARES[i + 1]
     fa, fb, fc = variance[rows, i - 1], variance[rows, i], variance[rows, i + 1]
     upper = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
@@ -330,6 +335,7 @@ def _interval(value: float, resampled: Array | None, factor: float) -> Interval:
         return Interval(value)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
+    # Skewed resamples may lie on one side of the estimate; the interval still contains it.
     return Interval(
         value,
         min(value, value - factor * (value - float(low))),

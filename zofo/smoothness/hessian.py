@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
-from zofo.smoothness.objective import Objective, Vector
+from zofo.smoothness.objective import GradientGraph, Objective, Vector
 
 try:
     with warnings.catch_warnings():
@@ -46,13 +46,13 @@ class BlockHessian(HessianLinearOperator):
         at: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         self.names = list(parameters)
-        self.graph = objective.graph(parameters, at)
+        self.graph = GradientGraph(objective, parameters, at)
         self.num_products = 0
         super().__init__(
             objective.model,
             _NoLoss(),  # the objective computes its own loss
             list(parameters.values()),
-            [(torch.zeros(1), torch.zeros(1))],
+            [(torch.zeros(1), torch.zeros(1))],  # a batch that `_matmat` never looks at
             check_deterministic=False,
             num_data=1,
         )

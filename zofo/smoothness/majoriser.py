@@ -107,6 +107,7 @@ def check_majoriser(
     start = signs(num, generator, like) * balance
     found = lanczos(scaled, start, num_steps, keeps_vectors=keeps)
     worst = int(np.argmax(np.abs(found.values)))
+    # In coordinates D^{1/2} v the quotient vᵀHv / vᵀDv is an ordinary Rayleigh quotient.
     sampled = []
     drawn = (signs(num, generator, like) * balance for _ in range(num_samples))
     for vector in (*(v / scale for v in vectors), *drawn):

@@ -1,4 +1,4 @@
-"""Measures a run: spectra, directions and the majoriser at some steps, constants along the path.
+"""Measure a run: spectra, directions and the majoriser at some steps, constants along the path.
 
     smoothness.yaml     the configuration of the run and of the measurement
     smoothness.jsonl    every measurement, as it was made
@@ -73,9 +73,9 @@ def measure_point(
         blocks: name -> block, as from `blocks_of`.
         options: what is measured, and how much of it.
         records: receives the measurements; those that it already has are skipped.
-        step: number of optimizer steps done. It also selects the directions.
+        step: number of optimizer steps done.
         eps: smoothing radius of the directions.
-        seed: seed of the run, so that the directions are those of the run at this step.
+        seed: seed of the run, so that the directions are those that the run draws next.
         distribution: distribution of the directions.
         say: receives a line of text for each measurement.
         should_stop: asked before each measurement. A continued run makes the measurements that are
@@ -184,18 +184,9 @@ def _test_majoriser(
         seed=options.seed,
         memory_bytes=options.memory_bytes,
     )
-    records.add(
-        {
-            "kind": "majoriser",
-            "step": step,
-            "constants": found.constants,
-            "kappa": found.kappa,
-            "residual": found.residual,
-            "sampled": found.sampled,
-            "verdict": found.verdict,
-            "forwards": objective.num_forwards - before,
-        }
-    )
+    values = {key: value for key, value in vars(found).items() if key != "num_products"}
+    spent = {"verdict": found.verdict, "forwards": objective.num_forwards - before}
+    records.add({"kind": "majoriser", "step": step, **values, **spent})
     say(f"step {step}, majoriser of the blocks' own norms: kappa {found.kappa:.3g}")
 
 
@@ -205,14 +196,14 @@ def _like(block: Block) -> torch.Tensor:
 
 
 class PointRecorder(TrainerCallback):
-    """Calls `measure_point` while a `HybridMixin` trainer trains.
+    """Calls `measure_point` after some steps of a trainer with zofo's `HybridMixin`.
 
     Args:
         trainer: the trainer.
         objective: returns f; it is called after training began.
-        steps: measure after these numbers of optimizer steps.
+        steps: numbers of optimizer steps after which to measure.
         options, records, say: as for `measure_point`.
-        stop: asked before each measurement whether a signal arrived.
+        stop: knows whether a signal arrived; no measurement starts afterwards.
     """
 
     def __init__(
@@ -270,7 +261,7 @@ def measure_run(
     on_start: Callable[[Path], None] | None = None,
     stop: StopOnSignal | None = None,
 ) -> Path:
-    """Train and measure, or only measure; write records, summary and page.
+    """Train and measure, or only measure; write records, summary and page. Return the folder.
 
     Args:
         config: configuration of the run.
@@ -279,9 +270,6 @@ def measure_run(
         console: where progress is printed; stderr by default.
         on_start: called with the folder as soon as something is written there.
         stop: handles signals during training.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: before any work, as `zofo.run.train.train`.
@@ -293,8 +281,7 @@ def measure_run(
     console = console or Console(stderr=True)
     folder = resume or new_folder(config)
     config = config.model_copy(update={"output_dir": str(folder)})
-    records = Records(folder / RECORDS_FILE if resume else None)
-    records.path = folder / RECORDS_FILE
+    records = Records(folder / RECORDS_FILE)  # a new folder has none yet
     start = time.monotonic()
 
     def say(text: str) -> None:
@@ -341,6 +328,7 @@ def _recorders(
         )
 
     def on_point(point: dict[str, Any]) -> None:
+        # A block without gradient has None in place of its constants.
         own = {b: r and r["norm"] for b, r in (point.get("gradient") or {}).items()}
         text = ", ".join(f"{b} {v:.3g}" for b, v in own.items() if v)
         say(f"step {point['step']}: ‖∇f‖ {point['grad_norm']['full']:.3g}; {text}")
@@ -356,10 +344,7 @@ def _recorders(
         on_point=on_point,
     )
     at_points = point_steps(options, steps)
-    return [
-        along_path,
-        PointRecorder(trainer, objective, at_points, options, records, say, stop),
-    ]
+    return [along_path, PointRecorder(trainer, objective, at_points, options, records, say, stop)]
 
 
 def _measure_start(

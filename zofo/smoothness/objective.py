@@ -54,6 +54,7 @@ class Objective:
         counts = num_rows or [1] * len(batches)
         self.shares = [count / sum(counts) for count in counts]
         self._function = loss
+        # Tied weights have several places, and all of them must take the same other value.
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -102,6 +103,7 @@ class Objective:
         check_differentiable(parameters)
         value, total = 0.0, {n: torch.zeros_like(p.detach()) for n, p in parameters.items()}
         with self.measuring(), torch.enable_grad():
+            # One batch at a time, so that only one graph is alive.
             for batch, share in zip(self.batches, self.shares, strict=True):
                 leaves = self._leaves(parameters, at)
                 loss = self._loss(batch, {**(at or {}), **leaves})
@@ -113,14 +115,6 @@ class Objective:
                     slot.add_(part, alpha=share / scale)
         self.num_forwards += GRADIENT_COST
         return value, total
-
-    def graph(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        at: Mapping[nn.Parameter, Tensor] | None = None,
-    ) -> GradientGraph:
-        """The gradient with its graph, for products with the Hessian."""
-        return GradientGraph(self, parameters, at)
 
     def rounding(self, parameters: Mapping[str, nn.Parameter]) -> float:
         """Relative error of the gradient by rounding in the backward pass.
@@ -135,11 +129,10 @@ class Objective:
         return norm(minus(scaled, plain)) / size if size else 0.0
 
     def _leaves(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        at: Mapping[nn.Parameter, Tensor] | None,
+        self, parameters: Mapping[str, nn.Parameter], at: Mapping[nn.Parameter, Tensor] | None
     ) -> dict[nn.Parameter, Tensor]:
         point = at or {}
+        # `detach` shares the memory, so a leaf at the current point is no copy of the weights.
         return {p: point.get(p, p).detach().requires_grad_() for p in parameters.values()}
 
     def _loss(self, batch: Any, at: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -154,7 +147,7 @@ class Objective:
                 table[name] = value
             return self._function(batch)
         finally:
-            for table, name, parameter, _ in places:
+            for table, name, parameter, _ in places:  # also after an error
                 table[name] = parameter
 
 
@@ -204,12 +197,13 @@ class GradientGraph:
         with objective.measuring(), torch.enable_grad():
             for batch, share in zip(objective.batches, objective.shares, strict=True):
                 leaves, gradient, _ = self._kept or self._derive(batch)
+                # A constant gradient has no graph, and its part of H v is 0.
                 used = [n for n in vector if gradient[n].requires_grad]
                 found = torch.autograd.grad(
                     [gradient[n] for n in used],
                     [leaves[n] for n in names],
                     [vector[n] for n in used],
-                    retain_graph=self._kept is not None,
+                    retain_graph=self._kept is not None,  # the next product needs it again
                     allow_unused=True,
                     materialize_grads=True,
                 )
@@ -257,6 +251,7 @@ def objective_of_trainer(
         )
     if hasattr(dataset, "column_names"):
         dataset = trainer._remove_unused_columns(dataset, description="measured")
+    # A collator may draw random numbers. The training must draw the same as without this call.
     generators = GeneratorState.capture()
     parts = choose_rows(dataset, num_rows, seed, batch_size)
     batches = [dict(trainer._prepare_inputs(dict(trainer.data_collator(rows)))) for rows in parts]
@@ -309,8 +304,3 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def minus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Vector:
     """The difference a − b."""
     return {n: a[n] - b[n] for n in a}
-
-
-def scaled(vector: Mapping[str, Tensor], factor: float) -> Vector:
-    """The vector times a number."""
-    return {n: t * factor for n, t in vector.items()}

@@ -10,6 +10,7 @@ a Hessian-vector product costs 6 (`zofo.smoothness.objective`).
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,15 +21,16 @@ from pydantic_core import PydanticCustomError
 from zofo.config.load import apply_override, join_problems, load_config
 from zofo.config.schema import RunConfig
 from zofo.disk.yaml import read_yaml
-from zofo.errors import UserError
+from zofo.errors import UserError, problem_in_words, shown
 
 SECTION: Final = "smoothness"
 _GRADIENT, _PRODUCT = 3, 6
 _CHECKED: Final = 2
 """Number of directions that are measured at eps / 2 too."""
 _SAMPLES: Final = 4
-"""Number of random vectors in the test of the majoriser."""
+"""Vectors that the test of the majoriser samples: the gradient and three random ones."""
 _MEASUREMENTS_OF_A_PATH: Final = 30
+"""Our choice, if `every` is not given: fits with intervals need 8 or more."""
 
 
 class SmoothnessOptions(BaseModel):
@@ -126,10 +128,11 @@ def load_smoothness(
                 f"{SECTION}.lanczos_steps=0 for the curvature by forward passes alone"
             )
     except UserError as error:
+        # `load_config` had no path, so it calls the file "the configuration".
         named = str(error).replace("the configuration", where, 1)
-        problems = [*problems, named] if problems else []
         if not problems:
             raise UserError(named) from None
+        problems.append(named)
     if problems:
         raise UserError(join_problems(where, problems))
     return config, options
@@ -156,17 +159,19 @@ def planned_forwards(
 
     Args:
         options: what is measured.
-        steps: number of optimizer steps of the run.
+        steps: optimizer steps of the run.
         num_moving: how many of base and adapter the method changes.
         num_blocks: how many of base and adapter exist.
         num_parts: number of parts of the base.
     """
     num_points = len(point_steps(options, steps))
+    # `-(-a // b)` rounds up. The path is measured at steps 0, every, 2 · every, ...
     measured = -(-steps // path_steps(options, steps)) if options.train else 0
+    # If both blocks move, `alone` needs one more gradient for each of them.
     alone = num_moving if num_moving > 1 else 0
     a_step = _GRADIENT * (1 + (1 + alone) * len(options.gammas))
     a_step += _PRODUCT * num_blocks if options.along_gradient else 0
-    products = options.lanczos_steps + max(0, options.probes - 1)
+    products = options.lanczos_steps + max(0, options.probes - 1)  # Lanczos serves as one probe
     if options.trace == "hutch++":
         products = options.lanczos_steps + 3 * max(1, options.probes // 3)
     a_spectrum = _GRADIENT + _PRODUCT * products if options.lanczos_steps else 0
@@ -175,6 +180,7 @@ def planned_forwards(
     every_block = num_blocks + num_parts
     tests = options.majoriser and options.lanczos_steps
     return {
+        # The rounding of each block takes two gradients, once.
         "path": measured * a_step + (2 * _GRADIENT * num_blocks if measured else 0),
         "spectra": num_points * every_block * a_spectrum,
         "directions": num_points * every_block * a_direction,
@@ -183,15 +189,12 @@ def planned_forwards(
 
 
 def _in_words(error: Any) -> str:
-    import difflib
-
     key = ".".join((SECTION, *(str(part) for part in error["loc"])))
     if error["type"] == "extra_forbidden":
         known = list(SmoothnessOptions.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {SECTION}.{near[0]}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {key}; {hint}"
-    message = error["msg"].replace("Input should be ", "must be ")
     if error["type"] == "list_type":
-        message = "must be a list, such as [0.5, 1]"
-    return f"{key} is {error['input']!r}; it {message}"
+        return f"{key} is {shown(error['input'])}; it must be a list, such as [0.5, 1]"
+    return problem_in_words(key, error)

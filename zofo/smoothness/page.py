@@ -1,4 +1,4 @@
-"""The page on the smoothness of one run, self-contained like the page of `zofo report`."""
+"""The page on the smoothness of one run: one file that needs no network."""
 
 from __future__ import annotations
 

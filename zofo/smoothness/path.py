@@ -9,13 +9,15 @@ At chosen steps t, with w = (x, y), Δ = w_{t+1} − w_t and f the loss on rows 
 ‖∇f‖, ‖∇_x f‖, ‖∇_y f‖ and f are recorded too, and Δᵀ(∇f(w_t + γΔ) − ∇f(w_t)) / γ = ΔᵀH̄Δ, which
 tests the diagonal majoriser on the step.
 
-`whole` is what Zhang et al. measured along a path, here with a gradient for each block as in figure
-1 of the hybrid paper. It mixes H_bb with the cross term. `alone` has no cross term, so it measures
-what ℓ_x and ℓ_y bound. All three are lower bounds of the operator norm, along one direction. With a
-zeroth-order base this direction is random. Then `whole` and `alone` show a typical eigenvalue,
-√(tr H_xx² / d_x), instead of the largest. `gradient` favours the eigenvalues that descent meets.
+Zhang et al. measured `whole` along a path. Here each block has its own gradient, as in figure 1 of
+the hybrid paper. `whole` mixes H_bb with the cross term. `alone` has no cross term, so it measures
+what ℓ_x and ℓ_y bound. Each of the three takes one direction, so each is a lower bound of the
+operator norm. A zeroth-order base moves in a random direction. Its `whole` and `alone` then show a
+typical eigenvalue, √(tr H_xx² / d_x), instead of the largest. `gradient` favours the eigenvalues
+that descent meets.
 
-Rounding of the gradients limits a finite difference: `floor` is what rounding alone would show.
+Rounding of the gradients limits a finite difference. `floor` is the constant that rounding alone
+would give.
 
 References:
     Zhang, He, Sra, Jadbabaie, 2020, arXiv 1905.11881, experiments: points γ on each step.
@@ -35,13 +37,13 @@ from transformers import TrainerCallback
 from zofo.errors import UserError
 from zofo.smoothness.blocks import Block, Split, blocks_of
 from zofo.smoothness.objective import (
+    GradientGraph,
     Objective,
     Vector,
     dot,
     minus,
     norm,
     objective_of_trainer,
-    scaled,
 )
 from zofo.smoothness.records import Records
 
@@ -96,7 +98,7 @@ def local_constants(
         change = minus(end, start)
         size = gamma * lengths["full"]
         whole = {name: value / size for name, value in _norms(change, blocks).items()}
-        whole["step_curvature"] = dot(step, change) / gamma
+        whole["step_curvature"] = dot(step, change) / gamma  # ΔᵀH̄Δ
         found["whole"].append({"gamma": gamma, **whole})
         alone: dict[str, Any] = {"gamma": gamma}
         for name, block in mains.items():
@@ -111,7 +113,7 @@ def local_constants(
             alone[name] = norm(own_change) / (gamma * lengths[name])
         found["alone"].append(alone)
     if rounding is not None and lengths["full"]:
-        smallest = min(gammas)
+        smallest = min(gammas)  # the shortest step divides the error by the least
         errors = {
             name: rounding["base" if block.is_part else name] * found["grad_norm"][name]
             for name, block in blocks.items()
@@ -130,14 +132,14 @@ def _along_gradient(
     at: Point,
 ) -> tuple[float, Vector, dict[str, Any]]:
     """f, its gradient, and the curvature of each block along its own gradient."""
-    graph = objective.graph(parameters, at)
+    graph = GradientGraph(objective, parameters, at)
     loss, gradient = graph.gradient()
     found: dict[str, Any] = {}
     for name, block in mains.items():
         own = _of(gradient, block)
         found[name] = None
         if size := norm(own):
-            unit = scaled(own, 1 / size)
+            unit = {n: g * (1 / size) for n, g in own.items()}
             image = graph.product(unit, list(block.parameters))
             found[name] = {"norm": norm(image), "curvature": dot(unit, image)}
     return loss, gradient, found
@@ -223,6 +225,7 @@ class SmoothnessRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the rows."""
+        # A trainer may train twice, and an interrupted step leaves its copy behind.
         self._before = None
         self._blocks = blocks_of(self.trainer.model, self.split)
         self._objective = self._make_objective()
@@ -240,7 +243,7 @@ class SmoothnessRecorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the step."""
-        before, self._before = self._before, None
+        before, self._before = self._before, None  # frees the copy when the method returns
         if before is None:
             return
         assert self._objective is not None

@@ -7,13 +7,12 @@ may leave an incomplete last line: it is dropped, and the measurement is made ag
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from zofo.disk.files import write_text
+from zofo.disk import files
 from zofo.errors import UserError
 from zofo.statistics.resampling import Interval
 
@@ -79,22 +78,19 @@ class Records:
                 ) from None
             self._found[key] = record
         kept = (json.dumps(r, ensure_ascii=False) + "\n" for r in self._found.values())
-        write_text(path, "".join(kept))
+        # Without this the next line would be appended to an incomplete last line.
+        files.write_text(path, "".join(kept))
 
 
 def finite(value: Any) -> Any:
-    """Plain values for JSON, which has no NaN and no infinity: these become None."""
-    if isinstance(value, Interval):
-        value = value.as_dict()
-    elif is_dataclass(value):
-        value = vars(value)
+    """Plain values for JSON. Infinite and undefined numbers become None."""
+    if is_dataclass(value):
+        value = value.as_dict() if isinstance(value, Interval) else vars(value)
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return files.finite(value)
 
 
 def _key(record: Mapping[str, Any]) -> Key:

@@ -2,7 +2,7 @@
 
     H V_m = V_m T_m + β_m v_{m+1} e_mᵀ     Lanczos from a normalised vector of random signs
     θ_i, s_i = eigen(T_m)                   Ritz values; an eigenvalue lies within β_m |s_mi|
-    tr H ≈ n Σ_i s_1i² θ_i                  other functions of H likewise: the spectral density
+    tr H ≈ n Σ_i s_1i² θ_i                  the s_1i² are the weights of the spectral density
     tr H = E[vᵀHv],  ‖H‖_F² = E‖Hv‖²        v of random signs (Hutchinson)
     tr H = tr QᵀHQ + E[vᵀPHPv]              Q spans H times probes, P = I − QQᵀ (Hutch++)
 
@@ -108,13 +108,7 @@ def signs(num: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-def lanczos(
-    operator: Any,
-    start: Tensor,
-    num_steps: int,
-    *,
-    keeps_vectors: bool = True,
-) -> Ritz:
+def lanczos(operator: Any, start: Tensor, num_steps: int, *, keeps_vectors: bool = True) -> Ritz:
     """Lanczos from one vector.
 
     Args:
@@ -137,11 +131,13 @@ def lanczos(
     for step in range(min(num_steps, len(start))):
         image = (operator @ vector).detach()
         alpha = inner_product(vector, image)
-        if step == 0:
+        if step == 0:  # `alpha` is that of v / ‖v‖, while vᵀHv is reported for v
             curvature, squared_norm = squared * alpha, squared * inner_product(image, image)
         image = image - alpha * vector
         if betas:
             image -= betas[-1] * previous
+        # In exact arithmetic the image is orthogonal to all earlier vectors. Rounding destroys this
+        # once a Ritz value has converged, and copies of that value would appear.
         if keeps_vectors:
             kept.append(vector)
             for other in kept:
@@ -197,6 +193,7 @@ def measure_spectrum(
         lanczos(operator, signs(num, generator, like), num_steps, keeps_vectors=keeps)
         for _ in range(max(1, num_starts))
     ]
+    # The outermost Ritz value over all starts is the best bound of each end.
     ends = [[Extreme(float(r.values[i]), float(r.residuals[i])) for r in found] for i in (0, -1)]
     bottom = min(ends[0], key=lambda end: end.value)
     top = max(ends[1], key=lambda end: end.value)
@@ -244,6 +241,7 @@ def hutchpp(operator: Any, like: Tensor, num_products: int, generator: torch.Gen
         image: Tensor = (operator @ vector).detach()
         return image
 
+    # H times random vectors spans the directions of the largest eigenvalues.
     images = [product(signs(num, generator, like)) for _ in range(third)]
     basis, _ = torch.linalg.qr(torch.stack(images, dim=1))
     inside = sum(
@@ -301,7 +299,7 @@ def converged_extremes(
     values, vectors = eigsh(
         LinearOperator((size, size), matvec=product, dtype=dtype),
         k=2 * num,
-        which="BE",
+        which="BE",  # half of the values from each end
         ncv=min(size, 4 * num + 2 if ncv is None else ncv),
         tol=tolerance,
         maxiter=max_restarts,

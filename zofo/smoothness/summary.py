@@ -51,17 +51,9 @@ def series_of(
 
 
 def summarise(
-    records: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any],
-    options: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]], config: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All measurements with fits and verdicts, as plain values.
-
-    Args:
-        records: measurements.
-        config: configuration of the run.
-        options: options of the measurement.
-    """
+    """All measurements of a run with fits and verdicts, as plain values."""
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_kind.setdefault(str(record["kind"]), []).append(record)
@@ -75,6 +67,7 @@ def summarise(
             if len(found) >= 2 and len({u for _, u, _ in found}) > 1:
                 fits[kind][block] = fit_growth([u for _, u, _ in found], [v for *_, v in found])
         both = [{s: v for s, _, v in series_of(points, kind, b)} for b in ("base", "adapter")]
+        # Only steps at which both blocks have a constant: their ratio is paired.
         shared = sorted(both[0].keys() & both[1].keys())
         if len(shared) >= 2:
             base, adapter = ([values[step] for step in shared] for values in both)
@@ -133,6 +126,7 @@ def claims_of(
         if kind in ratios:
             found = ratios[kind]
             low, high = found["low"], found["high"]
+            # The whole interval must lie beyond a factor of 10, or the whole of it within.
             verdict = "undecided at this scale"
             if low is not None and (low > 10 or high < 0.1):
                 verdict = "confirmed"

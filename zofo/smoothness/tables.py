@@ -125,7 +125,8 @@ def majoriser_table(summary: Mapping[str, Any]) -> Table:
         ),
         Column("kappa", "κ ± residual"): kappa,
         Column("sampled", "largest sampled quotient"): lambda record: _number(
-            max(record.get("sampled") or [None]), ".3g"
+            max(record.get("sampled") or [None]),
+            ".3g",  # no vectors if a block's Hessian is 0
         ),
         Column("verdict", "majorises", False): lambda record: _verdict(
             record.get("verdict", "undecided at this scale")
@@ -153,7 +154,7 @@ def _interval(found: Mapping[str, Any] | None, key: str = "value") -> Cell:
         return _NOTHING
     value, low, high = found[key], found["low"], found["high"]
     aside = "no interval" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
-    if low == high == 0:
+    if low == high == 0:  # a fit with L0 = 0 or L1 = 0 in every resample
         aside = "at its bound in every resample"
     return Cell(f"{value:.3g}", value, aside=aside)
 

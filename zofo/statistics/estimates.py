@@ -96,7 +96,7 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
     if num < MIN_FOR_INTERVAL:
         return Estimate(mean, num=num)
     how: Literal["t", "bootstrap"] = "t" if num < MIN_FOR_BOOTSTRAP else "bootstrap"
-    if np.ptp(sample) == 0:
+    if np.ptp(sample) == 0:  # BCa is not defined for equal values
         return Estimate(mean, mean, mean, num=num, how=how)
     if how == "t":
         half = _t_quantile(num - 1) * float(sample.std(ddof=1)) / math.sqrt(num)
@@ -170,16 +170,19 @@ def mean_over_pairs(
     for pair, center, block in zip(differences, means, blocks, strict=True):
         of_block = sums.setdefault(block, {})
         for seed, value in pair.items():
+            # Deviations from the pair's mean: a difference between pairs is no noise of the seeds.
             of_block[seed] = of_block.get(seed, 0.0) + (value - center) / len(pair)
     freedom = [len(of_block) - 1 for of_block in sums.values()]
     if min(map(len, differences)) < 2 or sum(freedom) < MIN_FOR_INTERVAL - 1:
         return Estimate(mean, num=num)
+    # The variance of each block's part of the sum; m / (m − 1) makes it unbiased for m seeds.
     parts = [
         sum(value**2 for value in of_block.values()) * len(of_block) / (len(of_block) - 1)
         for of_block in sums.values()
     ]
     if sum(parts) == 0:
         return Estimate(mean, mean, mean, num=num, how="t")
+    # Degrees of freedom by Satterthwaite's formula.
     effective = sum(parts) ** 2 / sum(
         part**2 / free for part, free in zip(parts, freedom, strict=True)
     )
@@ -203,6 +206,7 @@ def rank_treatments(scores: pd.DataFrame) -> Ranks:
     num_blocks, num = scores.shape
     assert num_blocks >= 2, "ranks need at least two tasks"
     assert num >= 3, "ranks need at least three treatments"
+    # Rank 1 is the best, hence the minus; ties share their mean rank.
     ranks = rankdata(-scores.to_numpy(dtype=np.float64), axis=1).mean(axis=0)
     order = np.argsort(ranks, kind="stable")
     names = [str(scores.columns[i]) for i in order]

@@ -69,6 +69,7 @@ def quantile(replicates: np.ndarray, level: float, num: int) -> float:
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):
         return math.nan
+    # The level that this sample size needs, farther out than the nominal one.
     expanded = float(norm.cdf(math.sqrt(num / (num - 1)) * t.ppf(level, num - 1)))
     return float(np.quantile(finite, expanded))
 

@@ -64,19 +64,14 @@ def dimension_claims() -> list[Claim]:
         name: str, spectrum: str, of: str, statement: str, source: str, claimed: str, scale: float
     ) -> Claim:
         half = "1/2" if scale > 0 else "-1/2"
+        axis = {"label": "d_x", "part": "x", "x_title": "d_x"}
         return Claim(
             name,
             "dimension" if of != "cap" else "caps",
             statement,
             source,
             measures.across,
-            {
-                "where": {"spectrum": spectrum},
-                "label": "d_x",
-                "of": of,
-                "part": "x",
-                "x_title": "d_x",
-            },
+            {"where": {"spectrum": spectrum}, "of": of, **axis},
             claimed,
             {"d^0": 0.0, f"d^{half}": scale / 2, f"d^{scale:g}": scale},
         )

@@ -39,13 +39,12 @@ def estimate_cells(scale: Scale) -> list[Any]:
             scale.num_seeds,
         )
 
-    wide = [2.0**k for k in (-8, -7, -6, -5, -4, -3)]
+    # A bias shows above the noise of the draws only at large eps, an error at small ones too.
+    ranges = {"error": (-8, -7, -6, -5, -4, -3), "bias": (-3, -2.5, -2, -1.5, -1)}
     cells = [
-        cell({"of": "error", "estimator": e}, "growing", bent, wide) for e in ("forward", "central")
-    ]
-    large = [2.0**k for k in (-3, -2.5, -2, -1.5, -1)]
-    cells += [
-        cell({"of": "bias", "estimator": e}, "growing", bent, large) for e in ("forward", "central")
+        cell({"of": of, "estimator": e}, "growing", bent, [2.0**k for k in exponents])
+        for of, exponents in ranges.items()
+        for e in ("forward", "central")
     ]
     for kind in ("flat", "low-rank"):
         for d in (16, 64, 256, 1024)[: scale.keep]:

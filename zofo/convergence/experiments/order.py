@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from zofo.convergence import measures
 from zofo.convergence.cells import Cell, Rates
 from zofo.convergence.claims import MKR, Claim
 from zofo.convergence.experiments.scale import (
     CURVATURE,
+    CURVED,
     FIRST,
     Scale,
     doubling,
@@ -17,9 +17,11 @@ from zofo.convergence.experiments.scale import (
     network_cells,
     over_epochs,
     quadratic,
+    reshuffling_gains,
 )
 from zofo.optim.reshuffle import Sampling
 
+_LAST: Final = "Safran, Shamir, arXiv 1908.00045; Rajput et al., arXiv 2002.10400"
 SHARP_T: Final = {"T^-1/2": -1 / 2, "T^-2/3": -2 / 3, "T^-3/4": -3 / 4, "T^-1": -1.0}
 
 
@@ -71,56 +73,45 @@ def last_cells(scale: Scale) -> list[Any]:
 
 def order_claims() -> list[Claim]:
     """Claims on the experiment 'order'."""
-    curved = {"samples": "curvature"}
+
+    def sharp(
+        name: str, statement: str, samples: str, sampling: str = "reshuffle", source: str = MKR
+    ) -> Claim:
+        where = {"samples": samples, "sampling": sampling}
+        return over_epochs(name, "order", statement, source, where, "T^-2/3", SHARP_T)
+
     return [
-        over_epochs(
+        sharp(
             "reshuffle-first",
-            "order",
             "Reshuffling without zeroth-order noise: ‖∇f‖² falls as T^-2/3, ε⁻³",
-            MKR,
-            {**curved, "sampling": "reshuffle"},
-            "T^-2/3",
-            SHARP_T,
+            "curvature",
         ),
-        over_epochs(
+        sharp(
             "shuffle-once-first",
-            "order",
             "Shuffling once has reshuffling's exponent",
-            MKR,
-            {**curved, "sampling": "shuffle-once"},
-            "T^-2/3",
-            SHARP_T,
+            "curvature",
+            "shuffle-once",
         ),
         over_epochs(
             "with-replacement-first",
             "order",
             "Sampling with replacement: T^-1/2, ε⁻⁴",
             "the usual bound of SGD",
-            {**curved, "sampling": "with-replacement"},
+            {**CURVED, "sampling": "with-replacement"},
             "T^-1/2 (ε⁻⁴)",
         ),
-        Claim(
+        reshuffling_gains(
             "reshuffle-gain-first",
             "order",
             "Without zeroth-order noise reshuffling reaches a lower ‖∇f‖² than sampling with "
             "replacement",
             MKR,
-            measures.ratio,
-            {
-                "first": {**curved, "sampling": "reshuffle"},
-                "second": {**curved, "sampling": "with-replacement"},
-                "name": "reshuffle over with-replacement",
-            },
-            (0.0, 1.0),
         ),
-        over_epochs(
+        sharp(
             "reshuffle-gradient-only",
-            "order",
             "T^-2/3 is attained where samples differ in their gradients only",
-            MKR + " (a bound)",
-            {"samples": "gradient", "sampling": "reshuffle"},
-            "T^-2/3",
-            SHARP_T,
+            "gradient",
+            source=MKR + " (a bound)",
         ),
         over_epochs(
             "network-first",
@@ -148,12 +139,7 @@ def last_claims() -> list[Claim]:
             part="last",
         )
         for sampling, words, power, source in (
-            (
-                "reshuffle",
-                "reshuffling",
-                -2.0,
-                "Safran, Shamir, arXiv 1908.00045; Rajput et al., arXiv 2002.10400",
-            ),
+            ("reshuffle", "reshuffling", -2.0, _LAST),
             ("with-replacement", "with replacement", -1.0, "the usual bound of SGD"),
         )
     ]

@@ -53,18 +53,14 @@ def doubling(first: int, last: int, scale: Scale) -> tuple[int, ...]:
 
 
 def flat(num: int, curvature: float = 1.0) -> dict[str, Any]:
-    """A flat spectrum."""
+    """A flat spectrum, as `make_problem` takes it."""
     return {"kind": "flat", "num": num, "curvature": curvature}
 
 
 def quadratic(num_samples: int, spectrum_x: Any, spectrum_y: Any, **options: Any) -> dict[str, Any]:
-    """Options of a quadratic."""
-    return {
-        "spectrum_x": spectrum_x,
-        "spectrum_y": spectrum_y,
-        "num_samples": num_samples,
-        **options,
-    }
+    """Options of a quadratic, as `make_problem` takes them."""
+    spectra = {"spectrum_x": spectrum_x, "spectrum_y": spectrum_y}
+    return {**spectra, "num_samples": num_samples, **options}
 
 
 CURVATURE: Final = {"curvature_spread": 0.8, "alignment": 1.0}
@@ -89,7 +85,8 @@ def network_cells(experiment: str, setting: Setting, rates: Rates, scale: Scale)
     ]
 
 
-SAMPLES: Final = {"noise_x": 4.0, "noise_y": 0.5, "height_y": 0.1}
+CURVED: Final = {"samples": "curvature"}
+"""Labels of the cells in which curvature varies."""
 _IN_T: Final = {"T^-1/2 (ε⁻⁴)": -1 / 2, "T^-2/3 (ε⁻³)": -2 / 3, "T^-1 (ε⁻²)": -1.0}
 """Candidates for exponents in T."""
 
@@ -115,3 +112,13 @@ def over_epochs(
         claimed,
         candidates,
     )
+
+
+def reshuffling_gains(name: str, experiment: str, statement: str, source: str) -> Claim:
+    """A claim that reshuffling leaves a smaller gradient than sampling with replacement."""
+    labels = {
+        key: {**CURVED, "sampling": sampling}
+        for key, sampling in (("first", "reshuffle"), ("second", "with-replacement"))
+    }
+    options = {**labels, "name": "reshuffle over with-replacement"}
+    return Claim(name, experiment, statement, source, measures.ratio, options, (0.0, 1.0))

@@ -15,15 +15,7 @@ from zofo.convergence.experiments.scale import Scale
 
 @dataclass(frozen=True)
 class Experiment:
-    """Cells that belong together.
-
-    Attributes:
-        name: name on the command line.
-        title: title on the page.
-        question: what the experiment decides.
-        design: how it decides it.
-        build: makes the cells of a scale.
-    """
+    """A question, the design that answers it, and a function that makes its cells at a scale."""
 
     name: str
     title: str

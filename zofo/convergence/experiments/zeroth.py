@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zofo.convergence import measures
 from zofo.convergence.cells import Cell, Rates
 from zofo.convergence.claims import OURS, PAPER, Claim
 from zofo.convergence.experiments.scale import (
     CURVATURE,
+    CURVED,
     ZEROTH,
     Scale,
     doubling,
@@ -17,6 +17,7 @@ from zofo.convergence.experiments.scale import (
     network_cells,
     over_epochs,
     quadratic,
+    reshuffling_gains,
 )
 
 
@@ -41,37 +42,29 @@ def zeroth_cells(scale: Scale) -> list[Any]:
 
 def zeroth_claims() -> list[Claim]:
     """Claims on the experiment 'zeroth'."""
-    curved = {"samples": "curvature"}
-    found = [
-        over_epochs(
-            f"{sampling}-zeroth",
-            "zeroth",
-            f"With zeroth-order noise, {words}: T^-1/2, ε⁻⁴",
-            PAPER,
-            {**curved, "sampling": sampling},
-            "T^-1/2 (ε⁻⁴)",
-        )
-        for sampling, words in (
-            ("reshuffle", "reshuffling"),
-            ("shuffle-once", "shuffling once"),
-            ("with-replacement", "sampling with replacement"),
-        )
-    ]
+    words = {
+        "reshuffle": "reshuffling",
+        "shuffle-once": "shuffling once",
+        "with-replacement": "sampling with replacement",
+    }
     return [
-        *found,
-        Claim(
+        *(
+            over_epochs(
+                f"{sampling}-zeroth",
+                "zeroth",
+                f"With zeroth-order noise, {words[sampling]}: T^-1/2, ε⁻⁴",
+                PAPER,
+                {**CURVED, "sampling": sampling},
+                "T^-1/2 (ε⁻⁴)",
+            )
+            for sampling in words
+        ),
+        reshuffling_gains(
             "reshuffle-gain-zeroth",
             "zeroth",
             "With zeroth-order noise reshuffling still reaches a lower ‖∇f‖² than sampling with "
             "replacement (by a constant)",
             OURS,
-            measures.ratio,
-            {
-                "first": {**curved, "sampling": "reshuffle"},
-                "second": {**curved, "sampling": "with-replacement"},
-                "name": "reshuffle over with-replacement",
-            },
-            (0.0, 1.0),
         ),
         over_epochs(
             "network-zeroth",

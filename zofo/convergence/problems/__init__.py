@@ -74,9 +74,6 @@ def make_problem(name: str, **options: Any) -> Problem:
         name: a key of `PROBLEMS`.
         options: options of the class; spectra and laws are mappings with a `kind`.
 
-    Returns:
-        The problem.
-
     Raises:
         UserError: for an unknown name or option.
     """
@@ -84,5 +81,5 @@ def make_problem(name: str, **options: Any) -> Problem:
         raise UserError(f"problem is {name!r}; choose one of {', '.join(PROBLEMS)}")
     try:
         return PROBLEMS[name](**options)
-    except TypeError as error:
+    except TypeError as error:  # an option that the class does not have
         raise UserError(f"problem {name!r}: {error}") from error

@@ -60,6 +60,7 @@ class Constants:
     @property
     def l_x(self) -> float:
         """L_x; infinite if ℓ_x grows."""
+        # ℓ_x does not decrease, so it is constant if two far values are equal.
         return self.ell_x(0.0) if self.ell_x(0.0) == self.ell_x(1e6) else math.inf
 
     @property
@@ -115,6 +116,7 @@ class Problem(ABC):
         """∇f_i(w): [..., d_x + d_y], by autograd unless a problem overrides it."""
         with torch.enable_grad():
             w = w.detach().requires_grad_()
+            # Points do not depend on each other, so the gradient of the sum holds one for each.
             return torch.autograd.grad(self.losses(w, rows).sum(), w)[0]
 
     def value(self, w: Tensor) -> Tensor:
@@ -123,6 +125,7 @@ class Problem(ABC):
 
     def gradient(self, w: Tensor) -> Tensor:
         """∇f(w): [..., d_x + d_y]."""
+        # Every point with every sample: [..., n, d_x + d_y].
         wide = w.unsqueeze(-2).expand(*w.shape[:-1], self.num_samples, w.shape[-1])
         return self.gradients(wide, self._every).mean(-2)
 
@@ -164,12 +167,9 @@ class Problem(ABC):
 
 
 class ProblemModule(nn.Module):
-    """A problem's point as parameters. Calling it with a sample's index gives the sample's loss.
+    """A problem's point as parameters, from the problem's start on: index of a sample -> its loss.
 
     `x` is frozen and `y` trainable, as in a hybrid run.
-
-    Args:
-        problem: the finite sum. Its start is the initial point.
     """
 
     def __init__(self, problem: Problem) -> None:

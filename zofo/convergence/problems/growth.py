@@ -60,15 +60,15 @@ class Law(ABC):
 
 
 @dataclass(frozen=True)
-class Linear(Law):
-    """φ = (L0 / L1²)(e^{L1 |z|} − L1 |z| − 1).
-
-    Attributes:
-        l0, l1: positive.
-    """
+class _OfTwo(Law):
+    """A law with L0 and L1, both positive."""
 
     l0: float = 1.0
     l1: float = 1.0
+
+
+class Linear(_OfTwo):
+    """φ = (L0 / L1²)(e^{L1 |z|} − L1 |z| − 1)."""
 
     def value(self, z: Tensor) -> Tensor:
         """φ."""
@@ -84,16 +84,8 @@ class Linear(Law):
         return self.l0 + self.l1 * u
 
 
-@dataclass(frozen=True)
-class Exponential(Law):
-    """φ = (L0 / L1²)(cosh(L1 z) − 1) = (2 L0 / L1²) sinh²(L1 z / 2).
-
-    Attributes:
-        l0, l1: positive.
-    """
-
-    l0: float = 1.0
-    l1: float = 1.0
+class Exponential(_OfTwo):
+    """φ = (L0 / L1²)(cosh(L1 z) − 1) = (2 L0 / L1²) sinh²(L1 z / 2)."""
 
     def value(self, z: Tensor) -> Tensor:
         """φ."""

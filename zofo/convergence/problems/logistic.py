@@ -93,7 +93,7 @@ class Logistic(Problem):
     def _minimum(self, z: Tensor) -> float:
         w = torch.zeros(self.d_x + self.d_y, dtype=torch.float64)
         eye = self.strength * torch.eye(len(w), dtype=torch.float64)
-        for _ in range(100):
+        for _ in range(100):  # Newton's method needs far fewer to reach rounding
             p = torch.sigmoid(-(z @ w))
             gradient = -(z.T @ p) / self.num_samples + self.strength * w
             hessian = (z.T * (p * (1 - p))) @ z / self.num_samples + eye

@@ -132,12 +132,12 @@ class LowRankNetwork(Problem):
         x, y = self.split(w)
         projected, activation, residual = self._forward(x, y, rows)
         z = rows[0]
-        delta = residual.unsqueeze(-1) * self.c * (1 - activation.square())
+        delta = residual.unsqueeze(-1) * self.c * (1 - activation.square())  # [..., hidden]
         u, _ = self._factors(y)
-        g_w = delta.unsqueeze(-1) * z.unsqueeze(-2)
-        g_u = delta.unsqueeze(-1) * projected.unsqueeze(-2)
-        back = (u * delta.unsqueeze(-1)).sum(-2)
-        g_v = z.unsqueeze(-1) * back.unsqueeze(-2)
+        g_w = delta.unsqueeze(-1) * z.unsqueeze(-2)  # [..., hidden, inputs]
+        g_u = delta.unsqueeze(-1) * projected.unsqueeze(-2)  # [..., hidden, rank]
+        back = (u * delta.unsqueeze(-1)).sum(-2)  # [..., rank]
+        g_v = z.unsqueeze(-1) * back.unsqueeze(-2)  # [..., inputs, rank]
         pull = self.quartic * y.square().sum(-1, keepdim=True) * y
         penalties = torch.cat((self.ridge * x, pull), dim=-1)
         return torch.cat((g_w.flatten(-2), g_u.flatten(-2), g_v.flatten(-2)), dim=-1) + penalties

@@ -101,7 +101,7 @@ class Quadratic(Problem):
             ),
             dim=-1,
         )
-        self._scaled = self.scale.unsqueeze(-1) * self.curvatures
+        self._scaled = self.scale.unsqueeze(-1) * self.curvatures  # [n, d_x + d_y]
         self._heights = height_x, height_y
         self.constants = self._constants(curvature_spread)
 
@@ -160,7 +160,7 @@ class Quadratic(Problem):
         params = torch.cat((torch.tensor([self.coupling], dtype=torch.float64), self.curvatures))
         data = torch.cat((self.scale.unsqueeze(-1), self.linear), dim=-1)
         mean_row = np.zeros(data.shape[1])
-        mean_row[0] = 1.0
+        mean_row[0] = 1.0  # f has scale 1 and no linear terms
         return QUADRATIC, params.numpy(), data.numpy(), mean_row
 
     def _shared(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ class Quadratic(Problem):
     def _add_cross(self, gradient: Tensor, w: Tensor, scale: Tensor | float) -> Tensor:
         """Add the gradient of the coupling in place."""
         x, y = self._shared(w)
-        g_x, g_y = self._shared(gradient)
+        g_x, g_y = self._shared(gradient)  # views, so that += changes `gradient`
         g_x += scale * self.coupling * y
         g_y += scale * self.coupling * x
         return gradient
