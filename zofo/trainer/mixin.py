@@ -58,7 +58,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         original_base: Callable[[], Mapping[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Trainer's __init__ calls methods that read these attributes.
+        # Trainer's __init__ may call methods of this class, so the attributes are set before it.
         self._given_options, self._original_base = hybrid, original_base
         self._hybrid = self._history = None
         self._measured_step: int | None = None

@@ -82,8 +82,8 @@ class Watch:
             if signal < _MIN_SIGNAL:
                 found["signal"] = (
                     f"the loss differences are only {signal:.1f} times the rounding of a "
-                    f"{str(self.loss_dtype).removeprefix('torch.')} loss, so they are mostly "
-                    f"noise; raise eps ({self.eps:g}) tenfold"
+                    f"{str(self.loss_dtype).removeprefix('torch.')} loss, so a tenth of each or "
+                    f"more is rounding error; raise eps ({self.eps:g}) tenfold"
                 )
         if len(self._zeros) == _WINDOW and (share := statistics.fmean(self._zeros)) > _MANY_ZEROS:
             found["zeros"] = (
