@@ -52,7 +52,8 @@ def write_card(
 
 def front_matter(values: Mapping[str, Any]) -> str:
     """The YAML block at the beginning of a model card, without the keys that have no value."""
-    known = {key: value for key, value in values.items() if value}    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n\n"
+    known = {key: value for key, value in values.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def _body(
