@@ -3,11 +3,11 @@
     name             step                                                          forwards
     forward          one forward without gradients                                 1
     fo-peft          forward, backward into the adapter, AdamW                     2
-    hybrid           ours, forward difference; adapter by AdamW                    3
-    hybrid-central   ours, central difference; adapter by AdamW                    4
+    hybrid           zofo, forward difference; adapter by AdamW                    3
+    hybrid-central   zofo, central difference; adapter by AdamW                    4
     hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA) 3
-    zo-ft            ours, forward difference: the loss and one perturbed loss     2
-    zo-ft-central    ours, central difference: MeZO's estimate                     2
+    zo-ft            zofo, forward difference: the loss and one perturbed loss     2
+    zo-ft-central    zofo, central difference: MeZO's estimate                     2
     mezo             MeZO as its authors' code does it: four passes of torch.normal 2
     naive-hybrid     fo-peft's step, then mezo's                                   4
     fo-ft            forward, backward into every weight, AdamW                    3
@@ -236,7 +236,7 @@ class Mezo(Contender):
     def enter(self) -> None:
         """Remember the weights' storage, because every pass replaces their tensors."""
         super().enter()
-        # If nothing else uses the weights, keeping the first tensors would add to the peak memory.
+        # The first tensors add to the peak memory, so they are kept only for other contenders.
         self._homes = [] if self.is_alone else [weight.data for weight in self.base]
 
     def leave(self) -> None:
@@ -278,7 +278,7 @@ class _MezoBesideAdapter(Mezo):
 
 
 class NaiveHybrid(FirstOrder):
-    """Hybrid as two separate steps, one after the other."""
+    """The hybrid step as two separate steps."""
 
     what = "fo-peft's step, then mezo's"
     forward_equivalents = FirstOrder.forward_equivalents + Mezo.forward_equivalents

@@ -38,7 +38,7 @@ def measure(
         }
         return
     if _counts_kernels(settings):
-        _in_a_process(settings, KERNELS)  # compiles what is not yet in numba's cache
+        _in_a_process(settings, KERNELS)  # fills numba's cache, so that compiling does not count
         memory.kernels_bytes = _in_a_process(settings, KERNELS).get("kernels")
         on_done(KERNELS)
     for name in settings.only:

@@ -59,7 +59,7 @@ NOISE_RATIOS: Final = (
     Ratio("gaussian perturb / (randn + add)", ("randn + add",), ("gaussian perturb",)),
     Ratio("gaussian update / (randn + add)", ("randn + add",), ("gaussian update",)),
 )
-"""Ratios of speeds: a larger ratio favours the first name. Times stand the other way round."""
+"""Ratios of speeds: a larger ratio favours the first name, whose time is therefore below."""
 
 
 def spread(samples: Sequence[float], unit: str = "") -> dict[str, Any]:

@@ -95,7 +95,7 @@ def measure_here(run: str, what: str) -> dict[str, Any]:
     """Train a configuration, verify a run or export it in this process.
 
     Args:
-        run: the run folder; for a method, the configuration is read from `run`.yaml beside it.
+        run: the run folder. The file `run`.yaml beside it holds the configuration.
         what: a name in `METHODS_COMPARED`, "verify" or "export".
 
     Returns:
@@ -162,7 +162,7 @@ def _in_a_process(run: Path, what: str) -> dict[str, Any]:
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
-        raise UserError(f"{what} failed; its message stands above")
+        raise UserError(f"{what} failed; see its message above")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -99,9 +99,9 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     gib = 4 * numbers / 2**30  # one vector over all weights, in float32
     kept = min(options.memory_bytes / 2**30, gib * options.lanczos_steps)
     console.print(
-        f"memory beside training: about {4 * gib + kept:.2f} GiB (copy, point and two gradients, "
-        f"Lanczos {kept:.2f}) and the graph of the gradient on {options.row_batch or options.rows} "
-        "rows"
+        f"memory in addition to training: about {4 * gib + kept:.2f} GiB (copy, point and two "
+        f"gradients, Lanczos {kept:.2f}) and the graph of the gradient on "
+        f"{options.row_batch or options.rows} rows"
     )
 
 

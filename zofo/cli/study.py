@@ -149,7 +149,7 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
     console.print(
         "no run has been timed yet, so the hours are not known"
         if pace is None
-        else f"about {pace * total / 3600:.1f} hours of one worker ({pace:.3g} s a forward)"
+        else f"about {pace * total / 3600:.1f} hours of one worker ({pace:.3g} s per forward)"
     )
     for run in grid.search[:_NUM_SHOWN]:
         console.print(run.id, markup=False)
