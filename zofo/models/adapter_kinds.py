@@ -25,7 +25,7 @@ class AdapterKind:
     """A kind of adapter; each `_source` names the origin of the value before it."""
 
     description: str  # the trained parameters
-    options: tuple[str, ...]  # the keys of the configuration's `adapter` that it uses
+    options: tuple[str, ...]  # keys of the configuration's `adapter` that it uses, besides `type`
     lr: float  # first-order learning rate
     lr_source: str
     zo_lr: float  # learning rate of zeroth-order steps

@@ -289,7 +289,9 @@ def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str
 def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
     """The dev scores of the saved model: of the best checkpoint, or of the last step."""
     measured = {
-        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}  # "eval_" cut
+        entry["step"]: {
+            k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")
+        }
         for entry in state.log_history
         if "eval_loss" in entry
     }
