@@ -203,7 +203,7 @@ def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
         (["eval", "./nowhere"], "does not exist"),
         (["eval", "smollm2-135m", "--split", "all"], "choose train, dev or test"),
         (["eval", "minilm"], "untrained"),
-        (["predict", "smollm2-135m"], "one of the two"),
+        (["predict", "smollm2-135m"], "either texts to predict or --file"),
         (["tasks", "rotten-tomato"], "did you mean"),
         (["export", "nowhere", "--to", "there"], "does not exist"),
         (["info", "nowhere"], "does not exist"),

@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished):
     (newest / "optimizer.pt").write_bytes(b"PK")
     done = invoke("train", "--resume", run)
     assert done.exit_code == 0, done.output
-    assert "checkpoint-6 is passed over: optimizer.pt is damaged" in done.stderr
+    assert "checkpoint-6 is skipped: optimizer.pt is damaged" in done.stderr
     assert untimed_metrics(run / "metrics.jsonl") == untimed_metrics(finished / "metrics.jsonl")
     scores = [json.loads((f / "result.json").read_text())["test"] for f in (run, finished)]
     assert scores[0] == scores[1]

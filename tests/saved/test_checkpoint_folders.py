@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; damaged ones are told apart and passed over."""
+"""Checkpoints are whole or not there; damaged ones are found and skipped."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_damage_to_any_file_is_found(run, damage):
             continue  # what does not change from step to step
         said = []
         assert newest_whole(run, said.append) == older, name
-        assert "checkpoint-6 is passed over" in said[0]
+        assert "checkpoint-6 is skipped" in said[0]
         assert name in said[0]
         path.write_bytes(content)
     assert newest_whole(run) == newest
@@ -116,7 +116,7 @@ def test_resuming_passes_over_a_damaged_checkpoint(run):
     (run / "checkpoint-4" / "trainer_state.json").write_text("{")
     rest = build("llama", "lora")
     resumed = trainer_for(run, rest, **SAVING)
-    with pytest.warns(UserWarning, match="is passed over") as seen:
+    with pytest.warns(UserWarning, match="is skipped") as seen:
         resumed.train(resume_from_checkpoint=True)
     assert len(seen) == 2
     assert_same_bits(bits(rest), bits(whole))

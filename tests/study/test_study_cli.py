@@ -49,7 +49,7 @@ def test_from_plan_to_results(tmp_path, fake):
     assert status.exit_code == 0
     assert "everything has ended" in status.stdout
     assert "error: no such thing" in status.stdout
-    assert "a forward" in run(tmp_path / "study", "--dry-run").stdout
+    assert "s per forward" in run(tmp_path / "study", "--dry-run").stdout
     first = results(tmp_path)
 
     # A folder that was moved is continued where it lies.

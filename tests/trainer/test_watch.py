@@ -93,7 +93,7 @@ def test_a_score_that_mostly_does_not_notice_the_perturbation():
     found = [t for i in range(60) for t in watcher.observe(1.0, (0.0, 5.0 * (i % 3 == 0)), 1e-5)]
     assert len(found) == 1  # once a run
     assert "exactly 0" in found[0]
-    assert "raise eps, the batch, or num_directions" in found[0]
+    assert "raise eps, the batch size or num_directions" in found[0]
     healthy = watch(eps=1e-9)  # where the loss itself would drown in rounding
     healthy.has_own_loss = True
     assert observe(healthy, 60) == []

@@ -2,7 +2,7 @@
 
 settings.py     the settings of a benchmark and their checks
 models.py       the model, also with random weights, and its batch
-contenders.py   one step of each method, ours and as published
+contenders.py   one step of each method, by zofo and as published
 timing.py       rounds that time each contender once, in rotating order
 memory.py       peak memory, each contender in a process of its own
 noise.py        the kernels beside torch's own operations

@@ -3,11 +3,11 @@
     name             step                                                          forwards
     forward          one forward without gradients                                 1
     fo-peft          forward, backward into the adapter, AdamW                     2
-    hybrid           ours, forward difference; adapter by AdamW                    3
-    hybrid-central   ours, central difference; adapter by AdamW                    4
+    hybrid           zofo, forward difference; adapter by AdamW                    3
+    hybrid-central   zofo, central difference; adapter by AdamW                    4
     hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA) 3
-    zo-ft            ours, forward difference: the loss and one perturbed loss     2
-    zo-ft-central    ours, central difference: MeZO's estimate                     2
+    zo-ft            zofo, forward difference: the loss and one perturbed loss     2
+    zo-ft-central    zofo, central difference: MeZO's estimate                     2
     mezo             MeZO as its authors' code does it: four passes of torch.normal 2
     naive-hybrid     fo-peft's step, then mezo's                                   4
     fo-ft            forward, backward into every weight, AdamW                    3
@@ -17,11 +17,11 @@ Forwards are forward-equivalents: a backward pass counts one for the adapter's g
 those of every weight. All contenders update the same weights, by a negligibly small learning rate.
 
 References:
-    Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, Algorithm 1.
-    Its passes as in the authors' code (princeton-nlp/MeZO): w = w + scale · z · eps, a new tensor
-    each time; last w = w − lr · (s · z + weight_decay · w), with its default weight decay of 0.
+    Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, Algorithm 1. The
+    passes follow the authors' code (princeton-nlp/MeZO): w = w + scale · z · eps, and at the end
+    w = w − lr · (s · z + weight_decay · w). Each pass creates a new tensor.
     Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources", 2023:
-    the update fused into the backward.
+    the update is fused into the backward pass.
 """
 
 from __future__ import annotations
@@ -40,28 +40,21 @@ from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 RATE: Final = 1e-9
-"""Learning rate of every block: an update does all its work and has almost no effect."""
+"""Learning rate of every block. An update costs its full time and has almost no effect."""
 EPS: Final = 1e-3
 WEIGHT_DECAY: Final = 0.0
-"""MeZO's default; its code multiplies by it even though it is 0."""
+"""The default of MeZO, whose code multiplies by it even if it is 0."""
 
 
 class Contender:
-    """One step of one method; the base class is a forward pass without gradients.
-
-    Args:
-        bench: model and batch.
-        rate: learning rate of every block.
-    """
+    """One step of one method. The base class runs a forward pass without gradients."""
 
     what = "one forward without gradients"
     forward_equivalents = 1
-    trains: str | None = None
-    """The block whose parameters require a gradient during the step."""
-    uses_kernels = False
+    trains: str | None = None  # the block whose parameters require a gradient during the step
+    uses_kernels = False  # whether the step runs zofo's noise kernels
     has_adapter = True
-    is_alone = False
-    """No other contender in this process uses the weights."""
+    is_alone = False  # whether no other contender in this process uses the weights
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
         self.bench, self.rate = bench, rate
@@ -71,17 +64,17 @@ class Contender:
         self.optimizer: Optimizer | None = None
 
     def loss(self) -> Tensor:
-        """Of the batch."""
+        """The loss of the batch: shape []."""
         return self.bench.loss(self.model)
 
     def enter(self) -> None:
-        """Flag the parameters that this contender trains."""
+        """Set `requires_grad` of every parameter as this contender needs it."""
         for block, parameters in (("base", self.base), ("adapter", self.adapter)):
             for parameter in parameters:
                 parameter.requires_grad_(self.trains == block)
 
     def step(self) -> None:
-        """One step."""
+        """Run the step."""
         with torch.no_grad():
             self.loss()
 
@@ -92,19 +85,13 @@ class Contender:
 
     @property
     def state_bytes(self) -> int:
-        """What the optimiser keeps between steps."""
-        if self.optimizer is None:
-            return 0
-        return sum(
-            value.numel() * value.element_size()
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
+        """The size of the optimizer's state."""
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
 
 
 class FirstOrder(Contender):
-    """The usual step of PEFT."""
+    """The usual first-order step of PEFT."""
 
     what = "forward, backward into the adapter, AdamW"
     forward_equivalents = get_method("fo-peft").forwards_per_gradient
@@ -140,31 +127,26 @@ class FusedFirstOrder(Contender):
     trains = "base"
     has_adapter = False
 
-    def __init__(self, bench: Workbench, rate: float = RATE) -> None:
-        super().__init__(bench, rate)
-        self._handles: list[Any] = []
-
     def enter(self) -> None:
-        """Hook the update onto the gradients."""
+        """Register a hook that updates each weight as soon as its gradient is complete."""
         super().enter()
         self._handles = [p.register_post_accumulate_grad_hook(self._move) for p in self.base]
 
     def step(self) -> None:
-        """Forward and backward; the hooks do the rest."""
+        """Run forward and backward; the hooks update the weights."""
         self.loss().backward()
 
     def leave(self) -> None:
         """Remove the hooks, so that fo-ft keeps its gradients."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         super().leave()
 
     @torch.no_grad()
     def _move(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         parameter.add_(parameter.grad, alpha=-self.rate)
-        parameter.grad = None
+        parameter.grad = None  # Frees the gradient before the backward reaches the next weight.
 
 
 class Ours(Contender):
@@ -174,9 +156,7 @@ class Ours(Contender):
     trains: str | None = "adapter"
     method = "hybrid"
     estimator: Estimator = "forward"
-    forward_equivalents = get_method("hybrid").forwards_per_gradient + forwards_per_direction(
-        "forward"
-    )
+    forward_equivalents = FirstOrder.forward_equivalents + forwards_per_direction("forward")
     overlap = False
     uses_kernels = True
 
@@ -189,35 +169,33 @@ class Ours(Contender):
             estimator=self.estimator,
             distribution=bench.settings.distribution,
             eps=EPS,
-            self_check=False,  # of the first step alone
+            self_check=False,  # The check would lengthen only the first step.
             overlap=self.overlap,
         )
 
     def step(self) -> None:
-        """One step."""
+        """Run a complete step of the optimizer."""
         assert isinstance(self.optimizer, HybridOptimizer)
         self.optimizer.step(self.loss)
 
 
 class OursCentral(Ours):
-    """The same with a central difference."""
+    """A step of `HybridOptimizer` with a central difference."""
 
     what = "zofo: central difference; adapter by AdamW"
     estimator = "central"
-    forward_equivalents = get_method("hybrid").forwards_per_gradient + forwards_per_direction(
-        "central"
-    )
+    forward_equivalents = FirstOrder.forward_equivalents + forwards_per_direction("central")
 
 
 class OursOverlap(Ours):
-    """As `Ours`, with two scratch buffers and a second stream."""
+    """A step of `HybridOptimizer` with two scratch buffers and a second CUDA stream."""
 
     what = "hybrid, a layer perturbed while the one before it runs"
     overlap = True
 
 
 class OursFull(Ours):
-    """Every weight by forward differences, no adapter."""
+    """A zeroth-order step of every weight by forward differences, without an adapter."""
 
     what = "zofo: forward difference, no adapter"
     method = "zo-ft"
@@ -229,7 +207,7 @@ class OursFull(Ours):
 class OursFullCentral(OursFull):
     """MeZO's estimate with our kernels.
 
-    The unperturbed loss, which a training loop evaluates for its log, is left out, as MeZO does.
+    The step evaluates no unperturbed loss, because MeZO evaluates none.
     """
 
     what = "zofo: central difference, no adapter: MeZO's estimate"
@@ -237,14 +215,14 @@ class OursFullCentral(OursFull):
     forward_equivalents = forwards_per_direction("central")
 
     def step(self) -> None:
-        """Two perturbed forwards, one update."""
+        """Run two perturbed forwards and one update."""
         assert isinstance(self.optimizer, HybridOptimizer)
         self.optimizer.measure(self.loss, None, GeneratorState.capture())
         self.optimizer.step()
 
 
 class Mezo(Contender):
-    """MeZO as in its authors' code: the weights become θ + εz, θ − εz, θ, and the updated θ."""
+    """MeZO as in its authors' code: the weights become θ + εz, θ − εz, θ and the updated θ."""
 
     what = "MeZO as published: four passes of torch.normal"
     forward_equivalents = 2
@@ -252,13 +230,13 @@ class Mezo(Contender):
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
         super().__init__(bench, rate)
-        self._homes: list[Tensor] = []
         self._generator = torch.Generator(bench.device)
         self._num_steps = 0
 
     def enter(self) -> None:
         """Remember the weights' storage, because every pass replaces their tensors."""
         super().enter()
+        # The first tensors add to the peak memory, so they are kept only for other contenders.
         self._homes = [] if self.is_alone else [weight.data for weight in self.base]
 
     def leave(self) -> None:
@@ -269,7 +247,7 @@ class Mezo(Contender):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Two forwards, four passes over the weights."""
+        """Run two forwards and four passes over the weights."""
         self._num_steps += 1
         self._perturb(1)
         ahead = self.loss()
@@ -279,7 +257,7 @@ class Mezo(Contender):
         projected_grad = float(ahead - behind) / (2 * EPS)
         for weight, z in self._directions():
             estimate = projected_grad * z
-            if weight.dim() > 1:  # neither bias nor norm
+            if weight.dim() > 1:  # Like MeZO's code, no decay of biases and norms.
                 estimate = estimate + WEIGHT_DECAY * weight.data
             weight.data = weight.data - self.rate * estimate
 
@@ -300,7 +278,7 @@ class _MezoBesideAdapter(Mezo):
 
 
 class NaiveHybrid(FirstOrder):
-    """Hybrid as two separate steps, one after the other."""
+    """The hybrid step as two separate steps."""
 
     what = "fo-peft's step, then mezo's"
     forward_equivalents = FirstOrder.forward_equivalents + Mezo.forward_equivalents
@@ -310,18 +288,18 @@ class NaiveHybrid(FirstOrder):
         self._mezo = _MezoBesideAdapter(bench, rate)
 
     def enter(self) -> None:
-        """As both do."""
+        """Prepare both steps."""
         self._mezo.is_alone = self.is_alone
         self._mezo.enter()
         super().enter()
 
     def leave(self) -> None:
-        """As both do."""
+        """Clean up after both steps."""
         super().leave()
         self._mezo.leave()
 
     def step(self) -> None:
-        """First order, then zeroth."""
+        """Run the first-order step, then the zeroth-order step."""
         super().step()
         self._mezo.step()
 
@@ -339,4 +317,4 @@ KINDS: Final[Mapping[str, type[Contender]]] = {
     "fo-ft": FullFirstOrder,
     "fo-ft-fused": FusedFirstOrder,
 }
-"""In the order of `zofo.bench.settings.CONTENDERS`."""
+"""Name -> class, in the order of `zofo.bench.settings.CONTENDERS`."""

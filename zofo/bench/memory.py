@@ -1,8 +1,8 @@
 """Measures the peak memory of each contender in a separate process.
 
-On the CPU, memory is the resident set: libraries, code of the compiled kernels, the model, and what
-the steps need. The parts are read in that order, to separate constant parts from the method's. On
-CUDA, memory is what torch has allocated, which excludes libraries.
+On the CPU, memory is the resident set of the process. It grows in this order: libraries, code of
+the compiled kernels, the model, the steps. Readings in between separate the constant parts from the
+part of the method. On CUDA, memory is what torch has allocated, which excludes libraries.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from zofo.bench.results import Memory
 from zofo.bench.settings import Settings
 
 KERNELS: Final = "kernels"
-"""What a process measures that only loads the noise kernels."""
-_NUM_STEPS: Final = 3
+"""Name of the process that only loads the noise kernels."""
+_NUM_STEPS: Final = 3  # The optimizer allocates its state in the first step.
 
 
 def measure(
     settings: Settings, memory: Memory, *, on_done: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Fill `memory`, one process after the other.
+    """Fill `memory`, one process after the other; `on_done` is called after each.
 
-    Args:
-        settings: what to measure; its first number of threads counts.
-        memory: gets a row as soon as it is measured.
-        on_done: told after each process.
+    Each process uses the first number of threads in the settings.
     """
     device = torch.device(settings.device)
     if not can_measure_peak(device):
@@ -41,7 +38,7 @@ def measure(
         }
         return
     if _counts_kernels(settings):
-        _in_a_process(settings, KERNELS)  # compiles what is not yet in numba's cache
+        _in_a_process(settings, KERNELS)  # fills numba's cache, so that compiling does not count
         memory.kernels_bytes = _in_a_process(settings, KERNELS).get("kernels")
         on_done(KERNELS)
     for name in settings.only:
@@ -50,12 +47,12 @@ def measure(
 
 
 def num_processes(settings: Settings) -> int:
-    """How often `measure` reports."""
+    """The number of processes that `measure` starts."""
     return len(settings.only) + _counts_kernels(settings)
 
 
 def measure_here(settings: Settings, name: str) -> dict[str, int]:
-    """Memory of one contender in this process, bytes by part; `peak` is all of it."""
+    """Part -> bytes of one contender in this process; `peak` is the whole."""
     from zofo.bench.contenders import KINDS
     from zofo.bench.models import Workbench
 
@@ -73,7 +70,7 @@ def measure_here(settings: Settings, name: str) -> dict[str, int]:
     contender = KINDS[name](Workbench(settings))
     contender.is_alone = True
     for parameter in contender.base:
-        parameter.detach().sum()  # reading makes a weight resident that is mapped from its file
+        parameter.detach().sum()  # A mapped weight becomes resident only when it is read.
     model = used_bytes(device) - libraries - kernels
     reset_peak(device)
     for _ in range(_NUM_STEPS):
@@ -98,7 +95,7 @@ def _counts_kernels(settings: Settings) -> bool:
 
 
 def _import_all() -> None:
-    """What every contender loads, whether it needs it or not."""
+    """Load the libraries in every process alike, so that the contenders differ only in the rest."""
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
@@ -106,17 +103,12 @@ def _import_all() -> None:
 
 
 def load_kernels(dtype: str, distribution: str) -> None:
-    """Perturbation and update of a step, on a few weights."""
+    """Compile and load the kernels of a step by running each on a few weights."""
     from zofo.models.loading import DTYPES
     from zofo.noise.combine import combine, combine_rows
 
     weight = torch.zeros(8, 8, dtype=DTYPES[dtype])
-    address: dict[str, Any] = {
-        "seed": 1,
-        "step": 2,
-        "tensor": 3,
-        "distribution": distribution,
-    }
+    address: dict[str, Any] = {"seed": 1, "step": 2, "tensor": 3, "distribution": distribution}
     combine(weight, (1e-3,), out=torch.empty_like(weight), **address)
     combine(weight, (1e-3,), rounding="stochastic", **address)
     combine_rows(weight, torch.arange(2), 1e-3, **address)
@@ -128,6 +120,7 @@ def _in_a_process(settings: Settings, name: str) -> dict[str, Any]:
         [*command, "--memory-of", name], capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
+        # The result is the last line, whatever a library prints before it.
         return json.loads(done.stdout.splitlines()[-1])
     said = [line for line in done.stderr.splitlines() if line.strip()]
     how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"

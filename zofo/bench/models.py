@@ -20,19 +20,19 @@ from zofo.errors import UserError
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a model; the largest layer is the module with the largest weights of its own."""
+    """Sizes of a model."""
 
     num_parameters: int
     num_adapter_parameters: int
     base_bytes: int
-    largest_layer_bytes: int
+    largest_layer_bytes: int  # largest sum of a module's own weights, without its submodules
 
 
 def model_facts(settings: Settings) -> ModelFacts:
-    """Look the model up, without loading it.
+    """The sizes of the model, without loading its weights.
 
     Raises:
-        UserError: if it cannot be found, is no decoder, or takes fewer tokens a row.
+        UserError: if it cannot be found, is no decoder, or takes fewer tokens per row.
     """
     from zofo.models.adapters import create_adapter
     from zofo.models.loading import empty_model
@@ -62,11 +62,7 @@ def model_facts(settings: Settings) -> ModelFacts:
 
 
 class Workbench:
-    """A model with and without adapter, over the same base weights, and one batch.
-
-    Args:
-        settings: which model, adapter, batch and device.
-    """
+    """A model with and without adapter, over the same base weights, and one batch."""
 
     def __init__(self, settings: Settings) -> None:
         from zofo.models.loading import load_model
@@ -79,7 +75,7 @@ class Workbench:
             model, _ = load_model(settings.model, dtype=settings.dtype)
         self.plain: Any = model.to(self.device).train()
         generator = torch.Generator().manual_seed(0)
-        shape = (settings.batch, settings.length)
+        shape = (settings.batch, settings.length)  # [rows, tokens]
         ids = torch.randint(self.plain.config.vocab_size, shape, generator=generator)
         ids = ids.to(self.device)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -89,13 +85,14 @@ class Workbench:
         """A second tree of modules, with an adapter, over the parameters of `plain`."""
         from zofo.models.adapters import create_adapter
 
+        # The memo of deepcopy maps each tensor to itself, so that only the modules are copied.
         shared = (*self.plain.parameters(), *self.plain.buffers())
         tree = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
         return create_adapter(tree, self.settings.adapter).to(self.device).train()
 
     @property
     def base(self) -> list[nn.Parameter]:
-        """The weights of the base, tied ones once."""
+        """The weights of the base, each tied weight once."""
         return list(self.plain.parameters())
 
     @property
@@ -106,7 +103,7 @@ class Workbench:
         return list(split_parameters(self.adapted).adapter.values())
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Of the batch."""
+        """The loss of the batch: shape []."""
         return model(**self.batch).loss
 
 

@@ -1,10 +1,11 @@
 """The noise kernels on one weight larger than the caches, beside torch's own operations.
 
-    perturb    out = w + c v          reads w, writes out     as torch.add(w, c, out=)
-    update     w ← w + c v            reads w, writes w       as w.add_(c)
+    kernel     computes           memory traffic          torch operation with the same traffic
+    perturb    out = w + c v      reads w, writes out     torch.add(w, c, out=)
+    update     w ← w + c v        reads w, writes w       w.add_(c)
 
-Both move twice the weight's bytes, as a copy does. torch.randn followed by an addition moves twice
-as much again, so that comparison is of the time for the same job.
+Each moves twice the bytes of the weight, as a copy does. `torch.randn` followed by an addition
+moves four times its bytes. The ratio to it compares the times of the same job.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from zofo.models.loading import DTYPES
 from zofo.noise.combine import combine
 
 _C: Final = 1e-3
-_TINY: Final = 1e-9
-"""Coefficient of updates, which are repeated."""
+_TINY: Final = 1e-9  # Updates are repeated, so each must hardly change the weight.
 _ADDRESS: Final[dict[str, Any]] = {"seed": 1, "step": 2, "tensor": 3}
 NUM_DIRECTIONS: Final = 4
 
@@ -33,14 +33,14 @@ class Kernel:
         self.step, self.num_bytes = run, num_bytes
 
     def enter(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing, because a kernel needs no preparation."""
 
     def leave(self) -> None:
-        """Nothing to tidy."""
+        """Do nothing, because a kernel leaves nothing behind."""
 
 
 def kernels(settings: Settings) -> dict[str, Kernel]:
-    """The operations, by name, over buffers that they share."""
+    """Name -> operation. All operations share their buffers."""
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(settings.elements, generator=generator).to(device, dtype)

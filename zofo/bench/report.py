@@ -19,12 +19,11 @@ from zofo.bench.results import (
 )
 
 _MIB = 2**20
-_WIDE = 150
-"""Columns from which on the steps are also put in words."""
+_WIDE = 150  # A terminal with as many columns also has room for the descriptions.
 
 
 def show(results: Results, console: Console) -> None:
-    """Print what was measured."""
+    """Print the tables of all measurements so far."""
     settings, facts = results.settings, results.model
     if facts:
         console.print(
@@ -85,7 +84,7 @@ def _show_memory(memory: Memory, layer_bytes: int, console: Console) -> None:
             console.print(f"  {name} was not measured: {row['failed']}", markup=False)
     if memory.kernels_bytes is not None:
         console.print(
-            f"code of the noise kernels, resident once a process whatever the model: "
+            f"code of the noise kernels, resident once per process for any model: "
             f"{memory.kernels_bytes / _MIB:.1f} MiB"
         )
     console.print(f"largest layer: {layer_bytes / _MIB:.1f} MiB")
@@ -130,12 +129,12 @@ def _show_ratios(title: str, ratios: Mapping[str, dict[str, Any]], console: Cons
 
 
 def _table(console: Console, title: str, columns: Sequence[str], *, left: tuple[int, ...]) -> Table:
-    """With rules on a terminal, bare elsewhere."""
+    """An empty table, with rules on a terminal and without them elsewhere."""
     table = Table(title=title, title_justify="left")
     if not console.is_terminal:
         table.box = None
     for i, column in enumerate(columns):
-        # Numbers are never cut; names and headings may take two lines.
+        # The longest word sets the least width, so that rich wraps headings but cuts no number.
         width = max(map(len, column.split()))
         table.add_column(column, justify="left" if i in left else "right", min_width=width)
     return table

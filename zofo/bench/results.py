@@ -14,14 +14,14 @@ SCHEMA: Final = 1
 
 @dataclass(frozen=True)
 class Ratio:
-    """Summed seconds of `above` over those of `below`; a name may occur twice."""
+    """The summed seconds of `above` over those of `below`."""
 
     label: str
     above: tuple[str, ...]
-    below: tuple[str, ...]
+    below: tuple[str, ...]  # A name may occur twice, such as two forwards.
 
     def samples(self, seconds: Mapping[str, Sequence[float]]) -> list[float]:
-        """One ratio for each round that measured all contenders; none if one is missing."""
+        """One ratio for each round that measured every contender; empty if one is missing."""
         names = {*self.above, *self.below}
         if not names <= seconds.keys():
             return []
@@ -49,7 +49,7 @@ STEP_RATIOS: Final = (
     Ratio("hybrid / fo-ft", ("hybrid",), ("fo-ft",)),
     Ratio("fo-ft-fused / fo-ft", ("fo-ft-fused",), ("fo-ft",)),
 )
-"""Time over time: a smaller ratio favours the first name."""
+"""Ratios of times: a smaller ratio favours the first name."""
 
 NOISE_RATIOS: Final = (
     Ratio("rademacher perturb / torch.add(out=)", ("torch.add(out=)",), ("rademacher perturb",)),
@@ -59,11 +59,11 @@ NOISE_RATIOS: Final = (
     Ratio("gaussian perturb / (randn + add)", ("randn + add",), ("gaussian perturb",)),
     Ratio("gaussian update / (randn + add)", ("randn + add",), ("gaussian update",)),
 )
-"""Speed over speed: a larger ratio favours the first name."""
+"""Ratios of speeds: a larger ratio favours the first name, whose time is therefore below."""
 
 
 def spread(samples: Sequence[float], unit: str = "") -> dict[str, Any]:
-    """Median, least and greatest, and the samples themselves."""
+    """Median, minimum, maximum and the samples, with the unit in each key."""
     return {
         f"median{unit}": median(samples) if samples else None,
         f"min{unit}": min(samples, default=None),
@@ -75,7 +75,7 @@ def spread(samples: Sequence[float], unit: str = "") -> dict[str, Any]:
 def ratios_of(
     table: Sequence[Ratio], seconds: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Any]]:
-    """Label -> spread, of those that were measured."""
+    """Label -> spread of every ratio whose contenders were measured."""
     found = {ratio.label: ratio.samples(seconds) for ratio in table}
     return {label: spread(samples) for label, samples in found.items() if samples}
 
@@ -91,15 +91,15 @@ class Row:
 
 @dataclass
 class StepTimes:
-    """Steps with one number of threads."""
+    """The times of the steps with one number of threads."""
 
     threads: int
-    rows: dict[str, Row] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)  # contender -> facts
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # contender -> one a round
+    failed: dict[str, str] = field(default_factory=dict)  # contender -> reason
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The times and their ratios, as JSON can hold them."""
         return {
             "threads": self.threads,
             "contenders": {
@@ -118,14 +118,14 @@ class StepTimes:
 
 @dataclass
 class NoiseTimes:
-    """Kernels with one number of threads; `num_bytes` counts what one call reads and writes."""
+    """The times of the kernels with one number of threads."""
 
     threads: int
-    num_bytes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)  # kernel -> bytes read and written
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # kernel -> one a round
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The times, speeds and ratios, as JSON can hold them."""
         return {
             "threads": self.threads,
             "kernels": {
@@ -140,47 +140,41 @@ class NoiseTimes:
         }
 
     def rate(self, name: str) -> float | None:
-        """Median GB/s."""
+        """Median bytes moved per second, in GB/s; None if the kernel was not timed."""
         samples = self.seconds.get(name)
         return self.num_bytes[name] / median(samples) / 1e9 if samples else None
 
 
 @dataclass
 class Memory:
-    """Peaks, each contender in a process of its own.
+    """Peak memory of the contenders, each in a process of its own."""
 
-    Attributes:
-        kernels_bytes: resident code of the compiled noise kernels (numba, LLVM), once a process,
-            whatever the model; None where it does not count: memory is the accelerator's.
-        contenders: name -> bytes by part, or what went wrong under "failed".
-    """
-
+    # Resident code of the compiled noise kernels (numba, LLVM), which does not depend on the model.
+    # It is None on an accelerator, whose memory does not hold it.
     kernels_bytes: int | None = None
+    # Contender -> part -> bytes, or "failed" -> reason.
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratios(self, layer_bytes: int) -> dict[str, float]:
         """Peak of hybrid over FO-PEFT, also without the kernels' code and one layer's buffer."""
         found = {}
-        peft = self.contenders.get("fo-peft", {})
+        peft = self.contenders.get("fo-peft", {}).get("peak")
         for name in ("hybrid", "hybrid-central"):
             ours = self.contenders.get(name, {})
-            if "peak" not in peft or "peak" not in ours:
+            if peft is None or "peak" not in ours:
                 continue
             whole, code = ours["peak"], ours["kernels"]
-            found[f"{name} / fo-peft"] = whole / peft["peak"]
-            if code:
-                found[f"the same without the kernels' code ({name})"] = (whole - code) / peft[
-                    "peak"
-                ]
-            found[f"the same without one layer's scratch, too ({name})"] = (
-                whole - code - layer_bytes
-            ) / peft["peak"]
+            rest = whole - code - layer_bytes
+            found[f"{name} / fo-peft"] = whole / peft
+            if code:  # On an accelerator, the code takes no memory.
+                found[f"the same without the kernels' code ({name})"] = (whole - code) / peft
+            found[f"the same without one layer's scratch, too ({name})"] = rest / peft
         return found
 
 
 @dataclass
 class Results:
-    """All measurements so far; filled while the benchmark runs."""
+    """All measurements so far. The benchmark fills them while it runs."""
 
     settings: Settings
     environment: dict[str, Any] = field(default_factory=dict)
@@ -191,7 +185,7 @@ class Results:
     is_complete: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All measurements with settings and environment, as JSON can hold them."""
         memory = None
         if self.memory is not None:
             memory = {

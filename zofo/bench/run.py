@@ -17,20 +17,14 @@ from zofo.console import new_progress
 from zofo.environment import environment
 from zofo.errors import UserError
 
-_REPEATS_ON_ACCELERATOR = 20
-"""Kernel calls between two waits, where a launch takes as long as a small kernel."""
+_REPEATS_ON_ACCELERATOR = 20  # Launching a small kernel takes as long as running it.
 
 
 def bench(settings: Settings, results: Results, console: Console) -> None:
-    """Measure everything that the settings ask for.
-
-    Args:
-        settings: checked.
-        results: filled while it goes on, so that an interruption keeps what was measured.
-        console: for the progress.
+    """Fill `results` as the settings ask; an interruption keeps what was measured until then.
 
     Raises:
-        UserError: for a model that cannot be had, before anything is measured.
+        UserError: for a model that cannot be found, before anything is measured.
     """
     results.environment = {**environment(), "device": device_name(torch.device(settings.device))}
     if settings.steps:
@@ -46,13 +40,13 @@ def bench(settings: Settings, results: Results, console: Console) -> None:
 
 
 class _Bar:
-    """A bar that is drawn between samples only: no thread of its own runs beside them."""
+    """A progress bar that is drawn between samples only."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         if not console.is_terminal:
             console.print(f"{title}: {total} {unit}", highlight=False, soft_wrap=True)
         self._progress: Progress = new_progress(console, unit)
-        self._progress.live.auto_refresh = False
+        self._progress.live.auto_refresh = False  # A refreshing thread would disturb the samples.
         self._task: TaskID = self._progress.add_task(title, total=total, text="")
 
     def __enter__(self) -> _Bar:
@@ -63,7 +57,7 @@ class _Bar:
         self._progress.stop()
 
     def advance(self, name: str) -> None:
-        """One more is done."""
+        """Count one more sample or process, and show its name."""
         self._progress.update(self._task, advance=1, text=name, refresh=True)
 
 
@@ -90,14 +84,13 @@ def _steps(settings: Settings, results: Results, console: Console) -> None:
         ) from error
     for threads in settings.threads:
         torch.set_num_threads(threads)
-        times = StepTimes(
-            threads,
-            {name: Row(c.what, c.forward_equivalents) for name, c in contenders.items()},
-        )
-        results.steps.append(times)
+        rows = {name: Row(c.what, c.forward_equivalents) for name, c in contenders.items()}
+        times = StepTimes(threads, rows)
+        results.steps.append(times)  # Appended first, so that an interruption keeps the samples.
         num = len(contenders)
         with _Bar(console, f"steps, {threads} thread(s)", num * (1 + settings.rounds), "") as bar:
             warm_up(contenders, device, failed=times.failed, on_done=bar.advance)
+            # Optimizers allocate their state in the first step, so its size is read only now.
             for name, contender in contenders.items():
                 times.rows[name].state_bytes = contender.state_bytes
             time_rounds(

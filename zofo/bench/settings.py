@@ -29,7 +29,7 @@ _ON_CUDA_ONLY: Final = ("hybrid-overlap",)
 _ADAPTERS: Final = tuple(name for name in ADAPTER_TYPES if name != "none")
 _LIMITS: Final = {
     "batch": (1, 1 << 20),
-    "length": (2, 1 << 20),
+    "length": (2, 1 << 20),  # The loss needs a second token to predict.
     "rounds": (1, 1 << 20),
     "elements": (1, 1 << 32),
 }
@@ -38,43 +38,25 @@ _MAX_THREADS: Final = 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark.
+    """The settings of one benchmark."""
 
-    Attributes:
-        model: alias, hub id, folder, or `random:SIZE`.
-        adapter: of the contenders that have one; any of `zofo.models.adapter_kinds.KINDS`.
-        batch: rows.
-        length: tokens a row; at least 2, so that there is one to predict.
-        dtype: of the base, and of the weight that the noise kernels work on.
-        device: auto, cpu, cuda or mps.
-        threads: each number is a run of its own; empty: what torch is set to.
-        distribution: of our directions in the steps; the kernels are measured with both.
-        rounds: samples of each contender.
-        only: the contenders, in the order of `CONTENDERS`; the default is for CUDA.
-        elements: size of the weight for the noise kernels; the default, 128 MiB in float32, is
-            larger than the caches.
-        steps: whether to time steps.
-        memory: whether to measure peak memory.
-        noise: whether to time the noise kernels.
-    """
-
-    model: str = "smollm2-135m"
-    adapter: str = "lora"
-    batch: int = 8
-    length: int = 32
-    dtype: str = "float32"
+    model: str = "smollm2-135m"  # alias, hub id, folder, or random:SIZE
+    adapter: str = "lora"  # for the contenders that have one
+    batch: int = 8  # rows
+    length: int = 32  # tokens per row
+    dtype: str = "float32"  # of the base, and of the weight for the noise kernels
     device: str = "auto"
-    threads: tuple[int, ...] = ()
-    distribution: str = "rademacher"
-    rounds: int = 7
-    only: tuple[str, ...] = CONTENDERS
-    elements: int = 1 << 25
-    steps: bool = True
-    memory: bool = True
-    noise: bool = True
+    threads: tuple[int, ...] = ()  # Each number is measured separately; empty: torch's number.
+    distribution: str = "rademacher"  # of the directions in our steps; kernels run with both
+    rounds: int = 7  # samples of each contender
+    only: tuple[str, ...] = CONTENDERS  # in this order; the default is for CUDA
+    elements: int = 1 << 25  # of the weight for the kernels: 128 MiB in float32 exceed the caches
+    steps: bool = True  # whether to time steps
+    memory: bool = True  # whether to measure peak memory
+    noise: bool = True  # whether to time the noise kernels
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The settings as JSON can hold them."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
@@ -96,19 +78,19 @@ class Settings:
 
 
 def contenders_on(device: str) -> tuple[str, ...]:
-    """All that can be measured on such a device."""
+    """The contenders that can run on such a device."""
     return tuple(n for n in CONTENDERS if device == "cuda" or n not in _ON_CUDA_ONLY)
 
 
 def settings_from(
     *, threads: str | None, only: str | None, json_file: Path | None = None, **values: Any
 ) -> Settings:
-    """Settings from the command line's words, with device and threads filled in.
+    """The settings from the arguments of the command line, with device and threads resolved.
 
     Args:
-        threads: numbers, separated by commas; None: what torch is set to.
-        only: contenders, separated by commas; None: all that the device can.
-        json_file: where the results will go.
+        threads: numbers, separated by commas; None for torch's number.
+        only: contenders, separated by commas; None for all that the device can run.
+        json_file: where the results will go. It is checked first, because a benchmark takes long.
         values: the other attributes of `Settings`.
 
     Raises:
@@ -119,8 +101,8 @@ def settings_from(
     chosen = _chosen(only, problems)
     settings = Settings(**values, threads=numbers, only=chosen)
     problems += _problems(settings)
-    if json_file is not None:
-        problems += _problems_of_file(json_file)
+    wrong_file = None if json_file is None else problem_of_target(json_file)
+    problems += [] if wrong_file is None else [f"the JSON file {wrong_file}"]
     if problems:
         raise UserError("; ".join(problems))
 
@@ -188,12 +170,6 @@ def _problems(settings: Settings) -> list[str]:
     return found
 
 
-def _problems_of_file(path: Path) -> list[str]:
-    """Check the output file first, because a benchmark takes minutes."""
-    problem = problem_of_target(path)
-    return [] if problem is None else [f"the JSON file {problem}"]
-
-
 RANDOM: Final[dict[str, dict[str, int]]] = {
     "llama-tiny": {
         "hidden_size": 64,
@@ -203,7 +179,7 @@ RANDOM: Final[dict[str, dict[str, int]]] = {
         "num_key_value_heads": 2,
         "vocab_size": 512,
     },
-    # SmolLM2-135M's shape.
+    # The shape of SmolLM2-135M.
     "llama-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -212,7 +188,7 @@ RANDOM: Final[dict[str, dict[str, int]]] = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
-    # Llama 3.2 1B's shape.
+    # The shape of Llama 3.2 1B.
     "llama-1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -222,4 +198,4 @@ RANDOM: Final[dict[str, dict[str, int]]] = {
         "vocab_size": 128256,
     },
 }
-"""Shapes of the random models, embeddings tied."""
+"""Shapes of the random models, whose input and output embeddings are tied."""

@@ -15,17 +15,17 @@ import torch
 from zofo.bench.device import free_cached, is_out_of_memory, seconds_of
 
 NUM_WARM_UPS = 2
-"""Calls before the first sample: the first compiles, the second allocates lasting buffers."""
+"""Calls before the first sample. The first compiles; the second allocates lasting buffers."""
 
 
 class Timeable(Protocol):
-    """Something to time: `enter` and `leave` surround each call, outside the clock."""
+    """A contender or a kernel. `enter` and `leave` surround each sample and are not timed."""
 
     def enter(self) -> None:
         """Make the shared model ready for this contender."""
 
     def step(self) -> object:
-        """What is timed."""
+        """Run the part that is timed."""
 
     def leave(self) -> None:
         """Remove everything that could affect another contender."""
@@ -38,7 +38,7 @@ def warm_up(
     failed: dict[str, str],
     on_done: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Call each contender a few times; those that lack memory move from it to `failed`."""
+    """Call each contender a few times; one that lacks memory is dropped and named in `failed`."""
     for name in list(contenders):
         try:
             for _ in range(NUM_WARM_UPS):
@@ -65,13 +65,13 @@ def time_rounds(
     """Time every contender once a round.
 
     Args:
-        contenders: name -> what is timed, warmed up.
-        rounds: how many.
-        device: where they run.
-        seconds: name -> one sample a round; appended to at once, so that an interruption keeps
-            what was measured.
-        repeats: calls in a sample, whose mean it is.
-        on_done: told after each sample, outside the clock.
+        contenders: name -> contender, warmed up.
+        rounds: number of rounds.
+        device: the device that they run on.
+        seconds: name -> one sample per round. Each sample is appended at once, so that an
+            interruption keeps it.
+        repeats: number of calls whose mean is a sample.
+        on_done: called with the name after each sample, while no clock runs.
     """
     names = list(contenders)
     for name in names:
@@ -79,6 +79,7 @@ def time_rounds(
     collected = gc.isenabled()
     try:
         for number in range(rounds):
+            # The collector runs between the rounds, so that no sample includes its pauses.
             gc.collect()
             gc.disable()
             turn = number % max(len(names), 1)

@@ -1,10 +1,10 @@
 """Peak memory of a whole run, phase by phase: hybrid beside FO-PEFT.
 
 Each method trains the same configuration in a process of its own. `zofo verify` and `zofo export`
-of the result have theirs, as a user's would. A phase begins and ends with one of the functions in
-`PHASES`. This module wraps them, so that a run that nobody measures knows nothing of it. The
-operating system's record of the peak is reset at every border, and a phase inside another one
-counts for itself.
+of the result also run in their own processes. A phase is a call of one of the functions in
+`PHASES`. This module wraps them, so that the code of a run needs no measuring. The operating
+system's record of the peak is reset at each beginning and end of a phase. The peak of a phase
+inside another one counts for the inner phase only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
 
 METHODS_COMPARED: Final = ("fo-peft", "hybrid")
-PHASES: Final = (
+PHASES: Final = (  # module, function or method in it, name of the phase
     ("zofo.run.train", "prepare", "load"),
     ("zofo.run.train", "evaluate", "evaluation"),
     ("zofo.run.task_trainer", "TaskTrainer.evaluate", "evaluation"),
@@ -56,19 +56,15 @@ def function_at(module_name: str, path: str) -> tuple[Any, str, Callable[..., An
 
 
 class PhasePeaks:
-    """Peaks of the phases of this process.
-
-    Attributes:
-        bytes: phase -> its highest peak so far.
-    """
+    """Records the peak memory of each phase of this process."""
 
     def __init__(self) -> None:
-        self.bytes: dict[str, int] = {}
-        self._open = ["between the phases"]
+        self.bytes: dict[str, int] = {}  # phase -> its highest peak so far
+        self._open = ["between the phases"]  # names of the running phases, the innermost last
         reset_peak(_CPU)
 
     def wrap(self, module_name: str, path: str, phase: str) -> None:
-        """Measure a function, or a method of a class, as a phase from now on."""
+        """From now on, measure each call of a function or of a method as a phase."""
         owner, name, function = function_at(module_name, path)
 
         @functools.wraps(function)
@@ -80,7 +76,7 @@ class PhasePeaks:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Whatever runs inside belongs to this phase."""
+        """Count the memory of everything that runs inside the block for this phase."""
         self._note()
         self._open.append(name)
         try:
@@ -99,13 +95,14 @@ def measure_here(run: str, what: str) -> dict[str, Any]:
     """Train a configuration, verify a run or export it in this process.
 
     Args:
-        run: the run folder; for a method, the configuration is read from `run`.yaml beside it.
+        run: the run folder. The file `run`.yaml beside it holds the configuration.
         what: a name in `METHODS_COMPARED`, "verify" or "export".
 
     Returns:
         "phases": phase -> peak resident bytes; "kernels_bytes": resident code of the noise kernels.
     """
-    import peft  # noqa: F401  what every process loads counts before the first phase
+    # Libraries that every process needs are loaded before the first phase begins.
+    import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from zofo.bench.memory import load_kernels
@@ -135,7 +132,10 @@ def measure_here(run: str, what: str) -> dict[str, Any]:
 
 
 def measure(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Measure both methods: method -> what `measure_here` returns, of all its processes.
+    """Measure both methods.
+
+    Returns:
+        Method -> the result of `measure_here`, with the phases of all its processes.
 
     Raises:
         UserError: if a process fails; its own message has been shown.
@@ -157,11 +157,12 @@ def measure(config: RunConfig, console: Console) -> dict[str, Any]:
 
 def _in_a_process(run: Path, what: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "zofo", "bench", "--whole-run", str(run), "--memory-of", what]
-    # glibc keeps much of what was freed, by luck of the order: its part would hide the method's.
+    # By default, glibc keeps an amount of freed memory that depends on the order of the frees.
+    # These settings make it return large blocks at once, so that the methods can be compared.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
-        raise UserError(f"{what} failed; its message stands above")
+        raise UserError(f"{what} failed; see its message above")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -1,4 +1,4 @@
-"""`zofo advise`: measure learning rates and smoothing radius before a run."""
+"""`zofo advise`: measure the learning rates and the smoothing radius before a run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def advise(
         str | None,
         typer.Option(
             help="Whether the theorem's upper limits lower the rates: ignore or apply. Default: "
-            "apply with --target, else ignore. The limits are always shown."
+            "apply with --target, else ignore. The output always shows the limits."
         ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="Gradient norm to reach; the theorem then gives the epochs."),
+        typer.Option(help="Gradient norm to reach. The theorem gives the epochs that it takes."),
     ] = None,
     split: Annotated[
         bool,
-        typer.Option("--split/--no-split", help="Measure one rate for each group of base modules."),
+        typer.Option("--split/--no-split", help="Measure one rate per group of base modules."),
     ] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file for the values and the measurements.")
@@ -60,6 +60,7 @@ def advise(
     path, overrides = split_arguments(arguments)
     if caps not in (None, "ignore", "apply"):
         raise UserError(f"--caps is {caps!r}; choose ignore or apply")
+    # A wrong option or target file is reported now, because the measurements take minutes.
     if target is not None and not 0 < target < float("inf"):
         raise UserError(f"--target is {target:g}; it must be a positive norm of the gradient")
     problem = None if json_file is None else problem_of_target(json_file)
@@ -97,7 +98,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
         UserError: if the zeroth-order block follows accuracy or F1.
     """
     from zofo.config.load import load_config
-    from zofo.config.schema import AUTO
+    from zofo.config.schema import AUTO, AUTO_KEYS
     from zofo.optim.methods import METHODS
 
     orders = METHODS[config.method]
@@ -107,9 +108,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
             "loss; set zo_objective=loss to be advised for that, or choose rates by hand"
         )
     values = config.model_dump()
-    for key in ("base_lr", "adapter_lr", "eps"):
-        if not isinstance(values[key], dict):
-            values[key] = AUTO
+    values |= {key: AUTO for key in AUTO_KEYS if not isinstance(values[key], dict)}
     if not orders.needs_adapter:
         del values["adapter"]
     if values["steps"] is None:
@@ -120,25 +119,23 @@ def _everything_auto(config: RunConfig) -> RunConfig:
 def _show(advice: Advice, seconds: float) -> None:
     """Print the advice as tables and sentences."""
     from zofo.advice.present import cap_lines, reason_of
-    from zofo.config.schema import AUTO
+    from zofo.config.schema import AUTO, AUTO_KEYS
 
     console = stdout_console(100)
     setting = advice.setting
     table = Table("key", "value", "because", title=f"advice for {setting.num_steps} steps")
-    for key in ("base_lr", "adapter_lr", "eps"):
+    for key in AUTO_KEYS:
         value = getattr(advice, key)
         if getattr(setting, key) != AUTO or value is None:
             continue
-        if isinstance(value, dict):
+        text = f"{value:g}"
+        if isinstance(value, dict):  # one rate for each pattern of weight names
             text = "\n".join(f"{pattern}: {rate:g}" for pattern, rate in value.items())
-        else:
-            text = f"{value:g}"
         table.add_row(key, text, reason_of(advice, key))
     console.print(table)
     if advice.at_start is not None:
-        measured = Table(
-            "zeroth-order block", "‖∇f‖²", "row noise S", "tr H", "κ", title="measured"
-        )
+        titles = ("zeroth-order block", "‖∇f‖²", "row noise S", "tr H", "κ")
+        measured = Table(*titles, title="measured")
         for name, found in (("at the start", advice.at_start), ("later", advice.at_later)):
             if found is not None:
                 cells = found.intervals().values()
@@ -146,7 +143,7 @@ def _show(advice: Advice, seconds: float) -> None:
         console.print(measured)
     if advice.first is not None:
         runs = Table("rate", "loss, held aside", "score", title="short trainings")
-        still = advice.first.runs[0].start
+        still = advice.first.runs[0].start  # Every short training starts from the same weights.
         runs.add_row("0", f"{still.held.mean():.4f}", f"{still.score:.4f}")
         for run in advice.first.runs:
             if run.blew_up:

@@ -43,5 +43,5 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; the entry point of the script `zofo`."""
+    """Run the command line. The script `zofo` calls this function."""
     app()

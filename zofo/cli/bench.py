@@ -1,4 +1,4 @@
-"""`zofo bench`: measure, print the tables, write the JSON."""
+"""`zofo bench`: measure what a step costs, print the tables and write the JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from zofo.errors import UserError
 if TYPE_CHECKING:
     from zofo.bench.settings import Settings
 
-_PLAIN_WIDTH = 160
-"""Columns where no terminal says how wide it is, so that no cell is cut."""
+_PLAIN_WIDTH = 160  # Without a terminal, as many columns show every cell in full.
 
 
 @app.command()
@@ -25,44 +24,53 @@ _PLAIN_WIDTH = 160
 def bench(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="With --whole-run: its values."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Values that override CONFIG of --whole-run."
+        ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Hub id, folder, alias, or random:llama-135m, random:llama-1b.")
+        str, typer.Option(help="Hub id, folder, alias, random:llama-135m or random:llama-1b.")
     ] = "smollm2-135m",
-    adapter: Annotated[str, typer.Option(help="lora, prompt, or any other adapter.")] = "lora",
-    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    adapter: Annotated[str, typer.Option(help="Kind of adapter, such as lora or prompt.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Number of rows in the batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Number of tokens per row.")] = 32,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the base: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[
-        str | None, typer.Option(help="Of the CPU; 1,2 runs each; default: torch's choice.")
+        str | None,
+        typer.Option(help="CPU threads. 1,2 measures with 1 and with 2. Default: torch's number."),
     ] = None,
     distribution: Annotated[
-        str, typer.Option(help="Of the directions in our steps: rademacher or gaussian.")
+        str, typer.Option(help="Distribution of zofo's directions: rademacher or gaussian.")
     ] = "rademacher",
-    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Number of samples of each contender.")] = 7,
     only: Annotated[
-        str | None, typer.Option(help="Contenders, separated by commas; default: all.")
+        str | None, typer.Option(help="Contenders, separated by commas. Default: all.")
     ] = None,
-    elements: Annotated[int, typer.Option(help="Weights the noise kernels work on.")] = 1 << 25,
-    noise_only: Annotated[bool, typer.Option("--noise-only", help="Only the kernels.")] = False,
-    no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the kernels.")] = False,
-    no_memory: Annotated[bool, typer.Option("--no-memory", help="Without peak memory.")] = False,
+    elements: Annotated[
+        int, typer.Option(help="Size of the weight that the noise kernels work on.")
+    ] = 1 << 25,
+    noise_only: Annotated[
+        bool, typer.Option("--noise-only", help="Measure only the noise kernels.")
+    ] = False,
+    no_noise: Annotated[bool, typer.Option("--no-noise", help="Skip the noise kernels.")] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Skip the peak memory.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write samples, ratios, environment here.")
+        Path | None, typer.Option("--json", help="JSON file for samples, ratios and environment.")
     ] = None,
     whole_run: Annotated[
         str | None,
         typer.Option(
             "--whole-run",
             metavar="CONFIG",
-            help="Instead: peak memory of a whole run of this configuration, phase by phase.",
+            help="Measure only the peak memory of a whole run of this configuration, by phase.",
         ),
     ] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure what a step costs: every method, ours and as published, and the noise kernels.
+    """Measure time and memory of a step of every method, and the speed of the noise kernels.
 
     zofo bench --threads 1,2 --json bench.json
 
@@ -98,14 +106,14 @@ def bench(
     )
     if memory_of is None:
         _measure(settings, json_file)
-    else:
+    else:  # This process was started by `zofo.bench.memory.measure`.
         from zofo.bench.memory import measure_here
 
         print(json.dumps(measure_here(settings, memory_of)))
 
 
 def _measure(settings: Settings, json_file: Path | None) -> None:
-    """Measure what the settings ask for; Ctrl-C keeps what was measured."""
+    """Measure what the settings ask for; Ctrl-C shows and writes what was measured until then."""
     from zofo.bench.report import show
     from zofo.bench.results import Results
     from zofo.bench.run import bench as measure
@@ -127,14 +135,14 @@ def _measure(settings: Settings, json_file: Path | None) -> None:
 
 
 def _measure_whole_run(
-    config: str, overrides: list[str], method: str | None, json_file: Path | None
+    config: str, overrides: list[str], part: str | None, json_file: Path | None
 ) -> None:
     from zofo.bench import whole_run
     from zofo.config.load import load_config
     from zofo.disk.files import write_json
 
-    if method is not None:
-        print(json.dumps(whole_run.measure_here(config, method)))
+    if part is not None:  # This process was started by `whole_run.measure`.
+        print(json.dumps(whole_run.measure_here(config, part)))
         return
     found = whole_run.measure(load_config(config, overrides=overrides), Console(stderr=True))
     whole_run.show(found, Console(highlight=False))

@@ -1,4 +1,4 @@
-"""`zofo convergence`: run the study of the theory and print its table of claims."""
+"""`zofo convergence`: test the claims of the theory and print a table of verdicts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 def convergence(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[EXPERIMENT]...", help="Experiments (see --list). Default: all."),
+        typer.Argument(metavar="[EXPERIMENT]...", help="Names from --list. Default: all."),
     ] = None,
-    to: Annotated[Path, typer.Option("--to", help="Folder of a new or an earlier study.")] = (
+    to: Annotated[Path, typer.Option("--to", help="Folder of a new study or an earlier one.")] = (
         Path("runs/convergence")
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A short trial with few seeds, epochs and rates.")
+        bool, typer.Option("--quick", help="Run a short trial with few seeds, epochs and rates.")
     ] = False,
     engine: Annotated[
-        str, typer.Option(help="compiled (fast), or optimizer (zofo.HybridOptimizer itself, slow).")
+        str, typer.Option(help="compiled (fast), or optimizer (slow: zofo.HybridOptimizer itself).")
     ] = "compiled",
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds of every cell. Default: 24, or 6 with --quick.")
+        int | None, typer.Option(help="Number of seeds per cell. Default: 24, or 6 with --quick.")
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
 ) -> None:

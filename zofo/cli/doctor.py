@@ -43,7 +43,7 @@ _DATA = {
 @app.command()
 @reports_errors
 def doctor() -> None:
-    """Show versions, devices, and embedded models and data, and check that they work."""
+    """Show versions, devices and the packages of models and data, and check that they work."""
     import torch
 
     from zofo import environment
@@ -82,6 +82,7 @@ def doctor() -> None:
 
 
 def _version(name: str) -> str | None:
+    """The version of an installed package, looked up without importing it; None if it is absent."""
     if importlib.util.find_spec(name) is None:
         return None
     try:
@@ -117,7 +118,7 @@ def _report_cache(console: Console) -> bool:
 
 
 def _report_directions(console: Console, device: str) -> bool:
-    """Print the noise backend of a device, and compare one of its directions with the reference."""
+    """Print the noise backend of a device and whether its signs equal those of the reference."""
     import torch
 
     from zofo.noise import backends, philox
@@ -126,7 +127,7 @@ def _report_directions(console: Console, device: str) -> bool:
     try:
         is_same = torch.equal(signs_on(device), expected.float())
         found = "as the reference" if is_same else "[red]WRONG[/red]"
-    except Exception as error:  # compilers and drivers raise errors of any type
+    except Exception as error:  # Compilers and drivers raise errors of any type.
         first = (str(error).strip().splitlines() or [""])[0]
         is_same, found = False, f"[red]fails[/red], {escape(f'{type(error).__name__}: {first}')}"
     console.print(f"directions on {device}: {backends.in_words(device)}; {found}")
@@ -134,11 +135,11 @@ def _report_directions(console: Console, device: str) -> bool:
 
 
 def signs_on(device: str) -> Tensor:
-    """A direction that a device has drawn, moved to the CPU: `[1000]`."""
+    """A Rademacher direction that the device draws, moved to the CPU: float32 [1000]."""
     import torch
 
     from zofo.noise.combine import combine
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the line printed above names a slow backend, too
+        warnings.simplefilter("ignore")  # The printed line already names a slow backend.
         return combine(torch.zeros(1000, device=device), (1.0,), seed=1, step=2, tensor=3).cpu()

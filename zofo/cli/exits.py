@@ -1,6 +1,6 @@
-"""The application, its exit codes and its handling of errors, shared by all commands.
+"""The application with its exit codes and its handling of errors, which all commands share.
 
-An error that the user can correct ends a command with one message and an exit code, without a
+If the user can correct an error, the command ends with a message and an exit code, and without a
 traceback.
 """
 
@@ -21,7 +21,7 @@ from zofo.errors import TrainingStoppedError, UserError
 
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
-EXIT_INTERRUPTED: Final = 130
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,12 +54,10 @@ def reports_errors(command: F) -> F:
             with warnings.catch_warnings(), _bitsandbytes_errors_only():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
-        except UserError as error:
+        except (UserError, TrainingStoppedError) as error:
             print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(EXIT_USER_ERROR) from None
-        except TrainingStoppedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(EXIT_STOPPED) from None
+            is_stopped = isinstance(error, TrainingStoppedError)
+            raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -68,13 +66,13 @@ def reports_errors(command: F) -> F:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning in one line, without its place in the code."""
+    """Print a warning on one line, without the file and line of code that raised it."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
 def _bitsandbytes_errors_only() -> Iterator[None]:
-    """Silence bitsandbytes: peft imports it, and it warns of kernels that zofo does not use."""
+    """Silence bitsandbytes, which peft imports: it warns of kernels that zofo does not use."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

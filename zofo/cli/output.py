@@ -1,4 +1,4 @@
-"""What the commands print with: consoles, tables and warnings."""
+"""Consoles, tables and warnings with which the commands print."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def stdout_console(plain_width: int = 160) -> Console:
-    """A console on standard output; `plain_width` columns where no terminal gives a width."""
+    """A console on standard output, `plain_width` columns wide if it is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else plain_width)
 
 
 def printable(text: str) -> Text:
-    """Text without markup and without control characters, which can move a terminal's cursor."""
+    """Text without markup or control characters, with which a name could move the cursor."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
@@ -47,7 +47,7 @@ def warn_of_idle_options(config: RunConfig) -> None:
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after Ctrl-C, or after the signal that a training run was stopped by."""
+    """The exit code after the signal that stopped a training run, or else after Ctrl-C."""
     from zofo.trainer.interrupt import TrainingInterrupt
 
     return error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED

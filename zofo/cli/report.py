@@ -1,4 +1,4 @@
-"""`zofo report`: print the main table and the verdict, and write the whole page."""
+"""`zofo report`: print the main table and the verdict, and write the page."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from zofo.errors import UserError
 if TYPE_CHECKING:
     from zofo.report.page import Report
 
+# A terminal has no room for these columns.
 _PAGE_ONLY = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
-"""Columns that only the page has room for."""
 
 
 @app.command()
 @reports_errors
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or a study's folder.")
+        list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or the folder of a study.")
     ],
-    to: Annotated[Path, typer.Option("--to", help="HTML page to write or replace.")] = (
+    to: Annotated[Path, typer.Option("--to", help="HTML file to write or replace.")] = (
         Path("report.html")
     ),
     markdown: Annotated[
@@ -43,7 +43,7 @@ def report(
     if markdown is not None:
         if markdown.expanduser().resolve() == to.expanduser().resolve():
             raise UserError(f"--markdown and --to are both {to}; give the page another name")
-        check_markdown_target(markdown)
+        check_markdown_target(markdown)  # Checked now, so that a wrong name costs no report.
     found = write_report(runs, to)
     if markdown is not None:
         write_markdown(found, markdown)

@@ -1,4 +1,4 @@
-"""`zofo export`, `info`, `replay` and `verify`: inspect and convert what a run has saved."""
+"""`zofo export`, `info`, `replay` and `verify`: convert and check the folders that runs wrote."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
 if TYPE_CHECKING:
     from zofo.saved.inspect import Info
 
-Trained = Annotated[Path, typer.Argument(help="Run folder, artefact, or checkpoint of a run.")]
+Trained = Annotated[Path, typer.Argument(help="Run folder, artefact or checkpoint of a run.")]
 Saved = Annotated[Path, typer.Argument(help="Run folder, artefact, checkpoint or export.")]
-NewFolder = Annotated[Path, typer.Option("--to", help="Folder to write; new or empty.")]
+NewFolder = Annotated[Path, typer.Option("--to", help="Folder to write, new or empty.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the dtype of the base.")
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest size of one safetensors file.")]
+ShardSize = Annotated[str, typer.Option(help="Size limit of one safetensors file.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the base's repository brings.")
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
 ]
 
 
@@ -50,7 +50,7 @@ def export(
     )
     console = Console(highlight=False, soft_wrap=True, markup=False)
     size = f"{exported.size_bytes / 2**20:.1f} MiB, {exported.dtype}"
-    parts = "one plain model" if exported.is_merged else "base, and adapter apart in its adapter/"
+    parts = "one plain model" if exported.is_merged else "the base, and the adapter in adapter/"
     console.print(f"export    {exported.path} ({size}): {parts}")
     console.print(
         f"checked   logits on {exported.inputs} differ from the trained model's by at most "
@@ -79,13 +79,15 @@ def info(
 @reports_errors
 def replay(
     path: Trained,
-    step: Annotated[int, typer.Option("--step", help="Updates of the base; 0 gives the original.")],
+    step: Annotated[
+        int, typer.Option("--step", help="Number of updates of the base; 0 gives the original.")
+    ],
     to: NewFolder,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the base after a number of updates, without adapter, as a Hugging Face folder."""
+    """Write the base as it was after a number of updates, as a plain Hugging Face folder."""
     from zofo.console import replay_bar
     from zofo.saved.export import replay_base
 
@@ -111,7 +113,7 @@ def verify(
     path: Saved,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Load a folder step by step and print each check. The exit code is 2 if a check fails."""
+    """Load a folder in steps, and print the check of each. If one fails, the exit code is 2."""
     from zofo.saved.verify import verify as checks_of
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -132,6 +134,7 @@ def _show_info(found: Info) -> None:
     checkpoints = ", ".join(
         f"{step}{'' if is_whole else ' (damaged)'}" for step, is_whole in found.checkpoints.items()
     )
+    num = found.num_recorded_steps
     rows = {
         "method": found.method,
         "base": found.base,
@@ -140,9 +143,7 @@ def _show_info(found: Info) -> None:
         "task": found.task,
         "seed": found.seed,
         "step": found.step,
-        "recorded": None
-        if found.num_recorded_steps is None
-        else f"{found.num_recorded_steps} updates of the base",
+        "recorded": None if num is None else f"{num} updates of the base",
         "checkpoints": checkpoints or None,
         "size": f"{found.size_bytes / 2**20:.2f} MiB",
     }

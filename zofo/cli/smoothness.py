@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.smoothness.options import SmoothnessOptions
 
-_PAGE_ONLY = ("stable_rank", "rounding", "num_parameters")
-"""Columns that only the page has room for."""
+_PAGE_ONLY = ("stable_rank", "rounding", "num_parameters")  # A terminal has no room for them.
 
 
 @app.command()
@@ -28,7 +27,7 @@ _PAGE_ONLY = ("stable_rank", "rounding", "num_parameters")
 def smoothness(
     arguments: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be measured and its cost.")
+        bool, typer.Option("--dry-run", help="Show the plan of the measurements with its cost.")
     ] = False,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Folder to continue.", metavar="FOLDER")
@@ -48,7 +47,7 @@ def smoothness(
     path, overrides = split_arguments(arguments)
     if resume is not None:
         if path is not None or overrides:
-            raise UserError("--resume continues a folder as it was begun; give it nothing else")
+            raise UserError("--resume uses the options of the folder; remove all other arguments")
         _measure(*saved_options(resume), resume)
         return
     config, options = load_smoothness(path, overrides)
@@ -68,7 +67,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     from zofo.smoothness.options import path_steps, planned_forwards, point_steps
     from zofo.tasks.load import load_splits
 
-    new_folder(config)  # a folder that cannot be written is reported now
+    new_folder(config)  # Reports a folder that cannot be written.
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
@@ -82,7 +81,7 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
         num_blocks=1 + orders.needs_adapter,
         num_parts=num_parts,
     )
-    in_batches = options.rows / config.batch_size
+    in_batches = options.rows / config.batch_size  # A forward-equivalent is a pass of one batch.
     console = stdout_console()
     table = RichTable("what", "when", "forwards of the rows", title=f"{options.rows} rows measured")
     steps = point_steps(options, plan.steps)
@@ -97,12 +96,12 @@ def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
         + (f", {plan.forward_equivalents:,} to train" if options.train else ", no training")
     )
     numbers = sum(total for _, _, total in plan.num_parameters.values())
-    gib = 4 * numbers / 2**30
+    gib = 4 * numbers / 2**30  # one vector over all weights, in float32
     kept = min(options.memory_bytes / 2**30, gib * options.lanczos_steps)
     console.print(
-        f"memory beside training: about {4 * gib + kept:.2f} GiB (copy, point and two gradients, "
-        f"Lanczos {kept:.2f}) and the graph of the gradient on {options.row_batch or options.rows} "
-        "rows"
+        f"memory in addition to training: about {4 * gib + kept:.2f} GiB (copy, point and two "
+        f"gradients, Lanczos {kept:.2f}) and the graph of the gradient on "
+        f"{options.row_batch or options.rows} rows"
     )
 
 

@@ -1,4 +1,4 @@
-"""`zofo study`: run a grid of runs, show its progress, or only show its plan."""
+"""`zofo study`: run a grid of runs, or show its progress or its plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zofo.study.progress import Summary
     from zofo.study.records import StudyFolder
 
-_NUM_SHOWN = 5
+_NUM_SHOWN = 5  # number of runs that a plan lists
 _PLAIN_WIDTH = 100
 
 
@@ -28,20 +28,22 @@ _PLAIN_WIDTH = 100
 @reports_errors
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="STUDY", help="YAML file, preset (laptop, paper), or folder.")
+        str, typer.Argument(metavar="STUDY", help="YAML file, preset (laptop or paper) or folder.")
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Values such as seeds=[0,1] output=studies/mine."
+            metavar="[KEY=VALUE]...", help="Options such as seeds=[0,1] output=studies/mine."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Parallel runs on this machine.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of parallel runs on this machine.")
+    ] = 1,
     join: Annotated[
-        bool, typer.Option("--join", help="Join a study that another process has started.")
+        bool, typer.Option("--join", help="Work on a study that another process has started.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Repeat the runs that have failed.")
+        bool, typer.Option("--retry-failed", help="Repeat the runs that failed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show counts, cost and the first configurations.")
@@ -70,7 +72,7 @@ def study(
 def _start(
     name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
 ) -> None:
-    """Run a study to its end; exit with code 1 if a run failed."""
+    """Run a study to its end. The exit code is 1 if a run failed."""
     from zofo.study.grid import expand
     from zofo.study.progress import StudyDisplay
     from zofo.study.spec import SPEC_FILE, load_spec
@@ -98,7 +100,7 @@ def _start(
     print(f"results in {folder / 'results.json'}, choices in {folder / 'selection.json'}")
     print(f"figures and statistics: zofo report {folder}")
     if summary.failed:
-        print("try what failed again with: zofo study --retry-failed", folder, file=sys.stderr)
+        print("repeat the failed runs with: zofo study --retry-failed", folder, file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -110,7 +112,7 @@ def _show_status(name: str, overrides: Sequence[str]) -> None:
     folder = Path(spec.output)
     if not (folder / SPEC_FILE).is_file():
         raise UserError(f"there is no study in {folder} yet; start it with: zofo study {name}")
-    grid = expand(load_spec(folder))
+    grid = expand(load_spec(folder))  # with the options that the study was started with
     _print(_summary(grid))
 
 
@@ -139,7 +141,7 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
     total = costs.total()
     console.print(
         f"{grid.num_runs} runs in {len(grid.rates)} cells, {len(grid.starts)} untrained models, "
-        f"about {total:,.0f} forward-equivalents of training, evaluations apart"
+        f"about {total:,.0f} forward-equivalents of training, without evaluations"
     )
     folder = StudyFolder(grid)
     found = [r for r in map(folder.record, grid.search) if r is not None]
@@ -147,23 +149,23 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
     console.print(
         "no run has been timed yet, so the hours are not known"
         if pace is None
-        else f"about {pace * total / 3600:.1f} hours of one worker ({pace:.3g} s a forward)"
+        else f"about {pace * total / 3600:.1f} hours of one worker ({pace:.3g} s per forward)"
     )
     for run in grid.search[:_NUM_SHOWN]:
         console.print(run.id, markup=False)
     more = len(grid.search) - _NUM_SHOWN
-    console.print(f"... and {more} searches more; the first of all:" if more > 0 else "the first:")
+    console.print(f"... and {more} more; the first in full:" if more > 0 else "the first in full:")
     console.print(grid.config(grid.search[0]).to_yaml(), markup=False)
 
 
 def _summary(grid: Grid) -> Summary:
-    """The state of a study, from its files and, where it exists, its queue."""
+    """The state of a study, from its files and from its queue if there is one."""
     from zofo.study.jobs import all_tasks
     from zofo.study.progress import Costs, summarize
     from zofo.study.records import StudyFolder
 
     folder = StudyFolder(grid)
-    folder.choices()
+    folder.choices()  # Chooses the rates of every cell whose search has ended by now.
     return summarize(folder, Costs(grid), all_tasks(grid), _running(folder))
 
 
@@ -171,6 +173,7 @@ def _running(folder: StudyFolder) -> list[str]:
     from zofo.study.queue import DATABASE_FILE, queue_of
 
     spec = folder.grid.spec
+    # Opening the queue would create its database.
     if spec.storage is None and not (folder.path / DATABASE_FILE).exists():
         return []
     queue = queue_of(spec)

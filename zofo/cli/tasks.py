@@ -1,4 +1,4 @@
-"""`zofo tasks`: list the tasks, or show one with its prompt and its rows."""
+"""`zofo tasks`: list the tasks, or show one with its prompt and its first row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tasks(
         typer.Argument(metavar="[KEY=VALUE]...", help="Options such as task.data_dir=rte seed=1."),
     ] = None,
 ) -> None:
-    """List the tasks, or show one with its prompt, its candidates and its rows."""
+    """List the tasks, or show one with its prompt, its candidates and its first row."""
     from zofo.tasks.families.table import BUILTIN
     from zofo.tasks.load import OWN_TASKS
 
@@ -35,9 +35,9 @@ def tasks(
     for key, task in BUILTIN.items():
         table.add_row(key, task.description, task.origin, "/".join(map(str, task.sizes)))
     for key, description in OWN_TASKS.items():
-        table.add_row(key, description, "task.train: a file or hub id", "carved, or your files")
+        table.add_row(key, description, "task.train: a file or hub id", "split off, or your files")
     console.print(table)
-    console.print("Sizes are upper limits. task.data_dir gives the rows of a built-in task, too.")
+    console.print("Sizes are upper limits. task.data_dir replaces the rows of a built-in task.")
 
 
 def _show_task(console: Console, name: str, overrides: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`zofo train`: start a run, continue one, or only show its plan."""
+"""`zofo train`: start a run, continue one, or show its plan."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 def train(
     arguments: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show configuration, parameters, memory and cost.")
+        bool, typer.Option("--dry-run", help="Show the configuration, parameters, memory and cost.")
     ] = False,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Run folder to continue.", metavar="RUN")
     ] = None,
 ) -> None:
-    """Fine-tune a model on a task, measure it before and after training, and save it.
+    """Fine-tune a model on a task, score it before and after training, and save it.
 
     zofo train configs/demo.yaml steps=100
 
@@ -71,7 +71,7 @@ def _show_plan(config: RunConfig) -> None:
     from zofo.run.plan import make_plan
     from zofo.run.prepare import new_folder
 
-    new_folder(config)  # a folder that cannot be written is reported now
+    new_folder(config)  # Reports a folder that cannot be written.
     plan = make_plan(config)
     console = Console(highlight=False)
     console.print(config.to_yaml(), markup=False)
@@ -141,21 +141,17 @@ def _show(result: Result) -> None:
 
 def _table(before: Metrics, after: Metrics) -> Table:
     table = Table("test", "before", "after", title=f"{after.num_rows} held-out rows")
+    titles = {"auc": "AUC", "f1": "F1", "exact_match": "exact match"}
+    if after.perplexity is not None:  # Where a task generates text, accuracy counts tokens.
+        titles["accuracy"] = "token accuracy"
     for name in _SHOWN:
         cells = _cell(before, name), _cell(after, name)
         if cells[1]:
-            table.add_row(_title(name, after), *cells)
+            table.add_row(titles.get(name, name), *cells)
     if after.majority is not None:
         rate = f"{after.majority:.3f}"
         table.add_row("majority class", rate, rate)
     return table
-
-
-def _title(name: str, metrics: Metrics) -> str:
-    titles = {"auc": "AUC", "f1": "F1", "exact_match": "exact match"}
-    if name in titles:
-        return titles[name]
-    return "token accuracy" if name == "accuracy" and metrics.perplexity is not None else name
 
 
 def _cell(metrics: Metrics, name: str) -> str:

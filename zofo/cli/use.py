@@ -1,4 +1,4 @@
-"""`zofo eval` and `zofo predict`: apply a trained or a pretrained model to rows."""
+"""`zofo eval` and `zofo predict`: apply a trained or pretrained model to rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zofo.saved.artifact import Artifact
 
 Target = Annotated[
-    str, typer.Argument(help="Run folder, artefact, or pretrained model (hub id, folder or alias).")
+    str, typer.Argument(help="Run folder, artefact or pretrained model (hub id, folder, alias).")
 ]
 
 
@@ -61,11 +61,8 @@ def evaluate(
     print(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
     for name in ("f1", "exact_match", "accuracy", "auc", "majority", "loss", "perplexity"):
         if name in values:
-            interval = (
-                f"  [{values[f'{name}_low']:.4f}, {values[f'{name}_high']:.4f}]"
-                if f"{name}_low" in values
-                else ""
-            )
+            low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+            interval = "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
             print(f"  {name:<11}{values[name]:.4f}{interval}")
 
 
@@ -80,7 +77,7 @@ def predict(
         Path | None,
         typer.Option(
             "--file",
-            help="File of rows (jsonl, csv, ...) with the task's columns; labels are optional.",
+            help="File of rows (jsonl, csv, ...) with the task's columns; labels may be absent.",
         ),
     ] = None,
     output: Annotated[
@@ -94,7 +91,7 @@ def predict(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens to write. Default: the task's limit, else 64."),
+        typer.Option(min=1, help="Limit of tokens to write. Default: the task's limit, else 64."),
     ] = None,
 ) -> None:
     """Predict labels with probabilities, or write completions, as one JSON object per row."""
@@ -105,23 +102,22 @@ def predict(
     from zofo.tasks.rows import read_table
 
     if bool(texts) == (file is not None):
-        raise UserError("give texts to predict, or --file with rows: one of the two")
+        raise UserError("give either texts to predict or --file with rows")
     table = read_table(str(file)) if file is not None else None
     artifact, config = _open(target, option or [])
     if table is None:
         table = table_of_texts(config.task, texts or [])
-    lines = []
     with new_progress(Console(stderr=True), "rows") as progress:
         task = progress.add_task("predicting", total=len(table.rows), text="")
-        for prediction in predictions(
+        found = predictions(
             artifact,
             config.task,
             table,
             batch_size=config.eval_batch_size,
             max_new_tokens=max_new_tokens,
             progress=lambda num: progress.advance(task, num),
-        ):
-            lines.append(json.dumps(prediction, ensure_ascii=False))
+        )
+        lines = [json.dumps(prediction, ensure_ascii=False) for prediction in found]
     text = "".join(f"{line}\n" for line in lines)
     if output is None:
         sys.stdout.write(text)
@@ -131,7 +127,7 @@ def predict(
 
 
 def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
-    """The model, and the configuration with task, seed, batch size and device."""
+    """Load the model, and the configuration with task, seed, batch size and device."""
     from zofo.config.load import load_config
     from zofo.console import replay_bar
     from zofo.environment import resolve_device
@@ -142,7 +138,7 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
     folder = Path(target).expanduser()
     is_artifact = any((f / HEADER_FILE).is_file() for f in (folder, folder / "artifact"))
     if not is_artifact and folder.is_dir() and not (folder / "config.json").exists():
-        find_artifact(folder)  # says what is missing
+        find_artifact(folder)  # Its error names the missing file.
     values: dict[str, Any] = {} if is_artifact else {"model": target}
     if is_artifact:
         header = read_header(find_artifact(folder))
@@ -150,7 +146,7 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
         own = values["task"].get("name")
         pairs = [override.partition("=") for override in given]
         if any(key in ("task", "task.name") and name != own for key, _, name in pairs):
-            values["task"] = {}  # sizes and files of one task mean nothing in another
+            values["task"] = {}  # Another task cannot use the sizes and files of this one.
     config = load_config(values=values, overrides=given)
     device = resolve_device(config.device)
     if is_artifact:

@@ -1,4 +1,4 @@
-"""Checks that concern more than one section of a run's configuration."""
+"""Checks between the fields of a run's configuration, which no single field can make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zofo.optim.options import STEP_KEYS
 
 
 def check_sections(config: RunConfig) -> list[str]:
-    """The problems between fields, which no single field shows."""
+    """A message for each combination of fields that cannot work."""
     from zofo.tasks.load import check_spec
 
     problems = check_spec(config.task)
@@ -35,13 +35,13 @@ def check_sections(config: RunConfig) -> list[str]:
         )
     if config.base_every > 1 and not method.first:
         problems.append(
-            f"base_every is {config.base_every} and method {config.method} moves nothing in "
+            f"base_every is {config.base_every} and method {config.method} would train nothing in "
             "the other steps; leave it at 1, or choose method hybrid"
         )
     if config.base_batch_fraction < 1 and not method.first:
         problems.append(
-            f"base_batch_fraction is {config.base_batch_fraction} and method {config.method} uses "
-            "the rest of the batch for nothing; lower batch_size, or choose method hybrid"
+            f"base_batch_fraction is {config.base_batch_fraction} and method {config.method} does "
+            "not use the rest of the batch; lower batch_size, or choose method hybrid"
         )
     if config.base_batch_fraction < 1 and config.sampling == "shuffle-once":
         problems.append(
@@ -79,7 +79,7 @@ def check_sections(config: RunConfig) -> list[str]:
 
 
 def _check_scores(config: RunConfig) -> list[str]:
-    """The problems of objectives and scores that the task does not have."""
+    """A message for each objective or score that the task does not have."""
     from zofo.tasks.load import writes_answers, writes_text
 
     problems = []
@@ -98,7 +98,7 @@ def _check_scores(config: RunConfig) -> list[str]:
 
 
 def idle_options(config: RunConfig) -> list[str]:
-    """Options given by the user that have no effect with the chosen method and adapter."""
+    """A message for each changed option without an effect with this method and adapter."""
     method, idle = METHODS[config.method], []
     for block in ("base", "adapter"):
         if getattr(method, block) == "frozen":

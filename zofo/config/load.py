@@ -1,4 +1,4 @@
-"""Read a configuration from YAML and `key=value` overrides, and describe its problems."""
+"""Read a configuration from YAML and `key=value` overrides, and report all its problems."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
-_SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}
+_SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}  # section -> key
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "task": TaskSpec,
 }
+# pydantic names the members of a union in the path of an error, where a user would not write them.
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
+# Measured on SmolLM2-135M with SST-2. The larger models of the paper need about 1e-6.
 _BASE_LR: Final = 1e-5
-"""Measured on SmolLM2-135M with SST-2. The larger models of the paper need about 1e-6."""
 
 
 def load_config(
@@ -38,8 +39,8 @@ def load_config(
     """Read, check and complete a configuration.
 
     Args:
-        path: the YAML file; None uses the defaults.
-        overrides: "key=value" with a YAML value; sections are dotted, as "task.num_train=500".
+        path: the YAML file; None for the defaults.
+        overrides: "key=value" with a YAML value and a dotted key, such as "task.num_train=500".
         values: a mapping that replaces the file.
 
     Raises:
@@ -58,13 +59,13 @@ def load_config(
         config = RunConfig.model_validate(given)
     except ValidationError as error:
         found = error.errors()
-        # A wrong entry of a map of rates is reported once, not again for the whole map.
+        # pydantic reports a wrong entry of a map of rates twice, the second time for the whole map.
         inner = [
             e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
         ]
         found = inner or found
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
-        # The wrong keys are dropped, so that the problems between sections are reported as well.
+        # Without the wrong keys, the checks between sections can run and report their problems too.
         for e in found:
             _drop(given, e["loc"])
         with contextlib.suppress(ValidationError):
@@ -77,7 +78,7 @@ def load_config(
 
 
 def join_problems(where: str, problems: Sequence[str]) -> str:
-    """One message with all problems of a configuration."""
+    """One message that lists all problems of a configuration."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
     return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -92,18 +93,19 @@ def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(given: dict[str, Any], override: str) -> list[str]:
-    """Write "key=value" into a configuration; return the problems of its form."""
+    """Set "key=value" in a configuration; return a message if it has another form."""
     key, mark, text = override.partition("=")
     if not mark or not key.strip():
         return [f"{override!r} is not of the form key=value"]
     try:
         value = parse_yaml(text)
     except yaml.YAMLError:
-        value = text
+        value = text  # A text such as "[x" need not be YAML.
     path = key.strip().split(".")
     if len(path) == 1 and path[0] in _SHORTHANDS and isinstance(value, str):
         path.append(_SHORTHANDS[path[0]])
     target = given
+    # Each section is copied before it changes, because the caller's mapping may share it.
     for part in path[:-1]:
         inner = target.get(part)
         target[part] = dict(inner) if isinstance(inner, dict) else {}
@@ -113,6 +115,7 @@ def apply_override(given: dict[str, Any], override: str) -> list[str]:
 
 
 def _drop(given: dict[str, Any], path: Sequence[Any]) -> None:
+    """Remove the key that an error names; the path may also name a member of a union below it."""
     target: Any = given
     for part in path[:-1]:
         if not isinstance(target, dict) or not isinstance(target.get(part), dict):
@@ -133,7 +136,7 @@ def describe_problem(error: Any) -> str:
         known = list(section.model_fields)
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         if not near:
-            # A key that another section has was probably written without its prefix.
+            # If another section has the key, its prefix was probably forgotten.
             homes = (n for n, model in _SECTIONS.items() if str(path[-1]) in model.model_fields)
             near = [f"{name}.{path[-1]}" for name in sorted(homes)][:1]
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

@@ -1,7 +1,7 @@
 """The schema of a run's configuration: its keys, their types, defaults and descriptions.
 
-The descriptions appear in the reference of the documentation. Learning rates that the user leaves
-out depend on method and adapter, so that `zofo.config.load` fills them in.
+The documentation shows the descriptions. The default learning rates depend on method and adapter,
+so `zofo.config.load` fills them in.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from zofo.optim.options import STEP_KEYS, Radius, StepOptions
 from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"
-AUTO_KEYS: Final = ("base_lr", "adapter_lr", "eps")
-"""Keys whose values `zofo.run.auto` can measure before a run begins."""
+AUTO_KEYS: Final = ("base_lr", "adapter_lr", "eps")  # `zofo.run.auto` can measure them.
 
 
 def _is_auto(value: Any) -> str:
+    """The tag of the union's member, so that pydantic reports errors of that member only."""
     return AUTO if value == AUTO else "number"
 
 
@@ -44,8 +44,8 @@ BaseRate = Annotated[
     Annotated[float | dict[str, float], Tag("number")] | _Auto, Discriminator(_is_auto)
 ]
 
+# The usual rate of full fine-tuning with AdamW, where the search for the rate of fo-ft begins.
 FIRST_ORDER_BASE_LR: Final = 1e-5
-"""The search for the rate of fo-ft begins at this usual rate of full fine-tuning with AdamW."""
 
 
 class _Section(BaseModel):
@@ -54,7 +54,7 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_of_reasonable_size(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, int) and abs(value) >= 1 << 63:
+        if isinstance(value, int) and abs(value) >= 1 << 63:  # int64 overflows there.
             raise ValueError("must fit in 64 bits")
         if isinstance(value, float) and not math.isfinite(value) and info.field_name != "base_lr":
             raise ValueError("must be finite")
@@ -106,7 +106,7 @@ class AdapterConfig(_Section):
 
     @property
     def label(self) -> str:
-        """What results and folders call it: its type, or the name of its file."""
+        """Its name in results and folders: the type, or the name of the configuration file."""
         return self.type if self.config_file is None else Path(self.config_file).stem
 
     def build(self, model: Any, head: str, tokenizer: Any, *, seed: int = 0) -> Any:
@@ -203,7 +203,7 @@ class RunConfig(_Section, StepOptions):
 
     @property
     def auto_keys(self) -> tuple[str, ...]:
-        """The keys to measure before the run begins: those that are auto and that it uses."""
+        """The keys that are auto and that the method uses, so the run begins by measuring them."""
         method = METHODS[self.method]
         orders = {"base_lr": method.base, "adapter_lr": method.adapter}
         orders["eps"] = "zeroth" if method.zeroth else "frozen"

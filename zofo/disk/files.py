@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never as pickles."""
+"""Files that are written whole or not at all, and never as pickles, which could run code."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from torch import Tensor
 
 from zofo.errors import UserError
 
-_MAX_JSON_BYTES: Final = 1 << 24
-"""Far beyond what any file of ours takes."""
+_MAX_JSON_BYTES: Final = 1 << 24  # far larger than any JSON file of zofo
 
 
 @contextmanager
 def refusing(problem: str, remedy: str = "copy it again") -> Iterator[None]:
-    """Turn whatever another library raises on a damaged or hostile file into a `UserError`.
+    """Turn every exception that a library raises on a damaged or hostile file into a `UserError`.
 
     Args:
-        problem: how the message begins, such as "FILE is damaged".
-        remedy: how it ends.
+        problem: beginning of the message, such as "FILE is damaged".
+        remedy: end of the message.
 
     Raises:
-        UserError: for any exception but Ctrl-C and the like.
+        UserError: for any `Exception`; Ctrl-C passes unchanged.
     """
     try:
         yield
@@ -44,21 +43,23 @@ def refusing(problem: str, remedy: str = "copy it again") -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well.
+    """A temporary file that replaces `path` when the block ends without an error.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the file cannot be written.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A rename is atomic only within a file system, so the temporary file lies beside `path`.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
         yield temporary
+        # Without the flush, a power cut after the rename could leave an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read.
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -71,11 +72,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
-    """Why nothing could be written there, so that it can be said before any work; None if it can.
+    """Why a file, or a folder, cannot be written, for checks before long work; None if it can.
 
-    Args:
-        path: of a file that is to be written, or of a folder; neither need exist.
-        is_folder: whether it is a folder.
+    Neither the path nor the folders above it need to exist.
     """
     there = path
     try:
@@ -83,12 +82,13 @@ def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
             return f"{path} is a file; name a folder"
         if not is_folder and path.is_dir():
             return f"{path} is a folder; name a file"
+        # The nearest existing folder is where a missing path would be made.
         candidates = [path.absolute(), *path.absolute().parents][0 if is_folder else 1 :]
         there = next(folder for folder in candidates if folder.exists())
         with tempfile.TemporaryFile(dir=there):
             return None
     except NotADirectoryError:
-        return f"{path} cannot be written, since {there} is a file; choose another folder"
+        return f"{path} cannot be written, because {there} is a file; choose another folder"
     except OSError as error:
         reason = error.strerror or error
         return f"{path} cannot be written in {there} ({reason}); choose another folder"
@@ -106,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A copy of the value with None for each infinite or undefined number, for JSON."""
+    """A copy of the value with None for each infinity and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -115,10 +115,10 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON as the standard has it: without NaN and infinities.
+    """Read a JSON file by the standard, which has no NaN and no infinities.
 
     Raises:
-        UserError: if it is missing, damaged, or too large to be a file of ours.
+        UserError: if it is missing, damaged, or larger than any JSON file of zofo.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -133,7 +133,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes: 32 hex digits.
+    """BLAKE2b digest of a file's bytes: 32 hex digits.
 
     Raises:
         UserError: if it cannot be read.
@@ -146,7 +146,7 @@ def file_digest(path: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """Digest of a JSON value, whatever the order of its keys: 32 hex digits."""
+    """BLAKE2b digest of a JSON value, independent of the order of its keys: 32 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -160,7 +160,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors and metadata.
+    """Read the tensors and the metadata of a safetensors file.
 
     Raises:
         UserError: if it is missing or damaged.
@@ -174,10 +174,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors in safetensors files, read from the disk each time one is asked for.
+    """Tensors in safetensors files, each read from the disk at every access.
 
-    A file that stays mapped keeps every page that was read resident. Each access therefore maps the
-    file anew, and its pages go with the tensor: whoever takes one tensor after the other holds one.
+    While a file stays mapped, every page that was read stays resident. Each access therefore maps
+    the file anew, and its pages are freed with the tensor. A loop over the tensors holds only one.
 
     Args:
         places: name -> file, and key of the tensor in it.
@@ -200,7 +200,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return tensor.to(self._dtypes.get(name, tensor.dtype))
 
     def under(self, keys: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> StoredTensors:
-        """The same tensors under other names (name -> name here), returned in these dtypes."""
+        """The same tensors under new names (new name -> name here), returned in these dtypes."""
         return StoredTensors({name: self._places[keys[name]] for name in keys}, dtypes)
 
     def __iter__(self) -> Iterator[str]:
@@ -211,7 +211,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def open_tensors(*paths: Path) -> tuple[StoredTensors, dict[str, str]]:
-    """The tensors of safetensors files, to be read one at a time, and the last file's metadata.
+    """Open safetensors files: the tensors, read at each access, and the last file's metadata.
 
     Raises:
         UserError: if a file is missing or its header is damaged.
@@ -232,12 +232,13 @@ def open_tensors(*paths: Path) -> tuple[StoredTensors, dict[str, str]]:
 def fingerprint(
     tensors: Mapping[str, Tensor], *, progress: Callable[[int], None] | None = None
 ) -> str:
-    """Digest of names, dtypes, shapes and bits, whatever the order: 32 hex digits."""
+    """BLAKE2b digest of names, dtypes, shapes and bits, sorted by name: 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
+            # Viewed as bytes, because numpy has no bfloat16.
             digest.update(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
         if progress is not None:
             progress(tensor.numel() * tensor.element_size())

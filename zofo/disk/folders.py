@@ -15,13 +15,8 @@ from typing import Final
 from zofo.disk.files import file_digest
 from zofo.errors import UserError
 
-LIST_FILE: Final = "zofo_files.json"
-"""Name, size and digest of every other file."""
-
-
-HIDDEN: Final = ".partial"
-
-
+LIST_FILE: Final = "zofo_files.json"  # lists name, size and digest of every other file
+HIDDEN: Final = ".partial"  # ending of folders that are incomplete or about to be removed
 _REMEDY: Final = (
     "Older checkpoints are as they were: free space or make the folder writable again, and "
     "continue from the newest"
@@ -32,16 +27,16 @@ _REMEDY: Final = (
 def writing_folder(
     place: Path, *, remedy: str = _REMEDY, is_checkpoint: bool = True
 ) -> Iterator[Path]:
-    """A hidden folder that becomes `place` when the block ends well.
+    """A hidden folder that becomes `place` when the block ends without an error.
 
     Args:
-        place: where the folder goes.
-        remedy: how the message about a failed write ends.
-        is_checkpoint: list the files with their digests, and replace what lies at `place`. If
-            not, `place` must not exist, or be empty, and the folders above it are made.
+        place: path of the finished folder.
+        remedy: end of the message about a failed write.
+        is_checkpoint: whether to list the files with their digests and to replace a folder at
+            `place`. If not, `place` must be empty or not exist, and its parents are created.
 
     Raises:
-        UserError: if it cannot be written; what lay at `place` is then still there.
+        UserError: if it cannot be written; a folder at `place` is then unchanged.
     """
     hidden: Path | None = None
     try:
@@ -49,17 +44,19 @@ def writing_folder(
             place.parent.mkdir(parents=True, exist_ok=True)
         name = tempfile.mkdtemp(HIDDEN, f".{place.name}.", place.parent)
         hidden = Path(name)
+        # The inner folder has the final name, because Trainer writes to FOLDER/checkpoint-N.
         staged = hidden / place.name
         staged.mkdir()
         yield staged
         if is_checkpoint:
             _list_files(staged)
+        # Everything is on the disk before the rename, so that a power cut leaves no partial folder.
         for path in (*staged.rglob("*"), staged):
             _flush(path)
         if is_checkpoint and place.exists():
             discard(place)
         staged.replace(place)
-        _flush(place.parent)
+        _flush(place.parent)  # The rename is an entry of the parent.
     except Exception as error:
         reason = _reason(error)
         if reason is None:
@@ -71,7 +68,8 @@ def writing_folder(
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
+    """Remove a folder. A kill during the removal leaves no part of it under its name."""
+    # A rename is atomic, and the removal of many files is not.
     hidden = folder.parent / f".{folder.name}.old{HIDDEN}"
     shutil.rmtree(hidden, ignore_errors=True)
     folder.replace(hidden)
@@ -79,7 +77,6 @@ def discard(folder: Path) -> None:
 
 
 def _list_files(folder: Path) -> None:
-    """Write the list of the files."""
     listed = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -93,7 +90,7 @@ def _list_files(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and need not
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders.
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -103,12 +100,12 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """What a failed write says, in words; None for errors of another kind."""
+    """The reason of a failed write, in words; None for an error of another kind."""
     if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # safetensors and torch.save wrap the system's error in their own.
+    # safetensors and torch.save wrap the error of the system in errors of their own.
     text = f"{type(error).__name__}: {error}"
     if "No space left" in text or "os error 28" in text:
         return os.strerror(errno.ENOSPC)

@@ -15,17 +15,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "aliases are not read, write the value out",
-                self.peek_event().start_mark,
-            )
+            where = self.peek_event().start_mark
+            problem = "aliases are not read, write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, where)
         return super().compose_node(parent, index)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML; raise `yaml.YAMLError` also for invalid dates and for too deep a nesting."""
+    """Parse YAML. Invalid dates and too deep a nesting also raise `yaml.YAMLError`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError, RecursionError) as error:

@@ -1,8 +1,11 @@
 """The kinds of adapter, with the options and the default learning rates of each.
 
 First-order rates are for AdamW, and zeroth-order rates for the plain steps of zo-peft. "Paper" is
-arXiv 2604.09940. Its grids for zeroth-order adapters are: for LoRA and prompt, lr 1e-3 to 1e-6 and
-eps 1e-2 to 1e-4; for prefix, lr 1e-2 to 1e-4 and eps 1e-1.
+arXiv 2604.09940. Its grids for zeroth-order adapters are:
+
+    adapter         learning rate    smoothing radius eps
+    LoRA, prompt    1e-3 to 1e-6     1e-2 to 1e-4
+    prefix          1e-2 to 1e-4     1e-1
 """
 
 from __future__ import annotations
@@ -19,25 +22,17 @@ _LORA_OPTIONS: Final = ("r", "alpha", "dropout", "targets")
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """A kind of adapter; each `_source` says where the value before it comes from.
+    """A kind of adapter; each `_source` names the origin of the value before it."""
 
-    Attributes:
-        description: the trained parameters.
-        options: keys of the configuration's `adapter` that it uses, besides `type`.
-        lr: first-order learning rate.
-        zo_lr, zo_eps: learning rate and smoothing radius of zeroth-order steps.
-        num_virtual_tokens: default length; None for kinds without virtual tokens.
-    """
-
-    description: str
-    options: tuple[str, ...]
-    lr: float
+    description: str  # the trained parameters
+    options: tuple[str, ...]  # keys of the configuration's `adapter` that it uses, besides `type`
+    lr: float  # first-order learning rate
     lr_source: str
-    zo_lr: float
+    zo_lr: float  # learning rate of zeroth-order steps
     zo_lr_source: str
-    zo_eps: float = 1e-3
+    zo_eps: float = 1e-3  # smoothing radius of zeroth-order steps
     zo_eps_source: str = "MeZO"
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: int | None = None  # default length of kinds with virtual tokens
 
 
 KINDS: Final[Mapping[str, AdapterKind]] = {
@@ -105,4 +100,4 @@ KINDS: Final[Mapping[str, AdapterKind]] = {
         num_virtual_tokens=10,
     ),
 }
-"""The lengths are those of the paper; p-tuning takes the length of prompt."""
+"""The lengths are those of the paper. For p-tuning, it is the length of prompt."""

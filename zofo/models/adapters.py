@@ -1,7 +1,7 @@
-"""PEFT adapters by name, or any configuration of `peft` from a file.
+"""Adapters of `peft`, by name or from any configuration file.
 
-Initial values follow the paper where peft's do not (`zofo.models.initial_values`). LoRA: r 8,
-alpha 16, on query and value, as there.
+The initial values of prompts and prefixes follow the paper (`zofo.models.initial_values`). So do
+the defaults of LoRA: r 8 and alpha 16, on query and value.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ _TASK_TYPES: Final = {
     "classification": "SEQ_CLS",
     "seq2seq": "SEQ_2_SEQ_LM",
 }
-_PAPERS_TARGETS: Final = {
-    "lora": ("q_proj", "v_proj"),
-    "ia3": ("k_proj", "v_proj", "down_proj"),
+_PAPERS_TARGETS: Final = {  # for architectures that peft does not know
+    "lora": ("q_proj", "v_proj"),  # as in the paper
+    "ia3": ("k_proj", "v_proj", "down_proj"),  # as peft chooses for Llama
 }
-"""For architectures that peft does not know: the paper's, and those that peft gives Llama."""
-_PEFTS_ERRORS: Final = (
+_PEFTS_ERRORS: Final = (  # raised by peft if an adapter does not suit a model
     ValueError,
     KeyError,
     AttributeError,
@@ -61,24 +60,24 @@ def create_adapter(
     config_file: str | Path | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Attach an adapter.
+    """Attach an adapter to a model.
 
     Args:
-        model: the base; changed in place by tuners such as LoRA.
-        type: a name in `zofo.models.adapter_kinds.KINDS`; ignored when `config_file` is given.
+        model: the base. Adapters such as LoRA change it in place.
+        type: a name in `zofo.models.adapter_kinds.KINDS`; ignored if `config_file` is given.
         head: the head of the model.
-        tokenizer: for `init_text`.
-        r: rank of LoRA and its kin.
-        alpha: LoRA's and DoRA's scale is alpha / r, rsLoRA's alpha / sqrt(r).
-        dropout: on the input of LoRA and its kin.
-        targets: names of the modules that get LoRA, its kin or IA3: ends of module names,
+        tokenizer: the tokenizer of the model, which `init_text` needs.
+        r: rank of LoRA, DoRA and rsLoRA.
+        alpha: the scale of LoRA and DoRA is alpha / r, that of rsLoRA is alpha / sqrt(r).
+        dropout: dropout on the input of LoRA, DoRA and rsLoRA.
+        targets: the modules that LoRA, DoRA, rsLoRA and IA3 adapt: ends of module names,
             "all-linear", or None for peft's choice for this architecture. Each must match at least
             one linear module.
         num_virtual_tokens: length of prefix (default 5), prompt or p-tuning (default 10).
         init_text: text whose tokens (prompt) or activations (prefix) are the initial values;
-            default: tokens drawn from the vocabulary by `seed`.
-        config_file: JSON or YAML of a `peft.PeftConfig`, with its `peft_type`.
-        seed: of the initial values; global generators are left alone.
+            default: random tokens of the vocabulary.
+        config_file: a JSON or YAML file of a `peft.PeftConfig` with its `peft_type`.
+        seed: seed of the initial values. Global generators keep their state.
 
     Raises:
         UserError: for an unknown type, a target that matches nothing, an unreadable file, or an
@@ -154,7 +153,7 @@ def _ia3_config(model: nn.Module, task: Any, targets: Any) -> Any:
 
 
 def _prompt_config(model: nn.Module, type: str, task: Any, num: int) -> Any:
-    """Of prefix, prompt and p-tuning, in the sizes that the model has and not those peft infers."""
+    """The configuration of prefix, prompt or p-tuning, with sizes read from the model."""
     import peft
 
     config: Any = model.config
@@ -163,14 +162,14 @@ def _prompt_config(model: nn.Module, type: str, task: Any, num: int) -> Any:
     if type != "prefix":
         values["token_dim"] = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         if is_pair:
-            # peft's default makes a second prompt for the decoder and does not use it.
+            # By default, peft makes a second prompt for the decoder and does not use it.
             values["num_transformer_submodules"] = 1
         return (peft.PromptTuningConfig if type == "prompt" else peft.PromptEncoderConfig)(**values)
     if is_pair:
         values["num_layers"] = _first(config, "num_decoder_layers", "decoder_layers")
         heads = _first(config, "decoder_attention_heads", "num_heads", "num_attention_heads")
         values["num_attention_heads"] = heads
-        if hasattr(config, "d_kv"):  # T5's heads need not add up to the width
+        if hasattr(config, "d_kv"):  # The heads of T5 need not add up to the hidden size.
             values["token_dim"] = heads * config.d_kv
     return peft.PrefixTuningConfig(**values)
 
@@ -181,7 +180,7 @@ def _first(config: Any, *names: str) -> Any:
 
 
 def _require_cache(model: Any, config: Any) -> None:
-    """Refuse a prefix where the model takes none, before it is attached."""
+    """Refuse a prefix for a model that takes no cache, before the prefix is attached."""
     if _kind_of(config) != "PREFIX_TUNING":
         return
     if not takes(model, "past_key_values") and not takes(model.base_model, "past_key_values"):
@@ -193,13 +192,13 @@ def _require_cache(model: Any, config: Any) -> None:
 
 @torch.no_grad()
 def _try_out(model: Any) -> None:
-    """One forward of one token: some of peft's limits show only there."""
+    """Run one forward pass of one token, because some limits of peft show only there."""
     base = model.get_base_model()
     embeddings = base.get_input_embeddings().weight
-    # bitsandbytes packs 4-bit weights for good when they are evaluated without gradients.
+    # bitsandbytes packs 4-bit weights irreversibly when they are evaluated without gradients.
     if embeddings.device.type == "meta" or getattr(base, "is_quantized", False):
         return
-    ids = torch.ones((1, 1), dtype=torch.long, device=embeddings.device)
+    ids = torch.ones((1, 1), dtype=torch.long, device=embeddings.device)  # [rows, tokens]
     inputs = {"input_ids": ids, "attention_mask": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
@@ -219,12 +218,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _matches(name: str, target: str) -> bool:
-    """Peft's rule for lists of names."""
+    """Whether a module name matches a target, by peft's rule for lists of names."""
     return name == target or name.endswith(f".{target}")
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str] | None, kind: str = "lora") -> Any:
-    """As peft wants them: a list of names, a pattern, or "all-linear"."""
+    """The targets in peft's form: a list of names, a pattern, or "all-linear"."""
     if targets is None:
         known = _pefts_targets(model, kind)
         if isinstance(known, str):  # a pattern
@@ -241,13 +240,9 @@ def _targets(model: nn.Module, targets: str | Sequence[str] | None, kind: str = 
 
 
 def _pefts_targets(model: nn.Module, kind: str) -> Any:
-    """Peft's choice for the architecture; if it knows none, the paper's if they are there."""
-    from peft.utils import (
-        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3,
-    )
-    from peft.utils import (
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA,
-    )
+    """Peft's targets for the architecture, or else `_PAPERS_TARGETS` if the model has them."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
 
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     known = (IA3 if kind == "ia3" else LORA).get(model_type)
@@ -263,7 +258,7 @@ def _pefts_targets(model: nn.Module, kind: str) -> Any:
 
 
 def _feedforward_of(model: nn.Module, targets: Any) -> list[str]:
-    """Those targets whose input IA3 scales, and not their output."""
+    """The targets whose input IA3 scales instead of their output."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as KNOWN
 
     model_type = getattr(getattr(model, "config", None), "model_type", "")
@@ -290,7 +285,7 @@ def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
 
 
 def _are_transposed(model: nn.Module, targets: Any) -> bool:
-    """GPT-2's Conv1D stores weights as [in, out]."""
+    """Whether the targets store weights as [in, out], as the Conv1D of GPT-2 does."""
     from transformers.pytorch_utils import Conv1D
 
     if targets == "all-linear":
@@ -330,7 +325,7 @@ def _config_from_file(path: Path, task: Any) -> Any:
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
-    """The model with a saved adapter, as a `PeftModel`.
+    """Attach a saved adapter to a model, as a `PeftModel`.
 
     Raises:
         UserError: if the files are damaged, lack tensors, or do not fit the model.
@@ -342,6 +337,7 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
         if not (folder / "adapter_config.json").is_file():
             raise FileNotFoundError("adapter_config.json is missing")
         with quiet():
+            # peft only warns of missing tensors and would keep initial values in their place.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
 
@@ -355,16 +351,17 @@ def is_peft(model: Any) -> bool:
 
 
 def save_prompt_encoder(model: Any, folder: Path) -> None:
-    """Write the parameters of a prompt encoder; nothing for other adapters.
+    """Write the parameters of a prompt encoder; other adapters have none.
 
-    peft saves what the encoder puts out, from which a reparametrised one cannot be trained further.
+    peft saves only the output of the encoder. To continue training, the encoder needs its own
+    parameters.
     """
     if is_peft(model) and hasattr(model, "prompt_encoder"):
         write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load the active adapter into its parameters in place, values and dtypes as saved.
+    """Load the active adapter into its parameters in place.
 
     Raises:
         UserError: if its files are damaged, or do not belong to the trajectory beside them.
@@ -386,12 +383,12 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def adapter_folder(folder: Path, name: str) -> Path:
-    """Where peft saves the adapter of that name."""
+    """The folder in which peft saves the adapter of that name."""
     return folder if name == "default" else folder / name
 
 
 def adapter_digests(folder: Path, name: str) -> dict[str, str]:
-    """File -> digest of all that loading that adapter reads."""
+    """File -> digest, for each file that loading the adapter reads."""
     adapter = adapter_folder(folder, name)
     paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
     return {

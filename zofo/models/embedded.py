@@ -1,4 +1,4 @@
-"""Models inside Python packages; each is converted once into the cache folder."""
+"""Models inside Python packages. A GGUF file is converted once into the cache folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,12 @@ from zofo.errors import UserError
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model inside an installed package.
+    """A model inside an installed package."""
 
-    Attributes:
-        package: name on the package index.
-        module: the package's folder among the installed ones.
-        file: GGUF file or model folder, relative to `module`.
-        origin: hub id of the original.
-    """
-
-    package: str
-    module: str
-    file: str
-    origin: str
+    package: str  # name on the package index
+    module: str  # name of the installed package's folder
+    file: str  # GGUF file or model folder, relative to `module`
+    origin: str  # hub id of the original
 
 
 ALIASES: Final = {
@@ -52,7 +45,7 @@ ALIASES: Final = {
 
 
 def cache_root() -> Path:
-    """$ZOFO_CACHE, else zofo in $XDG_CACHE_HOME, else ~/.cache/zofo."""
+    """The folder $ZOFO_CACHE, or else $XDG_CACHE_HOME/zofo, or else ~/.cache/zofo."""
     own, shared = os.environ.get("ZOFO_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own).expanduser()
@@ -92,12 +85,13 @@ def embedded_folder(alias: str, embedded: Embedded) -> Path:
 
 
 def _without_quantizer(model: Any) -> Any:
-    """The same weights in a model that has no link to the GGUF file, and so can be saved."""
+    """The same weights in a model without a link to the GGUF file, which can be saved."""
     import transformers as hf
 
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # On the meta device the new model has no memory of its own; it takes over the loaded tensors.
     with torch.device("meta"):
         plain: Any = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict(), assign=True)
@@ -106,7 +100,7 @@ def _without_quantizer(model: Any) -> Any:
 
 
 def _convert(source: Path, target: Path, alias: str) -> None:
-    """Convert a GGUF file to a model folder, which appears only when it is complete."""
+    """Convert a GGUF file to a model folder, which appears only once it is complete."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {alias} needs the package gguf; run 'pip install zofo[embedded]'")
     import transformers as hf
@@ -130,7 +124,7 @@ def _convert(source: Path, target: Path, alias: str) -> None:
             _without_quantizer(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        # If another process finished first, its equal copy stays.
+        # If another process finished first, the rename fails and its equal copy stays.
         with contextlib.suppress(OSError):
             temporary.replace(target)
     except OSError as error:
@@ -141,4 +135,4 @@ def _convert(source: Path, target: Path, alias: str) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if not (target / "config.json").exists():
-        raise UserError(f"{target} is in the way of the cache; remove it")
+        raise UserError(f"{target} is not the converted model; remove it and try again")

@@ -1,10 +1,9 @@
 """Initial values of prompts and prefixes: embeddings and activations of real tokens.
 
-This is the setup of the paper (arXiv 2604.09940). A decoder then computes the same as if the text
-stood before the input. An encoder's prefix holds the keys and values of the text read alone.
-
-An encoder-decoder keeps random values, because peft shares one prefix between the decoder layers
-i and i + L / 2 of L.
+This is the setup of the paper (arXiv 2604.09940). At first, a decoder then computes the same as if
+the text stood before the input. The prefix of an encoder holds the keys and values that the text
+has alone. The prefix of an encoder-decoder keeps random values, because peft shares it between the
+decoder layers i and i + L / 2 of L layers.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def set_initial_values(
         model: the `PeftModel`.
         type: "prefix" or "prompt".
         num: its length in tokens.
-        tokenizer: needed for `init_text`.
-        init_text: initial text, repeated or cut to the length; None takes random tokens.
+        tokenizer: the tokenizer of the model, which `init_text` needs.
+        init_text: initial text, repeated or cut to the length; None for random tokens.
 
     Raises:
         UserError: if the text holds no token, or there is no tokenizer for it.
@@ -57,6 +56,7 @@ def set_initial_values(
 
 
 def _tokens(num_known: int, num: int, tokenizer: Any, init_text: str | None) -> Tensor:
+    """The initial tokens on the CPU, whatever torch's default device is: int64 [num]."""
     if init_text is None:
         return torch.randint(num_known, (num,), device="cpu")
     if tokenizer is None:

@@ -1,6 +1,6 @@
-"""Load models and tokenizers by hub id, local folder or built-in alias.
+"""Load models and tokenizers by hub id, local folder or alias.
 
-An alias names a model inside a Python package, see `zofo.models.embedded`.
+An alias names a model inside a Python package (`zofo.models.embedded`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES: Final = {
 
 
 def resolve(name: str) -> str:
-    """The folder of an alias, which is converted at its first use, or else the folder or hub id.
+    """The folder of an alias, or else the given folder or hub id.
 
     Raises:
         UserError: if an alias lacks its package, a folder holds no model, or a name is unknown.
@@ -63,19 +63,19 @@ def load_model(
     seed: int = 0,
     tokenizer: Any = None,
 ) -> tuple[nn.Module, Any]:
-    """A pretrained model and its tokenizer.
+    """Load a pretrained model and its tokenizer.
 
     Args:
         name: alias, folder or hub id.
-        head: "causal-lm", "seq2seq" for encoder-decoders, or "classification" for a fresh head
-            over encoders' outputs.
+        head: "causal-lm", "seq2seq" for encoder-decoders, or "classification" for a new head on an
+            encoder.
         dtype: "float32", "bfloat16", "float16" or "float64".
-        num_labels: classes of the classification head.
-        revision: of the hub id: branch, tag or commit.
-        trust_remote_code: run code that the model's repository brings.
-        attn_implementation: as in transformers; None: its choice.
-        seed: of a fresh head's initial weights; global generators are left alone.
-        tokenizer: of the model; None: the one that lies beside it.
+        num_labels: number of classes of the classification head.
+        revision: branch, tag or commit of the hub id.
+        trust_remote_code: whether to run code from the model's repository.
+        attn_implementation: as in transformers; None for its choice.
+        seed: seed of the initial weights of a new head. Global generators keep their state.
+        tokenizer: tokenizer of the model; None for the one in the model's folder.
 
     Raises:
         UserError: if the model cannot be found or has no such head.
@@ -105,7 +105,7 @@ def load_model(
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """A model's tokenizer, without the model.
+    """Load a tokenizer without its model.
 
     Raises:
         UserError: as `load_model`.
@@ -130,7 +130,7 @@ def empty_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model on torch's meta device: shapes without weights.
+    """Build a model on torch's meta device, with shapes but without weights.
 
     Raises:
         UserError: as `load_model`.
@@ -156,18 +156,19 @@ def stored_weights(
 ) -> StoredTensors | None:
     """The weights of a loaded model, to be read from its files one at a time.
 
-    A file may know a weight by the name of a tied one, or without the names of the modules around
-    it. Every weight is compared with what is found, so that a wrong guess cannot matter.
+    A file may list a weight under the name of a tied one, or without the names of the modules that
+    contain it. Every weight is compared with the tensor that was found for it, so a wrong guess
+    does no harm.
 
     Args:
         name: alias, folder or hub id that the model was loaded from.
         model: the model, on the CPU, with or without an adapter.
-        weights: those that are wanted, name -> parameter, with the values that they were loaded at.
-        revision: of the hub id.
+        weights: name -> parameter, with the values that were loaded.
+        revision: branch, tag or commit of the hub id.
 
     Returns:
-        Name -> tensor in the parameter's dtype; None if the files are no safetensors, or do not
-        hold every weight bit for bit.
+        Name -> tensor in the parameter's dtype; None if there are no safetensors files, or if they
+        do not hold every weight bit for bit.
     """
     stored, _ = open_tensors(*_weight_files(resolve(name), revision))
     names: dict[int, list[str]] = {}
@@ -177,7 +178,7 @@ def stored_weights(
     for own, parameter in weights.items():
         for alias in (own, *names.get(id(parameter), ())):
             parts = alias.split(".")
-            for i in range(len(parts)):
+            for i in range(len(parts)):  # Drop the outer modules one by one.
                 if ".".join(parts[i:]) in stored:
                     keys.setdefault(own, ".".join(parts[i:]))
     if keys.keys() != weights.keys():
@@ -189,16 +190,14 @@ def stored_weights(
 def copy_weights(folder: Path, model: nn.Module) -> bool:
     """Copy the weights of `model.safetensors` into a model, one tensor at a time.
 
-    Args:
-        folder: where the file is.
-        model: on any device; keeps its dtypes.
+    The model may be on any device and keeps its dtypes.
 
     Returns:
-        Whether the file holds every tensor of the model, under its name or that of a tied one, and
-        no other; if not, nothing was copied.
+        Whether the file holds exactly the tensors of the model, each under its name or that of a
+        tied one. If not, nothing was copied.
 
     Raises:
-        UserError: if a tensor has another shape there, or the file is damaged.
+        UserError: if a tensor has another shape in the file, or the file is damaged.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -207,11 +206,12 @@ def copy_weights(folder: Path, model: nn.Module) -> bool:
     live = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     if not stored.keys() <= live.keys():
         return False
+    # Tied tensors share an address, and the file holds only one of their names.
     if {t.data_ptr() for t in live.values()} != {live[name].data_ptr() for name in stored}:
         return False
     for name, tensor in stored.items():
         if tensor.shape != live[name].shape:
-            raise UserError(f"{path} has {name!r} in another shape; load the model it is of")
+            raise UserError(f"{path} has {name!r} in another shape; load it into its own model")
         live[name].copy_(tensor)
     return True
 
@@ -258,7 +258,7 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
 
 
 def prepare(model: Any, tokenizer: Any) -> None:
-    """Set what training and scoring need: padding on the right, a pad token, no cache."""
+    """Prepare training and scoring: padding on the right, a pad token, no cache."""
     _prepare_tokenizer(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -275,12 +275,8 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
 
 
 def _is_encoder(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-    )
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     if config.model_type not in CAUSAL:
         return True
@@ -297,7 +293,7 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 
 def _require_head(head: Head, config: Any, name: str) -> None:
-    """Refuse a generating head that the model does not have."""
+    """Refuse a head for generation that the model does not have."""
     is_pair = _is_encoder_decoder(config)
     if head == "seq2seq" and not is_pair:
         suited = "classification" if _is_encoder(config) else "causal-lm"

@@ -2,7 +2,7 @@
 
 Anyone may have chosen the names in a run folder. Therefore the templates escape every name, and the
 data lie in a block that is not a script. A content security policy allows only the two scripts of
-the page, by their digests.
+the page, which it identifies by their digests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
     Args:
         template: name of the template in the assets.
         mark: an element that identifies the kind of page.
-        context: variables of the template; `data` is as from `json_of`.
+        context: variables of the template; `json_of` makes `data`.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -34,6 +34,7 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
     def read(name: str) -> str:
         return (assets / name).read_text(encoding="utf-8")
 
+    # HTML parsers turn "\r" into "\n", after which a script would not match its digest.
     scripts = [text.replace("\r", "") for text in (get_plotlyjs(), read("report.js"))]
     environment = Environment(
         loader=FunctionLoader(read),
@@ -50,17 +51,15 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
 def json_of(value: Any) -> str:
     """JSON that cannot end the HTML element around it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # U+2028 and U+2029 end a line in older JavaScript, and "<" could begin a closing tag.
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def check_target(path: Path, mark: str, option: str = "--to", name: str = "report.html") -> None:
     """Refuse to replace a file that is not an earlier report.
 
-    Args:
-        path: where the report will be written.
-        mark: text in the first 4 KiB of an earlier report.
-        option: the command-line option that gives the path.
-        name: a file name for the error message.
+    An earlier report has `mark` in its first 4 KiB. `option`, the command-line option that gives
+    the path, and `name`, a name for a file, go into the error message.
 
     Raises:
         UserError: if `path` is a folder, or a file without the mark.

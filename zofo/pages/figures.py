@@ -10,17 +10,11 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choices:
-    """The figures that a reader can choose from.
+    """The figures that a reader can choose from."""
 
-    Attributes:
-        panels: key -> label of the subject, such as a task.
-        axes: key -> label of the x axis; empty if there is only one.
-        figures: "panel" or "panel|axis" -> figure.
-    """
-
-    panels: dict[str, str]
-    axes: dict[str, str]
-    figures: dict[str, Figure]
+    panels: dict[str, str]  # key -> label of the subject, such as a task
+    axes: dict[str, str]  # key -> label of the x axis; empty if there is only one
+    figures: dict[str, Figure]  # "panel" or "panel|axis" -> figure
 
 
 def plain(figure: Any) -> Figure:

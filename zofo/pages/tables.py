@@ -9,30 +9,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry.
+    """One entry of a table."""
 
-    Attributes:
-        text: the text that is shown.
-        value: the sort key; None comes last.
-        aside: fainter text beside `text`.
-        href: target of a link.
-        mark: CSS class.
-    """
-
-    text: str
-    value: float | str | None
-    aside: str = ""
-    href: str = ""
-    mark: str = ""
+    text: str  # the text that is shown
+    value: float | str | None  # the sort key; None comes last
+    aside: str = ""  # fainter text beside `text`
+    href: str = ""  # target of a link
+    mark: str = ""  # CSS class
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading: a name for machines, a title for readers, and whether to align right."""
+    """The heading of a column."""
 
-    key: str
-    title: str
-    is_number: bool = True
+    key: str  # a name for code
+    title: str  # a name for readers
+    is_number: bool = True  # Numbers are aligned right.
 
 
 Columns = Mapping[Column, Callable[[Any], Cell]]
@@ -41,17 +33,11 @@ Columns = Mapping[Column, Callable[[Any], Cell]]
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows. The first column names the row.
-
-    Attributes:
-        columns: headings.
-        rows: one cell for each column.
-        common: title -> text of columns that are omitted, because all rows have the same text.
-    """
+    """Headings and rows. The first column names the row."""
 
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    common: dict[str, str]
+    rows: tuple[tuple[Cell, ...], ...]  # one cell for each column
+    common: dict[str, str]  # title -> text of omitted columns, which is the same in all rows
 
 
 _MAY_BE_COMMON = ("task", "model", "adapter", "optimizer", "method", "stage", "setting")

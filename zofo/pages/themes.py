@@ -1,7 +1,7 @@
 """Colours and markers of the figures, in a light and a dark theme.
 
-A method has a colour, a marker and a name, so a reader who cannot see one of them can use another.
-The colours are those of Okabe and Ito, lightened for the dark theme.
+A method has a colour, a marker and a name, so that a reader who cannot distinguish the colours can
+use the others. The colours are those of Okabe and Ito, lightened for the dark theme.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ from typing import Any, Final
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a theme.
-
-    Attributes:
-        text, faint, grid: colours of text, of what matters less, and of grid lines.
-        methods: method -> colour.
-        scale: colours of a heat map, lowest first; text is readable on each.
-        steps: colours of an ordered quantity, such as a learning rate.
-    """
+    """Colours of a theme."""
 
     text: str
-    faint: str
-    grid: str
-    methods: dict[str, str]
-    scale: tuple[str, ...]
-    steps: tuple[str, ...]
+    faint: str  # of less important text and lines
+    grid: str  # of grid lines
+    methods: dict[str, str]  # method -> colour
+    scale: tuple[str, ...]  # of a heat map, lowest first; text is readable on each
+    steps: tuple[str, ...]  # of an ordered quantity, such as a learning rate
 
 
 THEMES: Final = {

@@ -1,3 +1,3 @@
-"""A self-contained page, and a table for the terminal, from any run folders."""
+"""A self-contained page and a table for the terminal, made from any run folders."""
 
 from zofo.report.page import write_report as write_report

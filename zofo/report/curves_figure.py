@@ -1,4 +1,4 @@
-"""The figure of dev loss during training, against steps, forward-equivalents and seconds."""
+"""The figure of the dev loss during training against steps, forward-equivalents and seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CURVE_AXES: Final = {
 def curve_figures(comparison: Comparison, runs: Runs, theme: Theme) -> Choices:
     """Dev loss against each cost: the mean over seeds, and a band from minimum to maximum.
 
-    Runs without a group, because they are unfinished or failed, are thin lines.
+    Runs that are unfinished or failed belong to no group. They are drawn as thin lines.
     """
     chosen = [group for group in comparison.groups if group.is_chosen]
     grouped = {run for group in comparison.groups for run in group.runs}
@@ -64,6 +64,7 @@ def _curves(
         band = band_of(curves[curves["run"].isin(group.runs)], cost)
         colour = theme.methods.get(group.method, theme.text)
         name = html.escape(treatment_of(group, comparison.groups), quote=False)
+        # Groups of one method share its colour, so their lines have different dashes.
         dash = DASHES[num_of_method.setdefault(group.method, 0) % len(DASHES)]
         num_of_method[group.method] += 1
         if not len(band):
@@ -71,7 +72,7 @@ def _curves(
         xs = band["x"].tolist()
         if (band["num"] > 1).any():
             figure.add_scatter(
-                x=xs + xs[::-1],
+                x=xs + xs[::-1],  # The outline runs along the minimum and back along the maximum.
                 y=band["low"].tolist() + band["high"].tolist()[::-1],
                 fill="toself",
                 fillcolor=faded(colour, 0.16),
@@ -112,7 +113,7 @@ def _curves(
 
 
 def band_of(curves: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """Dev loss over runs at each step at which all runs were evaluated.
+    """Mean and range of the dev loss at each step at which all runs were evaluated.
 
     Returns:
         Columns step, x (mean cost), mean, low (minimum), high (maximum), num (number of runs).

@@ -19,8 +19,8 @@ from zofo.report.tables import group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
 _SIGNS: Final = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+# Brackets around numbers are an interval and not a link, so they need no escape.
 _PLAIN_BRACKETS: Final = re.compile(r"\\\[([-+.,\d\s]+)\\\]")
-"""Brackets around numbers are an interval, not a link."""
 
 
 def write_markdown(report: Report, to: str | Path) -> None:

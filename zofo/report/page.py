@@ -1,4 +1,4 @@
-"""The page on a set of runs, with its data as plain values."""
+"""The page that compares a set of runs, and its data as plain values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from zofo.results.verdict import Verdict, judge
 from zofo.statistics.estimates import Estimate
 
 MARK: Final = '<meta name="generator" content="zofo report">'
-_MAX_VALUES: Final = 12
-"""Values shown of an option that differs between runs; only the number of others is shown."""
+_MAX_VALUES: Final = 12  # The page counts further values of an option without listing them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +40,7 @@ class Report:
 
 
 def make_report(paths: Sequence[str | Path]) -> Report:
-    """Read runs and compare them.
-
-    Args:
-        paths: run folders, or folders that contain them, such as that of a study.
+    """Read runs and compare them; a path is a run folder or contains some, as that of a study.
 
     Raises:
         UserError: if a path neither is nor contains a run folder.
@@ -55,11 +51,7 @@ def make_report(paths: Sequence[str | Path]) -> Report:
 
 
 def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
-    """Write the page on a set of runs, or replace an earlier one.
-
-    Args:
-        paths: as for `make_report`.
-        to: the file.
+    """Write the page on a set of runs to the file `to`, or replace an earlier page there.
 
     Raises:
         UserError: as `make_report`, or if `to` exists and is not such a page.
@@ -178,7 +170,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers.
         return None if math.isnan(value) else "never"
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -215,5 +207,5 @@ def _nonempty(table: Table) -> Table | None:
 
 
 def _link(path: str) -> str:
-    # Without "./" a colon in the first part would make it the name of a protocol.
+    # Without "./", a browser would read a colon in the first part as the end of a protocol.
     return path if path.startswith("file:") else quote(f"./{path}/")

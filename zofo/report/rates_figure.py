@@ -1,4 +1,4 @@
-"""Figures of the learning rates that were tried: over both rates, and over their ratio."""
+"""Figures of the dev loss over the learning rates that were tried, and over their ratio."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from zofo.results.comparison import Grid
 
 def rate_figures(grids: Sequence[Grid], theme: Theme) -> tuple[Choices, Choices]:
     """Heat maps of dev loss over both rates, and dev loss against the ratio of the rates."""
-    panels = {
-        str(i): ", ".join(
-            part
-            for part in (grid.task, grid.model, grid.method, grid.adapter, grid.optimizer)
-            if part not in ("", "none")
-        )
-        for i, grid in enumerate(grids)
-    }
+    panels = {}
+    for i, grid in enumerate(grids):
+        parts = (grid.task, grid.model, grid.method, grid.adapter, grid.optimizer)
+        panels[str(i)] = ", ".join(part for part in parts if part not in ("", "none"))
     maps = {str(i): _heat_map(grid, theme) for i, grid in enumerate(grids)}
     with_ratio = {str(i): grid for i, grid in enumerate(grids) if any(map(_ratio, grid.points))}
     ratios = {key: _ratio_figure(grid, theme) for key, grid in with_ratio.items()}
@@ -29,6 +25,7 @@ def rate_figures(grids: Sequence[Grid], theme: Theme) -> tuple[Choices, Choices]
     )
 
 
+# A point is (base_lr, adapter_lr, dev loss, number of runs, whether the rates were chosen).
 def _ratio(point: Sequence[Any]) -> float | None:
     return point[0] / point[1] if point[0] and point[1] else None
 
@@ -55,7 +52,7 @@ def _heat_map(grid: Grid, theme: Theme) -> Figure:
             textfont={"color": theme.text},
             customdata=hovers,
             hovertemplate="%{customdata}<extra></extra>",
-            colorscale=[[i / 3, colour] for i, colour in enumerate(theme.scale)],
+            colorscale=[[i / 3, colour] for i, colour in enumerate(theme.scale)],  # four colours
             colorbar={"title": {"text": "dev loss"}, "thickness": 12, "outlinewidth": 0},
             xgap=3,
             ygap=3,
@@ -128,6 +125,7 @@ def _ratio_figure(grid: Grid, theme: Theme) -> Figure:
 
 
 def _rates(rates: Sequence[float | None]) -> list[float | None]:
+    """The distinct rates in ascending order; None, a frozen block, comes first."""
     return sorted(set(rates), key=lambda rate: -1.0 if rate is None else rate)
 
 

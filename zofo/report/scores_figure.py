@@ -1,6 +1,6 @@
 """Figures of scores as plotly's JSON: hybrid against fo-peft, score against cost.
 
-Names come from run folders and plotly interprets some HTML, so names are escaped.
+Plotly interprets some HTML, and names come from run folders, so names are escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COST_AXES: Final = {
 
 
 def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> Figure:
-    """Hybrid minus fo-peft: one line per pair with interval and seeds, and the mean of all."""
+    """Hybrid minus fo-peft: a line per pair with its seeds and interval, and the mean of all."""
     import plotly.graph_objects as go
 
     labels = [pair_label(pair, pairs) for pair in pairs]
@@ -140,6 +140,7 @@ def _pareto(
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The Pareto frontier of (cost, score) points, ordered by cost."""
     front: list[tuple[float, float]] = []
+    # In this order, a point is on the frontier if no cheaper or equally cheap one scores as well.
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or score > front[-1][1]:
             front.append((cost, score))
@@ -147,7 +148,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def panel_labels(panels: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Index of a (model, task) -> the task, with the model if there are several models."""
+    """Index of a (model, task) -> the task, followed by the model if there are several."""
     is_one = len({model for model, _ in panels}) == 1
     return {
         str(i): task if is_one else f"{task}, {model}" for i, (model, task) in enumerate(panels)

@@ -1,6 +1,6 @@
 """The tables of a report, for the page and for the terminal.
 
-A cell has the text that is shown and the value that it is sorted by. Values are not rounded.
+A cell has a text that is shown and a value that it is sorted by. Only the text is rounded.
 """
 
 from __future__ import annotations
@@ -149,17 +149,17 @@ def rank_table(ranks: Ranks) -> Table:
 
 
 def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[str, str]) -> Table:
-    """A table with one row per run.
+    """A table with one row per row of `Runs.table`.
 
-    Args:
-        rows: rows of `Runs.table`.
-        links: run -> link to its folder.
-        reasons: run -> why it is not compared.
+    `links` maps a run to the link to its folder, `reasons` to the reason why it is not compared.
     """
 
     def why(row: Any) -> Cell:
         waits = "no result yet" if row.status == "unfinished" else ""
         return text_cell(row.error or reasons.get(row.run, "") or waits)
+
+    def adapter(row: Any) -> Cell:
+        return Cell("" if row.adapter == "none" else row.adapter, row.adapter)
 
     def steps(row: Any) -> Cell:
         done = _number(row.steps, ",.0f")
@@ -168,20 +168,14 @@ def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[st
         return Cell(f"{done.text or '0'} of {row.planned_steps:,.0f}", done.value)
 
     columns: Columns = {
-        Column("run", "run", False): lambda row: Cell(
-            row.run, row.run, href=links[row.run], mark="name"
-        ),
-        Column("status", "status", False): lambda row: text_cell(
-            row.status, f"status {row.status}"
-        ),
+        Column("run", "run", False): lambda r: Cell(r.run, r.run, href=links[r.run], mark="name"),
+        Column("status", "status", False): lambda r: text_cell(r.status, f"status {r.status}"),
         Column("why", "why", False): why,
         Column("stage", "stage", False): lambda row: text_cell(row.stage),
         Column("task", "task", False): lambda row: text_cell(row.task),
         Column("model", "model", False): lambda row: text_cell(row.model),
         Column("method", "method", False): lambda row: text_cell(row.method),
-        Column("adapter", "adapter", False): lambda row: Cell(
-            row.adapter if row.adapter != "none" else "", row.adapter
-        ),
+        Column("adapter", "adapter", False): adapter,
         Column("base_lr", "base_lr"): lambda row: _rate(row.base_lr),
         Column("adapter_lr", "adapter_lr"): lambda row: _rate(row.adapter_lr),
         Column("seed", "seed"): lambda row: _number(row.seed, ".0f"),

@@ -26,14 +26,7 @@ from zofo.tasks.losses import losses_and_errors
 def setting_of(
     config: RunConfig, num_rows: int, *, caps: Caps = "ignore", target: float | None = None
 ) -> Setting:
-    """The setting of the advisor for a run.
-
-    Args:
-        config: resolved except for `auto`.
-        num_rows: number of training rows.
-        caps: whether the theorem's caps are applied.
-        target: ε of the theorem.
-    """
+    """The advisor's setting for a run on `num_rows` training rows; see `advise_on`."""
     kind = KINDS.get(config.adapter.type, KINDS["lora"])
     is_full = METHODS[config.method].base == "first"
     share = share_of(config)
@@ -70,8 +63,8 @@ def advise_on(
     Args:
         config: the configuration with `auto` values.
         prepared: its model and rows. The model moves to the run's device; its weights stay equal.
-        caps: whether the theorem's caps are applied.
-        target: ε of the theorem.
+        caps: whether the theorem's upper limits lower the rates.
+        target: ε of the theorem, a norm of the gradient.
         split: whether to measure one rate for each group of modules.
         report: called with each stage that begins and the forward-equivalents so far.
 
@@ -100,13 +93,7 @@ def resolve(
     *,
     report: Callable[[str, float], None] | None = None,
 ) -> tuple[RunConfig, Advice | None]:
-    """The configuration with numbers, and the advice; None if nothing was measured.
-
-    Args:
-        config: with or without `auto`.
-        prepared: its model and rows.
-        report: as for `advise_on`.
-    """
+    """The configuration with numbers in place of `auto`, and the advice if one was measured."""
     asked = config.auto_keys
     advice = advise_on(config, prepared, report=report) if asked else None
     update: dict[str, Any] = {}
@@ -117,6 +104,6 @@ def resolve(
             update[key] = getattr(advice, key)
             if update[key] is None:
                 raise UserError(f"{key} could not be found; give it as a number")
-        else:  # the method does not use this value
+        else:  # The method does not use this value, and `auto` is no number.
             update[key] = RunConfig.model_fields[key].default
     return config.model_copy(update=update), advice

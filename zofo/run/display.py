@@ -1,4 +1,4 @@
-"""The progress display of a run, and its file of metrics."""
+"""The progress display of a run, and the file of its metrics."""
 
 from __future__ import annotations
 
@@ -25,18 +25,12 @@ _SHOWN = {
 
 
 class TrainingDisplay(TrainerCallback):
-    """Shows a live bar on a terminal, and elsewhere one line per log entry.
-
-    Args:
-        console: the console to print on.
-        rows_per_step: rows per step, for the samples per second.
-    """
+    """Shows a live bar on a terminal, and elsewhere one line per log entry."""
 
     def __init__(self, console: Console, rows_per_step: int) -> None:
         self.console, self.rows_per_step = console, rows_per_step
         self._progress: Progress | None = None
-        self._last: tuple[int, float] | None = None
-        self._text = ""
+        self._last: tuple[int, float] | None = None  # step and time of the last log entry
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
@@ -75,20 +69,15 @@ class TrainingDisplay(TrainerCallback):
             self._progress.update(self._task, text="  ".join(parts))
             return
         remaining = (state.max_steps - step) * since / max(done, 1)
-        self.console.print(
-            f"step {step}/{state.max_steps}  "
-            + "  ".join(parts)
-            + f"  {duration_text(remaining)} left",
-            highlight=False,
-            soft_wrap=True,
-        )
+        parts = [f"step {step}/{state.max_steps}", *parts, f"{duration_text(remaining)} left"]
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the bar."""
         self.close()
 
     def close(self) -> None:
-        """Remove the bar; also called after an error in training."""
+        """Remove the bar. A run also calls this after an error in training."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -97,8 +86,8 @@ class TrainingDisplay(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Writes every log entry to `metrics.jsonl`, as one JSON object per line.
 
-    A resumed run first rewrites the entries that its checkpoint holds. The file therefore ends the
-    same as that of an uninterrupted run, whatever was lost or logged after the checkpoint.
+    A resumed run first rewrites the entries that its checkpoint holds. The file therefore ends up
+    equal to that of an uninterrupted run, whatever was lost or logged after the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:

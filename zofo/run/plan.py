@@ -1,8 +1,9 @@
-"""What a run would do, without weights: parameters by block, memory, cost.
+"""The plan of a run: parameters by block, memory and cost, computed without weights.
 
-Memory is an estimate: weights, gradients and optimizer states are exact, the scratch is that of the
-largest layer, activations follow Korthikanti et al. (2022), 34 · batch · length · hidden values'
-bytes a layer at two bytes a value, without attention matrices.
+The sizes of weights, gradients and optimizer states are exact. The scratch memory is that of the
+largest layer. Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models" (2022), without attention matrices: 34 · batch · length · hidden bytes per layer
+if a value has two bytes.
 """
 
 from __future__ import annotations
@@ -22,38 +23,25 @@ from zofo.run.prepare import num_steps
 from zofo.saved.source import base_of
 from zofo.tasks.encode import Encoded, encoder_for
 from zofo.tasks.load import load_splits
-from zofo.tasks.spec import Splits
 
-_ACTIVATION_BYTES = 34 / 2
-"""Bytes a layer keeps for each hidden value, over the bytes of a value."""
+_ACTIVATION_BYTES = 34 / 2  # bytes that a layer keeps per hidden value, over the bytes of a value
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it is run.
+    """The sizes and the cost of a run."""
 
-    Attributes:
-        steps: optimiser steps.
-        forward_equivalents: cost of training, evaluations apart; where answers are written for it,
-            as if all were of the longest.
-        num_parameters: block -> (order, parameters that move, all parameters).
-        memory_bytes: what -> bytes.
-        num_rows: part -> rows.
-        max_tokens: tokens of the longest sequence.
-        notes: what was done to the rows.
-    """
-
-    steps: int
-    forward_equivalents: float
-    num_parameters: dict[str, tuple[str, int, int]]
-    memory_bytes: dict[str, int]
-    num_rows: dict[str, int]
-    max_tokens: int
-    notes: tuple[str, ...]
+    steps: int  # optimizer steps
+    forward_equivalents: float  # cost of training without evaluations, at most
+    num_parameters: dict[str, tuple[str, int, int]]  # block -> (order, trained ones, all)
+    memory_bytes: dict[str, int]  # kind of memory -> bytes
+    num_rows: dict[str, int]  # part of the data -> rows
+    max_tokens: int  # tokens of the longest sequence
+    notes: tuple[str, ...]  # changes to the rows, and values to be measured
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Read the data, build the model without weights, count.
+    """Read the data, build the model without weights, and count.
 
     Raises:
         UserError: for anything that a run would refuse.
@@ -76,13 +64,14 @@ def make_plan(config: RunConfig) -> Plan:
         ),
         num_parameters=_parameters(model, config),
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
-        num_rows=_num_rows(splits),
+        num_rows={part: len(encoded) for part, encoded in rows.items()},
         max_tokens=max(row.length for part in rows.values() for row in part),
         notes=(*splits.notes, *_of_auto(config, len(rows["train"]))),
     )
 
 
 def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
+    """A note on the values that are measured before the run."""
     asked = config.auto_keys
     if not asked:
         return []
@@ -94,19 +83,17 @@ def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
     return [f"{', '.join(asked)}: {what}; zofo advise shows them"]
 
 
-def _num_rows(splits: Splits) -> dict[str, int]:
-    return {part: len(splits.part(part)) for part in ("train", "dev", "test")}
-
-
 def _cost_of_answers(config: RunConfig, train: Sequence[Encoded]) -> float:
-    """Tokens of the prompts and of the longest answers, over those of the rows."""
+    """Cost of generating the longest answers, in forward passes over the rows."""
     if config.zo_objective != "f1":
         return 1.0
+    # The last token of an answer is not fed back into the model.
     written = sum(len(row.prompt) + config.task.max_new_tokens - 1 for row in train)
     return written / sum(row.length for row in train)
 
 
 def _has_dropout(model: nn.Module, model_config: Any) -> bool:
+    # Attention takes its rate from the configuration and has no module for it.
     rates = [rate for key, rate in vars(model_config).items() if "drop" in key]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -142,7 +129,7 @@ def _memory(
     groups = _groups(model, config)
     first = [p for g in groups if g["order"] == "first" for p in g["params"]]
     zeroth = [g for g in groups if g["order"] == "zeroth"]
-    states = 2 if config.optimizer == "adamw" else 0
+    states = 2 if config.optimizer == "adamw" else 0  # AdamW keeps two moments per parameter.
     scratch = 0
     if zeroth:
         view = Perturbation(
@@ -161,6 +148,7 @@ def _memory(
     if getattr(text, "is_encoder_decoder", False):
         layers += getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", layers)) or 0
     value = next(model.parameters()).element_size()
+    # Without a backward pass, or if it recomputes them, only one layer's activations are held.
     kept = 1 if config.gradient_checkpointing or not first else layers
     return {
         "weights": _bytes(list(model.parameters())),

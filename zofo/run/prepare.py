@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: folder, data, model, adapter."""
+"""Prepare a run before its first step: folder, data, model and adapter."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from zofo.tasks.spec import Splits
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs, checked, nothing trained yet."""
+    """The checked parts of a run before training."""
 
     base: BaseSpec
-    model: nn.Module
+    model: nn.Module  # with the adapter attached
     tokenizer: Any
     splits: Splits
-    rows: dict[str, list[Encoded]]
+    rows: dict[str, list[Encoded]]  # part of the data -> encoded rows
     collator: Collator
-    base_fingerprint: str
+    base_fingerprint: str  # of the base before training
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Read data and model, attach the adapter, encode the rows; trains and writes nothing.
+    """Read the data and the model, attach the adapter and encode the rows.
 
     Raises:
-        UserError: for anything wrong with data, model or adapter.
+        UserError: for anything wrong with the data, the model or the adapter.
     """
+    # Only the task "chat" needs the tokenizer to read its rows.
     tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
@@ -59,18 +60,18 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def num_steps(config: RunConfig, num_rows: int) -> int:
-    """Optimiser steps of a run on that many training rows."""
+    """The number of optimizer steps of a run on that many training rows."""
     if config.steps is not None:
         return config.steps
-    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))
+    per_epoch = -(-num_rows // (config.batch_size * config.accumulation))  # rounded up
     return max(1, round(float(config.epochs or 1) * per_epoch))
 
 
 def new_folder(config: RunConfig) -> Path:
-    """The run folder: the configured one, which must be new or empty, or a numbered default.
+    """The path of the run folder: the configured one, or a default name with a number.
 
     Raises:
-        UserError: if it holds something, or cannot be written.
+        UserError: if the configured folder is not empty, or cannot be written.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir).expanduser()

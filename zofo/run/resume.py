@@ -1,7 +1,7 @@
 """The configuration and the checkpoint with which a run folder is resumed.
 
-A resumed run ends the same as an uninterrupted one. Options that would change the result are
-therefore refused; options of the machine and of the display may differ.
+A resumed run gives the same result as an uninterrupted one. Options that would change the result
+are therefore refused. Options of the machine and of the display may differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FREE: Final = frozenset(
         "overlap",
     )
 )
-"""Keys that may differ from the saved run's."""
+"""Keys that may differ from those of the saved run."""
 
 
 def resumed_config(
@@ -40,7 +40,7 @@ def resumed_config(
 
     Args:
         folder: the run folder.
-        path: a configuration that must agree with the run's; None takes the run's own.
+        path: a configuration that must agree with that of the run; None for that of the run.
         overrides: "key=value", as for `load_config`.
 
     Raises:
@@ -60,14 +60,14 @@ def resumed_config(
             f"\n  - {key}: {_text(then)} -> {_text(now)}" for key, (then, now) in found.items()
         )
         raise UserError(
-            f"{folder} was begun with another configuration (saved -> now):{lines}\n"
+            f"{folder} was started with another configuration (saved -> now):{lines}\n"
             "Leave these out to continue it, or begin a new run with another output_dir"
         )
     return config.model_copy(update={"output_dir": saved.output_dir})
 
 
 def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
-    """Replace `auto` by the number that the run has measured, if it has measured one."""
+    """Replace each `auto` by the number that the run has measured for it, if there is one."""
     asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
     if not asked or not (folder / ADVICE_FILE).is_file():
         return config
@@ -88,7 +88,7 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has written its result, which it does last."""
+    """Whether a run has ended, which a readable result shows."""
     try:
         return isinstance(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -96,7 +96,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], Any] | None = None) -> Path | None:
-    """The complete checkpoint of the highest step; `report` is told of each damaged one."""
+    """The undamaged checkpoint of the highest step; `report` is called for each damaged one."""
     return newest_whole(folder, report)
 
 

@@ -1,9 +1,9 @@
 """End a run before its last step, and record the reason.
 
-With early_stopping = m, a dev loss ends the run if it is not finite. From half of the steps on, it
-also ends the run if it exceeds the dev loss before training by more than m nats. The rule uses the
-run's own history only, so that other runs have no influence. The record `stopped.json` is written
-before the last checkpoint, so that a run killed in between is not continued by mistake.
+With early_stopping = m, a dev loss ends the run if it is not finite. In the second half of the
+steps, it also ends the run if it exceeds the dev loss before training by more than m nats. The rule
+uses only the run's own history, so other runs have no influence. The record `stopped.json` is
+written before the last checkpoint, so that a run killed in between is not continued by mistake.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from zofo.saved.layout import STOPPED_FILE
 
 
 def is_hopeless(loss: float, start: float, margin: float, step: int, num_steps: int) -> bool:
-    """Whether a dev loss ends the run.
+    """Whether the dev loss after `step` of `num_steps` steps ends the run.
 
-    Args:
-        loss: the dev loss after `step` steps.
-        start: the dev loss before training.
-        margin: in nats.
-        step: optimiser steps done.
-        num_steps: of the whole run.
+    `start` is the dev loss before training. All losses and the margin are in nats.
     """
     return not math.isfinite(loss) or (2 * step >= num_steps and loss > start + margin)
 
@@ -35,10 +30,10 @@ class StopEarly(TrainerCallback):
     """Applies the rule of early stopping, and records the reason of every early end.
 
     Args:
-        trainer: whose `watch` stops at a loss that is not finite.
+        trainer: the trainer, whose `watch` stops at a loss that is not finite.
         folder: the run folder.
-        margin: in nats; None switches the rule off.
-        start: the dev loss before training; needed with a margin.
+        margin: margin of the rule in nats; None switches the rule off.
+        start: the dev loss before training, which the rule needs.
     """
 
     def __init__(

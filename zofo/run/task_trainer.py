@@ -1,7 +1,7 @@
 """`HybridTrainer` on a task: it minimizes the task's objective and computes zofo's dev scores.
 
-Accuracy at x is already known from the forward pass, so a difference costs one forward pass per
-direction. F1 also needs answers that are generated at x, without dropout.
+Accuracy at x is already known from the first-order forward pass, so a difference costs one more
+forward pass per direction. F1 also needs answers that are generated at x, without dropout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TrainingClock:
         self._since: float | None = None
 
     def start(self, done: float = 0.0) -> None:
-        """Begin to count, from the `done` seconds of a run that is resumed."""
+        """Start to count from `done`, the seconds of a run that is resumed."""
         self._done, self._since = done, time.monotonic()
 
     @property
@@ -53,8 +53,8 @@ class TrainingClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop counting inside of the block."""
-        # Queued kernels belong to training, so the clock waits for them.
+        """Stop the clock inside the block."""
+        # Queued kernels belong to training, so the clock waits until they have finished.
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         was_running = self._since is not None
@@ -87,7 +87,7 @@ class TaskTrainer(HybridTrainer):
         self.zo_objective = zo_objective
         self.kind: Any = kind
         self.dev, self.collator, self.writer = dev, collator, writer
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False  # compute_loss ignores num_items_in_batch.
 
     def compute_loss(
         self,
@@ -101,7 +101,7 @@ class TaskTrainer(HybridTrainer):
         return (loss, {}) if return_outputs else loss
 
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
-        """The number of examples; one example may have several rows in the tensors."""
+        """The number of examples. One example may have several rows in the tensors."""
         return len(inputs["gold"])
 
     @property
@@ -112,7 +112,7 @@ class TaskTrainer(HybridTrainer):
     def whole_batch(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> ZerothLoss:
-        """1 − accuracy or 1 − F1 of all examples."""
+        """The loss 1 − accuracy or 1 − F1 of all examples."""
         return self._first(model, inputs, num_items_in_batch, len(inputs["gold"]))
 
     def batch_part(
@@ -133,7 +133,7 @@ class TaskTrainer(HybridTrainer):
         is_whole = num == len(batch["gold"])
         examples, share = (batch, 1.0) if is_whole else first_examples(batch, num)
         known = self._shares if self.zo_objective == "loss" else self._errors
-        assert known is not None  # the configuration refuses accuracy where nothing is chosen
+        assert known is not None  # The configuration refuses accuracy for tasks without candidates.
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
@@ -182,7 +182,7 @@ class TaskTrainer(HybridTrainer):
 
 
 class _Answered:
-    """Computes 1 − F1 of generated answers, over `divisor`, and counts their cost."""
+    """Computes 1 − F1 of generated answers, divided by `divisor`, and counts their cost."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[
 
 
 class _MeasureAtTheEnd(TrainerCallback):
-    """Evaluates and saves the last step, so that it can be chosen as the best."""
+    """Evaluates and saves the last step, so that it can be selected as the best."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step >= state.max_steps:
@@ -256,26 +256,26 @@ def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArgum
         gradient_accumulation_steps=config.accumulation,
         **_checkpointing(config.gradient_checkpointing),
         logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # The log must show a loss that is not finite.
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=2,  # the newest and the best
         load_best_model_at_end=config.select_best,
         metric_for_best_model=f"eval_{config.select_by}",
         greater_is_better=config.select_by != "loss",
         seed=config.seed,
         use_cpu=config.device == "cpu",
         report_to=list(config.report_to) or "none",
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # The rows are objects without columns.
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
 
 
 def close_displays(trainer: TaskTrainer) -> None:
-    """Take the progress bar off the screen, however training ended."""
+    """Remove the progress bar from the screen, also after an error in training."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TrainingDisplay):
             callback.close()
@@ -294,19 +294,19 @@ def build_trainer(
     folder: Path,
     console: Console,
 ) -> TaskTrainer:
-    """The trainer of a run; building it checks that the method suits the model.
+    """The trainer of a run. Building it checks that the method suits the model.
 
     Args:
-        config: resolved.
-        model: adapter attached.
+        config: the configuration without `auto`.
+        model: the model with its adapter.
         rows: encoded rows of "train" and "dev".
-        kind: the task's.
-        collator: of the rows.
-        writer: of the answers that F1 is measured on.
+        kind: kind of the task.
+        collator: makes batches of the rows.
+        writer: generates the answers that F1 is computed on.
         original_base: as for `HybridMixin`.
-        total_steps: optimiser steps.
+        total_steps: number of optimizer steps.
         folder: the run folder.
-        console: for progress.
+        console: the console for the progress.
     """
     with quiet():
         trainer = TaskTrainer(

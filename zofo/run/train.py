@@ -1,8 +1,8 @@
 """One run: prepare, evaluate, train, evaluate again, save.
 
-run.yaml           the resolved configuration, numbers in place of auto
+run.yaml           the complete configuration, with numbers in place of auto
 base.json          the base as it was before training, and the names of the classes
-advise.json        the measurements behind the numbers, if some were auto
+advise.json        the measurements behind the numbers that replaced auto
 environment.json   versions, machine, device
 metrics.jsonl      the log, one JSON object per line
 checkpoint-N/      Trainer's layout: adapter, trajectory, optimizer state
@@ -57,18 +57,12 @@ from zofo.trainer.interrupt import StopOnSignal
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run.
+    """The result of a run."""
 
-    Attributes:
-        folder: the run folder.
-        before, after: scores on the test rows; None without measure_test.
-        cost: seconds, forward-equivalents, peak memory, bytes of the artefact.
-    """
-
-    folder: Path
-    before: Metrics | None
-    after: Metrics | None
-    cost: dict[str, float]
+    folder: Path  # the run folder
+    before: Metrics | None  # scores on the test rows before training; None without measure_test
+    after: Metrics | None  # the same after training
+    cost: dict[str, float]  # seconds, forward-equivalents, peak memory, bytes of the artefact
 
 
 def train(
@@ -83,22 +77,22 @@ def train(
     """Run a configuration.
 
     Args:
-        config: resolved, as from `load_config`.
+        config: the configuration, as from `load_config`.
         resume: run folder to continue from its newest checkpoint, or else from the beginning.
         console: console for the progress; default: stderr.
         on_start: called with the run folder once everything is checked.
-        stop: handler of signals while training.
-        watchers: makes callbacks of the trainer, such as that of `zofo.smoothness.path`.
+        stop: handler of signals during training.
+        watchers: makes callbacks for the trainer, such as that of `zofo.smoothness.path`.
 
     Raises:
         TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
-        UserError: before any work, for anything wrong with the configuration, data or folders.
+        UserError: before training, for anything wrong with the configuration, data or folders.
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    resolve_device(config.device)
+    resolve_device(config.device)  # An absent device is reported before any work.
     folder = resume or new_folder(config)
     prepared = prepare(config)
     for note in prepared.splits.notes:
@@ -155,7 +149,7 @@ def _checkpoint(folder: Path, console: Console) -> Path | None:
     """The checkpoint to continue from; a note tells the user if there is none."""
     checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
     if checkpoint is None:
-        _note(console, f"{folder} holds no whole checkpoint: it starts from the beginning")
+        _note(console, f"{folder} holds no whole checkpoint, so the run starts from the beginning")
     return checkpoint
 
 
@@ -165,7 +159,7 @@ def _fit(
     """Train to the last step, and return the seconds that it took.
 
     Raises:
-        TrainingStoppedError: if the run ended before it.
+        TrainingStoppedError: if the run ended before the last step.
     """
     began = time.monotonic()
     if stop is not None:
@@ -210,13 +204,16 @@ def _write_result(
 ) -> None:
     """Write result.json and, with the same numbers, the artefact's card."""
     best = trainer.state.best_model_checkpoint
+    scores = {}
+    if result.before is not None and result.after is not None:
+        scores = {"before": result.before.as_dict(), "after": result.after.as_dict()}
     summary = {
         "method": config.method,
         "task": config.task.name,
         "model": config.model.name,
         "adapter": config.adapter.label,
         "seed": config.seed,
-        **_test_scores(result.before, result.after),
+        **({"test": scores} if scores else {}),
         "dev": {
             **({} if dev_before is None else {"before": dev_before.as_dict()}),
             "after": _dev_scores(trainer.state, config.select_best),
@@ -239,10 +236,10 @@ def _write_result(
 def _original_base(
     config: RunConfig, prepared: Prepared
 ) -> Callable[[], Mapping[str, Tensor]] | None:
-    """A reader of the original base, which the trainer needs to return to the best step.
+    """A function that reads the original base, from which the trainer returns to the best step.
 
-    None if nothing needs it, or if the model's files lack a weight; the trainer then keeps its own
-    copy on disk.
+    None if nothing needs it, or if the model's files lack a weight. In the second case, the trainer
+    keeps its own copy on disk.
     """
     if not config.select_best or METHODS[config.method].base != "zeroth":
         return None
@@ -255,7 +252,7 @@ def _original_base(
 def _without_auto(
     config: RunConfig, prepared: Prepared, console: Console
 ) -> tuple[RunConfig, dict[str, Any] | None]:
-    """The configuration with numbers, and the advice as JSON."""
+    """The configuration with numbers in place of `auto`, and the advice as JSON."""
     if not any(getattr(config, key) == AUTO for key in AUTO_KEYS):
         return config, None
     from zofo.advice.present import as_json, lines_of
@@ -289,17 +286,12 @@ def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str
         )
 
 
-def _test_scores(before: Metrics | None, after: Metrics | None) -> dict[str, Any]:
-    """The scores on the test rows; empty without measure_test."""
-    if before is None or after is None:
-        return {}
-    return {"test": {"before": before.as_dict(), "after": after.as_dict()}}
-
-
 def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
     """The dev scores of the saved model: of the best checkpoint, or of the last step."""
     measured = {
-        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+        entry["step"]: {
+            k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")
+        }
         for entry in state.log_history
         if "eval_loss" in entry
     }

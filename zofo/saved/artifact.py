@@ -1,4 +1,4 @@
-"""The artefact: a folder that holds a trained model in a form that is small enough to share.
+"""The artefact: a folder that holds a trained model and is small enough to share.
 
     zofo.json                       base, method, task, fingerprint of the base, digests of files
     adapter/                        files of peft (methods with an adapter)
@@ -49,21 +49,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Artifact:
-    """A trained model in evaluation mode, with its tokenizer.
-
-    Attributes:
-        base: the base that training began with.
-        method: name of the method that trained the model.
-        task: options of the task; None if the model was trained on a task outside zofo.
-        labels: names of the classes.
-    """
+    """A trained model in evaluation mode, with its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
-    base: BaseSpec
-    method: str
-    task: dict[str, Any] | None
-    labels: tuple[str, ...]
+    base: BaseSpec  # the base that training began with
+    method: str  # name of the method that trained the model
+    task: dict[str, Any] | None  # its options; None if the model learned a task outside zofo
+    labels: tuple[str, ...]  # names of the classes
 
 
 def save_artifact(
@@ -87,7 +80,7 @@ def save_artifact(
         method: name of the method.
         trajectory: the updates of the base. Methods that train the base by zeroth order need it.
         base_fingerprint: fingerprint of the base before training. The same methods need it.
-        tokenizer: it is saved if the whole model is saved.
+        tokenizer: the tokenizer, which is saved if the whole model is saved.
         task: options of the task.
         labels: names of the classes.
 
@@ -99,7 +92,7 @@ def save_artifact(
         raise UserError(f"method {method} moves the base; give its trajectory")
     if base_fingerprint is None and orders.base == "zeroth":
         raise UserError("give base_fingerprint, of the base before training; a trainer has it")
-    if base_fingerprint is None and orders.base == "frozen":
+    if base_fingerprint is None and orders.base == "frozen":  # Training left the base unchanged.
         base_fingerprint = fingerprint(split_parameters(model).base)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,14 +106,9 @@ def save_artifact(
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
-    values = {
-        "method": method,
-        "base": vars(base),
-        "base_fingerprint": base_fingerprint,
-        "task": task,
-        "labels": list(labels),
-    }
-    write_header(folder, values)
+    values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
+    # The header goes last, because it records the digests of the other files.
+    write_header(folder, {**values, "task": task, "labels": list(labels)})
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Loads a trained model in steps, each of which checks what it reads.
+"""Load a trained model in steps, each of which checks what it reads.
 
     files         The files of an artefact have the digests that its header records.
     history       The trajectory is readable and belongs to this base.
@@ -36,23 +36,14 @@ STEPS: Final = ("files", "history", "base", "adapter", "fingerprint", "replay", 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where the parts of a trained model lie; None for a part that it does not have.
+    """Where the parts of a trained model lie; None for a part that it does not have."""
 
-    Attributes:
-        folder: the folder that messages name.
-        base: the base that training began with; None if the caller has loaded it.
-        adapter: folder of the adapter.
-        trajectory: file with the updates of the base.
-        whole: folder of the model that was saved as a whole.
-        header: content of `zofo.json`, for an artefact.
-    """
-
-    folder: Path
-    base: BaseSpec | None = None
-    adapter: Path | None = None
-    trajectory: Path | None = None
-    whole: Path | None = None
-    header: dict[str, Any] | None = None
+    folder: Path  # the folder that messages name
+    base: BaseSpec | None = None  # the base before training; None if the caller has loaded it
+    adapter: Path | None = None  # folder of the adapter
+    trajectory: Path | None = None  # file with the updates of the base
+    whole: Path | None = None  # folder of the model that was saved as a whole
+    header: dict[str, Any] | None = None  # content of `zofo.json`, for an artefact
 
 
 class Assembly:
@@ -66,10 +57,6 @@ class Assembly:
         model: the base, if `parts` does not name it; the steps change it in place.
         stop: number of updates to replay; None for all.
         progress: called during the replay with the number of weights done and the total number.
-
-    Attributes:
-        model: the result of the steps so far.
-        tokenizer: the tokenizer of the model.
     """
 
     def __init__(
@@ -81,10 +68,10 @@ class Assembly:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.parts, self._stop, self._progress = parts, stop, progress
-        self.model: Any = model
+        self.model: Any = model  # the result of the steps so far
         self.tokenizer: Any = None
         self._trajectory: Trajectory | None = None
-        self._record: dict[str, Any] = {}
+        self._record: dict[str, Any] = {}  # metadata of the trajectory
 
     def run(self, *names: str) -> Assembly:
         """Run the named steps; without names, all that the trained model needs."""

@@ -34,15 +34,7 @@ def write_card(
     num_rows: Mapping[str, int],
     summary: Mapping[str, Any],
 ) -> Path:
-    """Write the model card of an artefact.
-
-    Args:
-        folder: the artefact.
-        base: the base that training began with.
-        task: options of the task.
-        num_rows: part of the data -> number of rows.
-        summary: content of `result.json`.
-    """
+    """Write the model card of an artefact; `summary` is the content of `result.json`."""
     method, adapter = summary["method"], summary["adapter"]
     tags = ["zofo", method, *([adapter] if adapter != "none" else [])]
     if METHODS[method].zeroth:

@@ -1,4 +1,4 @@
-"""Finds, checks and removes checkpoint folders.
+"""Find, check and remove checkpoint folders.
 
 zofo writes a checkpoint under a hidden name, lists its files with their digests, flushes everything
 to the disk and then renames the folder. It removes older checkpoints last. A kill, a full disk or a
@@ -52,6 +52,7 @@ def rotate(run_folder: Path, limit: int | None, *, newest: int, best: int | None
         return
     found = checkpoints(run_folder)
     kept = {newest, best} & found.keys()
+    # False sorts before True, so the steps after `newest` come first.
     for step in sorted(found.keys() - kept, key=lambda step: (step <= newest, step)):
         if len(found) <= max(limit, len(kept)):
             break
@@ -61,16 +62,14 @@ def rotate(run_folder: Path, limit: int | None, *, newest: int, best: int | None
 def newest_whole(run_folder: Path, report: Callable[[str], Any] | None = None) -> Path | None:
     """The undamaged checkpoint of the highest step.
 
-    Args:
-        run_folder: the folder that holds the checkpoints.
-        report: called with a message for each damaged checkpoint that is passed over.
+    `report` is called with a message for each damaged checkpoint of a later step.
     """
     for _, path in sorted(checkpoints(run_folder).items(), reverse=True):
         damage = find_damage(path)
         if damage is None:
             return path
         if report is not None:
-            report(f"{path} is passed over: {damage}")
+            report(f"{path} is skipped: {damage}")
     return None
 
 
@@ -105,12 +104,14 @@ def _differences_from_list(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
+        # Comparing the sizes first finds a truncated file without reading it.
         if file.stat().st_size != size or file_digest(file) != digest:
             return f"{name} is damaged (its digest differs from the recorded one)"
     return None
 
 
 def _find_unreadable(folder: Path) -> str | None:
+    """Read the trajectory, and without a list of digests also the tensors and the archives."""
     if (folder / TRAJECTORY_FILE).exists():
         Trajectory.load(folder / TRAJECTORY_FILE)
     if (folder / LIST_FILE).exists():

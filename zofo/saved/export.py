@@ -1,4 +1,4 @@
-"""Writes a trained model as a plain Hugging Face folder, which tools read without zofo.
+"""Write a trained model as a plain Hugging Face folder, which tools read without zofo.
 
     DIR/            the trained base, with the adapter merged into it (such as LoRA)
     DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt)
@@ -44,26 +44,15 @@ from zofo.saved.source import Source, drop_weights, open_source, plain_base
 
 @dataclass(frozen=True)
 class Content:
-    """The content of an exported folder, and the logits that it must give.
+    """The content of an exported folder, and the logits that it must give."""
 
-    Attributes:
-        model: the model without adapter. Writing casts it in place and then frees its weights.
-        adapter: the `PeftModel` whose adapter is written separately (its base may lack weights);
-            None if the adapter is merged or there is none.
-        source: the trained model on disk.
-        tokenizer: the tokenizer as training used it.
-        samples: inputs for the comparison.
-        expected: logits on each input, as `logits_of` gives them.
-        step: the step of the base, if the base alone is written.
-    """
-
-    model: Any
-    adapter: Any
-    source: Source
-    tokenizer: Any
-    samples: Samples
-    expected: list[Tensor]
-    step: int | None = None
+    model: Any  # without adapter; writing casts it in place and then frees its weights
+    adapter: Any  # `PeftModel` (perhaps without base weights) of an adapter that is not merged
+    source: Source  # the trained model on disk
+    tokenizer: Any  # as training used it
+    samples: Samples  # inputs for the comparison
+    expected: list[Tensor]  # logits on each input, as `logits_of` gives them
+    step: int | None = None  # step of the base, if the base alone is written
 
 
 def export_model(
@@ -126,14 +115,7 @@ def write_folder(
 ) -> Exported:
     """Write a folder, check it with plain transformers and peft, and rename it.
 
-    Args:
-        content: the model and the expected logits.
-        to: the target folder.
-        dtype: dtype of the weights; None for the dtype of the base.
-        max_shard_size: size limit of a safetensors file.
-
-    Raises:
-        UserError: as `export_model`.
+    The arguments and errors are those of `export_model`.
     """
     source, samples = content.source, content.samples
     chosen = dtype or source.base.dtype
@@ -160,7 +142,7 @@ def write_folder(
             usage(to, source.base.head, is_merged=content.adapter is None),
         )
         describe(exported, source, content.step, temporary)
-        for path in temporary.rglob("*"):
+        for path in temporary.rglob("*"):  # A temporary folder is private at first.
             path.chmod(0o755 if path.is_dir() else 0o644)
     return exported
 
@@ -171,6 +153,7 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
         return trained
     if not hasattr(trained.base_model, "merge_and_unload"):
         return None
+    # Merging in 16 bits would round twice: the sum of the weights, and then the exported weight.
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters()):
         trained.float()
         expected = logits_of(trained, samples)
@@ -185,12 +168,7 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
 
 
 def _save(
-    content: Content,
-    tokenizer: Any,
-    folder: Path,
-    to: Path,
-    dtype: torch.dtype,
-    max_shard_size: str,
+    content: Content, tokenizer: Any, folder: Path, to: Path, dtype: torch.dtype, shard_size: str
 ) -> None:
     model, source, adapter = content.model, content.source, content.adapter
     config = model.config
@@ -199,24 +177,18 @@ def _save(
     if source.base.head == "classification" and source.labels:
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = content.tokenizer.pad_token
     tokenizer.save_pretrained(folder)
-    if adapter is not None:
+    if adapter is not None:  # peft finds the base under the final name of the folder.
         save_adapter(adapter, folder / ADAPTER_FOLDER, base_name=str(to.resolve()))
 
 
 def load_plain(
     folder: Path, head: str, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """Load the model (without adapter) and the tokenizer of an export with plain transformers.
-
-    Args:
-        folder: the export.
-        head: head of the model, one of `zofo.models.loading.HEADS`.
-        trust_remote_code: whether to run code that lies in the folder.
-    """
+    """Load the model (without adapter) and the tokenizer of an export with plain transformers."""
     import transformers as hf
 
     with quiet():

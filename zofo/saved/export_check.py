@@ -1,9 +1,9 @@
-"""Checks that an exported folder gives the logits of the trained model.
+"""Check that an exported folder gives the logits of the trained model.
 
     deviation = max |exported − trained| / max |trained|
 
-The maxima are over the last positions of a few inputs. Of the tolerances of both dtypes, the larger
-applies. The last column is the deviation of SmolLM2-135M with a merged LoRA.
+The maxima are over the last positions of a few inputs. The tolerance is the larger of those of the
+dtypes of base and export. The last column is the deviation of SmolLM2-135M with a merged LoRA.
 
     dtype              tolerance   source of the error                          measured
     float64, float32   1e-4        one rounding per weight, order of the sums   2e-6
@@ -41,30 +41,19 @@ _RANDOM_LENGTH: Final = 24
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs on which two models are compared.
+    """Inputs on which two models are compared."""
 
-    Attributes:
-        inputs: token ids of each input.
-        texts: texts on which the tokenizers are compared.
-        origin: description of the inputs.
-    """
-
-    inputs: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-    origin: str
+    inputs: tuple[tuple[int, ...], ...]  # token ids of each input
+    texts: tuple[str, ...]  # texts on which the tokenizers are compared
+    origin: str  # description of the inputs
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """The difference between the logits a and b of two models.
+    """The difference between the logits a and b of two models."""
 
-    Attributes:
-        largest: max |a − b|.
-        scale: max |b|.
-    """
-
-    largest: float
-    scale: float
+    largest: float  # max |a − b|
+    scale: float  # max |b|
 
     @property
     def share(self) -> float:
@@ -106,6 +95,7 @@ def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) 
             name = f"{len(examples)} test rows of {spec.name}"
             return Samples(tuple(row.rows[0] for row in encoded), texts, name)
     generator = torch.Generator().manual_seed(seed)
+    # Either may be larger: models pad their vocabulary, and users add tokens to a tokenizer.
     num_tokens = min(len(tokenizer), len(model.get_input_embeddings().weight))
     ids = torch.randint(num_tokens, (NUM_INPUTS, _RANDOM_LENGTH), generator=generator)
     texts = tuple(tokenizer.decode(row) for row in ids)
@@ -116,7 +106,7 @@ def sample_inputs(source: Source, model: Any, tokenizer: Any, *, seed: int = 0) 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, samples: Samples) -> list[Tensor]:
-    """Logits of each input, float32: [last positions, vocabulary] or [classes]."""
+    """Logits of each input on the CPU: float32 [last positions, vocabulary] or [classes]."""
     device = next(model.parameters()).device
     found = []
     for row in samples.inputs:
@@ -144,11 +134,7 @@ def digests_of(model: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
 
 
 def check_weights(found: nn.Module, expected: Mapping[str, tuple[torch.dtype, str]]) -> None:
-    """Compare the weights of a model that was read with those that were written.
-
-    Args:
-        found: the model that was read.
-        expected: `digests_of` the model that was written.
+    """Compare a model that was read with `digests_of` the model that was written.
 
     Raises:
         UserError: if a tensor is missing, differs in a bit, or holds NaN.

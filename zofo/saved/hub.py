@@ -1,4 +1,4 @@
-"""Downloads artefacts from the Hugging Face hub and uploads them."""
+"""Download artefacts from the Hugging Face hub, and upload them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from zofo.saved.manifest import (
 )
 
 _FOLDERS: Final = (f"{ADAPTER_FOLDER}/*", f"{MODEL_FOLDER}/*")
+# Other files of a repository or folder are neither loaded nor published.
 _PATTERNS: Final = [HEADER_FILE, TRAJECTORY_FILE, CARD_FILE, *_FOLDERS]
 
 

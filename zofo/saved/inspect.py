@@ -1,4 +1,4 @@
-"""Describes a folder that zofo wrote, and finds missing or damaged files.
+"""Describe a folder that zofo wrote, and find missing or damaged files.
 
 `inspect` only reads files. `zofo.saved.verify` also loads the model.
 """
@@ -23,41 +23,23 @@ from zofo.saved.source import is_checkpoint, read_base
 
 @dataclass
 class Info:
-    """Description of a folder; None for what a folder of this kind does not record.
-
-    Attributes:
-        path: the folder.
-        kind: "run", "artefact", "checkpoint" or "export".
-        is_whole: whether all files are present and undamaged; a run must also have ended.
-        problem: the first fault, in words.
-        method: name of the method.
-        base: name of the base.
-        base_fingerprint: fingerprint of the base before training.
-        adapter: type of the adapter, as peft names it.
-        task: name of the task.
-        seed: seed of the run.
-        step: step of a checkpoint or of a replayed base.
-        num_recorded_steps: number of updates of the base that can be replayed.
-        checkpoints: step -> whether the checkpoint is undamaged, for a run.
-        size_bytes: size of all files.
-        scores: scores on the test rows before and after training.
-    """
+    """Description of a folder; None for what a folder of this kind does not record."""
 
     path: Path
-    kind: str
-    is_whole: bool = True
-    problem: str | None = None
+    kind: str  # "run", "artefact", "checkpoint" or "export"
+    is_whole: bool = True  # whether no file is missing or damaged, and a run has ended
+    problem: str | None = None  # the first fault, in words
     method: str | None = None
-    base: str | None = None
-    base_fingerprint: str | None = None
-    adapter: str | None = None
+    base: str | None = None  # name of the base
+    base_fingerprint: str | None = None  # of the base before training
+    adapter: str | None = None  # type of the adapter, as peft names it
     task: str | None = None
     seed: int | None = None
-    step: int | None = None
-    num_recorded_steps: int | None = None
-    checkpoints: dict[int, bool] = field(default_factory=dict)
-    size_bytes: int = 0
-    scores: dict[str, Any] | None = None
+    step: int | None = None  # of a checkpoint or of a replayed base
+    num_recorded_steps: int | None = None  # updates of the base that can be replayed
+    checkpoints: dict[int, bool] = field(default_factory=dict)  # step -> whether it is undamaged
+    size_bytes: int = 0  # of all files
+    scores: dict[str, Any] | None = None  # on the test rows, before and after training
 
     def as_dict(self) -> dict[str, Any]:
         """The values that apply, as JSON can hold them."""

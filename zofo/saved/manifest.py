@@ -7,8 +7,8 @@
     digest                          digest of all of the above
 
 The digests detect damage and mixed-up files. They are not a signature, because anyone can write an
-artefact with valid digests. Values are therefore checked like any input. Names in `files` are only
-compared with the folder, never opened. The user decides whether remote code may run.
+artefact with valid digests. Therefore the values are checked like any input, and the names in
+`files` are compared with the folder but never opened. The user decides whether remote code may run.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def read_header(folder: Path) -> dict[str, Any]:
             )
         if header["digest"] != json_digest({k: v for k, v in header.items() if k != "digest"}):
             raise ValueError("its digest differs from the recorded one")
+        # In strict mode, pydantic makes a `BaseSpec` only from JSON text, not from a dict.
         _Manifest.model_validate_json(json.dumps(header))
     return dict(header)
 

@@ -1,4 +1,4 @@
-"""Finds the parts of a trained model in a run folder, an artefact or a checkpoint.
+"""Find the parts of a trained model in a run folder, an artefact or a checkpoint.
 
 base         name of the base, as it was before training
 adapter      files of peft, if the method trains an adapter
@@ -41,21 +41,13 @@ from zofo.tasks.spec import Splits
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Parts):
-    """Where the parts of a trained model lie, and how it was trained.
+    """Where the parts of a trained model lie, and how it was trained."""
 
-    Attributes:
-        kind: "artefact" or "checkpoint".
-        base: the base that training began with.
-        method: name of the method.
-        task: options of the task; None if the model was trained on a task outside zofo.
-        labels: names of the classes.
-    """
-
-    kind: str
-    base: BaseSpec
+    kind: str  # "artefact" or "checkpoint"
+    base: BaseSpec  # the base that training began with
     method: str
-    task: dict[str, Any] | None
-    labels: tuple[str, ...]
+    task: dict[str, Any] | None  # its options; None if the model learned a task outside zofo
+    labels: tuple[str, ...]  # names of the classes
 
     def history(self) -> Trajectory:
         """Read the recorded updates of the base.
@@ -155,12 +147,9 @@ def plain_base(
     stop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Load the base without adapter, and replay its updates.
+    """Load the base without adapter, and replay its first `stop` updates; None for all.
 
-    Args:
-        source: a trained model whose base `Source.load_start` has checked.
-        stop: number of updates to replay; None for all that are recorded.
-        progress: called with the number of weights done and the total number.
+    `Source.load_start` must have checked the base.
     """
     assembly = Assembly(source, stop=stop, progress=progress)
     model: nn.Module = assembly.run("history", "base", "replay", "finite").model
@@ -168,11 +157,9 @@ def plain_base(
 
 
 def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None) -> None:
-    """Free the memory of a model's parameters although references to the model remain.
+    """Free the memory of some or all weights of a model, although references to it remain.
 
-    Args:
-        model: the model, which cannot run afterwards.
-        weights: the parameters to free; None for all.
+    The model cannot run afterwards.
     """
     for parameter in model.parameters() if weights is None else weights:
         parameter.data = parameter.data.new_empty(0)

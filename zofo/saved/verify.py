@@ -1,4 +1,4 @@
-"""Runs every step of loading a folder, and reports the result of each."""
+"""Run every step of loading a folder, and report the result of each."""
 
 from __future__ import annotations
 
@@ -21,17 +21,11 @@ from zofo.saved.source import open_source
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one step of `verify`.
-
-    Attributes:
-        name: name of the step.
-        is_sound: whether the check passed; None if it was not tried.
-        detail: the result in words.
-    """
+    """The result of one step of `verify`."""
 
     name: str
-    is_sound: bool | None
-    detail: str
+    is_sound: bool | None  # whether the check passed; None if it was not tried
+    detail: str  # the result in words
 
 
 def verify(path: str | Path, *, trust_remote_code: bool = False) -> Iterator[Check]:
@@ -70,7 +64,7 @@ def _source_steps(
     folder: Path, trust_remote_code: bool
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """Name and action of each check of a run, artefact or checkpoint."""
-    opened: list[Assembly] = []
+    opened: list[Assembly] = []  # filled by `header`, which runs first
 
     def header() -> str:
         source = open_source(folder, trust_remote_code=trust_remote_code)
@@ -96,7 +90,7 @@ def _export_steps(
     folder: Path, trust_remote_code: bool
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """Name and action of each check of an export."""
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {}  # filled by `header`, which runs first
 
     def header() -> str:
         record.update(read_json(folder / EXPORT_FILE))

@@ -1,4 +1,4 @@
-"""Saving the moved base of a model in a checkpoint, and restoring it.
+"""Save the moved base of a model in a checkpoint, and restore it.
 
     adapter_model.safetensors       written by peft
     prompt_encoder.safetensors      the parameters of the encoder, with prompt learning only
@@ -33,7 +33,7 @@ from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
 
 MARK = "zofo_load_with"
-"""Key in adapter_config.json. Peft does not know it and therefore warns."""
+"""Key in adapter_config.json. Peft does not know it and warns."""
 
 
 class BaseHistory:
@@ -61,7 +61,7 @@ class BaseHistory:
         self.base = split_parameters(model).base
         self.fingerprint: str | None = fingerprint(self.base)
         self._file = folder / ORIGINAL_BASE_FILE
-        self._num_updates_in_copy: int | None = None
+        self._num_updates_in_copy: int | None = None  # None while there is no copy
         self._snapshot = BaseSnapshot(folder, snapshot_every)
 
     def keep_original(self) -> None:
@@ -115,7 +115,7 @@ class BaseHistory:
             start = self._restore_original() if len(present) else 0
             if target.updates[:start] != present.updates[:start]:
                 raise UserError(f"{folder} belongs to another run than this trainer's base")
-            if not start:
+            if not start:  # The base is now the original, so a snapshot can shorten the replay.
                 original = header.get("base_fingerprint")
                 check_base(self.base, original, str(folder))
                 start = self._snapshot.restore(self.base, target, original)
@@ -124,7 +124,7 @@ class BaseHistory:
         self.optimizer.trajectory = target
 
     def _restore_original(self) -> int:
-        """Restore the original or its copy; return how many updates the base then contains."""
+        """Restore the original or its copy; return the number of updates that the base contains."""
         if self.original is not None:
             values, num_updates = self.original(), 0
         elif self._num_updates_in_copy is not None:
@@ -135,7 +135,7 @@ class BaseHistory:
                 "base that the run began with, or pass original_base"
             )
         _copy_into(self.base, values)
-        if not num_updates:
+        if not num_updates:  # The recorded fingerprint is that of the base without updates.
             check_base(self.base, self.fingerprint, "this model")
         return num_updates
 
@@ -167,7 +167,7 @@ class BaseSnapshot:
         if self.every is None or len(trajectory) - self.num_updates < self.every:
             return
         values = _on_cpu(base)
-        about = {
+        about = {  # safetensors stores metadata as text
             "num_updates": str(len(trajectory)),
             "updates": _digest(trajectory, len(trajectory)),
             "base_fingerprint": str(base_fingerprint),
@@ -177,15 +177,12 @@ class BaseSnapshot:
         self.num_updates = len(trajectory)
 
     def restore(
-        self,
-        base: Mapping[str, nn.Parameter],
-        trajectory: Trajectory,
-        base_fingerprint: str | None,
+        self, base: Mapping[str, nn.Parameter], trajectory: Trajectory, base_fingerprint: str | None
     ) -> int:
         """Set the base to the copy, if the copy belongs to the trajectory.
 
         Returns:
-            How many updates the base now contains; 0 if there is no such copy.
+            The number of updates that the base now contains; 0 if there is no such copy.
         """
         if not self.path.exists():
             return 0

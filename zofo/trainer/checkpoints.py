@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a trainer, and resuming from them.
+"""Write the checkpoints of a trainer, and resume from them.
 
 A checkpoint holds the adapter and the trajectory of the base, because an adapter fits only the base
 that it was trained with. It also holds the sums behind the logged losses, which Trainer resets when
@@ -33,15 +33,15 @@ class RestoreAccounts(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by Trainer when training begins."""
+        """Restore the sums; Trainer calls this when training begins."""
         self.trainer._restore_accounts()
 
 
 class CheckpointMixin(TrainerMixin):
     """Saves and restores a hybrid trainer. `HybridMixin` sets its attributes."""
 
-    _checkpoints_folder: Path | None  # while a checkpoint is written
-    _resumed_accounts: dict[str, float] | None
+    _checkpoints_folder: Path | None  # the hidden folder while a checkpoint is written
+    _resumed_accounts: dict[str, float] | None  # read from the checkpoint, not yet restored
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; `resume_from_checkpoint=True` takes the newest whole checkpoint.
@@ -85,7 +85,7 @@ class CheckpointMixin(TrainerMixin):
             run_folder.mkdir(exist_ok=True)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(place)
-        # Trainer would upload the hidden folder, so the upload waits until it has its name.
+        # Trainer would upload the hidden folder, so the upload waits until the folder is renamed.
         pushes, args.push_to_hub = args.push_to_hub, False
         try:
             with writing_folder(place) as staged:
@@ -98,12 +98,9 @@ class CheckpointMixin(TrainerMixin):
             self._checkpoints_folder, args.push_to_hub = None, pushes
         if self._history is not None:
             self._history.take_snapshot()
-        rotate(
-            run_folder,
-            args.save_total_limit,
-            newest=state.global_step,
-            best=state.best_global_step,
-        )
+        # Older checkpoints go last, so that a kill at any time leaves a whole one.
+        newest, best = state.global_step, state.best_global_step
+        rotate(run_folder, args.save_total_limit, newest=newest, best=best)
         if pushes:
             self._push_from_checkpoint(str(place))
 
@@ -131,7 +128,7 @@ class CheckpointMixin(TrainerMixin):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:
-            # The run was resumed after its last step. Trainer would take one more step.
+            # The run was resumed after its last step, and Trainer would take one more.
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
@@ -156,7 +153,7 @@ class CheckpointMixin(TrainerMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._hybrid
         if optimizer is not None and len(optimizer.trajectory):
-            # A checkpoint of save_only_model has no step count; the trajectory tells it.
+            # With save_only_model there is no optimizer state. The trajectory knows the step.
             last = optimizer.trajectory.updates[-1][0].step
             optimizer.step_count = max(optimizer.step_count, last + 1)
 

@@ -1,4 +1,4 @@
-"""Checks before the first step for settings that would silently give wrong results."""
+"""Checks that refuse settings before the first step if they would silently train wrongly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_setup(trainer: Any, options: Any) -> None:
             f"optimizers holds {type(trainer.optimizer).__name__}; choose the adapter's optimizer "
             "with optim or optimizer_cls_and_kwargs, or pass a zofo.HybridOptimizer"
         )
-    if not orders.zeroth:
+    if not orders.zeroth:  # All other checks concern zeroth-order steps.
         return
     wrong = []
     fraction = options.base_batch_fraction
@@ -36,13 +36,13 @@ def check_setup(trainer: Any, options: Any) -> None:
     if not orders.first:
         if options.base_every > 1:
             wrong.append(
-                f"base_every={options.base_every} would leave steps empty, because nothing else "
-                "moves: set it to 1"
+                f"base_every={options.base_every} would leave some steps without any update: set "
+                "it to 1"
             )
         if fraction < 1:
             wrong.append(
-                f"base_batch_fraction={fraction} would waste the other rows, because nothing else "
-                "uses them: lower the batch size"
+                f"base_batch_fraction={fraction} would leave the other rows unused: lower the "
+                "batch size"
             )
     if args.world_size > 1 or args.n_gpu > 1 or is_sharded(trainer):
         wrong.append("it runs on one device only: set CUDA_VISIBLE_DEVICES=0, or choose fo-peft")
@@ -54,7 +54,7 @@ def check_setup(trainer: Any, options: Any) -> None:
     if args.fp16 and not orders.first:
         wrong.append("fp16=True scales gradients, and this method has none: use bf16=True")
     base = split_parameters(trainer.model).base if orders.base == "zeroth" else {}
-    # Trl's preference trainers use the model without its adapter as the reference, as DPO does.
+    # trl's preference trainers, such as DPO, use the model without its adapter as the reference.
     precomputed = getattr(args, "precompute_ref_log_probs", True)
     if base and not precomputed and getattr(trainer, "ref_model", None) is None:
         wrong.append(

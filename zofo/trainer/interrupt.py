@@ -1,12 +1,12 @@
-"""Stopping on Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop.
+"""Stop training on Ctrl-C or SIGTERM, after the current step and with a checkpoint.
 
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop:
-        trainer.train()          # raises TrainingInterrupt once the checkpoint is written
+        trainer.train()  # raises TrainingInterrupt after it has written the checkpoint
 
-A second signal stops at once. The weights stay valid even then, because evaluations never write to
-the base, and every checkpoint on disk is complete.
+A second signal stops training at once. The weights are valid even then, because evaluations never
+write to the base. Every checkpoint on disk is complete.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class TrainingInterrupt(KeyboardInterrupt):
     """Training stopped because of a signal.
 
     Attributes:
-        signum: the signal.
-        checkpoint: where to resume; None if training stopped at once or had already ended.
+        signum: number of the signal.
+        checkpoint: the checkpoint from which training can resume; None if training stopped at once
+            or had already ended.
     """
 
     def __init__(self, signum: int, checkpoint: Path | None = None) -> None:
@@ -47,8 +48,8 @@ class TrainingInterrupt(KeyboardInterrupt):
 class StopOnSignal(TrainerCallback):
     """Stops training with a checkpoint at the end of the step in which a signal arrived.
 
-    As a context manager it installs signal handlers, in the main thread only, and restores the
-    previous ones at the end. Without the context manager, call `request` instead.
+    As a context manager it installs signal handlers and restores the previous ones at the end.
+    Python allows this in the main thread only. In other threads, call `request` instead.
 
     Args:
         signals: the signals to handle.
@@ -60,7 +61,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def request(self, signum: int = signal.SIGINT) -> None:
-        """Request a stop; the second request stops at once.
+        """Request a stop. The second request stops training at once.
 
         Raises:
             TrainingInterrupt: on the second request.
@@ -70,13 +71,13 @@ class StopOnSignal(TrainerCallback):
         self.signum = signum
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for a checkpoint if a stop was requested."""
+        """Request a checkpoint if a stop was requested."""
         if self.signum is not None:
             control.should_save = True
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Do the same if the signal arrived during an evaluation."""
+        """Request a checkpoint if the stop was requested during an evaluation."""
         return self.on_step_end(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,15 +101,17 @@ class StopOnSignal(TrainerCallback):
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         for signum, handler in self._previous.items():
+            # Python has no object for a handler that other code installed in C, and returns None.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        # The signal may have arrived after the last checkpoint.
         if error is None and self.signum is not None:
             raise TrainingInterrupt(self.signum)
 
     def _handle(self, signum: int, frame: Any) -> None:
         self.request(signum)
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        # os.write, because a handler may interrupt another print.
+        # The handler may interrupt a print. os.write does not use the buffer of that print.
         with contextlib.suppress(OSError):
-            text = f"\n{name}: finishing the step and saving; once more stops at once\n"
+            text = f"\n{name}: finishing the step and saving; a second signal stops at once\n"
             os.write(2, text.encode())

@@ -1,7 +1,7 @@
-"""The losses of a micro-batch: that of the first-order block, and that of the zeroth-order block.
+"""The losses of a micro-batch for the first-order block and for the zeroth-order block.
 
-They are the same unless `compute_zeroth_loss` is overridden. With `base_batch_fraction`, only the
-first rows give the zeroth-order loss.
+Both are the same unless a subclass overrides `compute_zeroth_loss`. If `base_batch_fraction` is
+below 1, the zeroth-order loss is that of the first rows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class BatchLossMixin(TrainerMixin):
     def compute_zeroth_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor | float:
-        """Compute the loss of the zeroth-order block; override it for a loss without a gradient.
+        """Compute the loss of the zeroth-order block. Override it for a loss without a gradient.
 
-        It is called without gradients, at the current weights and at perturbed ones. It runs in
-        training mode with the same dropout masks, or in the mode that it sets for itself. The
+        It is called without gradients, at the current weights and at perturbed ones. All calls of a
+        step run in training mode with the same dropout masks, unless it sets a mode itself. The
         first-order block still follows `compute_loss`.
 
         Args:
@@ -41,8 +41,8 @@ class BatchLossMixin(TrainerMixin):
             num_items_in_batch: as for `compute_loss`.
 
         Returns:
-            A scalar, lower is better, that depends only on model and inputs. It must be a mean over
-            rows, such as 1 − accuracy. The micro-batches of a step are averaged.
+            A scalar that depends only on the model and the inputs; lower is better. It must be a
+            mean over rows, such as 1 − accuracy. zofo averages the micro-batches of a step.
         """
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         return loss
@@ -61,7 +61,7 @@ class BatchLossMixin(TrainerMixin):
     def batch_part(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any, num_first: int
     ) -> tuple[ZerothLoss, ZerothLoss | None]:
-        """Split a micro-batch into its first rows and the others, after the pass over all of them.
+        """Split a micro-batch into its first rows and the others, after a pass over all rows.
 
         Override it for batches that cannot be split along the first dimension of their tensors, or
         to supply the unperturbed loss of the first rows.
@@ -73,8 +73,8 @@ class BatchLossMixin(TrainerMixin):
             num_first: number of first rows, less than the micro-batch has.
 
         Returns:
-            The loss on the first rows, and the loss on the others for a check in the first step;
-            None: no check.
+            The loss on the first rows, and the loss on the others for the check in the first step.
+            If the second is None, the check is skipped.
 
         Raises:
             UserError: if the batch cannot be split.
@@ -83,7 +83,8 @@ class BatchLossMixin(TrainerMixin):
 
         def taken(rows: Mapping[str, Any], num: int) -> ZerothLoss:
             share = num / num_rows
-            # A sum over the rows, divided by their share of the tokens, estimates the batch loss.
+            # compute_loss divides a sum over tokens by their number. With the share of that number,
+            # the taken rows estimate the loss of the whole batch.
             items = None if num_items_in_batch is None else num_items_in_batch * share
             return ZerothLoss(lambda: self._zeroth_loss_of(model, rows, items), share)
 
@@ -101,7 +102,7 @@ class BatchLossMixin(TrainerMixin):
         num_items_in_batch: Any,
         generators: GeneratorState,
     ) -> tuple[ZerothLoss | None, ZerothLoss | None]:
-        """The loss for the differences, None for the whole batch's; and the other rows' loss."""
+        """The loss that is differenced (None for the training loss), and that of the other rows."""
         fraction = self.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)
@@ -110,6 +111,8 @@ class BatchLossMixin(TrainerMixin):
                 return None, None
             return self.whole_batch(model, inputs, num_items_in_batch), None
         part, rest = self.batch_part(model, inputs, num_items_in_batch, num_first)
+        # A value from another pass is used only if it would be equal in a pass of its own. Else the
+        # difference would also hold the rounding or the dropout by which the passes differ.
         return (part, rest) if self._is_exact(generators) else (replace(part, loss=None), None)
 
     def _check_losses(
@@ -139,7 +142,7 @@ class BatchLossMixin(TrainerMixin):
     def _is_exact(self, generators: GeneratorState) -> bool:
         """Whether each row's loss in the last pass equals its loss in a smaller batch."""
         return (
-            self.args.device.type in ("cpu", "cuda")  # `GeneratorState` covers these
+            self.args.device.type in ("cpu", "cuda")  # `GeneratorState` covers only these.
             and not (self.args.bf16 or self.args.fp16)
             and all(p.dtype in (torch.float32, torch.float64) for p in self.model.parameters())
             and generators.is_current()
@@ -149,7 +152,7 @@ class BatchLossMixin(TrainerMixin):
     def _loss_of(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> Tensor:
-        """The loss of a micro-batch, shape [], scaled as Trainer scales it."""
+        """The loss of a micro-batch as Trainer scales it: shape []."""
         batch = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
@@ -166,13 +169,17 @@ class BatchLossMixin(TrainerMixin):
         return loss / self.current_gradient_accumulation_steps
 
     def _loss_divisor(self, num_items_in_batch: Any) -> int:
-        is_scaled = _is_scaled(self, num_items_in_batch)
+        """1 if `compute_loss` divides by the accumulation steps itself, by the rule of Trainer."""
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = counted or self.compute_loss_func is not None
         return 1 if is_scaled else self.current_gradient_accumulation_steps
 
 
 @contextmanager
 def metrics_set_aside(trainer: Any) -> Iterator[None]:
-    """Discard what trl's trainers collect inside compute_loss while losses are re-evaluated."""
+    """Discard the metrics that trl's trainers collect in compute_loss during re-evaluations."""
     names = ("_metrics", "_stored_metrics", "_total_train_tokens")
     kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
     vars(trainer).update(copy.deepcopy(kept))
@@ -182,18 +189,10 @@ def metrics_set_aside(trainer: Any) -> Iterator[None]:
         vars(trainer).update(kept)
 
 
-def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether compute_loss divides by the accumulation steps itself, by the rule of Trainer."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if scaled is not None:
-        return scaled
-    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return counted or trainer.compute_loss_func is not None
-
-
 def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None:
     """Check that the batch loss lies between those of its two parts, as a mean must."""
     low, high = sorted((float(first), float(rest)))
+    # The passes have different shapes, so their sums round differently.
     slack = 1e-3 * max(abs(low), abs(high)) + 1e-6
     if not low - slack <= float(loss) <= high + slack:
         raise UserError(
@@ -204,7 +203,7 @@ def check_part(loss: Tensor, first: Tensor, rest: Tensor, trainer: type) -> None
 
 
 def check_same(loss: Tensor, again: Tensor, trainer: type) -> None:
-    """Check that a second evaluation gives the same loss; else a difference means nothing."""
+    """Check that a second evaluation gives the same loss, without which differences are noise."""
     if not torch.allclose(loss.double(), again.double(), rtol=1e-3, atol=1e-6, equal_nan=True):
         raise UserError(
             f"the loss of {trainer.__name__} is {loss:.6g}, and {again:.6g} when computed again on "

@@ -2,8 +2,8 @@
 
 The forward and backward pass of Trainer stay unchanged. After them the mixin evaluates the same
 micro-batch at the perturbed weights and passes the loss difference to `HybridOptimizer`. Trainer
-steps it like any optimizer, so logging, schedulers, callbacks, gradient accumulation and
-`report_to` keep working.
+calls its `step` like that of any optimizer, so logging, schedulers, callbacks, gradient
+accumulation and `report_to` keep working.
 
     class HybridSFTTrainer(HybridMixin, trl.SFTTrainer): ...
 
@@ -58,15 +58,13 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         original_base: Callable[[], Mapping[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._given_options = hybrid
-        self._original_base = original_base
-        self._hybrid = None
-        self._history = None
+        # Trainer's __init__ may call methods of this class, so the attributes are set before it.
+        self._given_options, self._original_base = hybrid, original_base
+        self._hybrid = self._history = None
         self._measured_step: int | None = None
         self._loss_is_checked = False
         self._base_lr: float | None = None
-        self._checkpoints_folder = None
-        self._resumed_accounts = None
+        self._checkpoints_folder = self._resumed_accounts = None
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
@@ -85,7 +83,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     @property
     def forward_equivalents(self) -> float:
-        """Cost of training so far in forward-equivalents, first-order passes included.
+        """Cost of training so far in forward-equivalents, including first-order passes.
 
         One unit is one forward pass of a micro-batch without gradients. The gradient of an adapter
         costs 2 units and that of all weights 3; see `zofo.optim.cost`.
@@ -105,7 +103,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             self.optimizer = self._new_optimizer(self.model if model is None else model)
         if self._hybrid is None:
             optimizer = self._hybrid = self.optimizer
-            if optimizer.trajectory.groups:
+            if optimizer.trajectory.groups:  # Without them, the base has no updates to record.
                 self._history = BaseHistory(
                     self.model,
                     optimizer,
@@ -133,7 +131,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._measured_step = self.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
-        if not optimizer.zeroth_is_due:
+        if not optimizer.zeroth_is_due:  # A step between two updates of the base (`base_every`).
             loss = super().training_step(model, inputs, num_items_in_batch)
             optimizer.measure(lambda: loss, loss)
             return loss
@@ -143,8 +141,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
         view = optimizer.perturbation
         if view is not None and model is not view.model:
-            view.follow(model)  # accelerate has wrapped the model
-        # The state before the pass lets the perturbed evaluations replay its dropout masks.
+            view.follow(model)  # accelerate has wrapped the model.
+        # With the state before the pass, the perturbed evaluations repeat its dropout masks.
         generators = GeneratorState.capture()
         if optimizer.inner is not None:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
@@ -154,7 +152,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 loss = closure().detach()  # []
         instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
         with metrics_set_aside(self):
-            # Without replayed masks, two evaluations differ by their dropout.
+            # Unless the masks are replayed, dropout makes two evaluations differ.
             is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
             if is_wanted and not self._loss_is_checked:
                 parts = None if instead is None or rest is None else (instead, rest)
@@ -168,6 +166,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         decayed = set(self.get_decay_parameter_names(model))
         chosen = getattr(self, "optimizer_cls_and_kwargs", None)
         inner_class, inner_kwargs = chosen or self.get_optimizer_cls_and_kwargs(args, model)
+        # Schedule-free optimizers have `eval`: they hold other weights while they train.
         is_plain = isinstance(inner_class, type) and not hasattr(inner_class, "eval")
         if not is_plain or {"params", "model", "optimizer_dict"} & inner_kwargs.keys():
             raise UserError(
@@ -200,7 +199,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         return ReshufflingSampler(len(dataset), seed=seed, sampling=self.hybrid_options.sampling)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the zeroth-order quantities to the training logs."""
+        """Add the quantities of the zeroth-order steps to the training logs."""
         optimizer = self._hybrid
         if optimizer is not None and "loss" in logs and optimizer.last_step is not None:
             report = optimizer.last_step
@@ -225,7 +224,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                     measured.loss, measured.projected_grad
                 )
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
-        if "train_loss" in logs:  # over all steps, including those before a resume
+        if "train_loss" in logs:  # The mean over all steps includes those before a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
 

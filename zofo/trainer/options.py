@@ -1,4 +1,4 @@
-"""The hybrid options beside `transformers.TrainingArguments`."""
+"""The hybrid options that go with `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from zofo.optim.options import StepOptions
 
 @dataclass
 class HybridOptions(StepOptions):
-    """The hybrid options, for use beside any subclass of `TrainingArguments`.
+    """The hybrid options, which go with any subclass of `TrainingArguments`.
 
-    They include the fields of `StepOptions`. Trainer's own arguments configure the adapter: its
-    learning rate is `learning_rate`, its optimizer `optim`, its gradient clipping `max_grad_norm`.
+    They include the fields of `StepOptions`. Trainer's own arguments configure the adapter:
+    `learning_rate`, `optim` and `max_grad_norm` are its learning rate, optimizer and clipping.
     """
 
     method: str = field(default="hybrid", metadata={"help": methods_that(lambda _: True)})

@@ -26,8 +26,8 @@ class TrainerMixin(_Trainer):
     model: Any  # Trainer's type allows None, but every trainer has one here
     optimizer: Any  # a HybridOptimizer, which accelerate may wrap
     _given_options: HybridOptions | None
-    _hybrid: HybridOptimizer | None
-    _history: BaseHistory | None  # None unless the base is of the zeroth order
+    _hybrid: HybridOptimizer | None  # the optimizer without accelerate's wrapper
+    _history: BaseHistory | None  # None unless zeroth-order steps train the base
 
     @property
     def hybrid_options(self) -> Any:
@@ -43,7 +43,7 @@ class TrainerMixin(_Trainer):
 
     @property
     def hybrid_optimizer(self) -> HybridOptimizer:
-        """The optimizer of both blocks; it exists once training has begun."""
+        """The optimizer of both blocks, which exists from the beginning of training."""
         assert self._hybrid is not None
         return self._hybrid
 
