@@ -32,7 +32,7 @@ demo: env
 	"print({word: x[t(word)[\"input_ids\"][0]].item() for word in (\" terrible\", \" great\")})'"
 
 test: env
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: env
 	$(BIN)/python -m pytest

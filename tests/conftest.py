@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import sys
 
+import jinja2
 import pytest
 import torch
 
@@ -14,11 +17,30 @@ def _known_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _files_need_not_reach_the_disk():
+    """No test cuts the power, so none has to wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_are_compiled_once():
+    """peft compiles the template of its model card for every adapter that it saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = functools.lru_cache(jinja2.Environment.compile)
+        patch.setattr(jinja2.Environment, "compile", compiled)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_frozen():
-    """`Trainer.train` collects garbage twice; without this, each time visits all of torch."""
+def _garbage_is_collected_once_a_module():
+    """`Trainer.train` collects garbage twice, and each time visits all that torch imported."""
     gc.collect()
     gc.freeze()
+    if memory := sys.modules.get("accelerate.utils.memory"):
+        memory.clear_device_cache = lambda garbage_collection=False: None
 
 
 @pytest.fixture
