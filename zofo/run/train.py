@@ -49,9 +49,10 @@ from zofo.saved.layout import (
     RESULT_FILE,
     STOPPED_FILE,
 )
-from zofo.saved.source import write_base
+from zofo.saved.source import read_base, write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
+from zofo.tasks.digests import RowDigests
 from zofo.trainer.interrupt import StopOnSignal
 
 
@@ -94,7 +95,8 @@ def train(
         torch.set_num_threads(config.num_threads)
     resolve_device(config.device)  # An absent device is reported before any work.
     folder = resume or new_folder(config)
-    prepared = prepare(config)
+    checkpoint = None if resume is None else _checkpoint(folder, console)
+    prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
     for note in prepared.splits.notes:
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
@@ -109,8 +111,8 @@ def train(
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
         console=console,
+        digests=RowDigests.of(prepared.splits),
     )
-    checkpoint = None if resume is None else _checkpoint(folder, console)
     _begin_folder(folder, config, prepared)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
@@ -143,6 +145,13 @@ def train(
     result = Result(folder, before, after, cost)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
+
+
+def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
+    """Prepare with the rows and the classes that the run began with."""
+    known = RowDigests.load(checkpoint)
+    labels = () if known is None else read_base(checkpoint.parent)[1]
+    return prepare(config, known=known, labels=labels)
 
 
 def _checkpoint(folder: Path, console: Console) -> Path | None:
@@ -191,6 +200,7 @@ def _save_artifact(
         tokenizer=prepared.tokenizer,
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
+        rows=RowDigests.of(prepared.splits),
     )
 
 

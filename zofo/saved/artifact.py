@@ -1,6 +1,7 @@
 """The artefact: a folder that holds a trained model and is small enough to share.
 
     zofo.json                       base, method, task, fingerprint of the base, digests of files
+    rows.safetensors                digests of the rows that it was trained, selected and tested on
     adapter/                        files of peft (methods with an adapter)
     base_trajectory.safetensors     updates of the base, one scalar a direction (hybrid, zo-ft)
     model/                          the whole model (fo-ft, which has no such scalars)
@@ -35,6 +36,7 @@ from zofo.saved.manifest import (
     write_header,
 )
 from zofo.saved.source import open_source
+from zofo.tasks.digests import ROWS_FILE, RowDigests
 
 __all__ = [
     "HEADER_FILE",
@@ -57,6 +59,7 @@ class Artifact:
     method: str  # name of the method that trained the model
     task: dict[str, Any] | None  # its options; None if the model learned a task outside zofo
     labels: tuple[str, ...]  # names of the classes
+    rows: RowDigests | None = None  # its rows; None if it was saved without them
 
 
 def save_artifact(
@@ -70,6 +73,7 @@ def save_artifact(
     tokenizer: Any = None,
     task: dict[str, Any] | None = None,
     labels: tuple[str, ...] = (),
+    rows: RowDigests | None = None,
 ) -> Path:
     """Write an artefact.
 
@@ -83,6 +87,7 @@ def save_artifact(
         tokenizer: the tokenizer, which is saved if the whole model is saved.
         task: options of the task.
         labels: names of the classes.
+        rows: digests of the task's rows, by which they are found again in changed data.
 
     Raises:
         UserError: if the folder cannot be written, or an argument that the method needs is missing.
@@ -106,6 +111,10 @@ def save_artifact(
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
+    if rows is None:
+        (folder / ROWS_FILE).unlink(missing_ok=True)  # of an earlier artefact
+    else:
+        rows.save(folder)
     values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
     # The header goes last, because it records the digests of the other files.
     write_header(folder, {**values, "task": task, "labels": list(labels)})
@@ -150,4 +159,12 @@ def load(
     source = open_source(find_artifact(folder), trust_remote_code=trust_remote_code)
     model, tokenizer = source.load(progress)
     model.to(device)
-    return Artifact(model, tokenizer, source.base, source.method, source.task, source.labels)
+    return Artifact(
+        model,
+        tokenizer,
+        source.base,
+        source.method,
+        source.task,
+        source.labels,
+        RowDigests.load(source.folder),
+    )
