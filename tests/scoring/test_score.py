@@ -171,6 +171,22 @@ def test_training_rows_are_refused_even_if_their_file_is_gone(reviews, score, tm
         evaluate_artifact(artifact, spec)
 
 
+def test_another_template_is_refused_where_rows_cannot_be_found(reviews, score):
+    _, rows, artifact, task, result = reviews
+    numbered = [{**row, "number": f"no. {i}"} for i, row in enumerate(rows)]
+    for template, is_refused in (("{text}!", False), ("{number} {text}:", True)):
+        other = task.model_copy(update={"template": template})
+        score(numbered)
+        assert evaluate_artifact(artifact, other).num_rows == result.after.num_rows
+        write(reviews[0], numbered[5:])
+        if is_refused:
+            with pytest.raises(UserError, match=r"task.template shows other columns"):
+                evaluate_artifact(artifact, other)
+        else:
+            with pytest.warns(UserWarning, match="the data has changed"):
+                evaluate_artifact(artifact, other)
+
+
 def test_the_command_says_it_on_stderr(reviews):
     path, rows, *_ = reviews
     write(path, rows[::-1])

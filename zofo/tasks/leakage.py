@@ -47,6 +47,10 @@ def has_same_rows(trained: Mapping[str, Any], spec: TaskSpec) -> bool:
 
 def _columns(spec: TaskSpec) -> tuple[str, ...]:
     """The columns that the text of a row is made of, as far as the template decides it."""
+    from zofo.tasks.families.table import BUILTIN
+
+    if spec.name in BUILTIN and BUILTIN[spec.name].measure is None:
+        return ()
     return (spec.text,) if spec.template is None else template_columns(spec.template)
 
 
@@ -77,7 +81,16 @@ def check_rows(
     known = TaskSpec(**trained)
     is_unchanged = known.model_dump(exclude=_UNRELATED) == spec.model_dump(exclude=_UNRELATED)
     if seeds[0] == seeds[1] and is_unchanged:
-        return  # the same splits, which `zofo.tasks.splits` keeps apart
+        # These are the same splits, which `zofo.tasks.splits` keeps apart, if the data is the same.
+        if (
+            digests is not None
+            and load_splits(known, seed=seeds[0], tokenizer=tokenizer, known=digests).changes
+        ):
+            raise UserError(
+                "the data has changed since training, and task.template shows other columns than "
+                "those by which the run's rows are found; leave it out, or put the old data back"
+            )
+        return
     if digests is not None:
         seen = digests.texts("train", "dev")
         _refuse(rows, [row for row in rows if text_digest(row) in seen])
