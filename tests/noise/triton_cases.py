@@ -367,7 +367,7 @@ def test_gaussian_results_agree_with_the_reference(dtype, rounding, offset):
 
 
 def test_gaussian_distribution_with_tails():
-    n = 300_000
+    n = 100_000
     v = direction((n,), distribution="gaussian", tensor=3, device=DEVICE, **ADDRESS).cpu().double()
     assert abs(v.mean()) < 5 / math.sqrt(n)
     assert abs(v.pow(2).mean() - 1) < 5 * math.sqrt(2 / n)
