@@ -18,7 +18,7 @@ from zofo.perturb.view import Perturbation
 HALVES = [torch.bfloat16, torch.float16]
 SEED = 20_261_125
 NUM_CYCLES = 1000
-NUM_UPDATES = 10_000
+NUM_UPDATES = 1_000
 FALSE_ALARM = 1e-3
 """Probability that right rounding fails one test of a mean, were the seed drawn anew."""
 
@@ -79,8 +79,8 @@ def test_the_published_cycle_in_place_does_not(dtype):
 def test_the_mean_update_is_the_exact_one(dtype, share):
     # Away from powers of two, so that one spacing holds for all weights.
     generator = torch.Generator().manual_seed(3)
-    magnitude = 2.0**-4 * (1.2 + 0.6 * torch.rand(96, generator=generator))
-    signs = 1 - 2 * torch.randint(0, 2, (96,), generator=generator)
+    magnitude = 2.0**-4 * (1.2 + 0.6 * torch.rand(960, generator=generator))
+    signs = 1 - 2 * torch.randint(0, 2, (960,), generator=generator)
     weight = (magnitude * signs).to(dtype)
     update = share * torch.finfo(dtype).eps * 2.0**-4
     addresses = [{"seed": SEED, "step": step, "tensor": 5} for step in range(NUM_UPDATES)]
