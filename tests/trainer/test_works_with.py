@@ -1,4 +1,4 @@
-"""Gradient checkpointing, attention implementations and quantized bases beside hybrid steps."""
+"""Hybrid steps work with gradient checkpointing, attention implementations and quantized bases."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_attention_implementations_agree():
 
 
 def quantized(kind, folder):
-    """A Llama loaded as 8-bit or 4-bit, with LoRA unless `adapter` is None."""
+    """Return a Llama loaded in 8 or 4 bits."""
     pytest.importorskip("bitsandbytes")
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = {
