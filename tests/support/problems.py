@@ -53,9 +53,9 @@ class _Base(nn.Module):
 
 
 class Logistic(nn.Module):
-    """Logistic regression on features that pass a base matrix first.
+    """A classifier of two layers with a logistic loss.
 
-    The adapter is the last layer.
+    The base is the first layer, the adapter the last.
     """
 
     def __init__(self, *, rows=128, width=12, hidden=6, seed=0, dtype=torch.float64):
