@@ -185,7 +185,7 @@ def test_the_cost_is_counted_and_a_small_part_of_a_grid():
 )
 @pytest.mark.parametrize(("batch_size", "num_steps"), [(4, 20), (8, 150)])
 def test_what_it_may_cost_is_known_before(method, given, batch_size, num_steps):
-    """`most_forwards` bounds the cost, and it is not far above it.
+    """`most_forwards` is an upper bound of the cost, and not a loose one.
 
     The cost is highest when every rate does harm, because the search then trains at its last rate
     again.

@@ -202,10 +202,10 @@ ONE_LARGE = np.array([10.0] + [0.01] * 49)
 )
 @pytest.mark.parametrize("num", [6, 4000])
 def test_the_rate_is_stable(eigenvalues, gradient, num, num_directions):
-    """The advised rate is stable.
+    """Four thousand directions give a stable rate.
 
-    Four thousand directions must give a stable rate. Six directions must do so in 98 of 100 draws,
-    or in 70 where one large eigenvalue dominates the trace.
+    Six directions give one in at least 98 of 100 draws, or in 70 where one large eigenvalue
+    dominates the trace.
     """
 
     def holds(seed):
