@@ -25,7 +25,10 @@ SMALL = {
 }
 ONE_RATE, TWO_RATES = [(0.02, 0.02)], [(0.01, 0.1), (0.003, 0.05)]
 TOLERANCE = 1e-10
-"""Relative: rounding of a loss, 1e-16, over eps, over a dozen steps."""
+"""Relative tolerance.
+
+The rounding of a loss, 1e-16, grows when it is divided by eps and over a dozen steps.
+"""
 
 
 def assert_same(problem, setting, rates=TWO_RATES, checkpoints=(0, 1, 4)):
