@@ -109,11 +109,7 @@ def test_the_slow_way_gives_the_same(monkeypatch, distribution):
 
 
 def test_a_device_with_kernels_goes_to_them(monkeypatch):
-    """A device that has kernels uses them.
-
-    `combine_many` makes one call for all tensors that are not empty, and it passes the coefficients
-    on unchanged.
-    """
+    """The kernels get one call for all tensors that are not empty, with unchanged coefficients."""
     calls = []
 
     class Kernels:
