@@ -49,10 +49,9 @@ QUIET = Console(quiet=True)
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 def test_a_loss_of_ones_own_moves_the_base_and_not_the_adapter(estimator):
-    """A custom loss moves the base and does not affect the adapter.
+    """The projected gradient equals a difference that is computed by hand on perturbed copies.
 
-    The loss is a float without gradient. The test computes its difference by hand on perturbed
-    copies.
+    The loss is a float without gradient, and the adapter's step is that of the usual loss.
     """
     net, x, eps = Net(), rows(6), 0.3
     twin, plain = copy.deepcopy(net), copy.deepcopy(net)
