@@ -101,10 +101,7 @@ def test_the_bits_are_those_of_a_view_without(streams, architecture, adapter, dt
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 @pytest.mark.parametrize(("method", "adapter"), [("hybrid", "lora"), ("zo-ft", None)])
 def test_training_is_the_same(streams, method, adapter, estimator):
-    """Training with overlap gives the same bits.
-
-    This includes dropout, weights that move between evaluations, and the adapter's gradients.
-    """
+    """Overlap changes no bit under dropout, with moving weights, or in the adapter's gradients."""
     models = [build("opt", adapter).train() for _ in range(2)]
     gradients = []
     for model, overlap in zip(models, (False, True), strict=True):
