@@ -282,9 +282,9 @@ def test_a_hostile_trajectory(artefact, changes):
 
 
 def test_code_of_the_base_is_run_only_when_the_reader_says_so(made, tmp_path):
-    """The code of a base runs only if the reader allows it.
+    """A base whose config.json names a class in a file beside it is refused.
 
-    The config.json of this base names a class in a file beside it.
+    The artefact's own `trust_remote_code` makes no difference.
     """
     base = Path(shutil.copytree(made / "base", tmp_path / "base"))
     marker = tmp_path / "ran"
