@@ -75,10 +75,7 @@ def test_a_text_is_the_argmax_token_by_token(written_by, adapter):
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_padding_on_the_left_suits_models_with_learnt_positions(architecture, written_by):
-    """Padding on the left works for models with learnt positions.
-
-    Their positions must start at the first real token.
-    """
+    """The positions of a prompt with padding on the left start at its first real token."""
     model = lively(build(architecture, "lora"))
     _, tokenizer = written_by(None)
     prompts = [[5, 9, 11, 3, 17], [7], [23, 4]]
