@@ -23,7 +23,7 @@ from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import ReshufflingSampler, epoch_order
 from zofo.trainer.mixin import HybridArguments, HybridOptions, HybridTrainer
 
-# --- the same algorithm --------------------------------------------------------------------------
+# Tests of the algorithm.
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_repeatable_is_refused(tmp_path):
         trainer_for(tmp_path, cls=Counting).train()
 
 
-# --- methods and options -------------------------------------------------------------------------
+# Tests of the methods and options.
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -148,9 +148,9 @@ def test_sft_resumes_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize("adapter", [None, "lora", "prompt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fused_head_is_seen_perturbed(adapter, tied):
-    """A fused head is seen perturbed.
+    """The head is perturbed where trl reads its weight.
 
-    trl reads the head's weight in the model's forward, which peft calls without hooks.
+    trl reads it in the model's forward, which peft calls without hooks.
     """
     with torch.random.fork_rng():
         model = build("llama", None)

@@ -92,10 +92,7 @@ WAYS = [wrapped, in_place, by_layer, *map(rarely, MORE)]
     ],
 )
 def test_a_perturbed_compiled_forward_is_that_of_a_perturbed_copy(way, adapter):
-    """A perturbed compiled forward has the bits of a perturbed copy.
-
-    The backend `aot_eager` runs the kernels of eager mode.
-    """
+    """The bits agree, because the backend `aot_eager` runs the kernels of eager mode."""
     model = build("llama", adapter).eval()
     batch, before = batch_for("llama"), bits(model)
     twin = really_perturbed(model, 1e-2, step=3)
