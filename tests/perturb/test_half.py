@@ -81,7 +81,7 @@ def test_the_published_cycle_in_place_does_not(dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("share", [1 / 500, 1 / 16, 0.3, 3.7])
 def test_the_mean_update_is_the_exact_one(dtype, share):
-    # All weights lie between the same two powers of two, so all have the same spacing.
+    # All magnitudes lie between the same two powers of two, so all weights have the same spacing.
     generator = torch.Generator().manual_seed(3)
     magnitude = 2.0**-4 * (1.2 + 0.6 * torch.rand(96, generator=generator))
     signs = 1 - 2 * torch.randint(0, 2, (96,), generator=generator)
