@@ -80,9 +80,7 @@ def from_checkpoint(folder: str) -> dict[str, str]:
 
 
 def replayed(dtype: str, start: int, stop: int) -> str:
-    """Return the digest of the base after replaying updates 0 ..
-
-    `start` and then `start` .. `stop`.
+    """Return the digest of the base after two replays: updates 0 to `start`, and `start` to `stop`.
     """
     base = zofo.split_parameters(zofo.load_model("base", dtype=dtype)[0]).base
     trajectory, _ = zofo.Trajectory.load(Path(TRAJECTORY))

@@ -60,7 +60,7 @@ def test_the_base_moves_in_every_kth_step_from_the_first():
 
 
 def test_a_step_between_is_fo_peft_bit_for_bit():
-    """The step also leaves the generator in the same state, so later steps draw the same masks."""
+    """The generator ends in the same state as well, so later steps draw the same masks."""
     ours = build("llama", "lora", lora_dropout=0.3).train()
     optimizer = optimizer_for(ours, base_lr=1e-3, base_every=2)
     optimizer.step(lambda: loss_of(ours, batch_for("llama")))

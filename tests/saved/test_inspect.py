@@ -58,7 +58,7 @@ def trained(tmp_path_factory, decoder_folder, encoder_folder):
 
 @pytest.fixture
 def place(tmp_path, trained):
-    """Return a function that copies a folder of each kind, so that a test may damage it."""
+    """Return a function that copies a folder of one kind, so that a test may damage the copy."""
 
     def get(kind, **options):
         run = tmp_path / "run"
