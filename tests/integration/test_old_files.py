@@ -80,8 +80,7 @@ def from_checkpoint(folder: str) -> dict[str, str]:
 
 
 def replayed(dtype: str, start: int, stop: int) -> str:
-    """Return the digest of the base after two replays: updates 0 to `start`, and `start` to `stop`.
-    """
+    """Return the digest of the base after replaying up to `start`, and then up to `stop`."""
     base = zofo.split_parameters(zofo.load_model("base", dtype=dtype)[0]).base
     trajectory, _ = zofo.Trajectory.load(Path(TRAJECTORY))
     trajectory.replay(base, stop=start)
