@@ -1,4 +1,4 @@
-"""The report's tables as Markdown."""
+"""Tests of the report's tables as Markdown."""
 
 import re
 
@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def rows_under(text: str, title: str) -> list[list[str]]:
-    """Cells of the table below a heading, without the heading's lines."""
+    """Return the cells of the table below a heading, without the table's own heading."""
     block = text.split(f"### {title}\n")[1].split("\n### ")[0]
     lines = [line for line in block.splitlines() if line.startswith("| ")]
     return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[2:]]

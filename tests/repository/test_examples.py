@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, offline."""
+"""The examples run offline with the commands in their docstrings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(folder, *command):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "/zofo/" not in done.stderr  # a warning of ours
+    assert "/zofo/" not in done.stderr  # zofo itself must not warn.
     return done.stdout
 
 
@@ -46,7 +46,7 @@ def test_the_command_in_the_header(tmp_path, name):
     found = accuracies(run(tmp_path, str(path)))
     assert max(found) > 0.5
     if name == "hf_trainer":
-        assert found[-1] == found[-2]  # loaded again
+        assert found[-1] == found[-2]  # The reloaded model has the same accuracy.
 
 
 @pytest.mark.slow
