@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import sys
 
 import jinja2
@@ -23,6 +24,21 @@ def _files_need_not_reach_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_share_the_compilation():
+    """In a fresh clone, each of pytest-xdist's workers compiles the kernels of some dtypes.
+
+    They find the others in the cache on disk. Without this, every worker compiles all of them.
+    """
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        from zofo.noise.combine import combine
+
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        for dtype in dtypes[int(worker.removeprefix("gw")) :: count]:
+            combine(torch.zeros(1, dtype=dtype), (1.0,), seed=0, step=0, tensor=0)
 
 
 @pytest.fixture(scope="session", autouse=True)
