@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.source import base_of
 from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits
 
@@ -47,7 +48,8 @@ def prepare(config: RunConfig) -> Prepared:
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    rows, notes = encode_parts(encoder, splits, model)
+    splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
         model,
