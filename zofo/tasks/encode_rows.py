@@ -97,6 +97,6 @@ def check_limits(
         room = limits.positions - limits.virtual - max_new_tokens
         remedy = f"set task.max_length={room}" if room >= 8 else "choose another model"
         if max_new_tokens:
-            remedy = "shorten it, or lower max_new_tokens"
+            remedy = "shorten it, or lower max_new_tokens (--max-new-tokens)"
         raise UserError(f"{what}, and the model has {limits.positions} positions; {remedy}")
     return [f"{what}, and the model was made for {limits.positions} positions"]
