@@ -286,6 +286,13 @@ class Encoder:
     def _require_different(self, example: Example, tokens: Sequence[Sequence[int]]) -> None:
         """Refuse candidates that no score can tell apart."""
         remedy = "give other words in task.verbalizers, or choose another model"
+        unknown = [text for text in example.candidates if self._is_unknown(text)]
+        if unknown:
+            raise UserError(
+                f"row {example.row}: the tokenizer of this model does not know "
+                f"{' and '.join(map(repr, unknown))}, which become {self.tokenizer.unk_token!r}; "
+                f"{remedy}"
+            )
         first: dict[tuple[int, ...], str] = {}
         for text, ids in zip(example.candidates, tokens, strict=True):
             other = first.setdefault(tuple(ids), text)
@@ -293,11 +300,6 @@ class Encoder:
                 raise UserError(
                     f"row {example.row}: {other!r} and {text!r} have the same tokens for this "
                     f"model, so no score tells them apart; {remedy}"
-                )
-            if self._is_unknown(text):
-                raise UserError(
-                    f"row {example.row}: the tokenizer of this model does not know {text!r}, all "
-                    f"of which becomes {self.tokenizer.unk_token!r}; {remedy}"
                 )
 
     def _is_unknown(self, text: str) -> bool:
