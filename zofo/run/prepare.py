@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from zofo.saved.artifact import BaseSpec
 from zofo.saved.source import base_of
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits
 
@@ -64,7 +65,8 @@ def prepare(
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    rows, notes = encode_parts(encoder, splits, model)
+    splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
         model,
