@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, read_tensors, refusing, write_tensors
+from zofo.disk.files import fingerprint, parse_json, read_tensors, refusing, write_tensors
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
@@ -219,7 +219,7 @@ class Trajectory:
         """
         tensors, metadata = read_tensors(path)
         with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
-            header = json.loads(metadata["zofo"])
+            header = parse_json(metadata["zofo"])
             versions = {
                 "format": FORMAT_VERSION,
                 "noise_version": NOISE_VERSION,
