@@ -57,7 +57,8 @@ def read_yaml(path: Path, name: str = "the configuration") -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{name} {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{name} {path} is not valid YAML: {error}") from error
+        said = " ".join(str(error).split())  # PyYAML writes several lines.
+        raise UserError(f"{name} {path} is not valid YAML: {said}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
