@@ -23,7 +23,10 @@ _SHARED = {
     "suppress_health_check": list(HealthCheck),
 }
 settings.register_profile(
-    "zofo-test", derandomize=True, phases=[Phase.generate], **_SHARED  # type: ignore[arg-type]
+    "zofo-test",
+    derandomize=True,
+    phases=[Phase.generate],
+    **_SHARED,  # type: ignore[arg-type]
 )
 settings.register_profile("zofo-fuzz", max_examples=200, **_SHARED)  # type: ignore[arg-type]
 

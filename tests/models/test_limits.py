@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,12 +106,16 @@ def test_the_plan_of_a_run_refuses_what_the_run_would():
         refused(lambda: create_adapter(build("llama", None), r=4_000_000), "MiB", "rank")
 
 
-def test_models_with_endless_layers(decoder_folder, tmp_path):
+def test_models_of_endless_sizes(decoder_folder, tmp_path):
     import transformers as hf
 
-    for key in ("num_hidden_layers", "num_experts", "encoder_layers"):
-        config = hf.LlamaConfig(**{key: 10**9})
-        assert key in refused(lambda config=config: check_model_config(config, "m"))
-    config = json.loads((tmp_path / decoder_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
-    assert "at most" in refused(lambda: empty_model(str(tmp_path)))
+    known = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    for key in (*known, "num_experts", "encoder_layers", "head_dim"):
+        config = hf.LlamaConfig()
+        setattr(config, key, 1 << 31)
+        refused(lambda config=config: check_model_config(config, "m"), key, "at most")
+    check_model_config(hf.LlamaConfig(max_position_embeddings=1 << 31), "m")
+    saved = json.loads((Path(decoder_folder) / "config.json").read_text())
+    for key in known[:2]:
+        (tmp_path / "config.json").write_text(json.dumps({**saved, key: 1 << 31}))
+        refused(lambda: empty_model(str(tmp_path)), key)

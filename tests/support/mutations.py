@@ -61,12 +61,12 @@ DAMAGE = st.one_of(BYTES, KINDS, VALUE, VALUE)
 
 def damage(path: Path, change: tuple[Any, ...]) -> None:
     """Change a file; what does not apply to its type changes nothing."""
-    how, *rest = change
+    how = change[0]
     if how in ("set", "remove", "wrap", "add"):
         path.write_bytes(with_other_value(path, change))
     elif how in ("cut", "flip", "zero", "insert", "replace"):
         path.write_bytes(other_bytes(path.read_bytes(), change))
-    else:
+    elif how != "nothing":
         path.unlink()
         if how == "folder":
             path.mkdir()

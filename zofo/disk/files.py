@@ -24,7 +24,7 @@ from zofo.errors import UserError, shown
 
 MAX_TEXT_BYTES: Final = 1 << 24  # far larger than any text file of zofo but a log
 MAX_LOG_BYTES: Final = 1 << 26  # of the lines of a long run
-_MAX_DEPTH: Final = 64  # of nested lists and objects; zofo's own files have at most 6
+MAX_DEPTH: Final = 64  # of nested lists and objects; zofo's own files have at most 6
 _INTEGERS: Final = range(-(1 << 63), 1 << 64)
 _KINDS: Final = {
     stat.S_IFDIR: "a folder",
@@ -229,7 +229,7 @@ def check_plain(value: Any) -> None:
             text, which cannot be written.
     """
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for entry in level:
             if isinstance(entry, str):
@@ -244,7 +244,7 @@ def check_plain(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise ValueError(f"lists and objects are nested more than {_MAX_DEPTH} deep")
+    raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -7,21 +7,33 @@ from typing import Any, Final
 
 import yaml
 
-from zofo.disk.files import check_plain, read_text
+from zofo.disk.files import MAX_DEPTH, check_plain, read_text
 from zofo.errors import UserError
 
 _MAX_BYTES: Final = 1 << 20  # PyYAML takes some ten seconds for this much
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, because a few of them can expand to more nodes than memory holds."""
+    """Refuses aliases, because a few of them can expand to more nodes than memory holds.
+
+    It also stops at deep nesting, before PyYAML needs a minute for a few thousand brackets.
+    """
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             where = self.peek_event().start_mark
             problem = "aliases are not read, write the value out"
             raise yaml.composer.ComposerError(None, None, problem, where)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            where = self.peek_event().start_mark
+            problem = f"lists and maps are nested more than {MAX_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, where)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def parse_yaml(text: str) -> Any:

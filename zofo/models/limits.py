@@ -22,7 +22,10 @@ from zofo.errors import UserError, shown
 
 _FLOOR_BYTES: Final = 1 << 28
 _TIMES_THE_BASE: Final = 4
-_MAX_LAYERS: Final = 10_000  # the deepest models of today have some hundred
+_MOST: Final = {  # words in the keys of a model's configuration -> limit of the value
+    ("layer", "expert", "block", "depth"): 10_000,  # Models of today have some hundred.
+    ("size", "dim", "heads", "hidden", "vocab", "embd", "inner"): 1 << 24,
+}
 _MAX_ENTRIES: Final = 1024
 _MAX_PATTERN: Final = 4096  # characters
 _NAME_LENGTH: Final = 64  # of a module's name
@@ -167,18 +170,18 @@ def _are_words(alternatives: Any) -> bool:
 
 
 def check_model_config(config: Any, name: str) -> None:
-    """Refuse a model configuration that asks for endless layers.
+    """Refuse a model configuration whose sizes no model has.
 
     Raises:
-        UserError: for more than 10,000 layers or experts.
+        UserError: for more than 10,000 layers or experts, or a width or vocabulary beyond 2^24.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     parts = [values, *(v for v in values.values() if isinstance(v, dict))]
     for part in parts:
         for key, value in part.items():
-            is_count = any(word in str(key) for word in ("layer", "expert", "block", "depth"))
-            if is_count and type(value) is int and value > _MAX_LAYERS:
+            limits = [most for words, most in _MOST.items() if any(w in str(key) for w in words)]
+            if type(value) is int and value > min(limits, default=value):
                 raise UserError(
-                    f"the model {name} has {key} {shown(value)} in its config.json; at most "
-                    f"{_MAX_LAYERS} are built: correct the file, or copy the model again"
+                    f"the model {name} has {key} {shown(value)} in its config.json, and at most "
+                    f"{min(limits)} can be built; correct the file, or copy the model again"
                 )

@@ -148,8 +148,8 @@ def check_export_files(folder: Path, is_merged: bool) -> None:
     names = {"model.safetensors"}
     if index.exists():
         places = read_json_object(index).get("weight_map")
-        files = places.values() if isinstance(places, dict) else [places]
-        wrong = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+        files = list(places.values()) if isinstance(places, dict) else [None]
+        wrong = [file for file in files if not _is_name(file)]
         if wrong:
             raise UserError(
                 f"{index} is damaged: it names {shown(wrong[0])}, which is no file of this folder; "
@@ -163,6 +163,11 @@ def check_export_files(folder: Path, is_merged: bool) -> None:
             raise UserError(f"{folder} lacks {name}; export again")
         if name.endswith(".safetensors"):
             open_tensors(folder / name)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether the value names a file without naming a folder."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def _read_checkpoint(info: Info) -> None:
