@@ -38,5 +38,5 @@ def folder(tmp_path_factory):
     shutil.copytree(FILES, root, ignore=shutil.ignore_patterns("make.py", "expected.json"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield root
