@@ -47,7 +47,7 @@ KEYS = (
     *RunConfig.model_fields,
     *(f"model.{key}" for key in ModelConfig.model_fields),
     *(f"adapter.{key}" for key in AdapterConfig.model_fields),
-    *(f"task.{key}" for key in TaskSpec.__dataclass_fields__),
+    *(f"task.{key}" for key in TaskSpec.model_fields),
     *("", ".", "task.", "evil", "task.name.evil"),
 )
 
