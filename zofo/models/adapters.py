@@ -6,7 +6,6 @@ the defaults of LoRA: r 8 and alpha 16, on query and value.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,19 @@ import torch
 from torch import nn
 
 from zofo.console import quiet
-from zofo.disk.files import file_digest, read_tensors, refusing, write_tensors
+from zofo.disk.files import (
+    file_digest,
+    read_json,
+    read_json_object,
+    read_tensors,
+    refusing,
+    write_tensors,
+)
+from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
 from zofo.models.initial_values import set_initial_values, takes
+from zofo.models.limits import check_adapter_values, limited_memory
 from zofo.models.loading import Head
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
@@ -34,15 +42,6 @@ _PAPERS_TARGETS: Final = {  # for architectures that peft does not know
     "lora": ("q_proj", "v_proj"),  # as in the paper
     "ia3": ("k_proj", "v_proj", "down_proj"),  # as peft chooses for Llama
 }
-_PEFTS_ERRORS: Final = (  # raised by peft if an adapter does not suit a model
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    IndexError,
-    NotImplementedError,
-)
 
 
 def create_adapter(
@@ -88,7 +87,7 @@ def create_adapter(
     task = peft.TaskType(_TASK_TYPES[head])
     num = num_virtual_tokens or getattr(KINDS.get(type), "num_virtual_tokens", None) or 0
     if config_file is not None:
-        config = _config_from_file(Path(config_file), task)
+        config = _config_from_file(Path(config_file), task, model)
         if getattr(config, "target_modules", None):
             _check_targets(model, config.target_modules)
     elif type in ("lora", "dora", "rslora"):
@@ -107,16 +106,18 @@ def create_adapter(
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         try:
-            adapted = peft.get_peft_model(model, config)
+            with limited_memory(model, f"the adapter {_kind_of(config)}"):
+                adapted = peft.get_peft_model(model, config)
             if config_file is None and type in ("prefix", "prompt"):
                 set_initial_values(adapted, type, num, tokenizer=tokenizer, init_text=init_text)
             if config.is_prompt_learning:
                 _try_out(adapted)
         except UserError:
             raise
-        except _PEFTS_ERRORS as error:
+        except Exception as error:  # whatever peft raises where an adapter does not suit a model
+            said = " ".join(str(error).split())[:500] or type(error).__name__
             raise UserError(
-                f"peft cannot attach {_kind_of(config)} to {model.__class__.__name__}: {error}; "
+                f"peft cannot attach {_kind_of(config)} to {model.__class__.__name__}: {said}; "
                 "choose another adapter, such as lora"
             ) from error
     return adapted
@@ -296,32 +297,27 @@ def _are_transposed(model: nn.Module, targets: Any) -> bool:
     )
 
 
-def _config_from_file(path: Path, task: Any) -> Any:
-    import yaml
+def _config_from_file(path: Path, task: Any, model: nn.Module) -> Any:
     from peft import get_peft_config
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the adapter file {path} cannot be read: {error.strerror}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"the adapter file {path} is not valid {path.suffix[1:]}: {error}"
-        ) from error
+    name = "the adapter file"
+    if path.suffix == ".json":
+        try:
+            values = read_json(path)
+        except UserError as error:
+            raise UserError(f"{name} {error}") from error
+    else:
+        values = read_yaml(path, name)
     if not isinstance(values, dict) or "peft_type" not in values:
         raise UserError(
             f"the adapter file {path} has no peft_type; it must be a peft configuration, such as "
             '{"peft_type": "LORA", "r": 8}'
         )
     values = {"task_type": str(task.value), **values, "inference_mode": False}
-    try:
+    remedy = "correct the file, or have peft write one"
+    with refusing(f"{name} {path} is no valid peft configuration", remedy), quiet():
+        check_adapter_values(values, model)
         return get_peft_config(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the adapter file {path} is no valid peft configuration: {error}"
-        ) from error
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
@@ -334,9 +330,8 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
 
     problem = f"the adapter in {folder} cannot be attached to this model"
     with refusing(problem, "copy it again, and load the base that it was trained on"):
-        if not (folder / "adapter_config.json").is_file():
-            raise FileNotFoundError("adapter_config.json is missing")
-        with quiet():
+        check_adapter_values(read_json_object(folder / "adapter_config.json"), model)
+        with quiet(), limited_memory(model, f"the adapter in {folder}"):
             # peft only warns of missing tensors and would keep initial values in their place.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))

@@ -18,6 +18,7 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
+from zofo.models.limits import check_model_config
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
 HEADS: Final[tuple[str, ...]] = get_args(Head)
@@ -93,6 +94,7 @@ def load_model(
         torch.manual_seed(seed)
         if tokenizer is None:
             tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
+        check_model_config(hf.AutoConfig.from_pretrained(source, **shared), name)
         if head == "classification":
             kwargs["num_labels"] = num_labels
         else:
@@ -142,6 +144,7 @@ def empty_model(
         config = hf.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+        check_model_config(config, name)
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels

@@ -90,8 +90,8 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any
 def is_finished(folder: Path) -> bool:
     """Whether a run has ended, which a readable result shows."""
     try:
-        return isinstance(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+        return isinstance(read_json(folder / RESULT_FILE), dict)
+    except UserError:
         return False
 
 

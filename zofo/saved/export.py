@@ -23,6 +23,7 @@ from zofo.console import quiet
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
 from zofo.models.adapters import attach_adapter, is_peft
+from zofo.models.limits import check_model_config
 from zofo.models.loading import DTYPES, model_class
 from zofo.optim.blocks import split_parameters
 from zofo.saved.artifact import save_adapter
@@ -192,6 +193,8 @@ def load_plain(
     import transformers as hf
 
     with quiet():
+        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_model_config(config, str(folder))
         model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer

@@ -16,7 +16,6 @@ mark in adapter_config.json makes peft warn; `load_checkpoint` restores both par
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, open_tensors, write_json, write_tensors
+from zofo.disk.files import (
+    fingerprint,
+    open_tensors,
+    read_json_object,
+    write_json,
+    write_tensors,
+)
 from zofo.errors import UserError
 from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
 from zofo.optim.blocks import split_parameters
@@ -89,7 +94,7 @@ class BaseHistory:
             path = adapter_folder(folder, name) / "adapter_config.json"
             if not path.exists():
                 continue
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json_object(path)
             write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
             digests |= adapter_digests(folder, name)
         self.optimizer.trajectory.save(

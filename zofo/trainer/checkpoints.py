@@ -7,14 +7,13 @@ it resumes. Trainer writes it into a hidden folder, which is renamed once it is 
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, Final
 
 from transformers import TrainerCallback
 
-from zofo.disk.files import write_json
+from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
 from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
 from zofo.models.loading import copy_weights
@@ -147,7 +146,7 @@ class CheckpointMixin(TrainerMixin):
             self._name_best(self._output_folder)
             accounts = Path(checkpoint) / ACCOUNTS_FILE
             if accounts.exists():
-                self._resumed_accounts = json.loads(accounts.read_text(encoding="utf-8"))
+                self._resumed_accounts = read_json_object(accounts, has_nan=True)
         if checkpoint is not None and self._history is not None:
             self._history.go_to(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -9,7 +9,9 @@ from zofo.optim.batch_part import check_fraction
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.trajectory import MAX_UPDATES
 from zofo.perturb.compiled import is_wrapper
+from zofo.trainer.options import read_rates
 
 
 def check_setup(trainer: Any, options: Any) -> None:
@@ -60,6 +62,13 @@ def check_setup(trainer: Any, options: Any) -> None:
         wrong.append(
             "the reference model would change, because it is this base: pass "
             "precompute_ref_log_probs=True, or a separate ref_model"
+        )
+    rates = read_rates(options.base_lr)
+    num_groups = len(rates) if isinstance(rates, dict) else 1
+    if base and num_groups * args.max_steps > MAX_UPDATES:
+        wrong.append(
+            f"{args.max_steps} steps with {num_groups} learning rates of the base are more than "
+            f"the {MAX_UPDATES} updates that a trajectory can hold: lower either"
         )
     if fraction < 1:
         wrong += _no_random_rows(trainer, options, fraction)
