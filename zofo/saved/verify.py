@@ -9,7 +9,7 @@ from typing import Any
 
 from zofo.disk.files import read_json, refusing
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter
+from zofo.models.saved_adapters import attach_adapter
 from zofo.saved.assemble import STEPS, Assembly, require_finite
 from zofo.saved.export import load_plain
 from zofo.saved.export_card import EXPORT_FILE
