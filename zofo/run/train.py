@@ -30,6 +30,7 @@ from zofo.console import new_progress
 from zofo.disk.files import write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
+from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
@@ -97,7 +98,7 @@ def train(
     folder = resume or new_folder(config)
     checkpoint = None if resume is None else _checkpoint(folder, console)
     prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
-    for note in prepared.splits.notes:
+    for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(

@@ -122,11 +122,12 @@ def save_artifact(
 
 
 def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
-    """Write the adapter of a `PeftModel`, with `base_name` as the base that it belongs to."""
+    """Write the active adapters of a `PeftModel`, with `base_name` as the base they belong to."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    active = list(model.active_adapters)
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
 

@@ -25,8 +25,8 @@ from torch import nn
 
 from zofo.disk.files import refusing
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter, check_adapter
 from zofo.models.loading import load_model
+from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory, check_base
 from zofo.saved.manifest import BaseSpec, check_files
@@ -115,9 +115,12 @@ class Assembly:
             return None
         # In a checkpoint, the trajectory lies beside the adapter and records its digest. In an
         # artefact, `zofo.json` records the digests of both.
+        header = None
         if trajectory is not None and trajectory.parent == folder:
-            check_adapter(folder, self._record)
-        self.model = attach_adapter(self.model, folder)
+            header = self._record
+            for name in names_in(folder):
+                check_adapter(folder, header, name)
+        self.model = attach_adapter(self.model, folder, header)
         return f"{len(split_parameters(self.model).adapter)} tensors attached"
 
     def fingerprint(self) -> str | None:

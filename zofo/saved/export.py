@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from zofo.console import quiet
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter, is_peft
 from zofo.models.limits import check_model_config
 from zofo.models.loading import DTYPES, model_class
-from zofo.optim.blocks import split_parameters
+from zofo.models.saved_adapters import attach_adapter
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.saved.artifact import save_adapter
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (

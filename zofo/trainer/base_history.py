@@ -31,8 +31,8 @@ from zofo.disk.files import (
     write_tensors,
 )
 from zofo.errors import UserError
-from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
-from zofo.optim.blocks import split_parameters
+from zofo.models.saved_adapters import ACTIVE_KEY, adapter_digests, adapter_folder
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
@@ -97,8 +97,9 @@ class BaseHistory:
             config = read_json_object(path)
             write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
             digests |= adapter_digests(folder, name)
+        active = {ACTIVE_KEY: list(self.model.active_adapters)} if is_peft(self.model) else {}
         self.optimizer.trajectory.save(
-            folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests
+            folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests, **active
         )
 
     def go_to(self, folder: Path) -> None:

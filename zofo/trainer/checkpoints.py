@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 
 from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
-from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
 from zofo.models.loading import copy_weights
+from zofo.models.saved_adapters import load_adapter, save_prompt_encoder
+from zofo.optim.blocks import is_peft
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.checks import is_sharded
@@ -61,7 +62,10 @@ class CheckpointMixin(TrainerMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model) and the trajectory, if the base has one."""
-        super().save_model(output_dir, _internal_call)
+        with warnings.catch_warnings():
+            # The copy of the embeddings that peft then writes is not read: the base has a record.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+            super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._output_folder)
