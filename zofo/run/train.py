@@ -191,6 +191,7 @@ def _save_artifact(
         tokenizer=prepared.tokenizer,
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
+        buffers=trainer.moved_buffers,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.saved.layout import BUFFERS_FILE
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
@@ -20,7 +21,7 @@ from zofo.saved.manifest import (
 
 _FOLDERS: Final = (f"{ADAPTER_FOLDER}/*", f"{MODEL_FOLDER}/*")
 # Other files of a repository or folder are neither loaded nor published.
-_PATTERNS: Final = [HEADER_FILE, TRAJECTORY_FILE, CARD_FILE, *_FOLDERS]
+_PATTERNS: Final = [HEADER_FILE, TRAJECTORY_FILE, BUFFERS_FILE, CARD_FILE, *_FOLDERS]
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -26,7 +26,7 @@ from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
-from zofo.saved.layout import ARTIFACT_FOLDER
+from zofo.saved.layout import ARTIFACT_FOLDER, BUFFERS_FILE
 from zofo.tasks.spec import TaskSpec
 
 FORMAT_VERSION: Final = 1
@@ -179,6 +179,7 @@ def _parts(folder: Path) -> dict[str, Path]:
         *(folder / ADAPTER_FOLDER).rglob("*"),
         *(folder / MODEL_FOLDER).rglob("*"),
         folder / TRAJECTORY_FILE,
+        folder / BUFFERS_FILE,
     ]
     return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}
 
