@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from typing import Final
 
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.options import STEP_KEYS
+
+_NEED_ARGUMENTS: Final = (
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+"""Schedules of transformers that have arguments without defaults."""
 
 
 def check_sections(config: RunConfig) -> list[str]:
@@ -66,12 +74,18 @@ def check_sections(config: RunConfig) -> list[str]:
     try:
         from transformers import SchedulerType
 
-        schedulers = [str(s.value) for s in SchedulerType]
+        kinds = [str(kind.value) for kind in SchedulerType]
+        schedulers = [kind for kind in kinds if kind not in _NEED_ARGUMENTS]
     except ImportError:
         schedulers = []
     if schedulers and config.scheduler not in schedulers:
         near = difflib.get_close_matches(config.scheduler, schedulers, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
+        if config.scheduler in _NEED_ARGUMENTS:
+            hint = (
+                "it needs arguments, which only HybridArguments has (lr_scheduler_kwargs) and the "
+                "configuration of a run does not; "
+            )
         problems.append(
             f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
         )

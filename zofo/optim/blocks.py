@@ -74,7 +74,7 @@ def split_parameters(model: nn.Module) -> Blocks:
     markers = _adapter_markers(model)
     if markers is None:
         # A quantized weight cannot require a gradient, so its flag says nothing about its block.
-        trainable = [p.requires_grad for p in parameters.values() if not _is_quantized(p)]
+        trainable = [p.requires_grad for p in parameters.values() if not is_quantized(p)]
         by_grad = any(trainable) and not all(trainable)
         is_adapter = {i: by_grad and parameters[i].requires_grad for i in parameters}
     else:
@@ -83,7 +83,7 @@ def split_parameters(model: nn.Module) -> Blocks:
             for i in parameters
         }
 
-    wrapper, inactive = _wrapper_prefix(model), _inactive_adapters(model)
+    wrapper, inactive = wrapper_prefix(model), _inactive_adapters(model)
     base, adapter, numbered = {}, {}, []
     for i, parameter in parameters.items():
         if markers is not None and any(
@@ -141,7 +141,7 @@ def canonical_name(name: str, wrapper: str = "") -> str:
     return name
 
 
-def _wrapper_prefix(model: nn.Module) -> str:
+def wrapper_prefix(model: nn.Module) -> str:
     """The prefix of base names: tuners (LoRA, IA3) wrap the model twice, prompt learning once."""
     if not is_peft(model):
         return ""
@@ -223,7 +223,7 @@ def _check_wrapper(model: nn.Module) -> None:
 
 def check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method: str) -> None:
     """Refuse to update quantized base weights."""
-    quantized = [name for name, parameter in base.items() if _is_quantized(parameter)]
+    quantized = [name for name, parameter in base.items() if is_quantized(parameter)]
     quantized += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]  # GPTQ
     if quantized:
         raise UserError(
@@ -251,7 +251,8 @@ def keep_unpacked(model: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def _is_quantized(parameter: nn.Parameter) -> bool:
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds quantized weights."""
     # A floating dtype proves nothing: bitsandbytes may store 4 bits in one, torchao reports one.
     return (
         not parameter.is_floating_point()

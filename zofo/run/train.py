@@ -202,6 +202,7 @@ def _save_artifact(
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
         rows=RowDigests.of(prepared.splits),
+        buffers=trainer.moved_buffers,
     )
 
 

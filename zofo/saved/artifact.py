@@ -12,19 +12,21 @@ peft would attach the adapter to the original base, with which it was not traine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zofo.disk.files import fingerprint
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
+from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved import hub
+from zofo.saved.buffers import save_buffers
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
@@ -74,6 +76,7 @@ def save_artifact(
     task: dict[str, Any] | None = None,
     labels: tuple[str, ...] = (),
     rows: RowDigests | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an artefact.
 
@@ -88,6 +91,8 @@ def save_artifact(
         task: options of the task.
         labels: names of the classes.
         rows: digests of the task's rows, by which they are found again in changed data.
+        buffers: buffers that training has changed (`moved_buffers` of a trainer), for methods
+            whose artefact does not hold the whole model.
 
     Raises:
         UserError: if the folder cannot be written, or an argument that the method needs is missing.
@@ -115,6 +120,8 @@ def save_artifact(
         (folder / ROWS_FILE).unlink(missing_ok=True)  # of an earlier artefact
     else:
         rows.save(folder)
+    if orders.base != "first":
+        save_buffers(folder, buffers or {})
     values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
     # The header goes last, because it records the digests of the other files.
     write_header(folder, {**values, "task": task, "labels": list(labels)})
@@ -127,7 +134,8 @@ def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
         config.base_model_name_or_path = base_name
     # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
     active = list(model.active_adapters)
-    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
+    with saving_adapter(model):
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from zofo.errors import UserError
 from zofo.optim.batch_part import check_fraction
-from zofo.optim.blocks import is_peft, split_parameters
+from zofo.optim.blocks import is_peft, is_quantized, split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import MAX_UPDATES
@@ -125,6 +125,13 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
             "several samples into one row: set it to 1, or switch them off"
         )
     return wrong
+
+
+def can_be_hashed(trainer: Any) -> bool:
+    """Whether the base is whole, in memory and not quantized, so that its bits can be read."""
+    weights = split_parameters(trainer.model).base.values()
+    is_whole = trainer.args.world_size == 1 and not is_sharded(trainer)
+    return is_whole and not any(p.is_meta or is_quantized(p) for p in weights)
 
 
 def is_sharded(trainer: Any) -> bool:
