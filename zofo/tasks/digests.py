@@ -83,7 +83,8 @@ class RowDigests:
         # The first of equal rows counts.
         place = {row: i for i, (row, _) in reversed(list(enumerate(digests)))}
         texts, used = {text for _, text in digests}, set[int]()
-        parts, lost = {}, []
+        parts: dict[str, Any] = {}
+        lost = []
         for part, recorded in self.parts.items():
             parts[part] = tuple(rows[place[row]] for row, _ in recorded if row in place)
             used |= {row for row, _ in recorded}

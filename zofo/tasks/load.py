@@ -14,7 +14,7 @@ from zofo.tasks.families import family, passages
 from zofo.tasks.families.table import BUILTIN, builtin_tables
 from zofo.tasks.files import SUFFIXES
 from zofo.tasks.labels import Classes, class_names, label_of, require_known
-from zofo.tasks.rows import read_table, require_columns
+from zofo.tasks.rows import Table, read_table, require_columns
 from zofo.tasks.spec import Kind, Sizes, Splits, TaskSpec
 from zofo.tasks.split_notes import split_notes
 from zofo.tasks.splits import separate
@@ -97,7 +97,9 @@ class _Rows:
 
     kind: Kind
     labels: tuple[str, ...]
-    tables: tuple[Sequence[Any] | None, ...]  # train, dev and test; None for a part to carve
+    train: Sequence[Any]
+    dev: Sequence[Any] | None  # None: carved from the training rows
+    test: Sequence[Any] | None  # None: carved from the training rows
     limits: Sizes = (None, None, None)
 
 
@@ -130,38 +132,37 @@ def load_splits(
     else:
         rows = _builtin_rows(spec, labels)
     sizes = (spec.num_train, spec.num_dev, spec.num_test)
-    notes: tuple[str, ...] = ()
+    tables = (rows.train, rows.dev, rows.test)
     try:
-        *parts, notes = separate(*rows.tables, sizes=sizes, limits=rows.limits, seed=seed)
+        train, dev, test, notes = separate(*tables, sizes=sizes, limits=rows.limits, seed=seed)
     except UserError:
         if known is None:
             raise
-        parts = [(), (), ()]  # A file that has shrunk may have too few rows to be split.
-    found = Splits(rows.kind, *parts, labels=rows.labels, notes=notes)
+        train, dev, test, notes = (), (), (), ()  # A file that shrank may be too small to be split.
+    found = Splits(rows.kind, train, dev, test, labels=rows.labels, notes=notes)
     if known is not None and known != RowDigests.of(found):
-        found = known.find([row for table in rows.tables for row in table or ()], found)
+        found = known.find([row for table in tables for row in table or ()], found)
     return replace(found, notes=found.notes + split_notes(found))
 
 
 def _builtin_rows(spec: TaskSpec, known: Sequence[str]) -> _Rows:
     task = BUILTIN[spec.name]
     labels = task.classes if task.kind == "classification" else ()
-    places = range(len(task.classes))  # index of each class among the labels
+    places: Sequence[int] = range(len(task.classes))  # index of each class among the labels
     if labels and known:
         require_known(dict.fromkeys(labels, f"task {spec.name}"), known)
         classes, labels = Classes(known), tuple(known)
         places = [classes.index(label_of(label)) for label in task.classes]
 
-    def convert(table: Any) -> list[Any] | None:
-        if table is None:
-            return None
+    def convert(table: Table) -> list[Any]:
         if task.measure is not None:
             return passages.passages(task, table, spec.template or task.template)
         rows = family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
         return [replace(row, gold=places[row.gold]) for row in rows]
 
-    train, test = map(convert, builtin_tables(spec))
-    return _Rows(task.kind, labels, (train, None, test), task.sizes)
+    train, test = builtin_tables(spec)
+    held_out = None if test is None else convert(test)
+    return _Rows(task.kind, labels, convert(train), None, held_out, task.sizes)
 
 
 def _own_rows(spec: TaskSpec, tokenizer: Any, known: Sequence[str]) -> _Rows:
@@ -208,4 +209,4 @@ def _own_rows(spec: TaskSpec, tokenizer: Any, known: Sequence[str]) -> _Rows:
 
     text_kind: Kind = "generation" if writes_answers(spec) else "completion"
     kind: Kind = "classification" if spec.name == "classification" else text_kind
-    return _Rows(kind, labels, tuple(map(convert, tables)))
+    return _Rows(kind, labels, *map(convert, tables))

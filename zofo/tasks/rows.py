@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from zofo.disk.files import refusing
 from zofo.errors import UserError, shown
 from zofo.tasks.files import READERS, SUFFIXES
 
@@ -48,15 +49,11 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
     if suffix in SUFFIXES:
         if not path.is_file():
             raise UserError(f"the data file {source} does not exist")
-        try:
-            rows = READERS[suffix](path)
-        except UserError:  # a ValueError, too, that already names the file
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"the data file {source} cannot be read: {error}") from error
-        if not rows:
+        with refusing(f"the data file {source} cannot be read", "write it again"):
+            table = Table(READERS[suffix](path), source, {})
+        if not table.rows:
             raise UserError(f"the data file {source} has no rows")
-        return Table(rows, source, {})
+        return table
     if path.exists():
         raise UserError(
             f"the data {source} must be a file that ends in one of {', '.join(SUFFIXES)}"
