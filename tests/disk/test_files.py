@@ -1,4 +1,4 @@
-"""Targets that cannot be written are told before any work."""
+"""A target that cannot be written is reported before any work starts."""
 
 import pytest
 
