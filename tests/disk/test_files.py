@@ -1,4 +1,4 @@
-"""Targets that cannot be written are told before any work, and hostile files are refused."""
+"""A target that cannot be written is reported before any work starts; hostile files are refused."""
 
 import os
 from pathlib import Path
