@@ -114,8 +114,22 @@ def test_models_of_endless_sizes(decoder_folder, tmp_path):
         config = hf.LlamaConfig()
         setattr(config, key, 1 << 31)
         refused(lambda config=config: check_model_config(config, "m"), key, "at most")
-    check_model_config(hf.LlamaConfig(max_position_embeddings=1 << 31), "m")
+    config = hf.LlamaConfig(max_position_embeddings=1 << 31)
+    config.vocab_size_per_layer_input = 262_144  # of Gemma 3n
+    check_model_config(config, "m")
     saved = json.loads((Path(decoder_folder) / "config.json").read_text())
     for key in known[:2]:
         (tmp_path / "config.json").write_text(json.dumps({**saved, key: 1 << 31}))
         refused(lambda: empty_model(str(tmp_path)), key)
+
+
+def test_what_draws_with_a_generator_is_counted_too(tmp_path):
+    """FourierFT chooses its frequencies with a generator of its own."""
+    for kind, values in {
+        "FOURIERFT": {"n_frequency": 8},
+        "VERA": {"r": 4},
+        "LORA": {"r": 2, "init_lora_weights": "pissa"},
+    }.items():
+        path = tmp_path / f"{kind}.json"
+        path.write_text(json.dumps({"peft_type": kind, "target_modules": ["q_proj"], **values}))
+        create_adapter(build("llama", None), config_file=path)

@@ -22,9 +22,9 @@ from zofo.errors import UserError, shown
 
 _FLOOR_BYTES: Final = 1 << 28
 _TIMES_THE_BASE: Final = 4
-_MOST: Final = {  # words in the keys of a model's configuration -> limit of the value
-    ("layer", "expert", "block", "depth"): 10_000,  # Models of today have some hundred.
-    ("size", "dim", "heads", "hidden", "vocab", "embd", "inner"): 1 << 24,
+_MOST: Final = {  # pattern of keys in a model's configuration -> limit of the value
+    r"n(um)?_(\w+_)?(layer|expert|block)s?|\w+_layers|depth": 10_000,  # models have some hundred
+    r"\w*(size|dim|heads|hidden|vocab|embd|inner)\w*": 1 << 24,
 }
 _MAX_ENTRIES: Final = 1024
 _MAX_PATTERN: Final = 4096  # characters
@@ -42,10 +42,13 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Only a function without tensors among its arguments makes memory from numbers alone.
-        if not types and any(argument.name == "device" for argument in func._schema.arguments):
-            # On torch's meta device, tensors have a size and no memory.
-            made = func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False})
+        makes = any(argument.name == "device" for argument in func._schema.arguments)
+        # A copy of a tensor is no larger than what is there already.
+        if makes and not any(isinstance(value, torch.Tensor) for value in args):
+            # On torch's meta device, tensors have a size, but no memory and no generator.
+            plain = {k: v for k, v in kwargs.items() if k != "pin_memory"}
+            plain |= {"generator": None} if "generator" in kwargs else {}
+            made = func(*args, **{**plain, "device": torch.device("meta")})
             self.left -= made.numel() * made.element_size()
             if self.left < 0:
                 raise UserError(self.problem)
@@ -179,7 +182,7 @@ def check_model_config(config: Any, name: str) -> None:
     parts = [values, *(v for v in values.values() if isinstance(v, dict))]
     for part in parts:
         for key, value in part.items():
-            limits = [most for words, most in _MOST.items() if any(w in str(key) for w in words)]
+            limits = [most for pattern, most in _MOST.items() if re.fullmatch(pattern, str(key))]
             if type(value) is int and value > min(limits, default=value):
                 raise UserError(
                     f"the model {name} has {key} {shown(value)} in its config.json, and at most "
