@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from zofo.errors import UserError
 
+_PLAIN: Final = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null", "timestamp")
+)
+"""Types that YAML 1.1 sees in a word without quotes."""
+
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, because a few of them can expand to more nodes than memory holds."""
+    """Reads keys as text, so that `no`, `on` and `1` are names. Refuses aliases.
+
+    A few aliases can expand to more nodes than memory holds.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             where = self.peek_event().start_mark
             problem = "aliases are not read, write the value out"
             raise yaml.composer.ComposerError(None, None, problem, where)
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        # The parser asks for a key without an index, and for the value with its key as the index.
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        if is_key and isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
+            node.tag = "tag:yaml.org,2002:str"
+        return node
 
 
 def parse_yaml(text: str) -> Any:

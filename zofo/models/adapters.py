@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from zofo.console import quiet
-from zofo.disk.files import file_digest, read_tensors, refusing, write_tensors
+from zofo.disk.files import (
+    file_digest,
+    read_json,
+    read_tensors,
+    refusing,
+    write_json,
+    write_tensors,
+)
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
 from zofo.models.initial_values import set_initial_values, takes
@@ -385,6 +392,19 @@ def load_adapter(model: Any, folder: Path) -> None:
 def adapter_folder(folder: Path, name: str) -> Path:
     """The folder in which peft saves the adapter of that name."""
     return folder if name == "default" else folder / name
+
+
+def sort_sets(model: Any, folder: Path) -> None:
+    """Sort the lists in the saved adapter_config.json that stand for sets, such as target_modules.
+
+    The order of a set changes from process to process, and with it the digest of the file.
+    """
+    for name, config in model.peft_config.items():
+        path = adapter_folder(folder, name) / "adapter_config.json"
+        sets = [key for key, value in vars(config).items() if isinstance(value, set)]
+        if sets and path.is_file():
+            saved = read_json(path)
+            write_json(path, saved | {key: sorted(saved[key], key=str) for key in sets})
 
 
 def adapter_digests(folder: Path, name: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from zofo.disk.files import write_json
 from zofo.disk.folders import writing_folder
-from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
+from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder, sort_sets
 from zofo.models.loading import copy_weights
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
@@ -66,6 +66,8 @@ class CheckpointMixin(TrainerMixin):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._output_folder)
+        if is_peft(self.model):
+            sort_sets(self.model, folder)
         save_prompt_encoder(self.model, folder)
         if self._history is not None:
             self._history.save(folder)
