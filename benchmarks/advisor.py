@@ -1,18 +1,19 @@
-"""`auto` against a grid: 4 x 4 pairs of rates, a sweep of eps, and the advice's cost beside it.
+"""Compare `auto` with a grid of 4 x 4 pairs of rates and a sweep of eps, in loss and in cost.
 
     python benchmarks/advisor.py --json benchmarks/results/advisor.json
 
-For every combination of model, adapter and task: the grid's 16 pairs with eps 1e-3 and seed 0, then
-the best pair with the other eps, all judged by the best dev loss of a run; the winner and `auto`
-are then run with fresh seeds, so that the winner does not profit from having been chosen on seed 0.
-A run that the file holds is not made again: interrupted, the same command goes on. It ends with a
-table: dev loss of both, their paired difference with Student's 95% interval, the spread over seeds,
-and the advice's cost as a share of the grid's.
+A combination is a model, an adapter and a task. For each one the script runs the grid's 16 pairs
+with eps 1e-3 and seed 0, and then the best pair with the other values of eps. The best dev loss of
+a run decides. The script then runs the winner and `auto` with fresh seeds, so that the winner does
+not profit from having been chosen on seed 0. It skips every run that the file holds, so the same
+command continues after an interruption. At the end it prints a table: the dev loss of both, their
+paired difference with Student's 95% interval, the spread over seeds, and the advice's cost as a
+share of the grid's cost.
 
     python benchmarks/advisor.py --show --json benchmarks/results/advisor.json      only the table
 
-"within": the interval of auto minus winner holds or lies below 0, or its mean is no larger than the
-winner's standard deviation over seeds.
+The word "within" means one of two things: the interval of auto minus winner contains 0 or lies
+below it, or the mean difference is no larger than the winner's standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 class Results:
-    """Finished runs, by name, in a file that is written whole after each."""
+    """Finished runs by name, in a file that is written completely after each run."""
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         from zofo.disk.files import read_json
@@ -74,7 +75,7 @@ class Results:
             self.runs = saved["runs"]
 
     def add(self, name: str, run: dict[str, Any]) -> None:
-        """Note a finished run."""
+        """Record a finished run."""
         from zofo.disk.files import write_json
 
         self.runs[name] = run
@@ -86,7 +87,7 @@ def name_of(combination: str, rates: dict[str, Any], seed: int) -> str:
 
 
 def train(args: argparse.Namespace, combination: str, rates: dict[str, Any], seed: int) -> Any:
-    """One run; what is left of it is its dev loss, its cost, and its advice."""
+    """Run one training. Return its dev loss, its cost, and its advice."""
     from rich.console import Console
 
     from zofo.config.load import load_config
@@ -132,7 +133,10 @@ def train(args: argparse.Namespace, combination: str, rates: dict[str, Any], see
 
 
 def plan(args: argparse.Namespace, results: Results, combination: str) -> Any:
-    """The next runs of a combination: (rates, seed) pairs; empty when it is done."""
+    """Return the next runs of a combination as (rates, seed) pairs.
+
+    The list is empty when it is done.
+    """
     grid = [
         ({"base_lr": b, "adapter_lr": a, "eps": GRID_EPS}, 0)
         for b, a in itertools.product(args.base_lr, args.adapter_lr)

@@ -1,11 +1,12 @@
-"""Which eps in which dtype: loss differences against the exact derivative along the direction.
+"""Measure the error of loss differences for every eps and dtype.
 
     error = rms_k(s_k − v_k · ∇f(w)) / rms_k(v_k · ∇f(w))
 
-∇f is autograd's in float32 at the very weights that the dtype holds, so that the error is that of
-the difference alone: the curvature for a large eps, the rounding of weights, activations and loss
-for a small one. Real rows of rotten-tomatoes; of MiniLM the fresh head is first fitted by a few
-gradient steps, since without it there is next to no derivative to measure.
+autograd computes ∇f in float32 at exactly the weights that the dtype holds. The error is therefore
+that of the difference alone. For a large eps higher-order terms dominate it. For a small one it
+comes from the rounding of weights, activations and loss. The rows come from rotten-tomatoes. The
+fresh head of MiniLM first takes a few gradient steps, because without them there is hardly a
+derivative to measure.
 
     python benchmarks/eps.py                    what is missing, then the table
     python benchmarks/eps.py --models minilm --dtypes bfloat16
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 
 def load(name: str) -> tuple[nn.Module, Collator, list[Encoded]]:
-    """The model in float32, and rows to take the loss on."""
+    """Return the model in float32, its collator, and the rows for the loss."""
     model, tokenizer = load_model(name, head=HEADS[name])
     encode = Encoder(tokenizer, head=HEADS[name], max_length=32)
     rows = [encode(row) for row in load_splits(TaskSpec(name="rotten-tomatoes")).train]
@@ -76,7 +77,7 @@ def fit_head(model: Any, rows: list[Encoded], collator: Collator) -> None:
 def measure(
     model: nn.Module, dtype: torch.dtype, batch: dict[str, Tensor], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Errors of both differences for every eps; leaves the model in `dtype`."""
+    """Return the errors of both differences for every eps. The model ends in `dtype`."""
     model.to(dtype).float().requires_grad_(True)
     model.zero_grad(set_to_none=True)
     exact_loss = objective_loss(model, batch)
@@ -138,7 +139,7 @@ def median_weight(model: nn.Module) -> float:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """Percent, in markdown; the best eps of a row in bold."""
+    """Return the errors in percent as Markdown, with the best eps of each row in bold."""
     lines = [
         "| model, dtype | difference | " + " | ".join(f"{eps:g}" for eps in EPS) + " |",
         "|---|---|" + "---|" * len(EPS),

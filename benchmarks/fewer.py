@@ -1,18 +1,19 @@
-"""What a forward-equivalent buys: ways to spend fewer or more forwards on the base.
+"""Measure what a forward-equivalent buys: variants that spend fewer or more forwards on the base.
 
-Every variant trains until it has spent the same number of forward-equivalents (FO-PEFT's step costs
-2, the default hybrid's 3), with constant rates and without dropout, on the same rows in the same
-order. The base's rates are those given, times `num_directions` (the mean of K estimates has a K-th
-of the variance); the one with the least dev loss, mean over the first `--choose` seeds, is taken.
-Losses are those after the last step, on rows that no step sees.
+Every variant trains until it has spent the same number of forward-equivalents. A step of FO-PEFT
+costs 2, and a step of the default hybrid costs 3. The rates are constant, there is no dropout, and
+all variants see the same rows in the same order. The base's rates are the given ones times
+`num_directions`, because the mean of K estimates has a K-th of the variance. The script takes the
+rate with the lowest dev loss, averaged over the first `--choose` seeds. Losses are those after the
+last step, on rows that no step sees.
 
     python benchmarks/fewer.py --json benchmarks/results/fewer.json
     python benchmarks/fewer.py --estimate minilm --json benchmarks/results/fewer.json
     python benchmarks/fewer.py --rounding smollm2-135m
 
-Runs that the file holds are not made again. `--estimate` measures, at one point of a run, what the
-variants' estimates are worth by themselves. `--rounding` measures how far the loss of a part of the
-batch, read from the pass over all of it, is from the same rows' loss evaluated alone.
+The script skips every run that the file holds. `--estimate` measures the quality of the variants'
+estimates at one point of a run. `--rounding` compares two losses of a part of the batch: the one
+read from the forward pass over the whole batch, and the one evaluated on the part alone.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def spread(values: list[float], digits: str) -> str:
-    """Mean [least, largest]."""
+    """Return the mean, the smallest and the largest value as text."""
     mean, least, largest = (format(v, digits) for v in (fmean(values), min(values), max(values)))
     return f"{mean} [{least}, {largest}]"
 
@@ -223,13 +224,14 @@ def write(path: Path | None, kept: dict[str, Any]) -> None:
 
 
 def estimate(args: argparse.Namespace) -> None:
-    """What a variant's estimates are worth per forward-equivalent, each at its best rate.
+    """Measure the value of each variant's estimates per forward-equivalent, at its best rate.
 
-    A step of rate a along g' = mean_k s_k v_k, E[g'] = g, lowers the loss by a |g|^2 - a^2 E[g'Hg']
-    / 2, at most by |g|^4 / (2 E[g'Hg']). With far more weights than directions, E[g'Hg'] is
-    E|g_rows|^2 tr(H) / K, with g_rows the gradient of the rows that the difference is taken on,
-    plus the forward difference's own error. Measured at one point: gradients of many batches,
-    central differences and v'Hv, whose mean is tr(H), from the same three losses.
+    A step of rate a along g' = mean_k s_k v_k, with E[g'] = g, lowers the loss by a |g|^2 - a^2
+    E[g'Hg'] / 2, which is at most |g|^4 / (2 E[g'Hg']). With far more weights than directions,
+    E[g'Hg'] is E|g_rows|^2 tr(H) / K plus the forward difference's own error. Here g_rows is the
+    gradient of the rows that the difference uses. The function measures at one point: gradients of
+    many batches, central differences, and v'Hv, whose mean is tr(H). The last two use the same
+    three losses.
     """
     import torch
 
@@ -245,7 +247,8 @@ def estimate(args: argparse.Namespace) -> None:
         model,
         optimizer="AdamW",
         optimizer_kwargs={"weight_decay": 0.0},
-        base_every=args.warm_up + 1,  # no difference but the first, which moves nothing
+        # Only the first step takes a difference, and it moves nothing.
+        base_every=args.warm_up + 1,
         self_check=False,
     )
     stream, eps = batches(config, prepared), config.eps
@@ -284,7 +287,8 @@ def estimate(args: argparse.Namespace) -> None:
                 whole += g
     n, of_batch = len(sampled), fmean(squares)
     of_sum = sum(float(t.double().square().sum()) for t in total)
-    exact = (of_sum - n * of_batch) / (n * (n - 1))  # pairs of different batches: unbiased
+    # Only pairs of different batches count, so the estimate is unbiased.
+    exact = (of_sum - n * of_batch) / (n * (n - 1))
     error = fmean(errors) / fmean(differences)
     kept = read(args.json)
     setting = setting_of(args).split(" budget")[0]
@@ -305,13 +309,13 @@ def estimate(args: argparse.Namespace) -> None:
 
 
 def base_gain(variant: str, exact: float, of_batch: float, error: float) -> float:
-    """|g|^4 / E[g'Hg'] per forward-equivalent, up to a factor that all variants share.
+    """Return |g|^4 / E[g'Hg'] per forward-equivalent, up to a factor that all variants share.
 
     Args:
-        variant: name.
+        variant: name of the variant.
         exact: |g|^2.
         of_batch: E|g_batch|^2.
-        error: of the forward difference, relative to E s^2.
+        error: squared error of the forward difference, relative to E s^2.
     """
     options = VARIANTS[variant]
     fraction, every = options.get("base_batch_fraction", 1.0), options.get("base_every", 1)
@@ -322,7 +326,7 @@ def base_gain(variant: str, exact: float, of_batch: float, error: float) -> floa
 
 
 def rounding(args: argparse.Namespace) -> None:
-    """|f(x; part) from the whole batch − f(x; part) alone|, relative to eps |s|."""
+    """Measure |f(x; part) from the whole batch − f(x; part) alone|, relative to eps |s|."""
     import torch
 
     from zofo import HybridOptimizer, param_groups

@@ -1,16 +1,16 @@
-"""Half precision on a real task: ours and the published in-place scheme against float32.
+"""Compare zofo in bfloat16 and the published in-place scheme with float32 on a real task.
 
-Full fine-tuning by loss differences (zo-ft, MeZO's setting, central difference) of SmolLM2-135M on
-rotten-tomatoes, the same batches, directions, eps and rate three times:
+The task is full fine-tuning of SmolLM2-135M on rotten-tomatoes by central loss differences (zo-ft,
+MeZO's setting). Three arms use the same batches, directions, eps and rate:
 
     fp32         zofo in float32; its seeds make the band of seed noise
-    bf16         zofo in bfloat16: weights are written by stochastically rounded updates alone
+    bf16         zofo in bfloat16: only stochastically rounded updates write weights
     published    in bfloat16 as MeZO does it, in place and rounded to nearest:
                  w += eps v, w -= 2 eps v, w += eps v, w -= lr s v
 
-A seed sets directions and order of the batches. Every finished run goes to
-benchmarks/results/half.json at once, so an interrupted command goes on where it was; once all runs
-are there it only draws.
+A seed sets the directions and the order of the batches. The script writes every finished run to
+benchmarks/results/half.json at once, so an interrupted command continues where it stopped. Once all
+runs are there, it only draws.
 
     python benchmarks/half.py                   the missing runs, then docs/figures/half.svg
     python benchmarks/half.py --max-runs 1      at most one of them
@@ -75,7 +75,8 @@ def parse() -> argparse.Namespace:
 class Published:
     """MeZO's step: every change in place, in the dtype of the weights, rounded to nearest.
 
-    Each change is computed in float32 and rounded once, which is kinder than the published code.
+    Each change is computed in float32 and rounded once, which is more exact than the published
+    code.
     """
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, seed: int) -> None:
@@ -96,7 +97,7 @@ class Published:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], step: int) -> float:
-        """Perturb, evaluate, restore, move; the scalar."""
+        """Perturb, evaluate, restore and move. Return the scalar."""
         eps = self.args.eps
         self._add(eps, step)
         ahead = float(closure())
@@ -122,8 +123,8 @@ class Ours:
         )
 
     def step(self, closure: Callable[[], Tensor], step: int) -> float:
-        """Measure and move; the scalar."""
-        self.optimizer.measure(closure, None)  # the central difference needs no loss at the centre
+        """Measure and move. Return the scalar."""
+        self.optimizer.measure(closure, None)  # The central difference needs no loss at the centre.
         self.optimizer.step()
         assert self.optimizer.last_step is not None
         return self.optimizer.last_step.projected_grad[0]
@@ -140,7 +141,10 @@ def batches(
 
 
 def train(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run: its loss on dev, how far the weights went, the size of the scalars."""
+    """Run one training.
+
+    Return its dev loss, how far the weights moved, and the size of the scalars.
+    """
     began = time.perf_counter()
     model, tokenizer = load_model(args.model, dtype=DTYPES[arm])
     encode = Encoder(tokenizer, max_length=args.max_length)
@@ -180,7 +184,7 @@ def curves_of(kept: dict[str, Any], arm: str) -> list[list[tuple[float, float]]]
 
 
 def seed_noise(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float, float]]:
-    """(step, low, high): mean ± two standard deviations over the seeds."""
+    """Return (step, low, high), the mean ± two standard deviations over the seeds."""
     noise = []
     for points in zip(*curves, strict=True):
         losses = [loss for _, loss in points]
@@ -192,7 +196,10 @@ def seed_noise(curves: list[list[tuple[float, float]]]) -> list[tuple[float, flo
 def gaps_of(
     curves: dict[str, list[list[tuple[float, float]]]], arm: str
 ) -> list[tuple[float, float]]:
-    """After each part of the run: mean over seeds less float32's, two standard errors of it."""
+    """Return the mean gap to float32, and two standard errors of it, per evaluation.
+
+    The evaluation before the first step is left out.
+    """
     gaps = []
     for ours, theirs in zip(
         zip(*curves[arm], strict=True), zip(*curves["fp32"], strict=True), strict=True
@@ -204,7 +211,7 @@ def gaps_of(
 
 
 def draw(kept: dict[str, Any], figure: Path) -> None:
-    """The figure, and what it shows in numbers."""
+    """Print the results and draw the figure."""
     curves = {arm: curves_of(kept, arm) for arm in DTYPES}
     if not all(curves.values()):
         print("not every arm has a run yet: no figure")

@@ -1,8 +1,9 @@
-"""How often 95% intervals of a mean over few seeds hold it: Student's t and the BCa bootstrap.
+"""Measure how often 95% intervals of a mean over few seeds contain the true mean.
 
     python benchmarks/intervals.py
 
-Normal samples; what zofo/statistics/estimates.py takes at which number of seeds rests on this.
+The intervals are Student's t and the BCa bootstrap, on normal samples. zofo/statistics/estimates.py
+chooses its interval for each number of seeds by these results.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Where the time of a hybrid step goes, and what is left beside its forwards and its backward.
+"""Measure where the time of a hybrid step goes, and what it costs beside its forwards and backward.
 
-Every round takes one plain forward, one FO-PEFT step and one hybrid step; the parts of the hybrid
-step are timed where they happen, medians are printed. `noise` is what the kernels take within the
-perturbed forward, whose products then find the weights in the cache.
+Every round takes one plain forward pass, one FO-PEFT step and one hybrid step. The parts of the
+hybrid step are timed where they happen, and the script prints medians. `noise` is the time of the
+kernels within the perturbed forward pass. The matrix products there then find the weights in the
+cache.
 
     OMP_NUM_THREADS=1 python benchmarks/profile_step.py --threads 1
 """

@@ -1,9 +1,9 @@
-"""The two figures of README.md, drawn from the tables of measurements in docs/results.
+"""Draw the two figures of README.md from the tables of measurements in docs/results.
 
     python benchmarks/readme_figures.py
 
-Writes docs/figures/step.svg (the parts of a hybrid step, drawn to time) and
-docs/figures/studies.svg (hybrid − FO-PEFT in our studies). The numbers are read from the documents,
+The script writes docs/figures/step.svg (the parts of a hybrid step, drawn to time) and
+docs/figures/studies.svg (hybrid − FO-PEFT in our studies). It reads the numbers from the documents,
 so that a figure and a document cannot disagree.
 """
 
@@ -18,7 +18,10 @@ from svg import STYLE, WIDTH, Interval, interval_chart
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results"
 LEFT, END = 92, 620
-"""Where a step begins and ends, in pixels; what is written stands on the right of it."""
+"""Where the drawing of a step begins and ends, in pixels.
+
+Its words stand to the right of the end.
+"""
 LANE = 38
 """Height of a lane, in pixels."""
 
@@ -29,7 +32,7 @@ def main() -> None:
 
 
 def table(page: str, *header: str) -> list[dict[str, str]]:
-    """The rows of the first table of a page of docs/results whose header begins as given."""
+    """Return the rows of the first table on a page of docs/results whose header begins as given."""
     lines = (RESULTS / page).read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if _cells(line)[: len(header)] == list(header))
     names, rows = _cells(lines[start]), []
@@ -45,12 +48,12 @@ def _cells(line: str) -> list[str]:
 
 
 def _numbers(cell: str) -> list[float]:
-    """The numbers that a cell begins with: a mean and its interval, or a median and the least."""
+    """Return the numbers in a cell: a mean and its interval, or a median and the smallest value."""
     return [float(x.replace("−", "-")) for x in re.findall(r"[−+]?\d+(?:\.\d+)?", cell)]
 
 
 def studies() -> str:
-    """Means with intervals: every pair of both studies, and the mean of each study."""
+    """Draw the mean with its interval for every pair of both studies, and for each study."""
     overall = [row["hybrid − FO-PEFT, points of test accuracy"] for row in table(
         "results.md", "study")]  # fmt: skip
     rows = []
@@ -71,7 +74,7 @@ def studies() -> str:
 
 
 def step() -> str:
-    """Two lanes, the base and the adapter, over the time of a step; FO-PEFT's step below."""
+    """Draw a hybrid step as two lanes over time, for base and adapter, and FO-PEFT's step below."""
     cells = table("performance.md", "milliseconds, median (least)", "one thread")
     ms = {row["milliseconds, median (least)"]: _numbers(row["one thread"])[0] for row in cells}
     total, peft = ms["hybrid step"], ms["FO-PEFT step, for comparison"]

@@ -1,6 +1,6 @@
-"""Replaying a trajectory: every weight takes all its updates in one pass, against one by one.
+"""Compare two ways to replay a trajectory: all updates of a weight in one pass, and one by one.
 
-python benchmarks/replay.py                 SmolLM2-135M, 1,000 steps
+Run `python benchmarks/replay.py` to replay 1,000 steps of SmolLM2-135M.
 """
 
 from __future__ import annotations

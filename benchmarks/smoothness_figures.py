@@ -1,10 +1,10 @@
-"""Figure 1 of the hybrid paper remade, and its tables, from folders of `zofo smoothness`.
+"""Draw figure 1 of the hybrid paper again, and print its tables, from `zofo smoothness` folders.
 
     python benchmarks/smoothness_figures.py runs/a runs/b --to docs/figures/smoothness-minilm
 
-Writes TO-KIND.svg for every kind of constant (gradient, alone, whole): local gradient-Lipschitz
-constant against ‖∇f‖, base and adapter, a panel a run, with the fit L0 + L1 ‖∇f‖ as a line; and
-prints Markdown tables of constants and fits.
+The script writes TO-KIND.svg for every kind of constant (gradient, alone, whole). Each figure shows
+the local gradient-Lipschitz constant of base and adapter against ‖∇f‖, with one panel per run and
+the fit L0 + L1 ‖∇f‖ as a line. The script also prints Markdown tables of constants and fits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def panel_of(summary: Mapping[str, Any], kind: str) -> Panel | None:
-    """Points and fits of both blocks; None where nothing was measured."""
+    """Return the points and fits of both blocks, or None where nothing was measured."""
     groups, lines = {}, {}
     for block in BLOCKS:
         points = [(u, value) for _, u, value in series_of(summary["path"], kind, block)]
@@ -68,7 +68,10 @@ def panel_of(summary: Mapping[str, Any], kind: str) -> Panel | None:
 
 
 def spectra(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, block and step: ends of the spectrum, trace, ranks, the majoriser."""
+    """Return a table of the spectra, with one row per run, block and step.
+
+    The columns are the extreme eigenvalues, the trace, the ranks, and the majoriser's κ.
+    """
     lines = [
         "| run | block | step | largest eigenvalue | smallest | trace [95%] | tr/‖H‖ | "
         "‖H‖²_F/‖H‖² | κ |",
@@ -97,7 +100,7 @@ def spectra(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def fits(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, kind and block: level, L0, L1, exponent."""
+    """Return a table of the fits, with one row per run, kind and block."""
     lines = [
         "| run | constant | block | ‖∇f‖ differs by | level | L0 | L1 | exponent p | grows | "
         "p < 2 |",

@@ -1,11 +1,12 @@
-"""Figures of a study for a document: plain SVG, from the same tables as `zofo report`.
+"""Draw a study's figures for a document as plain SVG, from the same tables as `zofo report`.
 
     python benchmarks/study_figures.py studies/minilm --to docs/figures/minilm
     python benchmarks/study_figures.py studies/one-rate --to docs/figures/one-rate --rates
 
-Writes TO-differences.svg (hybrid − fo-peft, a row a pair) and TO-curves-TASK-ADAPTER.svg (dev loss
-against forward-equivalents; bands from the lowest to the highest seed). With --rates instead
-TO.svg: dev loss at every pair of rates that was tried, the mean over seeds.
+The script writes TO-differences.svg (hybrid − fo-peft, one row per pair) and
+TO-curves-TASK-ADAPTER.svg (dev loss against forward-equivalents, with bands from the lowest to the
+highest seed). With --rates it writes TO.svg instead: the dev loss at every tried pair of rates, as
+a mean over seeds.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from zofo.report.page import Report, make_report
 from zofo.results.comparison import Group
 
 METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft", "hybrid-tied")
-"""In the order of their colours."""
+"""The methods in the order of their colours."""
 HIGHEST = 1.2
-"""Dev loss at which a curve leaves the chart of rates, in nats."""
+"""Largest dev loss on the chart of rates, in nats."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def differences_and_curves(report: Report) -> dict[str, str]:
-    """End of a name -> figure."""
+    """Return a dict from the end of a figure's name to the figure."""
     found = {}
     rows = []
     for pair in report.comparison.pairs:
@@ -81,7 +82,7 @@ def differences_and_curves(report: Report) -> dict[str, str]:
 
 
 def _place(group: Group, report: Report) -> tuple[str, ...]:
-    """Task and adapter; before them the model, where there are several."""
+    """Return the task and the adapter, and before them the model if there are several."""
     models = {other.model for other in report.comparison.groups}
     return (*((group.model,) if len(models) > 1 else ()), group.task, group.adapter)
 
@@ -97,12 +98,12 @@ def _series(group: Group, curves: pd.DataFrame) -> Series:
 
 
 def rates(report: Report) -> dict[str, str]:
-    """One figure: the mean over seeds at every pair of rates."""
+    """Draw one figure with the mean over seeds at every pair of rates."""
     table, curves = report.runs.table, report.runs.curves
     merged = curves.merge(table[["run", "method", "base_lr", "adapter_lr"]], on="run")
     series = []
     for (method, base, adapter), rows in merged.groupby(["method", "base_lr", "adapter_lr"]):
-        # A run that was stopped for its loss stays where it left.
+        # A run that was stopped for its loss keeps its last value.
         wide = rows.pivot_table(index="step", columns="run", values="dev_loss").ffill()
         mean = wide.mean(axis=1)
         name = f"one rate {base}" if method == "hybrid-tied" else f"{base} and {adapter}"

@@ -1,7 +1,8 @@
-"""Charts as plain SVG: curves with bands, labelled at their ends; means with intervals; points.
+"""Draw charts as plain SVG: labelled curves with bands, means with intervals, and points.
 
-No dependency. The colours follow the reader's light or dark scheme, and so does the background: a
-page may be dark although the reader's system is light.
+The module has no dependency. The colours and the background follow the reader's light or dark
+scheme. The chart has a background of its own, because a page may be dark although the reader's
+system is light.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Series:
     """Curves of one kind.
 
     Attributes:
-        label: written at the end of its curves.
-        curves: lists of (x, y), drawn one by one.
-        band: (x, low, high) of an area behind them.
+        label: text at the end of the curves.
+        curves: lists of (x, y), each drawn as its own curve.
+        band: (x, low, high) of an area behind the curves.
     """
 
     label: str
@@ -60,10 +61,10 @@ class Interval:
     """A row of an interval chart.
 
     Attributes:
-        label: at its left.
-        mean: marked.
-        low, high: ends of its line; None: there is none.
-        values: small marks, what the mean is of.
+        label: text on the left.
+        mean: drawn as a circle.
+        low, high: ends of the line, or None for no line.
+        values: the single values of the mean, drawn as small marks.
     """
 
     label: str
@@ -76,7 +77,7 @@ class Interval:
 def line_chart(
     title: str, x_label: str, y_label: str, series: Sequence[Series], y_max: float | None = None
 ) -> str:
-    """The chart; at most six series, one colour each; curves leave it at y_max."""
+    """Draw a chart of at most six series, one colour each. Higher values are drawn at y_max."""
     if len(series) > NUM_COLOURS:
         raise ValueError(f"{len(series)} series and {NUM_COLOURS} colours; draw several charts")
     if y_max is not None:
@@ -140,7 +141,7 @@ def line_chart(
 
 
 def interval_chart(title: str, x_label: str, rows: Sequence[Interval]) -> str:
-    """Means with intervals, one below the other, and a line at 0."""
+    """Draw means with intervals, one below the other, and a line at 0."""
     left, step, top = 250, 26, 44
     height = top + step * len(rows) + 56
     all_values = [v for r in rows for v in (r.mean, r.low, r.high, *r.values, 0.0) if v is not None]
@@ -185,9 +186,9 @@ class Panel:
     """Points on logarithmic axes.
 
     Attributes:
-        title: above it.
-        groups: label -> points, in the order of their colours from the second on.
-        lines: label -> a curve through them.
+        title: text above the panel.
+        groups: label -> points. The first group has the second colour.
+        lines: label -> a curve through the points.
     """
 
     title: str
@@ -196,7 +197,7 @@ class Panel:
 
 
 def scatter_panels(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> str:
-    """Panels side by side, each with its own x axis and one y axis for all, logarithmic both."""
+    """Draw panels side by side on logarithmic axes. The panels share their y axis."""
     side, left, top, height = 250, 70, 76, 420
     width, bottom = left + side * len(panels) + 20, height - 52
     ys = [y for panel in panels for points in panel.groups.values() for _, y in points]
@@ -258,7 +259,7 @@ def scatter_panels(title: str, x_label: str, y_label: str, panels: Sequence[Pane
 
 
 def _mark(x: float, y: float, colour: int) -> str:
-    """A circle; a square for every second colour, for those who do not see colours."""
+    """Draw a circle, or a square for every second colour, for readers who do not see colours."""
     if colour % 2:
         return f'<circle class="t{colour}" cx="{x}" cy="{y}" r="3.6" fill-opacity="0.8"/>'
     corner = f'x="{round(x - 3.4, 1)}" y="{round(y - 3.4, 1)}"'
@@ -266,13 +267,17 @@ def _mark(x: float, y: float, colour: int) -> str:
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
-    """Powers of 10 around the values, at least one apart."""
+    """Return the powers of 10 around the values, at least one apart."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return low, max(high, low + 1)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of 10, with 3 or 2 and 5 of each where there would be few; else even numbers."""
+    """Return at least three ticks for a logarithmic axis if possible.
+
+    The ticks are powers of 10, with their multiples by 3, or by 2 and 5, if there are few. If these
+    are too few as well, the ticks are evenly spaced numbers.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
         found = [f * 10.0**k for k in decades for f in factors if low <= f * 10.0**k <= high]
@@ -282,7 +287,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers that span [low, high] but for less than a step at either end."""
+    """Return round numbers that span [low, high], except for less than a step at either end."""
     raw = (high - low or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
@@ -290,14 +295,20 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _end(series: Series) -> float:
-    """Height of the label: the mean end of its curves, else the middle of the band's end."""
+    """Return the height of the label.
+
+    It is the mean end of the curves, or the middle of the band's end without curves.
+    """
     if series.curves:
         return sum(curve[-1][1] for curve in series.curves) / len(series.curves)
     return (series.band[-1][1] + series.band[-1][2]) / 2
 
 
 def _apart(heights: Sequence[float], gap: float = 17, lowest: float = math.inf) -> list[float]:
-    """The heights in their order, moved down where labels would overlap, up from below `lowest`."""
+    """Return the label heights in their order, moved so that labels do not overlap.
+
+    Labels move down where they would overlap, and up from below `lowest`.
+    """
     placed = list(heights)
     order = sorted(range(len(placed)), key=lambda i: placed[i])
     for before, after in pairwise(order):

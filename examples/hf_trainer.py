@@ -1,12 +1,12 @@
 """Hybrid fine-tuning with `transformers.Trainer`.
 
-Three lines differ from a usual script: the import, `HybridArguments` in the place of
-`TrainingArguments`, and `HybridTrainer` in that of `Trainer`. The adapter's rate is still
-`learning_rate`; `base_lr` is the base's. Runs on the CPU in seconds:
+Three lines differ from a usual script: the import, `HybridArguments` instead of
+`TrainingArguments`, and `HybridTrainer` instead of `Trainer`. `learning_rate` is still the learning
+rate of the adapter, and `base_lr` is that of the base. The script runs on the CPU in seconds:
 
     python examples/hf_trainer.py
 
-or, with a model of the hub:
+It also takes a model from the hub:
 
     python examples/hf_trainer.py --model HuggingFaceTB/SmolLM2-135M --base-lr 1e-5 --lr 1e-3
 """
@@ -56,7 +56,7 @@ def main() -> None:
     trainer.save_model(f"{args.output}/best")
     print(f"dev accuracy {accuracy(model, tokenizer, DEV):.2f}")
 
-    # The folder holds the adapter and how the base moved; it is loaded on the original base.
+    # The folder holds the adapter and the updates of the base. Load it on the original base.
     original, _ = load(args.model)
     loaded = load_checkpoint(original, f"{args.output}/best")
     print(f"loaded again: dev accuracy {accuracy(loaded, tokenizer, DEV):.2f}")

@@ -1,11 +1,11 @@
-"""Hybrid fine-tuning in a loop of your own.
+"""Hybrid fine-tuning in a custom training loop.
 
-A LoRA adapter moves by its gradient, every weight of the base by loss differences along random
-directions; one optimizer steps both. Runs on the CPU in seconds:
+A LoRA adapter moves by its gradient. Every weight of the base moves by loss differences along
+random directions. One optimizer steps both. The script runs on the CPU in seconds:
 
     python examples/minimal_loop.py
 
-or, with a model of the hub:
+It also takes a model from the hub:
 
     python examples/minimal_loop.py --model HuggingFaceTB/SmolLM2-135M --base-lr 1e-5 --lr 1e-3
 """
@@ -42,7 +42,8 @@ def main() -> None:
         model.train()
         losses = []
         for batch in loader:
-            # Forward, backward, one more forward at the perturbed base, and the update of both.
+            # A step runs a forward pass, a backward pass, and one more forward pass at the
+            # perturbed base. It then updates the base and the adapter.
             loss = optimizer.step(lambda batch=batch: model(**batch).loss)
             losses.append(float(loss))
         if epoch % 5 == 4:

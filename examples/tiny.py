@@ -1,7 +1,7 @@
-"""What the examples train on where no hub is at hand: a tiny Llama, its tokenizer, film reviews.
+"""A tiny Llama, its tokenizer and film reviews, for examples that need no hub.
 
-The model is untrained, so that an example shows the code and not a result; with `--model` an
-example takes any causal language model of the hub instead.
+The model is untrained, so an example shows the code and no real result. With `--model` an example
+takes any causal language model from the hub.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def prompt(review: str) -> str:
 
 
 def load(name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer from the hub or a folder; without a name the tiny ones."""
+    """Load a model and its tokenizer from the hub or a folder.
+
+    Without a name, make the tiny ones.
+    """
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -103,7 +106,7 @@ def load(name: str | None) -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, rows: list[tuple[str, str]]) -> list[dict[str, list[int]]]:
-    """Token ids; only the label is scored."""
+    """Return token ids. Only the label is scored."""
     encoded = []
     for review, label in rows:
         ids = tokenizer(prompt(review))["input_ids"]
@@ -113,7 +116,7 @@ def encode(tokenizer: Any, rows: list[tuple[str, str]]) -> list[dict[str, list[i
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Padded on the right: input_ids, attention_mask and labels, each [rows, longest]."""
+    """Pad on the right. Return input_ids, attention_mask and labels, each [rows, longest]."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> torch.Tensor:
@@ -129,7 +132,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> float:
-    """How often the right label has the lower loss."""
+    """Return how often the right label has the lower loss."""
     was_training = model.training
     model.eval()
     hits = 0

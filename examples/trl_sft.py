@@ -1,11 +1,12 @@
 """Hybrid supervised fine-tuning with `trl.SFTTrainer`.
 
-The mixin goes before any class of Trainer's family; the options go beside trl's own configuration.
-The rows are prompts with completions, as trl takes them. Runs on the CPU in seconds:
+The mixin stands before any trainer class that derives from Trainer. Its options are an argument of
+their own beside trl's configuration. The rows are prompts with completions, as trl expects them.
+The script runs on the CPU in seconds:
 
     python examples/trl_sft.py
 
-or, with a model of the hub:
+It also takes a model from the hub:
 
     python examples/trl_sft.py --model HuggingFaceTB/SmolLM2-135M --base-lr 1e-5 --lr 1e-3
 """

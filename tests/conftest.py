@@ -1,10 +1,11 @@
-"""Fixtures for all tests."""
+"""The fixtures that all tests share."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import gc
+import os
 import sys
 
 import jinja2
@@ -19,15 +20,33 @@ def _known_seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _files_need_not_reach_the_disk():
-    """No test cuts the power, so none has to wait for the disk."""
+    """Make `os.fsync` do nothing. No test cuts the power, so no test has to wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda handle: None)
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _workers_share_the_compilation():
+    """In a fresh clone, each of pytest-xdist's workers compiles the kernels of some dtypes.
+
+    They find the others in the cache on disk. Without this, every worker compiles all of them.
+    """
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        from zofo.noise.combine import combine
+
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        for dtype in dtypes[int(worker.removeprefix("gw")) :: count]:
+            combine(torch.zeros(1, dtype=dtype), (1.0,), seed=0, step=0, tensor=0)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _templates_are_compiled_once():
-    """peft compiles the template of its model card for every adapter that it saves."""
+    """Cache compiled jinja2 templates.
+
+    peft compiles the template of its model card at every save.
+    """
     with pytest.MonkeyPatch.context() as patch:
         compiled = functools.lru_cache(jinja2.Environment.compile)
         patch.setattr(jinja2.Environment, "compile", compiled)
@@ -36,7 +55,10 @@ def _templates_are_compiled_once():
 
 @pytest.fixture(scope="module", autouse=True)
 def _garbage_is_collected_once_a_module():
-    """`Trainer.train` collects garbage twice, and each time visits all that torch imported."""
+    """Collect garbage once per module.
+
+    `Trainer.train` collects twice, and each collection visits every object that torch imported.
+    """
     gc.collect()
     gc.freeze()
     if memory := sys.modules.get("accelerate.utils.memory"):
@@ -45,7 +67,7 @@ def _garbage_is_collected_once_a_module():
 
 @pytest.fixture
 def own_working_folder(tmp_path, monkeypatch):
-    """The test runs in its own folder, where whatever it makes by accident is found."""
+    """Run the test in its own folder, so that files it creates by accident are found there."""
     monkeypatch.chdir(tmp_path)
 
 

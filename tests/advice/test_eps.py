@@ -1,4 +1,7 @@
-"""The plateau of eps: closed forms on made-up ladders, and real losses in three dtypes."""
+"""Tests of the plateau of eps.
+
+Synthetic ladders have closed forms; real losses are tested in three dtypes.
+"""
 
 import math
 
@@ -15,7 +18,11 @@ from zofo.perturb.view import Perturbation
 
 
 def made_up(eps, *, slope=2.0, curvature=500.0, third=0.0, rounding=1e-7, directions=8, seed=0):
-    """f = 1 along directions, with rounding errors of that size."""
+    """Return a synthetic ladder and the RMS of its slopes, curvatures and third derivatives.
+
+    The loss is 1 at the start of every direction. Every loss has a rounding error of size
+    `rounding`.
+    """
     generator = np.random.default_rng(seed)
     s, c, t = (scale * generator.normal(size=directions) for scale in (slope, curvature, third))
     h = np.asarray(eps)[:, None]
@@ -74,7 +81,10 @@ def test_a_loss_that_no_direction_moves_has_none():
 
 
 def test_swallowed_perturbations_are_no_plateau():
-    """Below the spacing of 16-bit weights nothing moves: exact zeros, the same at each rung."""
+    """The plateau excludes radii at which rounding swallows the perturbation.
+
+    Below the spacing of 16-bit weights no weight moves, so the differences there are exactly zero.
+    """
     ladder, _ = made_up(RUNGS)
     small = RUNGS < 1e-4
     ladder.ahead[small] = ladder.behind[small] = ladder.at
@@ -85,13 +95,13 @@ def test_how_far_the_loss_is_a_parabola():
     ladder, _ = made_up(RUNGS, rounding=1e-12)
     assert plateau(ladder).quadratic_to == RUNGS[-1]
     bent, (slope, _, third) = made_up(RUNGS, rounding=1e-12, curvature=0.0, third=600.0)
-    # The cubic term is as large as half of the change from ε² t / 6 = s / 2 or so on.
+    # The cubic term is half as large as the linear one where ε² t / 6 = s / 2.
     reach = np.sqrt(3 * slope / third)
     assert reach / 4 < plateau(bent).quadratic_to < reach * 4
 
 
 class Net(nn.Module):
-    """A two-layer network whose hidden layer is the base."""
+    """A two-layer classifier on random data."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -113,7 +123,10 @@ class Net(nn.Module):
 
 
 def rms_error(net, eps, estimator, seed=5, num=24):
-    """Of the scalars s at eps over their size, against autograd in float64."""
+    """Return the relative RMS error of the scalars s at `eps`.
+
+    The reference is autograd in float64.
+    """
     names = split_parameters(net).base
     index = split_parameters(net).base_index
     view = Perturbation(net, list(names.values()), [index[n] for n in names], seed=seed)
@@ -165,7 +178,7 @@ def test_the_advised_radius_is_near_the_best_in_every_dtype(dtype, estimator):
     found = plateau(ladder, estimator)
     best = min(rms_error(net, eps, estimator) for eps in np.geomspace(1e-6, 0.3, 12))
     error = rms_error(net, found.eps, estimator)
-    # Where a plateau is wide its middle need not be its deepest place.
+    # The middle of a wide plateau need not have the smallest error, so the bound leaves room.
     assert error < max(3 * best, 0.02)
     if dtype != torch.bfloat16:
         assert found.exists
@@ -176,7 +189,7 @@ def test_the_advised_radius_is_near_the_best_in_every_dtype(dtype, estimator):
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_rungs_where_the_loss_overflows_do_not_count(estimator, bad):
-    """Losses of 16 bits beyond the range: the plateau below them is what it is without them."""
+    """A rung whose losses overflow 16 bits leaves the plateau below it unchanged."""
     eps = np.geomspace(1e-4, 10, 6)
     rounding = np.array([1e-6, -1e-6, 1e-6])
     slopes, curvatures = np.array([1.0, -2.0, 1.5]), np.array([1.0, 2.0, 0.5])

@@ -1,4 +1,7 @@
-"""Rates by group: which groups there are, whether patterns tell them apart, when they split."""
+"""Tests of learning rates by group.
+
+They check how weights are grouped, what the patterns match, and when a split is made.
+"""
 
 import fnmatch
 
@@ -48,7 +51,7 @@ def test_patterns_give_every_weight_its_groups_rate(architecture):
         for name in members:
             first = next(p for p in patterns if fnmatch.fnmatchcase(name, p))
             assert patterns[first] == group
-    # As `base_lr` they move every weight.
+    # Used as `base_lr`, the patterns cover every weight.
     made = param_groups(model, "hybrid", base_lr=dict.fromkeys(patterns, 1e-5))
     assert sum(len(g["names"]) for g in made if g["block"] == "base") == len(names)
 
@@ -69,14 +72,14 @@ def test_groups_with_other_curvature_get_other_rates():
     found = split_rates(parts((1.0, 100.0), (1.0, 1.0), num=40), GROUPS, batch_rows=8, rate=1e-3)
     assert set(found.rates) == {"a.*.weight", "b.*.weight"}
     assert found.rates["a.*.weight"] > 10 * found.rates["b.*.weight"]
-    # Σ (G²/τ) / ((Σ G)² / Σ τ) of two groups with equal gradients and τ in the ratio 1 : 100.
+    # Two groups with equal gradients and τ in the ratio 1 : 100 gain Σ (G²/τ) / ((Σ G)² / Σ τ).
     assert found.gain == pytest.approx((1 + 0.01) * 101 / 4, rel=0.5)
     best = {name: i.value for name, i in found.groups.items()}
     assert best["a"] / best["b"] == pytest.approx(100, rel=0.6)
 
 
 def test_equal_groups_keep_one_rate():
-    """With four directions each; a false split in sixty would be within what is promised."""
+    """At most one draw in sixty splits two equal groups, although each has only four directions."""
     found = [
         split_rates(
             parts((10.0, 10.0), (1.0, 1.0), num=4, seed=10 * seed),
@@ -92,7 +95,10 @@ def test_equal_groups_keep_one_rate():
 
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.3), (1.0, 1.0), (0.1, 1.0)])
 def test_six_equal_groups_keep_one_rate_however_noisy_their_rows(signal, noise):
-    """The rows' noise is taken off a mean of squares that is uncertain itself."""
+    """Noisy rows rarely cause a false split.
+
+    The estimator subtracts the rows' noise from a mean square that is itself uncertain.
+    """
     groups = {name: [f"{name}.0.weight"] for name in "abcdef"}
     num_false = 0
     for seed in range(60):
@@ -115,7 +121,11 @@ def test_six_equal_groups_keep_one_rate_however_noisy_their_rows(signal, noise):
 
 @pytest.mark.parametrize("num_directions", [1, 8])
 def test_a_groups_bend_is_that_of_its_share_of_the_scalar(num_directions):
-    """Of G equal groups with curvature along their gradients only; by Monte Carlo."""
+    """A group's curvature term counts only its own share of the scalar.
+
+    The reference is a Monte Carlo estimate over equal groups whose curvature lies along their
+    gradients only.
+    """
     num_groups, d, curvature = 5, 4, 3.0
     generator = np.random.default_rng(0)
     v = generator.normal(size=(100_000, num_directions, num_groups, d))
@@ -131,7 +141,8 @@ def test_a_groups_bend_is_that_of_its_share_of_the_scalar(num_directions):
         rate=1e-3,
         num_directions=num_directions,
     )
-    # η_g = G_g / (E s² τ_g)
+    # The best rate of a group is η_g = G_g / (E s² τ_g), and each of the equal groups has its share
+    # of G.
     assert 1 / (num_groups * found.groups["g0"].value) == pytest.approx(bent, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""The search for a first-order rate, on made-up trainings and on real ones."""
+"""Tests of the search for a first-order learning rate, on synthetic trainings and on real ones."""
 
 import math
 
@@ -21,7 +21,10 @@ from zofo.advice.short_trainings import (
 
 
 def made_up(best, *, noise=0.01, blows_up_at=math.inf, flat=False):
-    """Trainings whose loss is a parabola in the logarithm of the rate."""
+    """Return a function that simulates a training, and the list of rates it was called with.
+
+    The loss is a parabola in the logarithm of the rate.
+    """
     tried = []
 
     def train(rate):
@@ -68,7 +71,10 @@ def test_where_nothing_moves_the_largest_harmless_rate_is_taken():
 
 
 def test_a_rate_whose_loss_swings_is_no_equal_of_the_best():
-    """Its standard error is large, and so is the harm that it does."""
+    """A rate whose loss swings does not count as equal to the best one.
+
+    Such a rate has a large standard error, but it also does much harm.
+    """
 
     def train(rate):
         generator = np.random.default_rng(round(1e6 * rate))
@@ -85,7 +91,10 @@ def test_a_rate_whose_loss_swings_is_no_equal_of_the_best():
 
 
 def test_rates_that_only_do_harm_are_left_for_smaller_ones():
-    """Of two bad rates the less bad is no choice, however close they are to each other."""
+    """The search moves on to smaller rates while every rate does harm.
+
+    It must not choose the less harmful one, however close the two losses are.
+    """
 
     def train(rate):
         level = 1.0 if rate < 2e-3 else 1.08
@@ -99,7 +108,11 @@ def test_rates_that_only_do_harm_are_left_for_smaller_ones():
 
 @pytest.mark.parametrize("apart", [1.0, 1.015, 1.03, 1.5])
 def test_harm_is_seen_on_the_same_rows(apart):
-    """Fresh batches with other losses than the held-aside rows, as rows and dropout have it."""
+    """Harm is judged on the same rows before and after.
+
+    Fresh batches may have other losses than the held-aside rows, because the rows differ and
+    dropout is active.
+    """
 
     def train(rate):
         level = 2.0 - 0.2 * min(rate, 1e-2) / 1e-2
@@ -113,7 +126,11 @@ def test_harm_is_seen_on_the_same_rows(apart):
 
 @pytest.mark.parametrize(("last_half", "is_harmful"), [(1.0, False), (1.3, True)])
 def test_a_loss_that_rises_and_comes_back_is_no_harm(last_half, is_harmful):
-    """Only the largest rates learn in a whole run, and begin by a rise (MiniLM with a prompt)."""
+    """A rate does no harm if its loss rises first and then comes back.
+
+    On MiniLM with a prompt, only the largest rates learn in a whole run, and their loss rises
+    first.
+    """
     start = Beginning(np.full(40, 1.0), (1.0,) * 5)
     losses = (1.6,) * 5 + (last_half,) * 5
     run = VirtualRun(1e-1, losses, np.full(40, last_half), start)
@@ -122,7 +139,10 @@ def test_a_loss_that_rises_and_comes_back_is_no_harm(last_half, is_harmful):
 
 @pytest.mark.parametrize("gain", [0.0, 0.1])
 def test_only_a_rate_that_has_moved_is_better_than_others(gain):
-    """A larger rate that is 3% worse: lost to one that learns, not to one that stands still."""
+    """The search prefers a smaller rate only if that rate has lowered the loss.
+
+    The larger rate is 3% worse here, and it still wins over a rate that stands still.
+    """
 
     def train(rate):
         generator = np.random.default_rng(round(1e6 * rate))
@@ -184,14 +204,17 @@ def test_a_short_training_lowers_a_quadratic_and_repeats_itself():
     assert len(first.losses) == 8
     assert len(first.start.fresh) == len(first.last_half) == 4
     assert torch.equal(model.adapter, before)
-    # Two micro-batches of two forward-equivalents a step, losses of half of them at the start, and
-    # the held-aside rows twice.
+    # Each of the 8 steps runs 2 micro-batches of 2 forward-equivalents. At the start the losses of
+    # half of these micro-batches are computed, and the held-aside rows are evaluated twice.
     assert probe.cost == pytest.approx(2 * (8 * 2 * 2 + 4 * 2 + 2 * len(probe.held) / 8))
 
 
 @pytest.mark.parametrize("num_steps", [5, 8])
 def test_a_training_that_does_not_move_is_what_it_is_compared_with(num_steps):
-    """Same rows, same micro-batches, same dropout masks."""
+    """A training at rate zero equals its own reference.
+
+    Both see the same rows, micro-batches and dropout masks.
+    """
     model = Quadratic([1.0], [1.0, 4.0, 10.0])
 
     def masked(m, rows):

@@ -1,4 +1,4 @@
-"""Each contender does the step that its row in the table says."""
+"""Each contender takes the step that its row in the table describes."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def test_mezo_leaves_the_weights_in_their_places(bench, name):
     contender = KINDS[name](bench, BIG)
     one_step(contender)
     assert [weight.data_ptr() for weight in bench.base] == places
-    contender.is_alone = True  # unless nobody else needs them, to hold no second copy
+    # If the contender runs alone, nothing else needs the old weights, and it keeps no second copy.
+    contender.is_alone = True
     one_step(contender)
     assert [weight.data_ptr() for weight in bench.base] != places
 
@@ -210,7 +211,8 @@ def test_optimizer_states(bench):
         sizes[name] = contender.state_bytes
     base = sum(4 * p.numel() for p in bench.base)
     adapter = sum(4 * p.numel() for p in bench.adapter)
-    counts = {"base": 4 * len(bench.base), "adapter": 4 * len(bench.adapter)}  # of the steps
+    # AdamW keeps one float32 step count per tensor.
+    counts = {"base": 4 * len(bench.base), "adapter": 4 * len(bench.adapter)}
     assert sizes["fo-ft"] == 2 * base + counts["base"]
     for name in ("fo-peft", "hybrid", "hybrid-central", "naive-hybrid"):
         assert sizes[name] == 2 * adapter + counts["adapter"]
@@ -250,7 +252,7 @@ def test_facts_are_those_of_the_loaded_model(bench):
     assert facts.num_parameters == sum(p.numel() for p in bench.base)
     assert facts.num_adapter_parameters == sum(p.numel() for p in bench.adapter)
     assert facts.base_bytes == 4 * facts.num_parameters
-    assert facts.largest_layer_bytes == 4 * 512 * 64  # the embeddings
+    assert facts.largest_layer_bytes == 4 * 512 * 64  # The embedding is the largest layer.
 
 
 @pytest.mark.parametrize(

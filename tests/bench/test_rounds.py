@@ -1,4 +1,4 @@
-"""Order of the rounds, ratios, settings, and what an interruption leaves."""
+"""Tests of rounds, ratios and settings, and of the results after an interruption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1
 
 
 class Scripted:
-    """Writes down its calls; raises `error` at its call number `at`."""
+    """Contender that logs its calls and raises `error` at step number `at`."""
 
     def __init__(self, name, log, at=None, error=None):
         self.name, self.log, self.at, self.error = name, log, at, error
@@ -182,7 +182,7 @@ def test_a_process_that_fails_says_why():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_peak_is_the_process_own_not_its_parents():
-    held = torch.ones(1 << 27)  # 512 MiB
+    held = torch.ones(1 << 27)  # The parent holds 512 MiB.
     code = (
         "import torch\n"
         "from zofo.bench.device import peak_bytes, used_bytes\n"

@@ -1,4 +1,4 @@
-"""Peak memory of a whole run, phase by phase."""
+"""Tests of the peak memory of a whole run in each phase."""
 
 import json
 
@@ -18,13 +18,14 @@ def config(tmp_path, decoder_folder):
     path = tmp_path / "run.yaml"
     task = {"name": "classification", "train": str(rows), "num_dev": 8, "num_test": 8}
     values = {"model": decoder_folder, "task": task, "steps": 2, "eval_every": 1}
-    path.write_text(json.dumps(values))  # JSON is YAML
+    path.write_text(json.dumps(values))  # JSON is valid YAML.
     return str(path)
 
 
 @pytest.mark.parametrize("method", whole_run.METHODS_COMPARED)
 def test_every_phase_of_a_run_has_its_peak(config, tmp_path, method, monkeypatch):
-    for module, path, _ in whole_run.PHASES:  # so that they are put back after the test
+    # Registering each function makes monkeypatch restore it after the test.
+    for module, path, _ in whole_run.PHASES:
         monkeypatch.setattr(f"{module}.{path}", whole_run.function_at(module, path)[2])
     run = tmp_path / method
     given = [f"method={method}", f"output_dir={run}", "device=cpu"]

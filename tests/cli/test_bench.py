@@ -1,4 +1,4 @@
-"""`zofo bench` as a user runs it, on a tiny model with random weights."""
+"""Tests of `zofo bench` as a user runs it, on a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, tmp_path, when):
     found = json.loads(path.read_text())
     assert not found["is_complete"]
     samples = [len(row["samples_s"]) for row in found["steps"][0]["contenders"].values()]
-    # Two warm-ups each come first.
+    # Each contender takes two warm-up steps first.
     assert sum(samples) == max(0, when - 1 - 2 * len(CONTENDERS))
     assert bool(found["steps"][0]["ratios"]) == (when == 40)
 

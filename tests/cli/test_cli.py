@@ -1,4 +1,7 @@
-"""Commands as a user runs them: in processes of their own where exit codes and imports count."""
+"""Tests of the commands as a user runs them.
+
+Tests of exit codes and imports start their own processes.
+"""
 
 import json
 import logging
@@ -25,7 +28,7 @@ def run(*arguments, input=None):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, decoder_folder):
-    """A run folder of a tiny model on a csv."""
+    """Train a tiny model on a csv file; return the folder and the output."""
     folder = tmp_path_factory.mktemp("cli")
     lines = ["text,label"]
     lines += [f"film {i} is {('great', 'dull')[i % 2]},{('good', 'bad')[i % 2]}" for i in range(60)]
@@ -235,7 +238,11 @@ def test_tasks_and_doctor():
 
 @pytest.fixture
 def two_more_devices(monkeypatch):
-    """Device -> what is drawn there; the right directions until a test says otherwise."""
+    """Pretend that cuda and mps are present.
+
+    Return a dict from each device to the function that draws its signs. Each device draws the right
+    signs until a test replaces its function.
+    """
     right = doctor.signs_on("cpu")
     drawn = {"cpu": lambda: right, "cuda": lambda: right, "mps": lambda: right}
     monkeypatch.setattr(environment, "present_devices", lambda: list(drawn))

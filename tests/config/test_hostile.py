@@ -1,4 +1,4 @@
-"""Hostile configurations: each is one clear error, and none of them runs code."""
+"""A hostile configuration gives one clear error and never runs code."""
 
 from __future__ import annotations
 

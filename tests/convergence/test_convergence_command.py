@@ -1,4 +1,4 @@
-"""`zofo convergence` as a user runs it, cut down."""
+"""Tests of `zofo convergence` as a user runs it, with small experiments."""
 
 import json
 import re
@@ -40,7 +40,11 @@ def test_json_has_every_claim_with_interval_and_verdict(folder):
 
 
 def test_known_answers_hold_even_when_cut_down(folder):
-    """Errors of one difference are exact powers of eps; a quadratic's size is d (d + 2)(d + 4)."""
+    """The quick experiments already show the known answers.
+
+    The error of a difference is an exact power of eps, and the size of an estimate on a quadratic
+    grows as d (d + 2)(d + 4).
+    """
     found = json.loads((folder / "convergence.json").read_text())
     claims = {claim["name"]: claim for claim in found["claims"]}
     assert claims["error-forward"]["measured"]["value"] == pytest.approx(1, abs=0.05)
@@ -103,7 +107,7 @@ def test_a_cell_of_another_definition_or_a_damaged_one_is_run_again(tmp_path):
     assert storage.read(tmp_path, cell, "optimizer") is None
     other = make_plan(tmp_path, ["growth"], quick=True, num_seeds=4).cells()[0]
     assert storage.read(tmp_path, other, "compiled") is None
-    # One does not take the other's place.
+    # Cells with different definitions are stored side by side.
     storage.finish(tmp_path, other, "compiled")
     assert storage.read(tmp_path, cell, "compiled") is not None
     storage.path_of(tmp_path, cell, "compiled").write_bytes(b"damaged")

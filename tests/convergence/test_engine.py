@@ -1,4 +1,4 @@
-"""The compiled engine runs what `zofo.HybridOptimizer` and zofo's sampler run."""
+"""The compiled engine takes the steps of `zofo.HybridOptimizer` on the samples of its sampler."""
 
 import itertools
 
@@ -25,7 +25,10 @@ SMALL = {
 }
 ONE_RATE, TWO_RATES = [(0.02, 0.02)], [(0.01, 0.1), (0.003, 0.05)]
 TOLERANCE = 1e-10
-"""Relative: rounding of a loss, 1e-16, over eps, over a dozen steps."""
+"""Relative tolerance.
+
+The rounding of a loss, 1e-16, grows when it is divided by eps and over a dozen steps.
+"""
 
 
 def assert_same(problem, setting, rates=TWO_RATES, checkpoints=(0, 1, 4)):
@@ -127,7 +130,10 @@ def test_a_rate_of_zero_leaves_the_base_where_it_was():
 
 
 def test_steady_state_of_gradient_noise_is_the_closed_form():
-    """With replacement, flat curvature h: E‖∇f‖² = γ h σ² / (2 − γ h), the rest of a long run."""
+    """Sampling with replacement reaches the steady state E‖∇f‖² = γ h σ² / (2 − γ h).
+
+    The curvature h is constant. The test has h = σ = 1 and averages over steps 200 to 2200.
+    """
     problem = make_problem(
         "quadratic", spectrum_x=[1.0] * 4, spectrum_y=[1.0], noise_x=1.0, noise_y=0.0, height_y=0.0
     )
@@ -149,7 +155,8 @@ def test_finished_cells_stay_valid_and_options_that_no_engine_varies_are_refused
     setting = Setting(num_directions=2)
     options, labels = {"num_samples": 4}, {"samples": "few"}
     cell = Cell("order", labels, "quadratic", options, setting, Rates(-3, 0), (1, 2), 2)
-    # As commit b66c549 computes it, where a setting held nothing but what the engines vary.
+    # Commit b66c549 computed this digest. At that time a setting held only the options that the
+    # engines vary.
     assert digest_of(cell, "compiled") == "54ef5627a41d00151cb221531a857923"
     with pytest.raises(UserError, match="base_every"):
         Setting(base_every=2)

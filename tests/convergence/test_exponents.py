@@ -1,4 +1,4 @@
-"""Fits recover powers that were put in, and claims are judged by the stated rule."""
+"""Fits recover the exponents of synthetic data, and claims are judged by the documented rule."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,10 @@ T = np.array([16.0, 32, 64, 128, 256, 512])
 
 
 def synthetic(noise=0.05, seed=0):
-    """Values a / (γ T) + b γ with a factor a seed: best rate √(a/(b T)), best value 2√(a b / T)."""
+    """Return the values a / (γ T) + b γ, times one random factor per seed, and the rates γ.
+
+    The best rate is √(a / (b T)), and the best value is 2 √(a b / T).
+    """
     generator = np.random.default_rng(seed)
     rates = 2.0 ** np.arange(-8, 2, 1 / 3)
     exact = 3.0 / (rates * T[:, None]) + 0.5 * rates
@@ -40,7 +43,10 @@ def test_the_exponent_is_recovered():
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """95% of 200, ± 4 standard deviations of the binomial, on slopes with noise of their own."""
+    """The 95% interval contains the true slope in at least 88% of 200 draws.
+
+    The lower bound is about four standard deviations of the binomial below 95%.
+    """
     generator = np.random.default_rng(5)
     weights, hits = fits.resamples(NUM_SEEDS, 300), 0
     x = T[:4]
@@ -102,8 +108,9 @@ POWERS = {"half": -0.5, "two thirds": -2 / 3, "one": -1.0}
     [
         (-0.52, -0.49, CONFIRMED),
         (-0.68, -0.65, REFUTED),
-        (-0.6, -0.5, UNDECIDED),  # tells no two apart
-        (-0.575, -0.57, UNDECIDED),  # nearest to the half, but off
+        (-0.6, -0.5, UNDECIDED),  # The ends of the interval are nearest to different powers.
+        # The power 1/2 is nearest, but the distance to it is too large.
+        (-0.575, -0.57, UNDECIDED),
         (-1.2, -0.3, UNDECIDED),
         (float("nan"), float("nan"), UNDECIDED),
     ],

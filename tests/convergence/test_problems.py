@@ -1,4 +1,4 @@
-"""Every constant that a problem states, against autograd on sampled and on extreme points."""
+"""Autograd confirms every constant that a problem states, at sampled and at extreme points."""
 
 import math
 
@@ -45,14 +45,15 @@ def problem(request):
 
 
 def points(problem, num=6, seed=0):
-    """The start, the origin, and random points from very near to very far."""
+    """Return the start, the origin, and random points from very near to very far."""
     generator = torch.Generator().manual_seed(seed)
     d = problem.d_x + problem.d_y
     found = [problem.start(), torch.zeros(d, dtype=torch.float64)]
     for size in torch.logspace(-3, 1, num).tolist():
         direction = torch.randn(d, dtype=torch.float64, generator=generator)
         found.append(size * direction)
-        axis = torch.zeros(d, dtype=torch.float64)  # all of the gradient in one coordinate
+        # This point differs from zero in one coordinate only.
+        axis = torch.zeros(d, dtype=torch.float64)
         axis[int(size * 1000) % d] = size
         found.append(axis)
     return found

@@ -1,4 +1,4 @@
-"""SmolLM2-135M, trained, exported, and run by someone who has transformers and nothing else."""
+"""A trained and exported SmolLM2-135M predicts the same with transformers alone."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_same_predictions_on_400_rows(tmp_path):
             logits = model(input_ids=torch.tensor([prompt[-config.task.max_length :]])).logits
         found.append(logits[0, -1].log_softmax(-1)[[word[0] for word in words]].tolist())
     assert np.abs(np.array(found) - expected).max() < 1e-3
-    # A row whose two candidates tie to the last digits may fall either way.
+    # If two candidates have nearly equal scores, either prediction is right.
     clear = np.abs(expected[:, 0] - expected[:, 1]) > 1e-3
     assert clear.sum() >= 395
     assert np.array_equal(np.argmax(found, 1)[clear], expected.argmax(1)[clear])

@@ -1,6 +1,6 @@
-"""A run that is killed or interrupted, and continued, ends as one that was left alone, bit for bit.
+"""A run that is killed or interrupted and then resumed ends with the bits of an undisturbed run.
 
-The runs are processes of their own, forked from a server that has imported everything once.
+Every run is a process of its own. A server that has imported everything once forks these processes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def reviews(tmp_path_factory):
 
 
 def options(folder, reviews, model, *more):
-    """50 rows in batches of 4 × 2: 7 steps an epoch, the last of one short micro-batch."""
+    """Return the options of a run with 7 steps per epoch.
+
+    The run has 50 rows in batches of 4 × 2, so the last step of an epoch has one short micro-batch.
+    """
     return [
         f"model={model}",
         "task=classification",
@@ -67,8 +70,9 @@ def options(folder, reviews, model, *more):
 
 
 def _begin(arguments, stderr):
-    """In the process: `zofo train`."""
-    gc.freeze()  # `Trainer.train` collects garbage, and would visit all that was imported
+    """Run `zofo train` in the forked process."""
+    # `Trainer.train` collects garbage. Without the freeze it would visit every imported object.
+    gc.freeze()
     sys.argv = ["zofo", "train", *arguments]
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -89,7 +93,7 @@ def num_lines(path):
 
 
 def wait_for(condition, process, *, limit_s=120):
-    """True once the condition holds, False if the process ended before."""
+    """Return True once the condition holds, and False if the process ends first."""
     end = time.monotonic() + limit_s
     while not condition():
         if not process.is_alive():
@@ -106,7 +110,10 @@ def complete(arguments, log):
 
 
 def kill_and_resume(folder, arguments, log, *, kills, seed):
-    """Kill after a random wait from a random amount of progress; how many kills met a run alive."""
+    """Kill a run at random points and resume it. Return the number of kills that hit a live run.
+
+    Each kill follows a random amount of progress and a random wait.
+    """
     dice = random.Random(seed)
     metrics, done = folder / "metrics.jsonl", 0
     while done < kills and not is_finished(folder):
@@ -117,7 +124,8 @@ def kill_and_resume(folder, arguments, log, *, kills, seed):
                 path.unlink()
         before = num_lines(metrics)
         process = start(["--resume", folder] if begun else arguments, log)
-        if dice.random() < 0.2:  # while it reads, measures, or replays the base
+        # Some kills hit the run while it reads data, measures, or replays the base.
+        if dice.random() < 0.2:
             wait_for((folder / "run.yaml").exists, process)
             process.join(dice.uniform(0, 1))
         else:
@@ -162,7 +170,10 @@ def assert_same_value(a, b):
 
 
 def assert_same_run(a, b):
-    """Base, adapter, optimizer, scheduler, generators, sample order (by the losses), scores."""
+    """Assert that two runs end in the same state and have the same scores.
+
+    Equal losses in the metrics show that both runs saw the samples in the same order.
+    """
     first, second = last_checkpoint(a), last_checkpoint(b)
     assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
     trajectories = [Trajectory.load(c / TRAJECTORY_FILE) for c in (first, second)]
@@ -208,7 +219,8 @@ def test_killed_three_times(tmp_path, reviews, decoder_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_killed_twenty_five_times(tmp_path, reviews, decoder_folder, kind):
-    # A run may end before its last kill: another is begun until 25 kills have met one alive.
+    # A run may end before its last kill. The loop then starts another run, until 25 kills have hit
+    # a live one.
     done, seed = 0, 0
     while done < 25:
         folder = tmp_path / str(seed)

@@ -1,9 +1,9 @@
-"""Files that commit 50fe18a wrote load, replay and resume to the same bits.
+"""Files that commit 50fe18a wrote still load, replay and resume to the same bits.
 
-`written_by_50fe18a/expected.json` holds what that commit made of them, by the functions below. What
-is loaded, replayed, or stands when training goes on is compared by digests: it depends on no
-machine. What training makes after that is compared with a tolerance, because matrix products differ
-in their last bits between processors (AVX2 against AVX-512).
+`written_by_50fe18a/expected.json` holds the results of that commit, computed by the functions
+below. Loaded weights, replayed weights and the state at the start of resumed training depend on no
+machine, so digests compare them. The steps that follow are compared with a tolerance, because
+matrix products differ in their last bits between processors (AVX2 against AVX-512).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def digest_of_all(tensors: Any) -> str:
 
 
 def plain(state: Any, name: str = "") -> dict[str, Any]:
-    """Nested values as one flat table, with digests in place of tensors."""
+    """Flatten nested values to one dict, and replace every tensor by its digest."""
     if isinstance(state, Mapping):
         parts = state.items()
     elif isinstance(state, (list, tuple)):
@@ -80,7 +80,7 @@ def from_checkpoint(folder: str) -> dict[str, str]:
 
 
 def replayed(dtype: str, start: int, stop: int) -> str:
-    """The base after updates 0 .. `start` and then `start` .. `stop`."""
+    """Return the digest of the base after replaying up to `start`, and then up to `stop`."""
     base = zofo.split_parameters(zofo.load_model("base", dtype=dtype)[0]).base
     trajectory, _ = zofo.Trajectory.load(Path(TRAJECTORY))
     trajectory.replay(base, stop=start)
@@ -89,14 +89,14 @@ def replayed(dtype: str, start: int, stop: int) -> str:
 
 
 def command(*arguments: str) -> int:
-    """`python -m zofo`, in this process; the exit code."""
+    """Run `python -m zofo` in this process and return the exit code."""
     with patch.object(sys, "argv", ["zofo", *arguments]), pytest.raises(SystemExit) as exit:
         runpy.run_module("zofo", run_name="__main__")
     return int(exit.value.code or 0)
 
 
 def replayed_by_command() -> dict[str, str]:
-    """The base of a run after its third update."""
+    """Return the digests of a run's base after its third update."""
     assert command("replay", "lora-float32", "--step", "3", "--to", "replayed") == 0
     return digests(load_file("replayed/model.safetensors"))
 
@@ -106,7 +106,7 @@ def resume(folder: str) -> None:
 
 
 def library_trainer(*callbacks: Any) -> Any:
-    """A trainer as a user of the library makes it, on a base of 16 bits."""
+    """Return a trainer on a bfloat16 base, built as a user of the library builds it."""
     base, tokenizer = zofo.load_model("base", dtype="bfloat16")
     texts = [line.split(",")[0] for line in Path("rows.csv").read_text().splitlines()[1:]]
     rows = [tokenizer(text)["input_ids"][:8] for text in texts]
@@ -141,7 +141,10 @@ def resume_trainer() -> None:
 
 
 def state_at_first_step(start: Callable[[], Any]) -> dict[str, Any]:
-    """All that training goes on from: weights, optimizer, rows, generator, recorded updates."""
+    """Return the state from which training resumes.
+
+    It holds the weights, the optimizer, the rows, the generator and the recorded updates.
+    """
     seen: dict[str, Any] = {}
     original = zofo.HybridMixin.training_step
 
@@ -162,7 +165,10 @@ def state_at_first_step(start: Callable[[], Any]) -> dict[str, Any]:
 
 
 def summary_of(folder: str) -> dict[str, float]:
-    """What a run logged at its end; its mean loss counts the steps before the interruption."""
+    """Return what a run logged at its end.
+
+    Its mean loss includes the steps before the interruption.
+    """
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     (last,) = [line for line in lines if "train_loss" in line]
     return {key: last[key] for key in ("step", "train_loss")}
@@ -182,7 +188,7 @@ def expected():
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A copy of the files; the paths in them are relative to its folder."""
+    """Return a copy of the files. It is the working folder, because their paths are relative."""
     shutil.copytree(FILES, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
@@ -226,7 +232,7 @@ def test_training_goes_on_from_the_same_bits(old, expected, folder):
         assert seen[key] == known[key], key
     if folder == "prefix-trainer":
         return
-    # The run that was not interrupted is its twin.
+    # The reference is the uninterrupted run with the same settings.
     twin = folder.removesuffix("-interrupted")
     ends = [zofo.load(name).model.state_dict() for name in (folder, twin)]
     for name in ends[1]:
@@ -245,7 +251,10 @@ def test_training_goes_on_from_the_same_bits(old, expected, folder):
 
 
 def test_resuming_uses_the_copy_of_the_base(old, expected):
-    """The copy is marked: it differs from the replayed base in one weight."""
+    """Resuming reads the saved copy of the base and does not replay the base.
+
+    The test marks the copy: it differs from the replayed base in one weight.
+    """
     folder = "lora-float32-interrupted"
     shutil.copy("marked_snapshot.safetensors", f"{folder}/base_snapshot.safetensors")
     seen = state_at_first_step(RESUMED[folder])

@@ -1,4 +1,7 @@
-"""Adapters by name: what each is, what it begins with, what it refuses."""
+"""Tests of the adapters by name.
+
+They cover the kinds, the initial values, and the inputs that zofo refuses.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ def attach(architecture, adapter, **options):
 
 
 def words(ids):
-    """A tokenizer that knows one text."""
+    """Return a tokenizer that gives `ids` for every text."""
     return lambda text, **_: {"input_ids": list(ids)}
 
 
-# What each is.
+# The tests below check the kind of each adapter.
 
 
 @pytest.mark.parametrize("adapter", KINDS)
@@ -112,7 +115,7 @@ def test_a_pattern_of_pefts_is_one_pattern(monkeypatch):
     assert {name.split(".")[-4] for name in names} == {"q_proj", "v_proj"}
 
 
-# What it begins with.
+# The tests below check the initial values of the adapters.
 
 
 @pytest.mark.parametrize("architecture", zoo.DECODERS)
@@ -143,7 +146,8 @@ def test_an_encoders_prefix_is_keys_and_values_of_its_tokens(architecture):
                 lambda _, __, out, name=name: seen.setdefault(name, out[0])
             )
     base(input_ids=torch.tensor([[5, 9, 11]]))
-    expected = torch.cat([seen[name] for name in sorted(seen)], dim=1)  # by layer, key first
+    # The prefix is ordered by layer, and the keys of a layer stand before its values.
+    expected = torch.cat([seen[name] for name in sorted(seen)], dim=1)
     options = {"num_virtual_tokens": 3, "init_text": "a text", "tokenizer": words([5, 9, 11])}
     model = attach(architecture, "prefix", **options)
     assert torch.allclose(model.prompt_encoder["default"].embedding.weight, expected, atol=1e-6)
@@ -207,14 +211,18 @@ def test_a_prefix_begins_with_its_text_where_the_page_says_so(architecture, cell
 
 @torch.no_grad()
 def test_why_the_prefix_of_an_encoder_decoder_begins_at_random():
-    """Two layers have one prefix in common; when peft changes that, so should we."""
+    """peft gives all layers of an encoder-decoder the same prefix.
+
+    This is why zofo initialises it at random. If this test fails, peft has changed, and zofo can
+    initialise that prefix from a text.
+    """
     layers = list(attach("t5", "prefix").get_prompt(1).self_attention_cache)
     assert torch.equal(layers[0][0], layers[1][0])
     layers = list(attach("llama", "prefix").get_prompt(1))
     assert not torch.equal(layers[0][0], layers[1][0])
 
 
-# What it refuses.
+# The tests below check what zofo refuses.
 
 
 def test_names_that_do_not_exist():
@@ -247,7 +255,7 @@ def test_a_model_without_weights_gets_every_adapter(decoder_folder):
         assert {n: p.shape for n, p in made.items()} == {n: p.shape for n, p in real.items()}
 
 
-# Rates and options.
+# The tests below check learning rates and options.
 
 
 @pytest.mark.parametrize("adapter", KINDS)
@@ -309,7 +317,7 @@ def test_what_a_run_is_called():
 
 @pytest.mark.parametrize("adapter", KINDS)
 def test_options_are_what_peft_is_given(adapter):
-    """Each option that a kind takes changes what is attached."""
+    """Each option that a kind accepts changes the attached adapter, and no other option does."""
 
     def made(**options):
         model = attach("llama", adapter, tokenizer=words([5, 9, 11]), **options)

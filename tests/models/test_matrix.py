@@ -1,6 +1,6 @@
-"""Every adapter on every architecture by every method: what holds for one holds for all.
+"""The invariants hold for every adapter on every architecture with every method.
 
-docs/guide/adapters.md says which pairs work; its table is what is tested here.
+The table in docs/guide/adapters.md says which pairs work. These tests check that table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CELLS = ("yes", "random", "no")
 
 
 def table_of_the_page():
-    """(architecture, adapter) -> cell."""
+    """Return a dict from (architecture, adapter) to the cell of the table."""
     text = PAGE.read_text().split("## What works on what")[1]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -42,14 +42,17 @@ def table_of_the_page():
 
 TABLE = table_of_the_page()
 TELLING = ("llama", "gpt2", "bert", "deberta-v3", "t5")
-"""Architectures whose every adapter is in the default run; of the others the paper's are."""
+"""Architectures on which the default run tests every adapter.
+
+On the others it tests only the paper's adapters.
+"""
 WORKING = [pair for pair, cell in TABLE.items() if cell != "no"]
 ADAPTED = [name for name, method in METHODS.items() if method.needs_adapter]
 FULL = [name for name, method in METHODS.items() if not method.needs_adapter]
 
 
 def some(pairs):
-    """The pairs, those that say little more than others marked slow."""
+    """Mark as slow the pairs that add little to the others."""
 
     def is_telling(architecture, adapter):
         return architecture in TELLING or adapter in ("lora", "prefix", "prompt")
@@ -60,7 +63,7 @@ def some(pairs):
 
 
 def adapted(architecture, adapter, *, dtype=torch.float32, **options):
-    """With every adapter weight away from where it contributes nothing."""
+    """Return a model whose adapter weights all contribute to the output."""
     model = create_adapter(
         zoo.bare(architecture, dtype=dtype),
         adapter,
@@ -102,7 +105,11 @@ def adapter_bits(model):
 
 
 def check_view(model, architecture):
-    """Perturbed as a copy that is; unchanged; at size zero the loss itself."""
+    """Check the perturbed view of a model.
+
+    The loss under the view equals the loss of a perturbed copy. At size zero it equals the plain
+    loss. No weight changes.
+    """
     model.eval()
     batch, before = zoo.batch_for(architecture), bits(model)
     with torch.no_grad():
@@ -119,7 +126,7 @@ def check_view(model, architecture):
 
 
 def check_replay(model, architecture, method, **options):
-    """The trained base is the original and the record of its steps."""
+    """Replaying the recorded steps on the original base gives the trained base, bit for bit."""
     before, original = bits(model), base_bits(model)
     optimizer = train(model, architecture, method, **options)
     moved = base_bits(model)
@@ -152,7 +159,7 @@ def test_the_invariants_hold(architecture, adapter):
     check_replay(model, architecture, "hybrid")
     original, base, unmoved = bits(model), base_bits(model), adapter_bits(model)
 
-    # base_lr 0 is fo-peft, which moves the adapter alone.
+    # The hybrid method with base_lr 0 gives the bits of fo-peft, which moves the adapter alone.
     train(model, architecture, "fo-peft")
     alone = bits(model)
     assert_same_bits(base_bits(model), base)
@@ -191,7 +198,7 @@ def test_the_base_in_half_precision(architecture, adapter, dtype):
 
 
 def bits_of_plain_sgd(architecture):
-    """Torch's own step on a model that zofo has not seen."""
+    """Return the base after one step of torch's SGD, on a model that zofo has not touched."""
     model = zoo.bare(architecture)
     plain = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss_of(model, zoo.batch_for(architecture, seed=0)).backward()
@@ -201,8 +208,13 @@ def bits_of_plain_sgd(architecture):
 
 @pytest.mark.parametrize("architecture", ["deberta-v3", *zoo.OTHERS])
 def test_weights_that_their_parent_reads_are_swapped_for_its_call(monkeypatch, architecture):
-    """As if none were small enough to be swapped for the whole forward."""
+    """A weight that its parent module reads is swapped for the duration of the parent's call.
+
+    The test sets the size limit to zero, because small weights are swapped for the whole forward
+    pass.
+    """
     monkeypatch.setattr("zofo.perturb.owners._SMALL_BYTES", 0)
     model = zoo.bare(architecture)
-    apply_method(model, "zo-ft")  # torch's convolutions round otherwise where a gradient is due
+    # torch's convolutions round differently where a gradient is required.
+    apply_method(model, "zo-ft")
     check_view(model, architecture)

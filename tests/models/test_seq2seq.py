@@ -1,4 +1,4 @@
-"""Encoder-decoders from rows to an exported folder."""
+"""Encoder-decoder models work from the rows to the exported folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ COMPLETIONS = [
 
 
 def score_by_hand(model, tokenizer, prompt, written):
-    """Mean log-likelihood of what the decoder is to write, one token at a time."""
+    """Return the mean log-likelihood of the decoder's target, computed one token at a time."""
     source = tokenizer(prompt, return_tensors="pt")
     target = tokenizer(text_target=written)["input_ids"]
     assert target[-1] == tokenizer.eos_token_id
@@ -80,7 +80,7 @@ def batch_of(tokenizer, examples):
     return Collator(tokenizer.pad_token_id)([encoder(example) for example in examples])
 
 
-# Models.
+# Tests of the models.
 
 
 def test_the_head_follows_the_architecture(encoder_decoder_folder, decoder_folder, encoder_folder):
@@ -99,7 +99,7 @@ def test_the_head_follows_the_architecture(encoder_decoder_folder, decoder_folde
             empty_model(folder, head=head)
 
 
-# Scores.
+# Tests of the scores.
 
 
 @pytest.mark.parametrize("adapter", [None, *KINDS])
@@ -185,12 +185,12 @@ def test_a_tokenizer_that_ends_no_text_gets_its_end_token():
     assert encoded.outputs[0][:-1] == tuple(tokenizer("great")["input_ids"])
 
 
-# Runs.
+# Tests of whole runs.
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, encoder_decoder_folder):
-    """Trains each kind of run once: (method, adapter, task) -> run folder."""
+    """Return a function that trains each (method, adapter, task) once and gives its folder."""
     root = tmp_path_factory.mktemp("runs")
     lines, pairs = ["text,label"], []
     for i in range(80):

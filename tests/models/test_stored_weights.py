@@ -1,4 +1,4 @@
-"""Weights that are read from their files one at a time are those that were loaded, bit for bit."""
+"""Weights read from their files one at a time equal the loaded weights, bit for bit."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ FILE = "model.safetensors"
 
 
 def rewrite(folder, change):
-    """Give the tensors of a folder other names or dtypes."""
+    """Change the names or dtypes of the tensors in a folder."""
     tensors = load_file(folder / FILE)
     save_file({k: t for old in tensors for k, t in change(old, tensors[old])}, folder / FILE)
 
@@ -107,7 +107,7 @@ def test_weights_under_the_names_of_another_version_are_not_found(tmp_path):
     saved.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda name, t: [(re.sub("LayerNorm.weight$", "LayerNorm.gamma", name), t)])
-    model, _ = load_model(str(tmp_path), head="classification")  # transformers knows the old name
+    model, _ = load_model(str(tmp_path), head="classification")  # transformers knows the old name.
     assert_same_bits(dict(model.named_parameters()), dict(saved.named_parameters()))
     assert stored_weights(str(tmp_path), model, dict(model.named_parameters())) is None
 

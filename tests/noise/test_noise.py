@@ -1,4 +1,4 @@
-"""Directions: published vectors, kernels against the reference, statistics, slices."""
+"""Tests of directions: published vectors, kernels against the reference, statistics, and slices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zofo.noise.combine import combine, combine_rows, combine_steps, direction
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}
 
-# The known-answer tests that the authors of Philox publish with Random123.
+# The authors of Philox publish these known-answer tests with Random123.
 PUBLISHED = [
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (
@@ -167,7 +167,8 @@ def test_directions_of_different_addresses_are_uncorrelated(distribution):
         ]
     ]  # fmt: skip
     v = torch.stack([direction((n,), distribution=distribution, **a) for a in addresses])
-    # Shifted by one and by a block as well: overlapping streams would show there.
+    # The first direction is also compared with itself, shifted by one element and by one block.
+    # Overlapping streams would show there.
     v = torch.cat([v, v[:1].roll(1, -1), v[:1].roll(128, -1)])
     correlation = torch.corrcoef(v.double()) - torch.eye(len(v))
     assert correlation.abs().max() < 5.5 / math.sqrt(n)
@@ -178,7 +179,8 @@ def test_directions_of_different_addresses_are_uncorrelated(distribution):
 def test_stochastic_rounding_is_unbiased(dtype, value):
     n = 400_000
     weight = torch.full((n,), value, dtype=dtype)
-    decay = 1 - 2.0**-12  # moves by a fraction of the spacing
+    # This decay moves a weight by a fraction of the spacing of 16-bit numbers.
+    decay = 1 - 2.0**-12
     out = combine(
         weight, (), decay=decay, out=torch.empty_like(weight), rounding="stochastic", **ADDRESS
     )

@@ -1,7 +1,7 @@
-"""CUDA's kernels where there is no GPU: interpreted, compiled, and when they are not to be had.
+"""Tests of the CUDA kernels without a GPU: interpreted, compiled, and unavailable.
 
-Whether Triton interprets is settled when it is imported, and other tests may have imported it, so
-the cases run in a process of their own.
+Triton decides when it is imported whether it interprets its kernels, and other tests may have
+imported it. The cases therefore run in a process of their own.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_the_slow_way_gives_the_same(monkeypatch, distribution):
 
 
 def test_a_device_with_kernels_goes_to_them(monkeypatch):
-    """Also: one call for all tensors, the coefficients handed on as they are."""
+    """The kernels get one call for all tensors that are not empty, with unchanged coefficients."""
     calls = []
 
     class Kernels:

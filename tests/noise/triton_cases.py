@@ -1,7 +1,8 @@
-"""The Triton kernels against the reference, through the public functions.
+"""Tests of the Triton kernels against the reference, through the public functions.
 
-Run by test_triton.py with TRITON_INTERPRET=1 on CPU tensors, and without it where there is a GPU.
-pytest does not collect this file by itself: triton must not have been imported before the choice.
+test_triton.py runs this file with TRITON_INTERPRET=1 on CPU tensors, and without that variable
+where there is a GPU. pytest does not collect this file by itself, because the variable must be set
+before triton is imported.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDED = [
-    (torch.float32, "stochastic"),  # without effect
+    (torch.float32, "stochastic"),  # Stochastic rounding has no effect on float32.
     (torch.float64, "nearest"),
     (torch.bfloat16, "nearest"),
     (torch.bfloat16, "stochastic"),
     (torch.float16, "nearest"),
     (torch.float16, "stochastic"),
 ]
-# The halves of the seed differ and the upper is large: swapped or signed halves would show.
+# The two halves of the seed differ, and the upper half is large. Swapped or signed halves would
+# give other directions.
 ADDRESS = {"seed": 0xF234_5678_9ABC_DEF0, "step": 0xFFFF_FFF0}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -6e-8, 1e-40, -1e-40, 6.1e-5, 65504, 1]
 
-# The interpreter's numpy speaks of infinities.
+# The interpreter computes with numpy, which warns about infinities.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
 )
@@ -59,7 +61,7 @@ def _triton_computes(monkeypatch):
 
 
 def tensor_of(size, dtype, seed=0):
-    """Values of many magnitudes with special ones between."""
+    """Return values of many magnitudes, with special values among them."""
     generator = torch.Generator().manual_seed(seed)
     scale = 10 ** (torch.rand(size, generator=generator, dtype=torch.float64) * 12 - 9)
     values = torch.randn(size, generator=generator, dtype=torch.float64) * scale
@@ -86,7 +88,10 @@ def reference(weight, coefficients, *, tensor, decay=1.0, offset=0, first=0, ste
 
 
 def assert_same_bits(ours, expected):
-    """Also the signs of zeros; a NaN is a NaN."""
+    """Assert that the bits are equal, including the signs of zeros.
+
+    Every NaN equals every other NaN.
+    """
     ours = ours.cpu()
     assert ours.shape == expected.shape
     assert torch.equal(ours.isnan(), expected.isnan())
@@ -126,7 +131,7 @@ def _published(
     ("num_directions", "offset"), [(1, 0), (0, 16), (3, 129), (1, 2**39 - 1000), (2, 2**44 + 12345)]
 )
 def test_one_tensor_bit_for_bit(dtype, rounding, num_directions, offset):
-    # With most of the offsets it reaches into a third tile.
+    # With most of these offsets the tensor reaches into a third tile.
     weight = tensor_of(4090, dtype)
     coefficients = [1e-3 * (k + 1) * (-1) ** k for k in range(num_directions)]
     ours = combine(
@@ -154,7 +159,7 @@ SIZES = [1, 129, 2048, 2049, 0, 4]
 def test_many_tensors_bit_for_bit(dtype, rounding, on_device, num_directions):
     weights = [tensor_of(size, dtype, seed=size) for size in SIZES]
     tensors = [3 * i + 1 for i in range(len(SIZES))]
-    # Not representable in float32, so that where they are rounded matters.
+    # float32 cannot represent these coefficients, so it matters where they are rounded.
     coefficients = [0.1, -0.3][:num_directions]
     expected = [
         reference(w, coefficients, tensor=i, decay=0.97, rounding=rounding)
@@ -202,7 +207,10 @@ def test_mixed_dtypes_take_one_launch_each(monkeypatch):
 
 
 def test_prepared_sums_keep_their_tables():
-    """Also where there are more sets than the cache holds, as a model has layers."""
+    """Prepared sums keep their tables, even if there are more sets than the cache holds.
+
+    A model prepares one set per layer.
+    """
     weights = [tensor_of(300, DTYPES[i % 4], seed=i) for i in range(40)]
     outs = [torch.empty_like(w) for w in weights]
     launches = [
@@ -225,7 +233,7 @@ def test_the_table_is_made_once_for_a_set_of_tensors():
         combine_many(weights, [0.1], seed=1, step=step, tensors=[0, 1, 2])
     assert triton_launch._table.cache_info().misses == 1
     combine_many(weights[:2], [0.1], seed=1, step=0, tensors=[0, 1])
-    # The same memory under another index is another set.
+    # The same memory with other tensor indices is another set.
     combine_many(weights[:2], [0.1], seed=1, step=0, tensors=[0, 2])
     info = triton_launch._table.cache_info()
     assert info.misses == 3
@@ -336,7 +344,7 @@ def test_every_16_bit_pattern_is_rounded_as_by_the_reference(dtype, rounding):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_nan_stays_one(dtype, rounding):
-    # A GPU's own has all payload bits set, which rounding as if it were a number would overflow.
+    # A GPU's own NaN has all payload bits set. Rounding it like a number would overflow.
     full = struct.unpack("<d", struct.pack("<q", 2**63 - 1))[0]
     weight = torch.ones(200, dtype=dtype, device=DEVICE)
     assert combine(weight, [full], tensor=0, rounding=rounding, **ADDRESS).isnan().all()
@@ -359,7 +367,7 @@ def test_gaussian_results_agree_with_the_reference(dtype, rounding, offset):
         weight, (0.1, -0.2), out=torch.empty_like(weight), tensor=3, **options, **ADDRESS
     )
     expected = reference(weight, (0.1, -0.2), tensor=3, **options)
-    # Where a sum lies on the edge between two 16-bit numbers it may fall to the other side.
+    # A sum at the boundary between two 16-bit numbers may round to the other one.
     spacing = {2: 1e-2, 4: 2e-6, 8: 2e-6}[weight.element_size()]
     torch.testing.assert_close(ours.cpu(), expected, atol=2e-6, rtol=spacing)
     differing = (ours.cpu() != expected).double().mean()
@@ -367,7 +375,7 @@ def test_gaussian_results_agree_with_the_reference(dtype, rounding, offset):
 
 
 def test_gaussian_distribution_with_tails():
-    n = 300_000
+    n = 100_000
     v = direction((n,), distribution="gaussian", tensor=3, device=DEVICE, **ADDRESS).cpu().double()
     assert abs(v.mean()) < 5 / math.sqrt(n)
     assert abs(v.pow(2).mean() - 1) < 5 * math.sqrt(2 / n)

@@ -1,4 +1,7 @@
-"""What the compiler makes of the Triton kernels; no GPU needed. Run by test_triton.py."""
+"""Tests of the code that the compiler makes of the Triton kernels.
+
+They need no GPU. test_triton.py runs this file.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def assembly(kernel, dtype, purpose, scalars, aligned=True):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in given else types.get(n, "i64") for n in names}
     constants = {(i,): given[n] for i, n in enumerate(names) if n in given}
-    # What a launch tells the compiler of pointers that are multiples of 16 bytes.
+    # A launch gives the compiler these attributes for pointers that are multiples of 16 bytes.
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if aligned and n in types
         and n not in ("seed", "scalars")
@@ -71,7 +74,7 @@ def test_nothing_is_fused_or_flushed_and_accesses_are_wide(kernel, dtype, purpos
 
 
 def test_odd_addresses_compile_without_wide_accesses():
-    # A wide access to an odd address is a fault on the device.
+    # A wide access to an unaligned address faults on the device.
     ptx = assembly(KERNELS[0], tl.bfloat16, philox.RADEMACHER, triton_kernels.DEVICE, False)
     assert "global.v" not in ptx
 

@@ -1,4 +1,4 @@
-"""The base moves every k-th step; between, a step is the adapter's alone."""
+"""The base moves every k-th step. The steps between move the adapter alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_base_moves_in_every_kth_step_from_the_first():
 
 
 def test_a_step_between_is_fo_peft_bit_for_bit():
-    """Generators too: what comes after it draws the same masks."""
+    """The generator ends in the same state as well, so later steps draw the same masks."""
     ours = build("llama", "lora", lora_dropout=0.3).train()
     optimizer = optimizer_for(ours, base_lr=1e-3, base_every=2)
     optimizer.step(lambda: loss_of(ours, batch_for("llama")))
@@ -86,7 +86,7 @@ def test_micro_batches_of_a_step_between_measure_nothing():
         assert optimizer.step() is None
     assert_same_bits(base_of(net), before)
     assert optimizer.num_forwards == 2
-    with pytest.raises(ValueError, match="nothing was measured"):  # step 2 is one of the base's
+    with pytest.raises(ValueError, match="nothing was measured"):  # Step 2 moves the base.
         optimizer.step()
 
 
@@ -178,14 +178,14 @@ def test_logs_give_the_last_measured_scalar_and_count_what_was_spent(tmp_path):
     assert history(trainer, "forward_equivalents") == [3, 5, 8, 10]
     norms = history(trainer, "base_update_norm")
     assert norms[0] == norms[1] != norms[2] == norms[3]
-    # A log every second step sees the base's quantities all the same.
+    # A log at every second step still contains the quantities of the base.
     rare = trainer_for(tmp_path, base_every=2, logging_steps=2)
     rare.train()
     assert history(rare, "projected_grad") == scalars
 
 
 def test_a_loss_that_is_not_repeatable_is_refused_after_a_resume_between(tmp_path):
-    """The check waits for the first step that measures."""
+    """After a resume, the repeatability check waits for the first step with a difference."""
     trainer_for(tmp_path, base_every=3, save_strategy="steps", save_steps=1, max_steps=2).train()
 
     from zofo.trainer.mixin import HybridTrainer
@@ -231,5 +231,5 @@ def test_without_a_zeroth_order_block_it_has_no_effect():
 
 @pytest.mark.parametrize(("steps", "cost"), [(9, 21), (10, 24), (1, 3)])
 def test_cost(steps, cost):
-    """Two forwards a step for the gradient, one more in steps 0, 3, 6, 9."""
+    """The gradient costs two forwards per step, and steps 0, 3, 6 and 9 cost one more."""
     assert forward_equivalents(load_config(overrides=["base_every=3"]), steps) == cost

@@ -1,4 +1,7 @@
-"""The difference on a part of the batch is unbiased and counted; a batch is cut along its rows."""
+"""Tests of the loss difference on a part of the batch.
+
+The difference is unbiased, its cost is counted, and a batch is split along its rows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from zofo.optim.zeroth_loss import ZerothLoss
 
 
 def scalar_of(x, chosen=None, *, knows=True, **options):
-    """s of one step from a fixed start, on the chosen rows; and the forwards it counted."""
+    """Return the report of one step from a fixed start, with the difference on the rows `chosen`.
+
+    If `knows` is true, the step is given the unperturbed loss of these rows.
+    """
     net = Net()
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -36,7 +42,7 @@ def scalar_of(x, chosen=None, *, knows=True, **options):
     return optimizer.last_step
 
 
-# The estimate.
+# Tests of the estimate.
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -44,7 +50,10 @@ def scalar_of(x, chosen=None, *, knows=True, **options):
     ("estimator", "eps"), [("forward", 1e-3), ("forward", 0.5), ("central", 1e-3)]
 )
 def test_the_mean_over_all_parts_is_the_whole(estimator, eps, knows):
-    """Exact, whatever eps: the difference of a mean is the mean of the differences."""
+    """The mean of the scalars over all parts of a size equals the scalar of the whole batch.
+
+    This is exact for every eps, because the difference of a mean is the mean of the differences.
+    """
     x, options = rows(6), {"estimator": estimator, "eps": eps, "knows": knows}
     whole = scalar_of(x, estimator=estimator, eps=eps)
     for size in (1, 2, 5):
@@ -75,7 +84,10 @@ def test_a_part_that_is_the_whole_gives_the_same_bits(estimator, knows):
     ],
 )
 def test_cost(estimator, knows, cost):
-    """Three directions on a quarter of the batch; again unperturbed where that is not known."""
+    """The cost counts three directions on a quarter of the batch.
+
+    An unknown unperturbed loss of that part costs one more evaluation of it.
+    """
     seen = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: seen.append(len(args[0])) if isinstance(module, Net) else None
@@ -86,7 +98,8 @@ def test_cost(estimator, knows, cost):
         )
     finally:
         hook.remove()
-    outside = 8 + (2 if knows else 0)  # the pass over the batch; the test's own evaluation
+    # The forward pass over the batch and the test's own evaluation do not count.
+    outside = 8 + (2 if knows else 0)
     assert (sum(seen) - outside) / 8 == step.num_forwards == cost
 
 
@@ -109,7 +122,10 @@ def test_micro_batches_with_parts_add_up():
 
 
 def test_with_dropout_both_sides_of_the_difference_have_the_same_masks():
-    """Against the difference taken by hand; masks of another pass would be off by hundreds."""
+    """The difference equals one that is computed by hand with the same masks on both sides.
+
+    Other masks would change it by hundreds.
+    """
     model = build("llama", "lora", lora_dropout=0.5).train()
     twin = copy.deepcopy(model)
     batch = batch_for("llama", rows=4)
@@ -156,7 +172,7 @@ def test_rows_of_a_fraction(fraction, num_rows, expected):
     assert num_rows_of(fraction, num_rows) == expected
 
 
-# Cutting a batch.
+# Tests of splitting a batch.
 
 
 def test_a_batch_is_cut_along_its_rows_and_keeps_its_padding():

@@ -1,4 +1,4 @@
-"""Loss differences: unbiased, with the known second moment, exact where they ought to be."""
+"""Tests of loss differences: their bias, their second moment, and their exact cases."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from zofo.perturb.view import Perturbation
 SEED, STEP = 20_260_601, 4
 NUM_DIRECTIONS = 1500
 FALSE_ALARM = 1e-3
-"""Probability that a right estimator fails one test of a mean, were the seed drawn anew."""
+"""Probability that a correct estimator fails one test of a mean, over random seeds."""
 
 
 class Quadratic(nn.Module):
-    """w'Aw/2 + b'w, with an indefinite A."""
+    """The loss w'Aw/2 + b'w with an indefinite matrix A."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Quadratic(nn.Module):
 
 
 class Nonlinear(nn.Module):
-    """Two layers and a smooth loss; two tensors that share no direction."""
+    """A two-layer network with a smooth loss. Every tensor has its own direction."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def scalars_of(model, *, estimator, distribution, eps, num_directions=NUM_DIRECT
 
 
 def directions_of(model, distribution, num_directions=NUM_DIRECTIONS):
-    """float64, shape [num_directions, number of weights]."""
+    """Return the directions in float64, [num_directions, number of weights]."""
     return torch.stack(
         [
             torch.cat(
@@ -102,7 +102,10 @@ def gradient_of(model):
 
 
 def assert_mean_is(samples, expected):
-    """Every column's mean lies in its confidence interval (Bonferroni over the columns)."""
+    """Assert that every column's mean lies in its confidence interval.
+
+    The interval has a Bonferroni correction over the columns.
+    """
     error = samples.std(0) / samples.shape[0] ** 0.5
     z = (samples.mean(0) - expected) / error
     assert float(z.abs().max()) < stats.norm.isf(FALSE_ALARM / (2 * z.numel()))
@@ -112,7 +115,10 @@ def assert_mean_is(samples, expected):
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 @pytest.mark.parametrize("problem", [Quadratic, Nonlinear])
 def test_mean_is_the_gradient_and_second_moment_is_known(problem, estimator, distribution):
-    """E s v = g; E ‖s v‖² is d ‖g‖² for signs, (d + 2) ‖g‖² for Gaussian directions."""
+    """Both estimators have mean E s v = g and the known second moment E ‖s v‖².
+
+    The second moment is d ‖g‖² for signs and (d + 2) ‖g‖² for Gaussian directions.
+    """
     model = problem()
     gradient = gradient_of(model)
     v = directions_of(model, distribution)
@@ -146,7 +152,7 @@ def test_on_a_quadratic_forward_is_off_by_half_the_curvature_and_central_is_exac
 
 @pytest.mark.parametrize(("estimator", "order"), [("forward", 1), ("central", 2)])
 def test_order_of_the_error_in_eps(estimator, order):
-    """Halving eps divides the error by 2^order."""
+    """Halving eps divides the error of an estimator by 2^order."""
     model = Nonlinear()
     exact = directions_of(model, "rademacher", 8) @ gradient_of(model)
 
@@ -173,7 +179,7 @@ def test_forward_difference_needs_the_loss():
         projected_gradients(model, perturbation_of(model), None, eps=1e-3, step=0)
 
 
-# Invariant 3: the losses differ by the perturbation and nothing else.
+# Invariant 3: only the perturbation makes the two losses differ.
 
 
 @pytest.mark.parametrize(("architecture", "adapter"), CASES)
@@ -191,12 +197,13 @@ def test_a_perturbation_of_size_zero_gives_the_same_loss_with_dropout(architectu
     loss = loss_of(model, batch)
     with torch.no_grad(), generators.replayed(), view.at(0.0, step=0):
         assert torch.equal(loss_of(model, batch), loss)
-    if architecture != "llama" or adapter == "lora":  # this llama has no dropout of its own
+    # This llama has no dropout except that of LoRA.
+    if architecture != "llama" or adapter == "lora":
         assert not torch.equal(loss_of(model, batch), loss)
 
 
 class Masked(nn.Module):
-    """Keeps each dropout mask that it applies."""
+    """A layer that records every dropout mask it applies."""
 
     def __init__(self):
         super().__init__()

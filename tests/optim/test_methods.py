@@ -1,4 +1,7 @@
-"""The table of methods, and the blocks of a model under names that no adapter changes."""
+"""Tests of the table of methods and of the blocks of a model.
+
+An adapter must not change the names of base parameters.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,8 @@ PEFT_KINDS = {
 }
 
 
-# The head that a trained copy replaces is tied to the embedding, which is still in use.
+# Kinds that replace base weights by trained copies. The trained head is not among them: its
+# original is tied to the embedding, which stays in use.
 REPLACED = {"lora and trained norms": "input_layernorm"}
 
 
@@ -70,7 +74,7 @@ def identities(parameters):
     return {id(p) for p in parameters}
 
 
-# The table.
+# Tests of the table.
 
 
 def test_the_table_of_methods():
@@ -100,14 +104,14 @@ def test_an_unknown_method_far_from_all_lists_them():
 def test_what_requires_a_gradient_is_what_is_first_order(method):
     base_order, adapter_order = TABLE[method]
     model = build("llama", None if adapter_order == "frozen" else "lora")
-    for _ in range(2):  # whatever the flags were before
+    for _ in range(2):  # In the second pass the flags have other values beforehand.
         blocks = apply_method(model, method)
         assert {p.requires_grad for p in blocks.base.values()} == {base_order == "first"}
         assert {p.requires_grad for p in blocks.adapter.values()} <= {adapter_order == "first"}
         model.requires_grad_(adapter_order != "first")
 
 
-# Blocks.
+# Tests of the blocks.
 
 
 @pytest.mark.parametrize(("architecture", "adapter"), CASES)
@@ -117,13 +121,13 @@ def test_the_adapter_is_what_peft_trains_and_the_base_is_the_model(architecture,
     trained = identities(p for p in model.parameters() if p.requires_grad)
     assert identities(blocks.adapter.values()) == trained
     assert not trained & identities(blocks.base.values())
-    # Without peft's wrapping every parameter is there under the model's own name.
+    # Without peft, every parameter stands under the model's own name.
     names: dict[int, list[str]] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     own = {min(tied): plain.get_parameter(min(tied)).shape for tied in names.values()}
     assert set(split_parameters(plain).base) == set(own)
-    # For sequence classification peft trains a copy of the head instead.
+    # For sequence classification, peft trains a copy of the head in place of the original.
     kept = {n: s for n, s in own.items() if not n.startswith("classifier.")}
     assert (len(kept) < len(own)) == (architecture == "bert")
     assert {n: p.shape for n, p in blocks.base.items()} == kept
@@ -136,7 +140,7 @@ def test_names_and_indices_do_not_depend_on_the_kind_of_adapter(kind):
     assert blocks.base_index == plain.base_index
     trained = identities(p for p in model.parameters() if p.requires_grad)
     assert identities(blocks.adapter.values()) == trained
-    # The base is the original weights, except where a trained copy stands in their place.
+    # The base holds the original weights, except those that a trained copy replaces.
     replaced = {name for name in plain.base if name not in blocks.base}
     assert all(REPLACED.get(kind, "nothing") in name for name in replaced)
     assert bool(replaced) == (kind in REPLACED)
@@ -211,11 +215,14 @@ def test_a_second_adapter_leaves_the_base_alone():
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     blocks = split_parameters(model)
     assert blocks.base_index == expected.base_index
-    assert set(blocks.adapter) == set(adapter)  # the second is not active
+    assert set(blocks.adapter) == set(adapter)  # The second adapter is not active.
 
 
 def test_a_shortcut_of_peft_to_the_embedding_is_not_its_name():
-    """Prompt tuning registers the embedding a second time, as `word_embeddings`."""
+    """A second name that peft gives to the embedding does not change any base index.
+
+    Prompt tuning registers the embedding again, as `word_embeddings`.
+    """
     config = hf.YosoConfig(
         vocab_size=61,
         hidden_size=16,
@@ -269,7 +276,7 @@ def test_tensor_indices_of_adapter_and_base_never_meet():
     assert max(blocks.base_index.values()) < ADAPTER_TENSORS_FROM
 
 
-# Parameter groups.
+# Tests of the parameter groups.
 
 
 def test_groups_carry_what_the_optimizer_needs():
@@ -334,8 +341,9 @@ def test_full_fine_tuning_freezes_what_no_pattern_matches():
     "rates",
     [
         {"*q_porj*": 1e-3, "*": 1e-4},
-        {"*": 1e-4, "*q_proj*": 1e-3},  # nothing is left for it
-        {"base_model.*": 1e-3},  # names are those without the adapter
+        # The first pattern takes every weight, so the second matches nothing.
+        {"*": 1e-4, "*q_proj*": 1e-3},
+        {"base_model.*": 1e-3},  # Patterns match the names of the model without adapter.
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(rates):
@@ -383,6 +391,6 @@ def test_a_method_that_does_not_fit_the_model(method, adapter, message):
 
 
 def test_a_frozen_base_is_left_to_torch():
-    """What moves nothing of the base does not even look at its rate patterns' matches."""
+    """A method that freezes the base does not check the patterns of the base's learning rates."""
     groups = param_groups(build("llama", "lora"), "fo-peft", base_lr={"nothing*": 1e-3})
     assert all(isinstance(p, torch.Tensor) for g in groups for p in g["params"])

@@ -1,4 +1,7 @@
-"""The hybrid step: base_lr = 0 is FO-PEFT, both blocks move together, runs can be resumed."""
+"""Tests of the hybrid step.
+
+With base_lr = 0 it equals FO-PEFT, both blocks move together, and runs can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ FIRST_ORDER = {
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.9)}),
 }
 
-# Invariant 5: base_lr = 0 is FO-PEFT.
+# Invariant 5: training with base_lr = 0 equals FO-PEFT.
 
 
 def train_by_torch_alone(model, batches, name):
@@ -83,12 +86,13 @@ def test_base_lr_zero_is_fo_peft_bit_for_bit(
     losses = [optimizer.step(lambda b=b: loss_of(ours, b)) for b in batches]
     assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
     assert torch.equal(torch.get_rng_state(), expected_state)
-    if dtype == torch.float32:  # the mean loss of two classes has few values in bfloat16
+    # In bfloat16 the mean loss of two classes takes few values, so a difference may be zero.
+    if dtype == torch.float32:
         assert all(s != 0 for s in optimizer.last_step.projected_grad)
     assert_same_bits(bits(ours), bits(plain))
 
 
-# Both blocks move from one point.
+# Tests that both blocks step from the same point.
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
@@ -116,7 +120,7 @@ def test_both_blocks_step_from_the_same_point(estimator, distribution):
         adapter_of(net), {n: old[n] - 0.2 * g for n, g in gradient.items()}, rtol=1e-12, atol=1e-12
     )
 
-    # The rates are large enough to tell the one-after-the-other steps apart.
+    # The learning rates are so large that a step of one block visibly changes the other's gradient.
     new_adapter, new_base = copy.deepcopy(start), copy.deepcopy(start)
     with torch.no_grad():
         for name, p in split_parameters(new_adapter).adapter.items():
@@ -155,7 +159,7 @@ def test_each_step_measures_and_moves_along_its_own_direction():
         torch.testing.assert_close(base_of(net), expected, rtol=1e-9, atol=1e-12)
 
 
-# Gradient accumulation.
+# Tests of gradient accumulation.
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
@@ -190,7 +194,7 @@ def test_step_without_anything_measured_is_an_error():
     assert_same_bits(bits(net), before)
 
 
-# Rates, clipping, weight decay.
+# Tests of learning rates, clipping and weight decay.
 
 
 def test_schedulers_change_both_rates():
@@ -227,7 +231,10 @@ def test_clipping_limits_the_adapter_and_leaves_the_base():
 
 
 def test_weight_decay_of_the_base_is_decoupled():
-    """Where the loss does not depend on the base it shrinks by 1 − lr · decay a step."""
+    """Weight decay multiplies the base by 1 − lr · decay per step.
+
+    The loss of this test does not depend on the base.
+    """
     net = Net()
     start = copy.deepcopy(net)
     optimizer = optimizer_for(net, base_lr=0.3, groups={"base_weight_decay": 0.2})
@@ -262,14 +269,14 @@ def test_each_pattern_has_its_rate_and_what_none_matches_is_frozen():
             moved, torch.full_like(moved, lr * abs(s)), rtol=1e-9, atol=1e-12
         )
     assert not net.second.weight.requires_grad
-    # What is frozen is not perturbed either.
+    # A frozen weight is not perturbed either.
     v = directions_of(start, step=0)
     v["second.weight"].zero_()
     with torch.no_grad():
         assert s == pytest.approx(float(moved_along(start, v, 1e-3)(x) - start(x)) / 1e-3, rel=1e-8)
 
 
-# Resuming.
+# Tests of resuming.
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)

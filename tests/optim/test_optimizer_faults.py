@@ -1,4 +1,7 @@
-"""Steps that fail, are interrupted or badly called; generators; what each method moves."""
+"""Tests of steps that fail, are interrupted, or are called wrongly.
+
+Further tests cover the global generators and the blocks that each method moves.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.options import StepOptions
 from zofo.perturb.view import SelfCheckError
 
-# Losses that are not finite.
+# Tests of losses that are not finite.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -35,7 +38,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(name, value):
     assert not optimizer.state
     assert not optimizer.trajectory.updates
     assert optimizer.last_step.non_finite
-    # The next step is an ordinary one, as if the first had not been tried but for its number.
+    # The next step equals an ordinary step. Only its number shows that a step was skipped.
     twin = copy.deepcopy(net)
     other = optimizer_for(twin, optimizer=name, groups={"base_weight_decay": 0.1})
     other.step_count = 1
@@ -47,7 +50,10 @@ def test_a_loss_that_is_not_finite_moves_nothing(name, value):
 
 
 def test_only_the_unperturbed_loss_is_not_finite():
-    """The central difference is finite then, but belongs to a step that was given up."""
+    """A step is skipped if only its unperturbed loss is not finite.
+
+    The central difference is finite here, but the step must not use it.
+    """
     net, x = Net(), rows(4)
     before = bits(net)
     optimizer = optimizer_for(net, estimator="central")
@@ -73,7 +79,7 @@ def test_only_the_perturbed_loss_is_not_finite():
     assert not optimizer.trajectory.updates
 
 
-# Interruptions.
+# Tests of interruptions.
 
 
 @pytest.mark.parametrize("at_call", range(5))
@@ -119,11 +125,11 @@ def test_a_weight_read_around_the_perturbation_stops_the_first_step():
     optimizer_for(net, self_check=False).step(closure)
 
 
-# Global generators.
+# Tests of the global generators.
 
 
 class Noisy(nn.Module):
-    """Draws from every global generator in its forward."""
+    """Draws from every global generator in its forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +185,7 @@ def test_making_the_optimizer_draws_nothing():
     assert (random.getstate(), str(np.random.get_state())) == before[1:]
 
 
-# What each method moves.
+# Tests of the blocks that each method moves.
 
 
 def moved_names(model, before):
@@ -197,7 +203,7 @@ def test_a_method_moves_exactly_its_blocks(method, adapter):
             optimizer_for(model, method)
         return
     before, blocks = bits(model), split_parameters(model)
-    # The blocks as peft sees them: it trains nothing but the adapter.
+    # With an adapter, peft marks only the adapter as trainable.
     trained = {n for n, p in model.named_parameters() if adapter is None or p.requires_grad}
     optimizer = optimizer_for(model, method, base_lr=1e-2, adapter_lr=1e-2)
     for _ in range(2):
@@ -211,7 +217,10 @@ def test_a_method_moves_exactly_its_blocks(method, adapter):
 
 
 def test_zeroth_order_of_the_adapter_moves_along_its_own_directions():
-    """The adapter's ZO step is not the base's direction on other weights."""
+    """The adapter's zeroth-order step uses directions of its own.
+
+    Its tensor indices differ from those of every base tensor.
+    """
     model = build("llama", "lora").eval()
     optimizer = optimizer_for(model, "zo-peft", adapter_lr=1e-2)
     (group,) = optimizer.param_groups
@@ -230,7 +239,7 @@ def test_zo_ft_descends():
     assert float(net(x)) < 0.5 * first
 
 
-# Bad input.
+# Tests of bad input.
 
 
 def test_all_bad_options_are_named_at_once():
@@ -318,7 +327,7 @@ def test_a_loss_without_graph_is_told_so():
 
 
 def test_the_copy_helper_moves_only_the_base():
-    """`moved_along` is what closed forms above rest on."""
+    """`moved_along` moves only the base. The closed forms above rely on this."""
     net = Net()
     v = {n: torch.ones_like(p) for n, p in base_of(net).items()}
     twin = moved_along(net, v, 0.5)

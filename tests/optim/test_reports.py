@@ -1,4 +1,4 @@
-"""Scalars read a step later: the same steps, and a host that never waits."""
+"""Reading the scalars one step late gives the same steps, and the host never waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def optimizer_of(model, method="hybrid", *, late, **options):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where a tensor's value is asked for."""
+    """Raises an error where the host reads a tensor's value."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
@@ -53,7 +53,7 @@ def test_reading_late_changes_no_bit(method, estimator):
 
 
 class Plain(nn.Module):
-    """Without transformers, whose masks are looked at by the host."""
+    """A model without transformers, because the host reads the masks of transformers."""
 
     def __init__(self):
         super().__init__()
@@ -68,12 +68,15 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 def test_the_host_does_not_wait_for_the_step_it_queues(monkeypatch, estimator):
-    """SGD: torch's AdamW reads its count of steps, which lies on the host."""
+    """The host queues a step without waiting for it.
+
+    The test uses SGD, because torch's AdamW reads its step count, which lies on the host.
+    """
     model, ids = Plain(), torch.arange(6).view(2, 3)
     options = {"optimizer": "SGD", "optimizer_kwargs": {"momentum": 0.9}}
     optimizer = optimizer_of(model, late=True, self_check=False, estimator=estimator, **options)
     optimizer.step(lambda: model(ids))
-    # The CPU's kernels take their coefficients from the host.
+    # The CPU kernels read their coefficients on the host, so the test replaces them.
     monkeypatch.setattr(zofo.optim.trajectory, "combine_many", lambda *args, **kwargs: None)
     for _ in range(3):
         with NoWaiting():
@@ -116,7 +119,7 @@ def test_a_step_that_is_not_finite_is_left_out(what, inner):
         else:
             now.step(lambda bad=bad: closure(model, bad))
         calls["n"] = 0
-        if step == 3:  # read one step later
+        if step == 3:  # The late optimizer reads step 2 during step 3.
             with pytest.warns(UserWarning, match="step 2 was not applied.* loss .* not finite"):
                 late.step(lambda bad=bad: closure(twin, bad))
         else:

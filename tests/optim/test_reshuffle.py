@@ -1,4 +1,7 @@
-"""The order of the samples: complete epochs, resumable anywhere, from no global generator."""
+"""Tests of the sample order.
+
+Epochs are complete, training can resume anywhere, and no global generator is used.
+"""
 
 from __future__ import annotations
 
@@ -56,17 +59,20 @@ def test_with_replacement_draws_independently_and_uniformly():
         epochs(ReshufflingSampler(num, seed=0, sampling="with-replacement"), num_epochs)
     )
     assert stats.chisquare(np.bincount(orders.ravel(), minlength=num)).pvalue > 1e-3
-    # Neighbouring draws are independent, within an epoch and across two.
+    # Consecutive draws are independent, within an epoch and across epochs.
     draws = orders.ravel()
     pairs = np.histogram2d(draws[:-1], draws[1:], bins=num)[0]
     assert stats.chi2_contingency(pairs).pvalue > 1e-3
-    # (1 - 1/n)^n of the samples are missed: a permutation misses none.
+    # Drawing with replacement misses a share (1 - 1/n)^n of the samples. A permutation misses none.
     missed = np.array([num - len(set(order)) for order in orders]) / num
     assert missed.mean() == pytest.approx(0.9**10, abs=0.02)
 
 
 def take(sampler, num):
-    """The next `num` samples, over as many epochs as it takes; the last iteration is abandoned."""
+    """Return the next `num` samples, over as many epochs as needed.
+
+    The last iteration is abandoned.
+    """
     taken = []
     while len(taken) < num:
         for index in sampler:
@@ -87,7 +93,7 @@ def test_a_state_saved_anywhere_continues_exactly(sampling, consumed):
     found = take(sampler, consumed)
     resumed = fresh()
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-    # The first iteration is the rest of the epoch, or the whole next one: never nothing.
+    # The first iteration gives the rest of the epoch, or the whole next epoch. It is never empty.
     found += list(resumed)
     assert found == [first, first + second, first + second + third][consumed // 5]
     assert list(resumed) == [second, third, fourth][consumed // 5]
@@ -115,7 +121,7 @@ def test_a_batch_loader_resumes_mid_epoch():
         assert found == whole
 
 
-# Python 3.12 warns of what DataLoader does where another test has started threads.
+# Python 3.12 warns when DataLoader forks after another test has started threads.
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_order_does_not_depend_on_the_number_of_workers(num_workers):

@@ -1,4 +1,7 @@
-"""The base as a function of its history: replay gives its bits, damaged files are refused."""
+"""The history of updates determines the base: a replay gives the same bits.
+
+Damaged files are refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def trained(
     num_steps=NUM_STEPS,
     **options,
 ):
-    """An untrained model, its twin after training, the base after each step, the optimizer."""
+    """Return an untrained model, and the path of bases and the optimizer of its trained twin."""
     model = build(architecture, adapter, dtype=dtype)
     original, batches = copy.deepcopy(model), [batch_for(architecture, seed=i) for i in range(3)]
     groups = param_groups(
@@ -110,7 +113,10 @@ def test_a_replay_reports_how_far_it_is():
 
 
 def test_the_adapter_does_not_matter_to_a_replay():
-    """The base is found on a model without adapter, which is what one merges or ships."""
+    """A replay on a model without adapter gives the same base.
+
+    Users merge or ship such a model.
+    """
     original, path, optimizer = trained()
     plain = build("llama", None, seed=5)
     with torch.no_grad():
@@ -157,7 +163,10 @@ def test_a_step_that_was_not_applied_is_not_replayed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rate_of_zero_leaves_every_bit(dtype):
-    """Also of negative zeros, which lose their sign when a positive one is added."""
+    """An update with rate zero changes no bit.
+
+    Negative zeros keep their sign, which adding a positive zero would remove.
+    """
     weight = torch.full((256,), -0.0, dtype=dtype)
     update = Update(step=0, projected_grad=(5.0,), lr=0.0, weight_decay=0.5)
     update.apply([weight], [0], seed=0, distribution="rademacher")
@@ -167,7 +176,10 @@ def test_a_rate_of_zero_leaves_every_bit(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_updates_below_half_a_spacing_are_not_swallowed(dtype):
-    """Rounding is stochastic: weights move by −lr · s · v in the mean, however little that is."""
+    """Weights move by −lr · s · v on average, even far below the spacing of 16-bit numbers.
+
+    Stochastic rounding makes this possible.
+    """
     num = 200_000
     weight, v = torch.ones(num, dtype=dtype), direction((num,), seed=1, step=2, tensor=3)
     update = Update(step=2, projected_grad=(3.0,), lr=1e-5, weight_decay=0.0)
@@ -178,7 +190,7 @@ def test_updates_below_half_a_spacing_are_not_swallowed(dtype):
     assert float(progress.mean()) < -2e-5
 
 
-# Files.
+# Tests of the files.
 
 
 def example(num_steps=7, num_directions=2, num_groups=2):
@@ -217,7 +229,10 @@ def test_saving_twice_gives_the_same_file_and_nothing_beside_it(tmp_path):
 
 
 def test_two_thousand_steps_of_a_small_model_take_at_most_64_kib(tmp_path):
-    """The names are those of a 30-layer Llama, SmolLM2-135M's."""
+    """The trajectory of 2000 steps fits into 64 KiB.
+
+    The names are those of SmolLM2-135M, a 30-layer Llama.
+    """
     parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [
         f"mlp.{p}_proj" for p in ("gate", "up", "down")
     ]

@@ -1,4 +1,7 @@
-"""Losses without a gradient for the zeroth-order block, the first-order one as ever."""
+"""Tests of losses without gradient for the zeroth-order block.
+
+The first-order block keeps its usual loss.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +44,15 @@ from zofo.trainer.mixin import HybridTrainer
 QUIET = Console(quiet=True)
 
 
-# In a loop of one's own.
+# Tests in a custom training loop.
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 def test_a_loss_of_ones_own_moves_the_base_and_not_the_adapter(estimator):
-    """A float that has no gradient; its difference is taken by hand from the trajectory's rule."""
+    """The projected gradient equals a difference that is computed by hand on perturbed copies.
+
+    The loss is a float without gradient, and the adapter's step is that of the usual loss.
+    """
     net, x, eps = Net(), rows(6), 0.3
     twin, plain = copy.deepcopy(net), copy.deepcopy(net)
 
@@ -68,7 +74,7 @@ def test_a_loss_of_ones_own_moves_the_base_and_not_the_adapter(estimator):
 
 
 def test_what_evaluations_cost_may_be_known_only_afterwards():
-    net, x, spent = Net(), rows(6), [5.0]  # of earlier steps
+    net, x, spent = Net(), rows(6), [5.0]  # Earlier steps cost these five forwards.
 
     def closure():
         spent[0] += 1.75
@@ -79,11 +85,11 @@ def test_what_evaluations_cost_may_be_known_only_afterwards():
     assert optimizer.last_step.num_forwards == 4 * 1.75
 
 
-# In a trainer of one's own.
+# Tests in a custom trainer.
 
 
 class Errors(HybridTrainer):
-    """The share of tokens that are not the first choice."""
+    """The zeroth-order loss is the share of tokens that are not the model's first choice."""
 
     seen = ()
 
@@ -113,7 +119,7 @@ def test_a_trainer_of_ones_own(tmp_path, fraction, num_rows, cost):
     assert differences == pytest.approx([round(d) for d in differences], abs=1e-6)
     assert history(trainer, "zo_forwards") == [cost, 2 * cost, 3 * cost]
     assert not history(trainer, "signal_to_rounding")
-    # Without a move of the base the adapter goes where it goes in fo-peft.
+    # With base_lr 0 the adapter takes the same steps as in fo-peft.
     trainer_for(tmp_path, models[1], cls=Errors, **{**changes, "base_lr": 0.0}).train()
     plain = lively()
     trainer_for(tmp_path, plain, **{**changes, "method": "fo-peft"}).train()
@@ -144,17 +150,20 @@ def test_micro_batches_are_averaged(tmp_path):
         trainer.train()
         found += history(trainer, "projected_grad")
     assert abs(found[1]) > 1e-4
-    # Three equal losses, averaged: the same but for their rounding, which the difference over eps
-    # makes larger.
+    # The mean of three equal losses differs from one of them by rounding only. Dividing by eps
+    # enlarges this error.
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-# In a run.
+# Tests in whole runs.
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, decoder_folder):
-    """Labelled texts; prompts with what the untrained model writes, so that its F1 is not 0."""
+    """Write labelled texts, and prompts with the completions of the untrained model.
+
+    These completions make sure that the F1 score is above 0.
+    """
     folder = tmp_path_factory.mktemp("zeroth")
     lines = [f"film {i} is {('great', 'dull')[i % 2]},{i % 2}" for i in range(60)]
     (folder / "a.csv").write_text("\n".join(["text,label", *lines]) + "\n")
@@ -201,7 +210,7 @@ def config_for(folder, data, model, score, *more):
 
 
 class Spied(TaskTrainer):
-    """Keeps its first micro-batch and the model as it was then."""
+    """Keeps its first micro-batch and a copy of the model at that moment."""
 
     first = None
 
@@ -212,7 +221,10 @@ class Spied(TaskTrainer):
 
 
 def spied_step(config, monkeypatch):
-    """A trainer after one step, its micro-batch, and the model as it was at any x + scale v."""
+    """Return a trainer after one step, its micro-batch, and a function of a scale.
+
+    The function returns the initial model, moved by `scale` along the direction.
+    """
     monkeypatch.setattr("zofo.run.task_trainer.TaskTrainer", Spied)
     prepared = prepare(config)
     trainer = build_trainer(
@@ -264,7 +276,10 @@ def test_the_difference_is_that_of_accuracy(tmp_path, data, decoder_folder, monk
 
 
 def test_the_difference_is_that_of_f1(tmp_path, data, decoder_folder, monkeypatch):
-    """At a really perturbed copy, and counted in tokens; with dropout, which writing has not."""
+    """The projected gradient is the difference of 1 − F1 between a perturbed copy and the original.
+
+    The cost counts written tokens. The run trains with dropout, but writing text does not use it.
+    """
     config = config_for(tmp_path / "a", data, decoder_folder, "f1", "adapter.dropout=0.5")
     trainer, inputs, at = spied_step(config, monkeypatch)
     values, tokens = [], 0
@@ -326,7 +341,8 @@ def test_methods_of_the_zeroth_order_alone(tmp_path, data, decoder_folder, metho
     more = [f"method={method}", "adapter_lr=1e-4", "steps=2"]
     config = config_for(tmp_path / "a", data, decoder_folder, "accuracy", *more)
     result = train(config, console=QUIET)
-    assert result.cost["forward_equivalents"] == 4  # accuracy at x comes with the logged loss
+    # The forward pass of the logged loss also gives the accuracy at x.
+    assert result.cost["forward_equivalents"] == 4
 
 
 def test_an_encoder_follows_accuracy(tmp_path, data, encoder_folder):
@@ -338,7 +354,7 @@ def test_an_encoder_follows_accuracy(tmp_path, data, encoder_folder):
     assert differences == pytest.approx([round(d) for d in differences], abs=1e-6)
 
 
-# What is refused, and what has no effect.
+# Tests of options that are refused or have no effect.
 
 
 @pytest.mark.parametrize(

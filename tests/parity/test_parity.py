@@ -1,6 +1,6 @@
-"""The step against plain statements of the paper's and of MeZO's, fed the same directions.
+"""zofo's step equals plain versions of the paper's step and of MeZO's, given the same directions.
 
-The two statements below are written from the papers in plain torch. They share the directions with
+The two plain versions below follow the papers and use only torch. They share the directions with
 zofo and nothing else.
 
 References:
@@ -24,7 +24,7 @@ SEED = 77
 
 
 def directions(model, step, distribution):
-    """One v for each base parameter, in the order of `split_parameters(model).base`."""
+    """Return one v per base parameter, in the order of `split_parameters(model).base`."""
     blocks = split_parameters(model)
     return [
         direction(
@@ -40,7 +40,10 @@ def directions(model, step, distribution):
 
 
 def paper(model, batches, *, mu, eta_x, eta_y, distribution):
-    """x ← x − η_x (f(x + μv, y) − f(x, y)) / μ · v and y ← y − η_y ∇_y f(x, y), simultaneously."""
+    """Run the paper's step on x and y simultaneously.
+
+    x ← x − η_x (f(x + μv, y) − f(x, y)) / μ · v and y ← y − η_y ∇_y f(x, y).
+    """
     blocks = split_parameters(model)
     x, y = list(blocks.base.values()), list(blocks.adapter.values())
     losses = []
@@ -64,7 +67,7 @@ def paper(model, batches, *, mu, eta_x, eta_y, distribution):
 
 @torch.no_grad()
 def mezo(model, batches, *, eps, eta, distribution):
-    """Perturb in place by +ε, −2ε, +ε; then θ ← θ − η · projected gradient · v."""
+    """Perturb in place by +ε, −2ε, +ε, then step θ ← θ − η · projected gradient · v."""
     theta = list(split_parameters(model).base.values())
     for step, batch in enumerate(batches):
         v = directions(model, step, distribution)
@@ -88,14 +91,14 @@ def change(after, before):
 
 
 def assert_same_path(ours, theirs, start, tolerance):
-    """The changes differ by less than `tolerance` of the change itself, tensor by tensor."""
+    """Assert that the changes differ by less than `tolerance` of the change itself, per tensor."""
     expected, found = change(bits(theirs), bits(start)), change(bits(ours), bits(start))
     for name, moved in expected.items():
         assert float((found[name] - moved).norm()) < tolerance * float(moved.norm()), name
 
 
 ARCHITECTURES = ["llama", "opt"]
-# A float32 loss near 4 is a multiple of 4.8e-7, which eps = 1e-3 makes an error of 5e-4 in s.
+# A float32 loss near 4 is a multiple of 4.8e-7. With eps = 1e-3 this gives an error of 5e-4 in s.
 TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-9}
 
 

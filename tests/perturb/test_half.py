@@ -1,4 +1,8 @@
-"""bfloat16 and float16: a clean base, updates right on average, one rounding."""
+"""Tests of bfloat16 and float16.
+
+Perturbations leave no trace in the base, updates are correct on average, and each perturbed weight
+is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,18 @@ from zofo.perturb.view import Perturbation
 HALVES = [torch.bfloat16, torch.float16]
 SEED = 20_261_125
 NUM_CYCLES = 1000
-NUM_UPDATES = 10_000
+NUM_UPDATES = 1_000
 FALSE_ALARM = 1e-3
-"""Probability that right rounding fails one test of a mean, were the seed drawn anew."""
+"""Probability that correct rounding fails one test of a mean, over random seeds."""
 
 
 def raw_bits(tensors):
-    """Copies seen as integers: −0 is not 0 there."""
+    """Return copies of the tensors as integers, which distinguish −0 from 0."""
     return [t.detach().view(torch.int16).clone() for t in tensors]
 
 
 def base_of(dtype):
-    """A decoder of one tiny layer, its base weights and their tensor indices."""
+    """Return a decoder of one tiny layer, its base weights, and their tensor indices."""
     model = build("llama", None, dtype=dtype).eval()
     del model.model.layers[1:]
     blocks = split_parameters(model)
@@ -55,7 +59,7 @@ def test_a_thousand_cycles_leave_every_bit(dtype):
             estimator="forward" if step % 2 else "central",
         )
         num_moved += int(scalars.count_nonzero())
-    assert num_moved > NUM_CYCLES / 4  # the evaluations did see another point
+    assert num_moved > NUM_CYCLES / 4  # The evaluations really used another point.
     assert all(map(torch.equal, raw_bits(weights), before))
 
 
@@ -77,17 +81,17 @@ def test_the_published_cycle_in_place_does_not(dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("share", [1 / 500, 1 / 16, 0.3, 3.7])
 def test_the_mean_update_is_the_exact_one(dtype, share):
-    # Away from powers of two, so that one spacing holds for all weights.
+    # All magnitudes lie between the same two powers of two, so all weights have the same spacing.
     generator = torch.Generator().manual_seed(3)
-    magnitude = 2.0**-4 * (1.2 + 0.6 * torch.rand(96, generator=generator))
-    signs = 1 - 2 * torch.randint(0, 2, (96,), generator=generator)
+    magnitude = 2.0**-4 * (1.2 + 0.6 * torch.rand(960, generator=generator))
+    signs = 1 - 2 * torch.randint(0, 2, (960,), generator=generator)
     weight = (magnitude * signs).to(dtype)
     update = share * torch.finfo(dtype).eps * 2.0**-4
     addresses = [{"seed": SEED, "step": step, "tensor": 5} for step in range(NUM_UPDATES)]
     v = torch.stack([direction(weight.shape, **address) for address in addresses])
 
     def along(rounding):
-        """How far each update moves along its own direction, in the mean over the weights."""
+        """Return how far each update moves along its own direction, as a mean over the weights."""
         results = torch.empty(NUM_UPDATES, len(weight), dtype=dtype)
         for result, address in zip(results, addresses, strict=True):
             combine(weight, (update,), out=result, rounding=rounding, **address)
@@ -96,7 +100,8 @@ def test_the_mean_update_is_the_exact_one(dtype, share):
     moved = along("stochastic")
     half_width = float(stats.norm.isf(FALSE_ALARM / 2) * moved.std()) / NUM_UPDATES**0.5
     assert abs(moved.mean() - update) < half_width
-    # What the interval tells apart: to nearest, small updates vanish and large ones are off.
+    # The interval is narrow enough to exclude rounding to nearest, which drops small updates and
+    # changes large ones.
     assert half_width < 0.1 * update
     to_nearest = along("nearest")
     if share < 0.5:
@@ -108,8 +113,9 @@ def test_the_mean_update_is_the_exact_one(dtype, share):
 @pytest.mark.parametrize(
     ("dtype", "eps", "above", "below"),
     [
-        # eps is a hair above half a spacing of 1, and half a spacing once rounded itself: 1 + eps
-        # goes up if computed in float32 and rounded once, to the even 1 if eps is rounded first.
+        # eps lies just above half a spacing of 1, and rounding eps itself gives exactly half a
+        # spacing. Computed in float32 and rounded once, 1 + eps goes up. With eps rounded first, it
+        # goes to the even 1.
         (torch.bfloat16, 0.00391, 1 + 2.0**-7, 1 - 2.0**-8),
         (torch.float16, 0.0004884, 1 + 2.0**-10, 1 - 2.0**-11),
     ],

@@ -1,4 +1,7 @@
-"""Weights computed ahead, on streams as bad as a device may be: the bits of a view without."""
+"""Weights that are computed ahead give the bits of a view without overlap.
+
+The fake streams of the tests are as slow as a device may be.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def streams(monkeypatch):
-    """The CPU as a device with streams."""
+    """Give the CPU fake streams, as if it were a device with streams."""
     found, prepare = FakeStreams(), zofo.perturb.scratch.prepare
 
     def prepare_kernel(weights, outs, **options):
@@ -59,7 +62,7 @@ def plainly(view, function, step=0):
 
 
 def evaluate(view, function, streams, *, step=0, self_check=False):
-    """Under the watch, and with nothing left behind."""
+    """Evaluate the function under the race watch, and assert that no kernel is left running."""
     with torch.no_grad(), streams, view.at(0.1, step=step, self_check=self_check):
         result = function().clone()
     assert_nothing_is_under_way(view)
@@ -90,14 +93,15 @@ def test_the_bits_are_those_of_a_view_without(streams, architecture, adapter, dt
         assert torch.equal(seen, expected)
         assert torch.isfinite(seen)
         assert_same_bits(bits(model), before)
-    assert num_forks[1] == 0  # there was nothing yet to guess from
-    assert streams.num_forks - num_forks[2] == num_forks[2] > 5  # then each layer but the first
+    assert num_forks[1] == 0  # The first evaluation has no earlier order of layers to guess from.
+    # Every later evaluation computes each layer but the first ahead.
+    assert streams.num_forks - num_forks[2] == num_forks[2] > 5
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 @pytest.mark.parametrize(("method", "adapter"), [("hybrid", "lora"), ("zo-ft", None)])
 def test_training_is_the_same(streams, method, adapter, estimator):
-    """Dropout, weights that move between evaluations, and the adapter's gradients."""
+    """Overlap changes no bit under dropout, with moving weights, or in the adapter's gradients."""
     models = [build("opt", adapter).train() for _ in range(2)]
     gradients = []
     for model, overlap in zip(models, (False, True), strict=True):
@@ -115,7 +119,8 @@ def test_training_is_the_same(streams, method, adapter, estimator):
             with streams if overlap else contextlib.nullcontext():
                 optimizer.step(lambda model=model, batch=batch: loss_of(model, batch))
                 for p in model.parameters() if overlap else ():
-                    streams.touch([p], writes=True)  # as the update did, unseen
+                    # The watch did not see the update, which wrote these weights.
+                    streams.touch([p], writes=True)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert streams.num_forks > 0
     assert_same_bits(bits(models[0]), bits(models[1]))
@@ -150,10 +155,10 @@ def in_order(model, order, x):
 ORDERS = [
     [0, 1, 2, 3],
     [0, 1, 2, 3],
-    [0, 2, 1, 3],  # swapped
-    [0, 1, 1, 1, 2],  # one again and again
+    [0, 2, 1, 3],  # Two layers are swapped.
+    [0, 1, 1, 1, 2],  # One layer is called repeatedly.
     [1, 1, 2],
-    [3, 2, 1, 0, 3, 2, 1, 0],  # twice through, backwards
+    [3, 2, 1, 0, 3, 2, 1, 0],  # All layers are called twice, backwards.
     [0],
     [],
     [2, 0, 1, 3],
@@ -163,7 +168,10 @@ ORDERS = [
 
 
 def test_any_order_of_calls(streams):
-    """Layers of different sizes, so that the buffers grow while they are in use."""
+    """Every order of calls gives the bits of a plain view.
+
+    The layers differ in size, so the buffers grow while they are in use.
+    """
     torch.manual_seed(0)
     model = nn.ModuleList([Wide(8, width) for width in (3, 40, 5, 100)])
     plain, ahead = both_views(model)
@@ -177,7 +185,7 @@ def test_any_order_of_calls(streams):
 
 
 class Wide(nn.Module):
-    """A layer of two weights, read by itself."""
+    """A layer that reads its two weights itself."""
 
     def __init__(self, width, inner):
         super().__init__()
@@ -210,7 +218,10 @@ def test_an_error_leaves_nothing_under_way(streams, error):
 
 
 def test_an_interrupt_of_the_guess_itself(streams, monkeypatch):
-    """It was launched, and nobody noted it."""
+    """An interrupt while a layer is computed ahead leaves nothing running.
+
+    The interrupt comes after the launch, before the view has recorded it.
+    """
     model, x = layers_of(3), torch.randn(2, 8)
     _, ahead = both_views(model)
     evaluate(ahead, lambda: model(x), streams)
@@ -255,7 +266,8 @@ def test_a_weight_that_changes_after_the_guess(streams, how):
             weight.add_(1)
 
     handle = model[0].register_forward_hook(move)
-    seen = plainly(ahead, lambda: model(x), 1)  # unwatched: what is read meanwhile is not used
+    # The watch is off here, because the view does not use what the side stream reads meanwhile.
+    seen = plainly(ahead, lambda: model(x), 1)
     handle.remove()
     assert_nothing_is_under_way(ahead)
     assert torch.equal(seen, plainly(plain, lambda: model(x), 1))
@@ -267,7 +279,7 @@ def test_compiled_layers_alternate_too(streams):
     for layer in model:
         layer.compile(backend="eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dynamo's own
+        warnings.simplefilter("ignore")  # Dynamo warns by itself.
         plain, ahead = both_views(model)
         for step in range(3):
             expected = plainly(plain, lambda: model(x), step)
@@ -305,7 +317,7 @@ NO_END = (Overlap, "end", lambda self, is_whole: setattr(self, "_expected", self
     ],
 )
 def test_a_mistake_is_seen(streams, monkeypatch, mistake, is_watched):
-    """The stand-in is worth something: as a race, or already in the result."""
+    """The fake streams detect these mistakes, either as a race or as a wrong result."""
     model, x = layers_of(4), torch.randn(2, 8)
     plain, ahead = both_views(model)
 
@@ -315,7 +327,7 @@ def test_a_mistake_is_seen(streams, monkeypatch, mistake, is_watched):
             expected = plainly(plain, function, step)
             with streams if is_watched else contextlib.nullcontext():
                 assert torch.equal(plainly(ahead, function, step), expected), "other bits"
-            streams.touch(list(model.parameters()), writes=is_watched)  # an update
+            streams.touch(list(model.parameters()), writes=is_watched)  # This stands for an update.
 
     train()
     monkeypatch.setattr(*mistake)
@@ -338,7 +350,7 @@ def test_without_streams_it_is_said_once_and_does_nothing():
 
 
 def test_cuda_is_a_device_with_streams():
-    """Whatever else it has: what `SideStream` calls is there."""
+    """CUDA's streams have the functions that `SideStream` calls."""
     found = zofo.perturb.overlap.streams_of("cuda")
     assert all(callable(getattr(found, name)) for name in ("Stream", "current_stream", "stream"))
     assert callable(found.Stream.wait_stream)

@@ -1,4 +1,4 @@
-"""Large linear layers computed tile by tile: what a whole perturbed copy gives, bit for bit."""
+"""A large linear layer computed tile by tile equals a perturbed copy of it, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zofo.noise.combine import combine
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 from zofo.perturb.view import Perturbation
 
-OUT = 8 * ROWS + 100  # the last tile is not a whole one
+OUT = 8 * ROWS + 100  # The last tile is smaller than the others.
 
 
 class Head(nn.Module):
@@ -47,7 +47,7 @@ def test_bit_equal_to_a_perturbed_copy(shape, bias, dtype):
     before = bits(model)
     with torch.no_grad():
         for step in range(2):
-            if step == 1:  # the weights lie elsewhere now
+            if step == 1:  # The weights move to another address.
                 model.head.weight.data = model.head.weight.data.clone()
             twin = really_perturbed(model, 0.1, step)
             with view.at(0.1, step=step, self_check=step == 0):

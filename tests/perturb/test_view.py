@@ -1,4 +1,4 @@
-"""The perturbed view equals a really perturbed copy and never touches a weight."""
+"""The perturbed view equals a perturbed copy of the model and never writes to a weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_bit_equal_to_a_really_perturbed_copy(architecture, adapter, dtype):
         with view_of(model).at(1e-2, step=3, self_check=True):
             seen = loss_of(model, batch)
         assert torch.equal(seen, loss_of(twin, batch))
-        if dtype == torch.float32:  # the mean loss of two classes has few values in bfloat16
+        if dtype == torch.float32:  # In bfloat16 the mean loss of two classes takes few values.
             assert seen != loss_of(model, batch)
     assert_same_bits(bits(model), before)
 
@@ -95,7 +95,7 @@ def test_an_exception_inside_the_forward_leaves_every_bit(architecture, adapter,
 
 
 class Nested(nn.Module):
-    """Owns a weight itself, calls its child twice, ties weights, returns a weight."""
+    """Owns a weight, calls a child twice, ties two weights, and calls a child that returns one."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def test_nested_tied_repeated_and_returned_weights():
 
 
 class Sneaky(nn.Module):
-    """Reads a child's weight without calling the child."""
+    """Reads its child's weight without calling the child."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,10 @@ def test_the_direction_of_a_weight_does_not_depend_on_the_adapter():
 
 
 def test_an_embedding_perturbs_only_the_rows_it_reads():
-    """What the lookup gives is what the whole table perturbed would give, other hooks included."""
+    """A lookup gives the rows of the perturbed table.
+
+    Only these rows are perturbed, and other hooks still run.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(1000, 24), nn.Linear(24, 3))
     model[0].register_forward_hook(lambda module, args, output: output * 2)
@@ -259,7 +262,7 @@ def test_an_embedding_that_renormalises_is_perturbed_whole():
 
 
 class WithSmallWeights(nn.Module):
-    """A layer large enough that norm and biases beside it count as small; a weight of its own."""
+    """Has a layer so large that the norm and the biases count as small, and a weight of its own."""
 
     def __init__(self):
         super().__init__()
@@ -277,7 +280,7 @@ def test_small_weights_are_seen_perturbed_without_hooks_of_their_own():
     before = bits(model)
     view = Perturbation(model, parameters, range(len(parameters)), seed=9)
     for step in range(3):
-        if step == 1:  # a weight that has moved elsewhere
+        if step == 1:  # The weight moves to another address.
             model.layers[0].bias.data = model.layers[0].bias.data.clone()
         if step == 2:
             model.layers[1].weight.data = model.layers[1].weight.data.clone()

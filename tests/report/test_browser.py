@@ -1,4 +1,7 @@
-"""The page in a browser: silent, sortable, readable in the dark and on a phone."""
+"""Tests of the page in a browser.
+
+The page is silent and sortable, and it is readable in the dark and on a phone.
+"""
 
 import shutil
 
@@ -11,7 +14,10 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 
 def until(page, expression, arg=None):
-    """Poll from here: a page that forbids eval cannot poll for itself."""
+    """Poll the page from Python until the expression is true.
+
+    The page forbids eval, so Playwright cannot poll inside it.
+    """
     for _ in range(300):
         if page.evaluate(expression, arg):
             return
@@ -47,7 +53,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(address):
-    """The page, opened once, and whatever was said, asked for, or thrown."""
+    """Open the page once. Return it with the list of messages, requests and errors."""
     executable = next(filter(None, map(shutil.which, NAMES)), None)
     if executable is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
@@ -72,7 +78,10 @@ def opened(address):
 
 @pytest.fixture
 def page(opened):
-    """The page on a desktop in the light; nothing may have been said by the end of a test."""
+    """Return the page on a light desktop.
+
+    At the end of the test the list of messages, requests and errors must be empty.
+    """
     page, said = opened
     page.set_viewport_size(DESKTOP)
     page.emulate_media(color_scheme="light", media="screen")
@@ -81,7 +90,7 @@ def page(opened):
 
 
 def values(table, key):
-    """What the rows of a table are sorted by in one column, from top to bottom."""
+    """Return the sort keys of one column of a table, from top to bottom."""
     return table.evaluate(
         "(t, k) => { const i = t.querySelector(`[data-key=${k}]`).cellIndex;"
         " return [...t.tBodies[0].rows].map(r => r.cells[i].dataset.value ?? null) }",
@@ -100,14 +109,14 @@ def test_tables_sort_by_mouse_and_by_keyboard(page):
     header.locator("button").press("Enter")
     assert list(map(float, values(table, "accuracy"))) == numbers[::-1]
     assert header.get_attribute("aria-sort") == "descending"
-    # By Tab from the first heading to the second, and Space.
+    # Tab moves from the first heading to the second, and Space sorts.
     table.locator("[data-key=method] button").focus()
     page.keyboard.press("Tab")
     page.keyboard.press("Space")
     assert header.get_attribute("aria-sort") == "none"
     tasks = values(table, "task")
     assert tasks == sorted(tasks, key=str.lower)
-    # What is not known comes last in both directions.
+    # Unknown values come last in both directions.
     for _ in range(2):
         table.locator("[data-key=adapter_lr] button").click()
         rates = values(table, "adapter_lr")
@@ -169,7 +178,7 @@ def test_a_phone_scrolls_in_one_direction_only(page):
     until(page, "document.querySelector('.canvas .main-svg').clientWidth < 375")
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    # Tables scroll by themselves, and are reached by keyboard.
+    # Tables scroll by themselves, and the keyboard can reach them.
     wide = page.locator(".scroll").first
     assert wide.evaluate("e => e.scrollWidth > e.clientWidth && e.tabIndex == 0")
 

@@ -1,4 +1,4 @@
-"""The report's tables as Markdown."""
+"""Tests of the report's tables as Markdown."""
 
 import re
 
@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def rows_under(text: str, title: str) -> list[list[str]]:
-    """Cells of the table below a heading, without the heading's lines."""
+    """Return the cells of the table below a heading, without the table's own heading."""
     block = text.split(f"### {title}\n")[1].split("\n### ")[0]
     lines = [line for line in block.splitlines() if line.startswith("| ")]
     return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[2:]]
@@ -27,10 +27,11 @@ def rows_under(text: str, title: str) -> list[list[str]]:
 def test_the_command_writes_verdict_and_every_row(tmp_path):
     study = write_study(tmp_path / "study")
     to = tmp_path / "results.md"
-    for _ in range(2):  # the second takes the place of the first
-        done = run("report", study, "--to", tmp_path / "page.html", "--markdown", to)
-        assert done.exit_code == 0, done.output
+    to.write_text("What stood here before is replaced.")
+    done = run("report", study, "--to", tmp_path / "page.html", "--markdown", to)
+    assert done.exit_code == 0, done.output
     text = to.read_text()
+    assert "What stood here before" not in text
     report = make_report([study])
     assert f"**{escape(report.verdict.sentence)}**" in text
     rows = rows_under(text, "Scores and costs")

@@ -1,4 +1,4 @@
-"""Every number of the page, worked out once more from the run folders by other means."""
+"""These tests compute every number of the page again, directly from the run folders."""
 
 import html
 import json
@@ -35,7 +35,7 @@ def page(folder):
 
 @pytest.fixture(scope="module")
 def raw(folder):
-    """Finished final runs, straight from their files."""
+    """Return the finished final runs, read directly from their files."""
     rows = []
     for run in sorted((folder / "runs").iterdir()):
         study = (
@@ -316,7 +316,7 @@ def contrast(a, b):
 def test_words_and_lines_stand_out_from_their_paper():
     css = (resources.files("zofo.pages") / "assets" / "report.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    assert len(blocks) == 3  # light, dark, print
+    assert len(blocks) == 3  # The blocks are for light, dark and print.
     for block, theme in zip(blocks[:2], THEMES.values(), strict=True):
         colour = dict(re.findall(r"--(\w+): (#\w{6})", block))
         for words in ("text", "faint", "link", "good", "bad", "wait"):

@@ -1,4 +1,4 @@
-"""Real runs of a tiny model, reported by the command."""
+"""Tests of the report command on real runs of a tiny model."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def test_every_line_of_the_log_says_what_training_has_cost(trained):
     for method, per_step in (("hybrid", 3), ("fo-peft", 2)):
         log = (trained / method / "metrics.jsonl").read_text().splitlines()
         entries = pd.DataFrame([json.loads(line) for line in log])
-        # Four steps: lines at 3 and 4, evaluations at 2 and 4, and Trainer's summary.
+        # Four steps give lines at steps 3 and 4, evaluations at 2 and 4, and Trainer's summary.
         assert entries["step"].tolist() == [2, 3, 4, 4, 4]
         assert (entries["forward_equivalents"] == per_step * entries["step"]).all()
         assert entries["elapsed_s"].is_monotonic_increasing

@@ -1,4 +1,4 @@
-"""The benchmarks' figure: well-formed, with every point in its place."""
+"""The figures of the benchmarks are well-formed, and every point is in its place."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_curves_bands_and_labels_are_drawn_to_scale(svg):
     assert len(lines) == 2
     points = [tuple(map(float, p.split(","))) for p in lines[0].get("points").split()]
     (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # halfway
-    assert y1 > y2 > y0  # downwards: a lower loss stands lower
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # The second point lies halfway.
+    assert y1 > y2 > y0  # A lower loss lies further down.
     assert (y2 - y0) / (y1 - y0) == pytest.approx(0.5, abs=0.01)
     assert len(root.find(f"{SVG}polygon").get("points").split()) == 4
     words = [node.text for node in root.iter(f"{SVG}text")]
@@ -52,7 +52,7 @@ def test_labels_of_equal_heights_do_not_overlap(svg):
     root = ElementTree.fromstring(text)
     heights = [float(n.get("y")) for n in root.iter(f"{SVG}text") if n.text in ("a", "b", "c")]
     assert min(b - a for a, b in pairwise(heights)) >= 13
-    assert max(heights) < svg.HEIGHT - svg.BOTTOM  # above the ticks of the axis
+    assert max(heights) < svg.HEIGHT - svg.BOTTOM  # The labels lie above the ticks of the axis.
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,14 @@ def test_points_are_drawn_on_logarithmic_axes(svg):
     circles = [n for n in root.iter(f"{SVG}circle") if n.get("class") == "t1"]
     (x0, y0), (x1, y1), (x2, y2) = [
         (float(n.get("cx")), float(n.get("cy"))) for n in circles[1:4]
-    ]  # the first is the legend's
+    ]  # The first circle belongs to the legend.
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
     assert y1 < y0
     words = [node.text for node in root.iter(f"{SVG}text")]
     assert {"a & b", "narrow", "base", "adapter", "0.1", "100"} <= set(words)
-    assert any(word.startswith(("5.", "6")) for word in words)  # ticks of the narrow panel
+    # These are ticks of the narrow panel.
+    assert any(word.startswith(("5.", "6")) for word in words)
 
 
 def test_figure_1_and_tables_of_smoothness(svg, monkeypatch, tmp_path, capsys):
@@ -148,11 +149,12 @@ def test_a_studys_figures(svg, monkeypatch, tmp_path):
     names = {f"a-curves-{pair.hybrid.task}-{pair.hybrid.adapter}.svg" for pair in pairs}
     assert set(texts) == {"a-differences.svg", *names}
     circles = list(ElementTree.fromstring(texts["a-differences.svg"]).iter(f"{SVG}circle"))
-    assert len(circles) == len(pairs) + 1  # and all pairs
+    assert len(circles) == len(pairs) + 1  # The last circle stands for all pairs.
     for name in names:
         words = [node.text for node in ElementTree.fromstring(texts[name]).iter(f"{SVG}text")]
         assert {"hybrid", "fo-peft"} <= set(words)
-    with pytest.raises(SystemExit):  # nine pairs of rates
+    # The study has nine pairs of rates, more than there are colours.
+    with pytest.raises(SystemExit):
         study_figures.main([str(study), "--to", str(tmp_path / "b"), "--rates"])
 
     for base_lr, dev in ((1e-5, 0.6), (1e-4, 0.5)):
@@ -163,7 +165,7 @@ def test_a_studys_figures(svg, monkeypatch, tmp_path):
     root = ElementTree.fromstring((tmp_path / "b.svg").read_text())
     words = [node.text for node in root.iter(f"{SVG}text")]
     assert {"1e-05 and 0.001", "0.0001 and 0.001"} <= set(words)
-    assert len(root.findall(f"{SVG}polyline")) == 2  # the mean over seeds
+    assert len(root.findall(f"{SVG}polyline")) == 2  # Each curve is a mean over the seeds.
     sys.modules.pop("study_figures")
 
 

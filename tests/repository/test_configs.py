@@ -1,4 +1,4 @@
-"""Every configuration, run at tiny scale by the command in its header."""
+"""Every configuration runs at tiny scale with the command in its header."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SIZES = ["task.num_train=16", "task.num_dev=8", "task.num_test=8"]
 
 
 def rows_of_users(folder: Path) -> None:
-    """The files that the headers name."""
+    """Write the files that the headers name."""
     kinds = (("warm", "good"), ("dull", "bad"))
     texts = [(f"film {i} is {kinds[i % 2][0]}", kinds[i % 2][1]) for i in range(60)]
     lines = "\n".join(",".join(row) for row in texts)

@@ -1,4 +1,4 @@
-"""Documents and configurations say what the code does."""
+"""The documents and configurations agree with the code."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def built(name):
-    """A page of the reference as the site shows it."""
+    """Return a page of the reference as the site shows it."""
     return hooks.fill((ROOT / "docs" / "reference" / name).read_text()).replace("\\|", "|")
 
 
@@ -95,7 +95,7 @@ def test_the_reference_notices_what_is_missing(monkeypatch):
 
 
 def test_every_example_of_the_reference_runs(tmp_path, monkeypatch):
-    """In the order of the page, on a tiny model; nothing is uploaded."""
+    """The examples run on a tiny model in the order of the page. Nothing is uploaded."""
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "reference" / "api.md").read_text()
     examples = hooks.api_examples(page)

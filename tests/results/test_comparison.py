@@ -1,4 +1,4 @@
-"""What is compared with what, and what is said of it."""
+"""Tests of the comparison of methods and of the verdict."""
 
 import math
 
@@ -15,7 +15,7 @@ def compared(folder):
 
 
 def write_pair(folder, gains, *, task="rte", base=0.6, **options):
-    """fo-peft and hybrid runs, a seed each, that far apart."""
+    """Write a fo-peft run and a hybrid run per seed, whose accuracies differ by the given gain."""
     for seed, gain in enumerate(gains):
         for method, accuracy in (("fo-peft", base), ("hybrid", base + gain)):
             name = f"{task}-{method}-{seed}"
@@ -92,7 +92,8 @@ def test_what_it_took_to_reach_fo_pefts_best(tmp_path):
     for (method, seed), dev in curves.items():
         write_run(tmp_path / f"{method}{seed}", method=method, seed=seed, dev=dev)
     (pair,) = compared(tmp_path).pairs
-    # Hybrid: steps 20, never, 10; fo-peft: 30, 20, 30.
+    # The hybrid runs reach that loss at step 20, never, and at step 10. The fo-peft runs reach it
+    # at steps 30, 20 and 30.
     assert pair.num_reached == 2
     assert pair.reach["step"] == (20, 30)
     assert pair.reach["forward_equivalents"] == (60, 60)
@@ -120,7 +121,7 @@ def test_ranks_want_three_methods_on_two_tasks(tmp_path):
 
 
 def test_rates_tried_are_those_of_the_search_with_what_failed(tmp_path):
-    # What is chosen of a search is a final run from then on.
+    # A search run that is chosen becomes a final run.
     for base_lr, loss, study in (
         (1e-5, 0.5, {"stage": "search"}),
         (1e-4, 0.4, {"stage": "final", "chosen": True}),

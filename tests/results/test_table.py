@@ -1,4 +1,4 @@
-"""Run folders in every state, read."""
+"""Tests of reading run folders in every state."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_a_finished_run_is_read_as_it_was_written(tmp_path):
     assert (row.steps, row.planned_steps) == (30, 30)
     for cost in ("forward_equivalents", "peak_memory_bytes", "artifact_bytes"):
         assert row[cost] == result["cost"][cost]
-    # Seconds of the log, which leaves evaluations out.
+    # The seconds come from the log, which excludes evaluations.
     assert row.train_s == 15.0 != result["cost"]["train_s"]
     assert list(runs.curves.columns) == list(CURVE_COLUMNS)
     assert runs.curves["dev_loss"].tolist() == [0.7, 0.5, 0.6]
@@ -99,7 +99,10 @@ def test_a_search_at_the_chosen_rates_is_the_run_of_its_seed(tmp_path):
 
 
 def test_a_studys_names_tell_apart_what_the_configuration_does_not(tmp_path):
-    """`hybrid-tied` runs method hybrid; two LoRAs differ by their labels."""
+    """The cell of a study gives the method and the adapter of its run.
+
+    `hybrid-tied` runs the method hybrid, and two LoRA adapters differ only by their labels.
+    """
     for name, cell in (
         ("tied", {"method": "hybrid-tied", "adapter": "lora"}),
         ("wide", {"method": "hybrid", "adapter": "lora64"}),

@@ -1,4 +1,4 @@
-"""`auto` in a run: resolved before it begins, written as numbers, and no trace besides."""
+"""A run resolves `auto` before it begins, stores the numbers, and changes nothing else."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_a_run_with_auto_is_the_run_with_its_numbers(tmp_path, reviews, decoder_
     models = [dict(load(tmp_path / n).model.named_parameters()) for n in ("auto", "numbers")]
     assert_same_bits(*models)
 
-    # Continuing takes the numbers, also where the configuration still says auto.
+    # Resuming uses the numbers, even if the configuration still says auto.
     assert resumed_config(tmp_path / "auto", None, ["base_lr=auto", "log_every=2"]).base_lr == (
         saved.base_lr
     )
@@ -81,7 +81,7 @@ def test_every_method_finds_what_it_moves_by(tmp_path, reviews, decoder_folder, 
     assert_same_bits(before, bits(prepared.model))
     assert advice is not None
     assert found.auto_keys == ()
-    # What moves nothing is as if it had been left out.
+    # An option without effect has the value that it would have if it were left out.
     plain = load_config(
         values={k: v for k, v in config.model_dump().items() if v != "auto" and k != "adapter"}
     )
@@ -97,7 +97,8 @@ def test_numbers_and_fractions_of_the_batch_reach_the_advisor(tmp_path, reviews,
     setting = setting_of(config, 60)
     assert (setting.base_rows, setting.accumulation, setting.eps) == (2, 2, "auto")
     assert setting.base_lr == 1e-5
-    # 2 micro-batches of (2 for the gradient + half a forward) in 6 steps
+    # Each of 6 steps has 2 micro-batches of 2 forwards for the gradient and half a forward for the
+    # difference.
     assert setting.forwards_of_run == 30
 
 
@@ -154,7 +155,7 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
     for text in ("base_lr", "adapter_lr", "eps", "tr H", "forward-equivalents"):
         assert text in done.output
     assert saved["cost"]["forward_equivalents"] > 0
-    # What a training that does not move scores stands above the trainings.
+    # The table begins with the scores of a training at rate 0.
     assert re.search(r"│ 0 +│ \d+\.\d{4} +│ \d+\.\d{4} +│", done.output)
 
 
@@ -169,7 +170,7 @@ def test_the_command_prints_rates_reasons_and_cost(tmp_path, reviews, decoder_fo
     ],
 )
 def test_wrong_options_are_one_message(reviews, decoder_folder, more, words, monkeypatch):
-    """Before anything is measured."""
+    """A wrong option gives one message before anything is measured."""
     monkeypatch.setattr("zofo.run.auto.advise_on", lambda *a, **k: pytest.fail("measured"))
     done = advise_command(reviews, decoder_folder, *more)
     assert done.exit_code == 2

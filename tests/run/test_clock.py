@@ -1,4 +1,4 @@
-"""The clock of training, on a time that the tests turn."""
+"""Tests of the training clock with a fake time."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""The difference on a part of the batch, on a task: options, shares of the loss, cost, resuming."""
+"""Tests of the loss difference on a part of the batch in a task run.
+
+They cover the options, the shares of the loss, the cost, and resuming.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def test_where_it_has_no_effect_it_says_so(overrides, warned):
 
 
 def encoded(kind, num=5):
-    """Examples of several lengths."""
+    """Return examples of several lengths."""
     generator = torch.Generator().manual_seed(9)
 
     def tokens(count):
@@ -86,7 +89,10 @@ KINDS = ("encoder", "one token", "several tokens", "completion")
 @pytest.mark.parametrize("objective", ["candidates", "gold"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shares_of_the_loss(kind, objective):
-    """Their mean is the loss; a part of the batch, evaluated alone, has the same."""
+    """The mean of the shares is the loss.
+
+    A part of the batch that is evaluated alone has the same shares.
+    """
     model = build("bert" if kind == "encoder" else "llama", None).eval()
     batch = Collator(0)(encoded(kind))
     with torch.no_grad():
@@ -152,7 +158,7 @@ def config_for(folder, reviews, model, *more):
         ("decoder_folder", ["estimator=central"], 3.0),
         ("decoder_folder", ["adapter.dropout=0.3"], 3.0),
         ("decoder_folder", ["num_directions=3", "base_batch_fraction=0.25"], 2.75),
-        ("encoder_folder", [], 3.0),  # has dropout of its own
+        ("encoder_folder", [], 3.0),  # This encoder has dropout of its own.
         ("encoder_folder", ["base_every=4"], 14 / 6),
     ],
 )
@@ -191,7 +197,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, reviews, decoder
     [
         (["base_batch_fraction=0.5"], False, 25),
         (["base_batch_fraction=0.5"], True, 30),
-        (["base_batch_fraction=0.3"], False, 23.75),  # 3 of 8 rows
+        (["base_batch_fraction=0.3"], False, 23.75),  # The part has 3 of 8 rows.
         (["base_batch_fraction=0.5", "base_every=4"], False, 21.5),
         (["base_batch_fraction=1"], True, 30),
     ],

@@ -1,4 +1,4 @@
-"""Which runs can be continued, and with what configuration."""
+"""Tests of which runs can be resumed, and with which configuration."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, decoder_folder):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The run before its result, at step 6."""
+    """Return a copy of the run at step 6, before it wrote its result."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "artifact")

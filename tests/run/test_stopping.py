@@ -1,4 +1,4 @@
-"""A loss that is not finite: stop with the last good step, or skip."""
+"""A run whose loss is not finite stops with the last good step, or skips the step."""
 
 import json
 
@@ -15,7 +15,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """The loss of the fourth training step is not a number."""
+    """Make the loss of the fourth training step NaN."""
     import zofo.run.task_trainer
 
     real = zofo.run.task_trainer.TaskTrainer.compute_loss

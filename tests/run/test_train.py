@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they write, what they measure, what can be loaded back."""
+"""Tests of whole runs of a tiny model: their files, their measurements, and loading them again."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory):
-    """Learnable by the tiny model: the label stands in the text."""
+    """Write rows that the tiny model can learn, because the label stands in the text."""
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
     lines = ["text,label"]
     for i in range(120):

@@ -1,4 +1,4 @@
-"""What the tests damage: artefacts and checkpoints of short runs."""
+"""Artefacts and checkpoints of short runs, which the tests damage."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from zofo.run.train import train
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """Bases, runs "a" and "b" of one configuration but for the seed, one of another base, and a
-    whole model."""
+    """Return a folder of bases, runs, and checkpoints of Trainer.
+
+    Runs "a" and "b" differ only in their seed. Run "c" has another base, and "whole" trains a whole
+    model.
+    """
     root = tmp_path_factory.mktemp("made")
     save_decoder(root / "base")
     shutil.copytree(root / "base", root / "other-base")

@@ -1,4 +1,4 @@
-"""The model card says what was done, and the hub can read it."""
+"""The model card states what the run did, and the hub can read it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_writes_a_card_that_the_hub_reads(run, decoder_folder):
         "torch 2",
     ):
         assert words in card.text, words
-    # Where the user's files lie is nobody's business.
+    # The card must not reveal where the user's files lie.
     assert decoder_folder not in path.read_text()
     assert str(run.parent) not in path.read_text()
     assert os.sep + "reviews" not in path.read_text()

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; damaged ones are found and skipped."""
+"""A checkpoint is complete or absent, and damaged checkpoints are found and skipped."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_damage_to_any_file_is_found(run, damage):
         else:
             path.write_bytes((older / name).read_bytes())
         if path.exists() and path.read_bytes() == content:
-            continue  # what does not change from step to step
+            continue  # This file is the same in both checkpoints.
         said = []
         assert newest_whole(run, said.append) == older, name
         assert "checkpoint-6 is skipped" in said[0]
@@ -127,14 +127,18 @@ def test_resuming_passes_over_a_damaged_checkpoint(run):
 @pytest.mark.parametrize("step", [2, 4, 6])
 @pytest.mark.parametrize("log_every", [1, 4, 5])
 def test_logs_between_checkpoints_come_out_the_same(tmp_path, saved, step, log_every):
-    """A logged loss is a mean over steps of which some lie before the checkpoint."""
+    """A resumed run logs the same values as an uninterrupted one.
+
+    A logged loss is a mean over steps, and some of these steps lie before the checkpoint.
+    """
     changes = {**SAVING, "logging_steps": log_every}
     trainers = [trainer_for(tmp_path / "a", **changes), trainer_for(tmp_path / "a", **changes)]
     first = trainers[0].train()
     second = trainers[1].train(resume_from_checkpoint=str(tmp_path / f"a/checkpoint-{step}"))
     assert untimed_logs(trainers[0]) == untimed_logs(trainers[1])
     assert first.training_loss == second.training_loss
-    assert trainers[1].state.global_step == 6  # also from checkpoint-6, in the middle of an epoch
+    # The same holds for checkpoint-6, which lies in the middle of an epoch.
+    assert trainers[1].state.global_step == 6
 
 
 def test_the_interval_of_logs_may_change(run):
@@ -174,7 +178,7 @@ def test_the_best_is_found_where_the_run_was_moved(tmp_path):
         (1, 9, 2, [2, 9]),
         (1, 9, 9, [9]),
         (3, 9, 2, [2, 6, 9]),
-        (2, 4, None, [2, 4]),  # 6 and 9 are left from another attempt
+        (2, 4, None, [2, 4]),  # Steps 6 and 9 are left from another attempt.
         (2, 4, 2, [2, 4]),
     ],
 )

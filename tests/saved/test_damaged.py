@@ -1,4 +1,4 @@
-"""Damaged, incomplete and mixed-up files: the digests tell, and each is one clear error."""
+"""Damaged, incomplete and mixed-up files fail their digests, and each gives one clear error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,11 @@ def test_a_missing_file_of_a_checkpoint(checkpoint, name):
     [("b", name) for name in FILES if name != CONFIG] + [("c", name) for name in FILES],
 )
 def test_a_file_of_another_run(made, artefact, other, name):
-    """Run b differs in its seed, which the adapter's configuration does not hold."""
+    """A file of another run is refused.
+
+    The adapter's configuration of run b is not tested: b differs only in its seed, which that file
+    does not contain.
+    """
     shutil.copy(made / other / "artifact" / name, artefact / name)
     refused(lambda: load(artefact))
 

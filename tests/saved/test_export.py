@@ -1,4 +1,4 @@
-"""Exported folders: the trained model, to tools that know nothing of zofo."""
+"""An exported folder gives tools that do not know zofo the trained model."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ CASES += [("decoder", "hybrid", adapter) for adapter in ("dora", "rslora", "ia3"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, decoder_folder, encoder_folder):
-    """Trains each kind of run once: (head, method, adapter, dtype) -> run folder."""
+    """Return a function that trains each kind of run once and gives its folder."""
     root = tmp_path_factory.mktemp("runs")
     lines = ["text,label"]
     for i in range(80):
@@ -82,7 +82,7 @@ def trained(tmp_path_factory, decoder_folder, encoder_folder):
 
 
 def plainly(exported, head="decoder"):
-    """Model and tokenizer as someone without zofo loads them."""
+    """Return the model and the tokenizer as a user without zofo loads them."""
     kind = hf.AutoModelForCausalLM if head == "decoder" else hf.AutoModelForSequenceClassification
     with quiet():
         model = kind.from_pretrained(exported.path)
@@ -111,7 +111,7 @@ def test_plain_libraries_predict_as_the_trained_model(tmp_path, trained, head, m
     found = scores_of(*plainly(exported, head), artifact)
     assert np.array_equal(found.argmax(1), expected.argmax(1))
     assert found == pytest.approx(expected, abs=1e-4)
-    # The trained model is not the one it began as, so the agreement says something.
+    # The trained model differs from the original, so the agreement above means something.
     base, tokenizer = artifact.base.load()
     samples = export_check.sample_inputs(open_source(run), base, tokenizer)
     logits = [export_check.logits_of(m.eval(), samples) for m in (base, artifact.model)]
@@ -133,7 +133,7 @@ def test_other_architectures_and_adapters(tmp_path, architecture, adapter):
     configs = {
         "lora": peft.LoraConfig(**shared, target_modules=targets),
         "dora": peft.LoraConfig(**shared, target_modules=targets, use_dora=True),
-        # Merging would leak into the output layer where that is the same weight.
+        # If the output layer shares this weight, merging would change the output layer too.
         "tied": peft.LoraConfig(
             **{**shared, "fan_in_fan_out": False},
             target_modules=[embedding.get(architecture, "embed_tokens")],
@@ -282,7 +282,7 @@ def test_without_the_data_random_tokens_are_compared(tmp_path, trained):
 @pytest.mark.parametrize("where", ["merge", "disk", "logits", "tokenizer"])
 def test_a_folder_that_is_not_the_model_is_refused(tmp_path, trained, monkeypatch, where):
     run, save = trained(), hf.LlamaForCausalLM.save_pretrained
-    if where == "merge":  # not merged then, but exported
+    if where == "merge":  # This model is exported without merging.
         monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", lambda *_: torch.ones(()))
         assert not export_model(run, tmp_path / "plain").is_merged
         return

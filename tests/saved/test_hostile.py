@@ -1,4 +1,4 @@
-"""Hostile files whose digests fit are refused for what they say, and none of them runs code."""
+"""Hostile files with valid digests are refused for their content, and none of them runs code."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_trajectory_of_another_base(made, artefact):
     refused(lambda: load(artefact), "another base")
 
 
-# Hostile safetensors.
+# Tests of hostile safetensors files.
 
 
 def with_header(header, data=b"", *, length=None):
@@ -260,7 +260,7 @@ TRAJECTORIES = {
 
 @pytest.mark.parametrize("changes", TRAJECTORIES.values(), ids=TRAJECTORIES)
 def test_a_hostile_trajectory(artefact, changes):
-    """Its own digest fits, too."""
+    """A hostile trajectory is refused, even if its own digest is valid."""
     path = artefact / TRAJECTORY_FILE
     tensors, metadata = read_tensors(path)
     header = json.loads(metadata["zofo"])
@@ -278,11 +278,14 @@ def test_a_hostile_trajectory(artefact, changes):
     refused(lambda: load(artefact))
 
 
-# Code.
+# Tests of code in a base.
 
 
 def test_code_of_the_base_is_run_only_when_the_reader_says_so(made, tmp_path):
-    """A base whose config.json maps its class to a file beside it."""
+    """A base whose config.json names a class in a file beside it is refused.
+
+    The artefact's own `trust_remote_code` makes no difference.
+    """
     base = Path(shutil.copytree(made / "base", tmp_path / "base"))
     marker = tmp_path / "ran"
     (base / "evil.py").write_text(

@@ -1,4 +1,4 @@
-"""To the hub and back; the hub itself is a folder here."""
+"""Tests of uploading to the hub and downloading from it. A folder stands in for the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zofo.saved.hub import looks_like_hub_id
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Repositories are folders; everything that was asked is kept."""
+    """Replace the hub by folders, one per repository. Return the list of calls."""
     root, calls = tmp_path / "hub", []
 
     class Api:
@@ -53,7 +53,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def artefact(tmp_path, decoder_folder):
-    """An untrained adapter on the tiny decoder."""
+    """Return the artefact of an untrained adapter on the tiny decoder."""
     from zofo.models.adapters import create_adapter
 
     base = BaseSpec(decoder_folder)

@@ -1,4 +1,4 @@
-"""What `zofo info`, `replay` and `verify` rest on."""
+"""Tests of the functions behind `zofo info`, `replay` and `verify`."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def trained(tmp_path_factory, decoder_folder, encoder_folder):
 
 @pytest.fixture
 def place(tmp_path, trained):
-    """A copy of each kind of folder that a test may damage."""
+    """Return a function that copies a folder of one kind, so that a test may damage the copy."""
 
     def get(kind, **options):
         run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What hybrid fine-tuning leaves on the disk, for SmolLM2-135M."""
+"""Tests of the size of hybrid fine-tuning on disk, for SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from zofo.models.loading import empty_model
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 
-pytestmark = pytest.mark.slow  # the alias is converted on its first use
+pytestmark = pytest.mark.slow  # The first use of the alias converts the model.
 
 NUM_STEPS = 2000
 BYTES_OF_THE_REST = 256 * 1024
-"""Names in the files, scheduler, generators, Trainer's state; measured after 80 steps: 171 KiB."""
+"""Bound for names in the files, scheduler, generators and Trainer's state.
+
+They took 171 KiB after 80 steps.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def blocks():
 
 
 def saved_bytes(folder, blocks, schedule):
-    """Size of a trajectory as a run writes it, with values that do not compress."""
+    """Return the size of a trajectory as a run writes it, with values that do not compress."""
     names = tuple(sorted(blocks.base))
     generator = torch.Generator().manual_seed(0)
     scalars = torch.randn(NUM_STEPS, generator=generator, dtype=torch.float64).tolist()
@@ -45,7 +48,8 @@ def saved_bytes(folder, blocks, schedule):
 
 SCHEDULES = {
     "constant": lambda t: 1.0,
-    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,  # 8 more bytes a step
+    # A changing rate needs 8 more bytes per step.
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
 }
 
 

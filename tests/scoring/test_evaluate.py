@@ -20,7 +20,7 @@ from zofo.tasks.spec import Completion, Example
 
 
 def test_wilson_known_answer():
-    # Wilson's formula with z = 1.959964 by hand: 8 of 10.
+    # Wilson's formula for 8 of 10 with z = 1.959964, computed by hand.
     low, high = wilson_interval(8, 10)
     assert low == pytest.approx(0.490162, abs=1e-5)
     assert high == pytest.approx(0.943318, abs=1e-5)
@@ -43,13 +43,13 @@ def test_auc_is_the_share_of_pairs_in_order(pairs):
 
 def test_the_auc_interval_covers_as_it_says():
     generator = np.random.default_rng(0)
-    truth = 0.7602499389065233  # P(N(1,1) > N(0,1)) = Phi(1/sqrt 2)
+    truth = 0.7602499389065233  # This is P(N(1,1) > N(0,1)) = Phi(1/sqrt 2).
     covered = 0
     for _ in range(400):
         labels = np.repeat([0, 1], 60)
         _, low, high = auc_interval(generator.normal(labels), labels)
         covered += low <= truth <= high
-    # 400 trials of 0.95: three standard deviations are 0.033.
+    # The bounds are three standard deviations, 0.033, from 95% of 400 trials.
     assert 0.917 <= covered / 400 <= 0.983
 
 
@@ -128,7 +128,7 @@ def test_completions_count_tokens(decoder_folder):
         for text in (" film", " film is a warm story", " mess")
     ]
     metrics = evaluate(model, rows, Collator(tokenizer.pad_token_id), kind="completion")
-    # An untrained model is near uniform over its vocabulary.
+    # The predictions of an untrained model are nearly uniform over its vocabulary.
     assert metrics.perplexity == pytest.approx(len(tokenizer), rel=0.3)
     assert metrics.loss == pytest.approx(np.log(metrics.perplexity))
     assert 0 <= metrics.accuracy <= 1
@@ -136,7 +136,8 @@ def test_completions_count_tokens(decoder_folder):
 
 
 def test_bootstrap_interval():
-    # A share of 1000 rows: the normal interval, 0.3 ± 1.96 · sqrt(0.3 · 0.7 / 1000).
+    # The reference is the normal interval of a share of 1000 rows, 0.3 ± 1.96 · sqrt(0.3 · 0.7 /
+    # 1000).
     low, high = bootstrap_interval([1.0] * 300 + [0.0] * 700)
     half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
     assert low == pytest.approx(0.3 - half, abs=0.004)

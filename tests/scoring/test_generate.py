@@ -1,4 +1,4 @@
-"""Written text: what the model's own argmax gives, token by token, whatever shares the batch."""
+"""Written text follows the model's argmax token by token, whatever else is in the batch."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WORDS = ["the film is", "a dull, lifeless and badly acted mess", "great", "What 
 
 
 def lively(model, seed=0):
-    """Larger weights, so that an untrained model does not write the same token for ever."""
+    """Add noise to the weights, so that an untrained model does not repeat one token for ever."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,10 @@ def written_by(decoder_folder):
 
 @torch.no_grad()
 def by_argmax(model, prompt, count):
-    """The likeliest next token, again and again, from a forward of all that stands before."""
+    """Return the most likely next tokens.
+
+    Each token comes from a forward pass over the whole text before it.
+    """
     model.eval()
     ids = list(prompt)
     for _ in range(count):
@@ -47,7 +50,7 @@ def by_argmax(model, prompt, count):
 
 
 def prompts_of(tokenizer):
-    """Of four lengths, two of them twice."""
+    """Return prompts of four lengths, two of which occur twice."""
     texts = [*WORDS, "a film is", "terrible"]
     return [tokenizer(text)["input_ids"] for text in texts]
 
@@ -72,7 +75,7 @@ def test_a_text_is_the_argmax_token_by_token(written_by, adapter):
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_padding_on_the_left_suits_models_with_learnt_positions(architecture, written_by):
-    """Their positions must be counted from the first token that is there."""
+    """The positions of a prompt with padding on the left start at its first real token."""
     model = lively(build(architecture, "lora"))
     _, tokenizer = written_by(None)
     prompts = [[5, 9, 11, 3, 17], [7], [23, 4]]

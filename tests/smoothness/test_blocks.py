@@ -1,4 +1,4 @@
-"""Blocks hold every weight of the base once, under names a reader knows."""
+"""The blocks contain every weight of the base once, under names that a reader knows."""
 
 import pytest
 

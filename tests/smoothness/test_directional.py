@@ -1,4 +1,7 @@
-"""Curvature by forwards: exact on quadratics, along the estimator's own directions."""
+"""Curvature measured by forward passes is exact on quadratics.
+
+It is measured along the directions of the estimator.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Fits recover known constants, and their intervals hold them as often as they say."""
+"""Fits recover known constants, and their intervals contain them as often as stated."""
 
 import math
 
@@ -19,7 +19,7 @@ NUM_DRAWS = 120
 
 
 def noise(rng, num, rho):
-    """An AR(1) of unit variance."""
+    """Return an AR(1) process of unit variance."""
     found = np.empty(num)
     found[0] = rng.normal()
     for i in range(1, num):
@@ -69,11 +69,11 @@ def test_a_path_without_spread_decides_nothing():
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_coverage_of_the_intervals(rho):
-    """95% intervals hold the truth in 0.85 to 0.99 of 120 draws of 40 points, also of an AR(1)."""
+    """The 95% intervals contain the truth in at least 85% of 120 draws, even with AR(1) errors."""
     rng = np.random.default_rng(1)
     hits = np.zeros(5)
     for seed in range(NUM_DRAWS):
-        u = np.sort(np.exp(rng.uniform(-1, 1.5, 40)))[::-1]  # a path along which it falls
+        u = np.sort(np.exp(rng.uniform(-1, 1.5, 40)))[::-1]  # The argument falls along the path.
         errors = np.exp(0.3 * noise(rng, 40, rho))
         linear = fit_growth(u, (2 + 3 * u) * errors, num_resamples=200, seed=seed).linear
         power = fit_growth(u, 4 * u**1.3 * errors, num_resamples=200, seed=seed).power
@@ -92,7 +92,8 @@ def test_coverage_of_the_intervals(rho):
 
 
 def test_intervals_widen_with_dependence():
-    assert widening(0.0, 40, 1) == pytest.approx(1.03, abs=0.01)  # Student over normal, alone
+    # Without dependence only the quantile of Student's t widens the interval.
+    assert widening(0.0, 40, 1) == pytest.approx(1.03, abs=0.01)
     assert widening(0.6, 40, block_length(0.6, 40)) > 1.2
     assert block_length(0.0, 60) == 1
     assert block_length(0.5, 60) > block_length(0.2, 60)

@@ -1,4 +1,4 @@
-"""The diagonal majoriser: when it holds, what it takes, and what random vectors do not see."""
+"""Tests of the diagonal majoriser: when it holds, and what random vectors do not detect."""
 
 import pytest
 import torch
@@ -51,7 +51,10 @@ def test_blocks_that_do_not_couple_are_majorised_by_their_norms():
 
 
 def test_norms_that_lanczos_has_not_reached_refute_nothing():
-    """Blocks that do not couple, with dense ends: with residuals D is never refuted."""
+    """A norm that Lanczos has not reached never refutes the majoriser.
+
+    The two blocks do not couple, and their extreme eigenvalues lie close together.
+    """
     for seed in range(6):
         blocks = [
             torch.randn(n, n, generator=torch.Generator().manual_seed(10 * seed + n)).double()
@@ -80,7 +83,7 @@ def test_convex_coupling_costs_at_most_a_factor_of_two():
 
 def test_random_vectors_pass_where_an_extreme_one_does_not():
     hessian = torch.zeros(17, 17, dtype=torch.float64)
-    hessian[0, 12] = hessian[12, 0] = 5.0  # the cross term alone
+    hessian[0, 12] = hessian[12, 0] = 5.0  # Only this cross term couples the blocks.
     hessian.diagonal().add_(0.1)
     found = check_majoriser(
         hessian, SIZES, {"base": 1.0, "adapter": 1.0}, DOUBLE, num_steps=17, num_samples=1

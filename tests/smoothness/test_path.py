@@ -1,4 +1,7 @@
-"""Local constants along a path: known answers, and training that does not notice."""
+"""Tests of local constants along a path.
+
+The answers are known, and measuring does not change the training.
+"""
 
 import json
 
@@ -34,7 +37,7 @@ def test_constants_of_a_quadratic_are_those_of_its_blocks():
     parts = {"base": slice(0, 4), "adapter": slice(4, 6)}
     assert found["loss"] == pytest.approx(model().item())
     assert found["grad_norm"]["full"] == pytest.approx(float(gradient.norm()))
-    for entry in found["whole"]:  # a quadratic is the same at every γ
+    for entry in found["whole"]:  # A quadratic has the same constants at every γ.
         assert entry["full"] == pytest.approx(float(change.norm() / length))
         assert entry["step_curvature"] == pytest.approx(float(step @ HESSIAN @ step))
         for block, part in parts.items():
@@ -64,7 +67,7 @@ def test_a_block_that_stands_still_has_no_constant():
     told = local_constants(
         objective_of(model), blocks_of_quadratic(model), before, after, rounding=rounding
     )
-    # Over the whole step rounding shows in the block that stood still as well.
+    # Over the whole step, rounding also shows in the block that stood still.
     length = told["step_norm"]["full"]
     assert "base" not in told["floor"]
     assert told["floor_whole"] == pytest.approx(
@@ -84,7 +87,7 @@ def test_a_block_that_stands_still_has_no_constant():
 def test_training_does_not_notice_the_recorder(tmp_path, adapter):
     def run(measured):
         seen = Recorder()
-        model = build("opt", adapter)  # has dropout, so that generators count
+        model = build("opt", adapter)  # OPT has dropout, so the state of the generators matters.
         trainer = trainer_for(tmp_path / str(measured), model, callbacks=[seen])
         recorder = SmoothnessRecorder(trainer, num_rows=3, every=2, split="layer")
         if measured:
@@ -99,7 +102,8 @@ def test_training_does_not_notice_the_recorder(tmp_path, adapter):
     for step, weights in seen.weights.items():
         assert_same_bits(weights, plain.weights[step])
     assert torch.equal(generator, generator_without)
-    assert with_it.train_dataset.seen[3:] == without.train_dataset.seen  # but for the measured rows
+    # The recorder read its three rows first.
+    assert with_it.train_dataset.seen[3:] == without.train_dataset.seen
     assert [p["step"] for p in recorder.points] == [0, 2]
     for point in recorder.points:
         assert (
@@ -120,7 +124,8 @@ def test_points_are_kept_and_not_measured_again(tmp_path):
     lines = path.read_text().splitlines()
     kinds = [(r["kind"], r["step"]) for r in map(json.loads, lines)]
     assert kinds == [("rounding", 0), ("path", 0), ("path", 1)]
-    path.write_text("\n".join([*lines[:2], lines[2][:40]]))  # killed in the middle of a line
+    # This simulates a kill in the middle of a line.
+    path.write_text("\n".join([*lines[:2], lines[2][:40]]))
     told = []
     again = trainer_for(tmp_path / "b", max_steps=2)
     recorder = SmoothnessRecorder(

@@ -1,4 +1,4 @@
-"""`zofo smoothness` on a tiny model: what it leaves, what it skips, what the report shows."""
+"""Tests of `zofo smoothness` on a tiny model: its files, its options, and its report."""
 
 import json
 import os
@@ -63,7 +63,8 @@ def test_what_a_measured_run_leaves(measured):
     assert {(r["step"], r["block"]) for r in found["spectra"]} == {
         (step, block) for step in (0, 4) for block in ("base", "adapter")
     }
-    # At the start LoRA's B is 0: the adapter's Hessian has a block of zeros, but not only.
+    # LoRA's B is 0 at the start, so the adapter's Hessian contains a block of zeros. Its other
+    # blocks are not zero.
     for record in found["spectra"]:
         assert record["bottom"]["value"] <= record["top"]["value"]
         assert len(record["ritz"][0]["values"]) == 4
@@ -106,7 +107,8 @@ def test_the_page_and_the_report_show_the_fits(measured, tmp_path):
     done = CliRunner().invoke(app, ["report", str(folder), *targets])
     assert done.exit_code == 0, done.output
     lines = (tmp_path / "r.md").read_text().split("### Smoothness along the run")[1].splitlines()
-    assert sum(line.startswith("| ") for line in lines) == len(rows) + 2  # and the heading
+    # The heading takes two more lines.
+    assert sum(line.startswith("| ") for line in lines) == len(rows) + 2
     report = read_page(tmp_path / "r.html")
     assert len(report.table("Fits to the path of each run")) == len(rows)
     assert "0|gradient" in report.data["figures"]["dark"]["smoothness"]
@@ -162,7 +164,7 @@ def test_parts_of_the_base_and_forwards_alone(tmp_path, decoder_folder, measured
     alone = read_json(tmp_path / "b" / "smoothness.json")
     assert not alone["spectra"]
     assert {r["block"] for r in alone["directional"]} == set(sizes)
-    # bfloat16 rounds the losses: what it may have added is said, and larger than in float32.
+    # bfloat16 rounds the losses. The records state this error, and it is larger than in float32.
     exact = {r["block"]: r["rounding"] for r in found["directional"]}
     for record in alone["directional"]:
         assert record["rounding"] > 100 * exact[record["block"]]
@@ -229,7 +231,7 @@ def test_every_problem_is_said_at_once():
     ],
 )
 def test_a_wrong_option_is_named(argument, words):
-    # Another is said with it.
+    # The error also names a second wrong option.
     done = run("smoothness.probes=0", argument)
     assert done.exit_code == 2
     assert words in " ".join(done.output.split())
@@ -267,7 +269,10 @@ def test_a_plan_refuses_what_the_run_would_and_counts_the_rows_there_are(
 
 
 def test_one_signal_stops_between_measurements(measured, tmp_path, decoder_folder, monkeypatch):
-    """While the start is measured; continued, it is the measurement that it would have been."""
+    """One signal stops the command between two measurements.
+
+    The signal comes at the start. The resumed command gives the measurements of an undisturbed one.
+    """
     whole, rows, _ = measured
     import zofo.smoothness.measure as measure
 

@@ -1,4 +1,4 @@
-"""Spectra of block Hessians against dense ones: in closed form, and by autograd."""
+"""Spectra of block Hessians agree with closed forms and with dense Hessians from autograd."""
 
 import warnings
 
@@ -63,7 +63,10 @@ def test_lanczos_stops_where_the_space_ends():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_bound_is_closer_than_rounding(seed):
-    """A Ritz value of float32 that has converged is still off by its rounding."""
+    """No error bound is smaller than the rounding error.
+
+    A converged Ritz value in float32 is still off by rounding.
+    """
     matrix = symmetric([1.11, *[0.01 * i for i in range(39)]], seed=seed)
     exact = np.linalg.eigvalsh(matrix.float().double().numpy())[-1]
     start = signs(40, torch.Generator().manual_seed(seed), torch.zeros(1))
@@ -82,7 +85,10 @@ def test_arpack_reaches_its_tolerance(matrix):
 
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
 def test_intervals_of_the_trace_hold_it(matrix, method):
-    """40 seeds; 95% intervals of t over 12 values of a skewed law hold it in 0.87 to 1."""
+    """The 95% intervals of the trace contain it for at least 34 of 40 seeds.
+
+    Each is a t interval over 12 values of a skewed distribution.
+    """
     hits = 0
     for seed in range(40):
         found = measure_spectrum(
@@ -103,7 +109,7 @@ def test_norms_and_ranks(matrix):
     found = measure_spectrum(matrix, DOUBLE, num_steps=30, num_probes=400)
     squared = (SPECTRUM**2).sum()
     assert found.norm == pytest.approx(9.0, abs=1e-6)
-    # 400 probes: standard errors are below 3% of either.
+    # With 400 probes both standard errors are below 3%.
     assert found.trace.value == pytest.approx(SPECTRUM.sum(), rel=0.15)
     assert found.squared_norm.value == pytest.approx(squared, rel=0.1)
     assert found.effective_rank.value == pytest.approx(found.trace.value / 9.0)
@@ -132,7 +138,8 @@ def test_blocks_of_a_quadratic():
         assert found.top.value == pytest.approx(float(values[-1]), rel=1e-6)
         assert found.bottom.value == pytest.approx(float(values[0]), rel=1e-6)
         off = (own**2).sum() - (own.diagonal() ** 2).sum()
-        error = float((2 * off / 300).sqrt())  # of Hutchinson with signs
+        # This is the standard error of Hutchinson's estimator with signs.
+        error = float((2 * off / 300).sqrt())
         assert abs(found.trace.value - float(own.trace())) < 4 * error
         assert operator.num_products == found.num_products
 
@@ -158,7 +165,7 @@ def test_products_are_those_of_the_dense_hessian(architecture, adapter):
     base = blocks_of(model)["base"].parameters
     whole = BlockHessian(objective, base)
     a, b = (torch.randn(whole.shape[0], dtype=torch.float64) for _ in range(2))
-    # Parts of the models compute in float32 whatever their weights are.
+    # Parts of the models compute in float32, whatever the dtype of their weights.
     assert float(a @ (whole @ b)) == pytest.approx(float(b @ (whole @ a)), rel=1e-4, abs=1e-6)
     assert_same_bits(bits(model), before)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -167,12 +174,12 @@ def test_products_are_those_of_the_dense_hessian(architecture, adapter):
 
 
 def test_eigenvalues_of_a_tiny_transformer_with_lora():
-    """Lanczos, ARPACK and Hutchinson against the eigenvalues of the dense Hessian."""
+    """Lanczos, ARPACK and Hutchinson agree with the eigenvalues of the dense Hessian."""
     model, objective = tiny_objective("llama", "lora")
     blocks = blocks_of(model, "layer")
     for name in ("adapter", "layer 1"):
         parameters = blocks[name].parameters
-        if name == "layer 1":  # a part that autograd does in a second
+        if name == "layer 1":  # autograd differentiates this part in a second.
             parameters = {n: p for n, p in parameters.items() if "k_proj" in n}
         dense = dense_hessian(objective, parameters)
         values = torch.linalg.eigvalsh(dense)
@@ -217,7 +224,8 @@ def test_products_are_curvlinops_own():
         check_deterministic=False, num_data=1, batch_size_fn=lambda _: 1,
     )  # fmt: skip
     with objective.measuring(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's forward mode compiles scripts
+        # torch warns when its forward mode compiles scripts.
+        warnings.simplefilter("ignore", DeprecationWarning)
         expected = theirs @ vector
     assert torch.allclose(ours @ vector, expected, atol=1e-6)
     as_scipy = ours.to_scipy(dtype=np.float64)

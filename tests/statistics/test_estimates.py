@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand, published tables, and simulation."""
+"""Tests of the statistics against hand calculations, published tables, and simulation."""
 
 import math
 
@@ -27,7 +27,8 @@ def test_one_or_two_seeds_give_no_interval(values):
 
 
 def test_three_seeds_give_students_interval_worked_out_by_hand():
-    # mean 2, standard error 1 / sqrt 3, t quantile of two degrees of freedom 4.30265
+    # The mean is 2, the standard error is 1 / sqrt 3, and the t quantile for two degrees of freedom
+    # is 4.30265.
     estimate = mean_interval([1.0, 2.0, 3.0])
     assert estimate.low == pytest.approx(2 - 4.30265 / math.sqrt(3), abs=1e-4)
     assert estimate.high == pytest.approx(2 + 4.30265 / math.sqrt(3), abs=1e-4)
@@ -54,7 +55,7 @@ def test_intervals_of_few_seeds_cover_what_they_claim():
     for num in (3, 5):
         found = [mean_interval(generator.normal(size=num)) for _ in range(400)]
         covered = sum(e.low <= 0 <= e.high for e in found)
-        # 400 trials at 95%: a standard deviation is 4.4
+        # In 400 trials at 95%, the standard deviation of the number of hits is 4.4.
         assert 362 <= covered <= 398
 
 
@@ -99,12 +100,12 @@ def test_the_mean_over_two_tasks_is_welchs_interval():
 def test_pairs_of_one_task_are_one_observation_a_seed():
     pair = by_seed(0.1, 0.2, 0.4)
     alone = mean_interval([0.1, 0.2, 0.4])
-    for copies in (2, 5):  # saying it again makes it no surer
+    for copies in (2, 5):  # Repeating a pair makes the mean no more certain.
         found = mean_over_pairs([pair] * copies, ["cb"] * copies)
         assert (found.value, found.low, found.high) == pytest.approx(
             (alone.value, alone.low, alone.high)
         )
-    other = {2: -0.3, 0: 0.0, 1: 0.3}  # matched by seed, not by place
+    other = {2: -0.3, 0: 0.0, 1: 0.3}  # Pairs are matched by seed and not by position.
     found = mean_over_pairs([pair, other], ["cb", "cb"])
     means = mean_interval([0.05, 0.25, 0.05])
     assert (found.low, found.high) == pytest.approx((means.low, means.high))
@@ -114,7 +115,8 @@ def test_the_interval_holds_the_mean_where_pairs_share_their_seeds():
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(600):
-        shared = generator.normal(0, 0.02, (2, 4))  # of a task's seeds, whatever the adapter
+        # All adapters share this noise of a task's seeds.
+        shared = generator.normal(0, 0.02, (2, 4))
         pairs = [by_seed(*(shared[task] + generator.normal(0, 0.01, 4))) for task in (0, 0, 0, 1)]
         found = mean_over_pairs(pairs, [0, 0, 0, 1])
         held += found.low <= 0 <= found.high
@@ -124,19 +126,20 @@ def test_the_interval_holds_the_mean_where_pairs_share_their_seeds():
 def test_pairs_without_spread_or_with_single_seeds():
     assert mean_over_pairs([by_seed(0.1, 0.2, 0.3)], ["a"]) == mean_interval([0.1, 0.2, 0.3])
     assert math.isnan(mean_over_pairs([by_seed(0.1), by_seed(0.2, 0.3)], ["a", "b"]).low)
-    # A single seed shows no spread, also where its task has more.
+    # A single seed shows no spread, even if another pair of its task has more seeds.
     assert math.isnan(mean_over_pairs([by_seed(0.1), by_seed(0.2, 0.3, 0.5)], ["a", "a"]).low)
     two = [by_seed(0.1, 0.2), by_seed(0.2, 0.3)]
-    assert not math.isnan(mean_over_pairs(two, ["a", "b"]).low)  # two degrees of freedom
-    assert math.isnan(mean_over_pairs(two, ["a", "a"]).low)  # one
+    # This case has two degrees of freedom.
+    assert not math.isnan(mean_over_pairs(two, ["a", "b"]).low)
+    assert math.isnan(mean_over_pairs(two, ["a", "a"]).low)  # This case has only one.
     still = mean_over_pairs([by_seed(0.1, 0.1), by_seed(0.3, 0.3)], ["a", "b"])
     assert (still.low, still.high) == (pytest.approx(0.2), pytest.approx(0.2))
 
 
 def test_friedman_worked_out_by_hand():
     scores = pd.DataFrame({"a": [9, 8, 9, 7], "b": [5, 6, 8, 9], "c": [1, 2, 3, 4]})
-    # ranks a 1 1 1 2, b 2 2 2 1, c 3 3 3 3: means 1.25, 1.75, 3
-    # 12·4/(3·4) (1.25² + 1.75² + 3² − 3·4²/4) = 6.5, and exp(−6.5/2) is its tail
+    # The ranks are a 1 1 1 2, b 2 2 2 1, c 3 3 3 3, so the means are 1.25, 1.75 and 3.
+    # The statistic is 12·4/(3·4) (1.25² + 1.75² + 3² − 3·4²/4) = 6.5, and its tail is exp(−6.5/2).
     found = rank_treatments(scores)
     assert found.mean_ranks == {"a": 1.25, "b": 1.75, "c": 3.0}
     assert found.statistic == pytest.approx(6.5)
@@ -144,7 +147,7 @@ def test_friedman_worked_out_by_hand():
     assert found.num_blocks == 4
 
 
-# Demšar 2006, table 5(a)
+# The values of q come from Demšar 2006, table 5(a).
 @pytest.mark.parametrize(("num", "q"), [(3, 2.343), (4, 2.569), (5, 2.728)])
 def test_nemenyis_critical_difference_is_the_published_one(num, q):
     generator = np.random.default_rng(num)

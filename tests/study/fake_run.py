@@ -1,8 +1,9 @@
-"""Stands for `python -m` in tests of the worker: runs that take milliseconds and import nothing.
+"""Stand-in for `python -m` in tests of the worker.
 
-A run's dev loss depends on its configuration alone. adapter_lr 13 fails, 17 is stopped early; a
-stopped run that is continued goes on, as real ones do. A run that meets another process in its
-folder leaves a file `violation`.
+Its runs take milliseconds and import nothing. A run's dev loss depends on its configuration alone.
+A run with adapter_lr 13 fails, and one with 17 is stopped early. A stopped run that is resumed
+continues, as real runs do. A run that meets another process in its folder leaves a file
+`violation`.
 """
 
 import fcntl
@@ -48,7 +49,10 @@ def number(*values):
 
 
 def enter(folder):
-    """A lock of its own, which is gone with the process, shows who is in a run's folder."""
+    """Take the lock of a run's folder, and note a violation if another process holds it.
+
+    The lock ends with the process.
+    """
     inside = folder.parent.parent / "inside"
     inside.mkdir(exist_ok=True)
     file = (inside / folder.name).open("w")

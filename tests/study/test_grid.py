@@ -1,4 +1,4 @@
-"""Expansion: which cells, which rates, what they are called, what they cost."""
+"""Tests of the expansion of a study: its cells, rates, names, and costs."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ FIVE = ["hybrid", "fo-peft", "zo-peft", "fo-ft", "zo-ft"]
 
 @pytest.fixture
 def write(tmp_path):
-    """A study of models that need not be there."""
+    """Return a function that writes a study of models that need not exist."""
 
     def study(**changes):
         rows = tmp_path / "rows.csv"
@@ -42,7 +42,8 @@ def test_cells_are_combinations_that_make_sense(write):
             )
         )
     )
-    # Without an adapter there is one cell for all of them, without a gradient one optimizer.
+    # Methods without an adapter have one cell for all adapters. Methods without a gradient have one
+    # for all optimizers.
     of_model = {"hybrid": 4, "fo-peft": 4, "zo-peft": 2, "fo-ft": 2, "zo-ft": 1}
     counts = {method: sum(c.method == method for c in grid.rates) for method in FIVE}
     assert counts == {method: 2 * num for method, num in of_model.items()}
@@ -53,7 +54,7 @@ def test_cells_are_combinations_that_make_sense(write):
 
 @pytest.mark.parametrize("rate", [1e-4, "1e-4", [1e-4], ["1e-4"]])
 def test_one_rate_is_a_grid(write, rate):
-    # YAML reads 1e-4, without a dot, as text.
+    # YAML reads 1e-4 as text, because it has no dot.
     grid = expand(load_spec(write(methods=["fo-peft"], rates=[{"adapter_lr": rate}])))
     assert list(grid.rates.values()) == [(Pair(None, 1e-4),)]
 
@@ -255,7 +256,7 @@ def test_presets_expand():
     assert (len(grid.rates), grid.num_runs) == (16, 72)
     known = [task for task in load_spec("paper").tasks if task in task_names()]
     grid = expand(load_spec("paper", [f"tasks={json.dumps(known)}"]))
-    # Of a model and task: 75 hybrid, 15 fo-peft, 11 zo-peft, 5 fo-ft, 5 zo-ft.
+    # Each model and task has 75 hybrid, 15 fo-peft, 11 zo-peft, 5 fo-ft and 5 zo-ft runs.
     assert len(grid.search) == 3 * len(known) * (75 + 15 + 11 + 5 + 5)
     (steps,) = {grid.config(r).steps for r in grid.search[::40] if r.cell.method == "hybrid"}
     assert steps == 20_000

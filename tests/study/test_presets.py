@@ -1,4 +1,4 @@
-"""Every preset and every study file, at tiny scale: each of its cells is run once."""
+"""Tests of every preset and every study file at tiny scale. Each cell runs once."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,10 @@ SMALL = {"num_train": 16, "num_dev": 8, "num_test": 8}
 
 
 def shrink(name: str, folder: Path, decoder: str, encoder: str) -> Grid:
-    """The study with tiny models, few rows, two steps and no network; all else is its own."""
+    """Return the study with tiny models, few rows, two steps and no network.
+
+    Everything else stays as in the study.
+    """
     spec = load_spec(str(STUDIES[name]) if STUDIES[name] in FILES else name)
     models, tasks = [], []
     for entry in spec.models:
@@ -47,7 +50,7 @@ def shrink(name: str, folder: Path, decoder: str, encoder: str) -> Grid:
 
 
 def one_run_of_each_cell(grid: Grid) -> list[Run]:
-    """The first run of every cell with the first task, and one with every other task."""
+    """Return the first run of every cell with the first task, and one run with every other task."""
     first_task = next(iter(grid.rates)).task
     found: dict[object, Run] = {}
     for run in grid.search:
@@ -56,7 +59,7 @@ def one_run_of_each_cell(grid: Grid) -> list[Run]:
 
 
 def same_but_for_rates(config: RunConfig) -> str:
-    """What two runs have in common that do the same work on the same tiny task."""
+    """Return a key that is equal for runs that do the same work on the same tiny task."""
     task = config.task.model_copy(update={"data_dir": None})
     changes = {"output_dir": None, "base_lr": 0.0, "adapter_lr": 0.0, "task": task}
     return config.model_copy(update=changes).model_dump_json()
@@ -64,7 +67,10 @@ def same_but_for_rates(config: RunConfig) -> str:
 
 @pytest.fixture(scope="module")
 def losses():
-    """The dev loss of every run so far. Studies share cells, and each cell is run once."""
+    """Collect the dev loss of every run so far.
+
+    Studies share cells, and each cell runs once.
+    """
     return {}
 
 
@@ -89,9 +95,10 @@ def test_a_study_file_names_its_command(path):
 
 
 def test_a_preset_as_in_the_readme(tmp_path, encoder_folder):
-    """`zofo study laptop --workers 2` and `zofo report`, cut down by overrides only.
+    """`zofo study laptop --workers 2` and `zofo report` work as in the README.
 
-    The study's processes are forked from one that has imported everything.
+    Only overrides make the study smaller. Its processes are forked from one that has imported
+    everything.
     """
     rows = [make_row("rotten-tomatoes", i) for i in range(90)]
     write_rows(tmp_path / "train.jsonl", rows[:60])

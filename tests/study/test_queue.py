@@ -1,4 +1,4 @@
-"""The queue: nobody gets what another has, and what a dead worker had is had again."""
+"""Two workers never get the same trial, and the trial of a dead worker is given out again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 
 
 def binaries():
-    """Where PostgreSQL's programs are; None if it is not installed."""
+    """Return the folder of PostgreSQL's programs, or None if it is not installed."""
     found = shutil.which("initdb")
     places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -31,15 +31,16 @@ def binaries():
 
 @pytest.fixture(scope="module")
 def postgres():
-    """URL of a server of our own."""
+    """Start a server for these tests and return its URL."""
     folder = binaries()
     if folder is None:
         pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed")
     pytest.importorskip("psycopg")
-    # Not pytest's folder, which another user cannot enter; and short, for the socket's name.
+    # pytest's folder does not suit, because another user cannot enter it. The path is short,
+    # because the name of a socket must be short.
     data = Path(tempfile.mkdtemp(prefix="zofo-pg-"))
     user = None
-    if os.geteuid() == 0:  # the server refuses to run as root
+    if os.geteuid() == 0:  # The server refuses to run as root.
         try:
             shutil.chown(data, user := "postgres", "postgres")
         except LookupError:
@@ -91,7 +92,7 @@ def open_queue(url, request):
 
 
 def _take_all(url, name, answers):
-    """In a process: claim as long as anything waits."""
+    """Claim trials in a process of its own, as long as any trial waits."""
     queue, mine = Queue(url, name), []
     answers.put("ready")
     while waiting := queue.waiting():
@@ -137,7 +138,7 @@ def test_a_trial_is_claimed_once_and_given_back(open_queue):
     assert not first.beat(trial)
     again = second.waiting()["a"]
     assert second.claim(again)
-    first.give_back(trial)  # of no effect any more
+    first.give_back(trial)  # This has no effect any more.
     second.finish(again, 0.5)
     second.finish(again)
     assert (second.waiting(), second.workers()) == ({}, {})

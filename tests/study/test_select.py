@@ -1,4 +1,4 @@
-"""The choice of rates: known answers, and what it cannot depend on."""
+"""Tests of the choice of rates: known answers, and what the choice must not depend on."""
 
 import itertools
 import json
@@ -22,7 +22,10 @@ def grid(tmp_path):
 
 
 def choice_of(grid, scores):
-    """Scores of low and high rates, by seed."""
+    """Return the chosen rates.
+
+    `scores` holds the dev losses of the low and of the high rates, by seed.
+    """
     (cell,) = grid.rates
     given = [
         DevScore(cell, pair, seed, score)
@@ -38,12 +41,12 @@ def choice_of(grid, scores):
     ("scores", "chosen"),
     [
         ([(0.5, 0.5), (0.4, 0.5)], HIGH),
-        ([(0.5, 0.4), (0.4, 0.5)], LOW),  # a tie: the smallest rates
-        ([(0.9, 0.9), (0.1, None)], LOW),  # one failed run, and the pair loses
+        ([(0.5, 0.4), (0.4, 0.5)], LOW),  # A tie goes to the smaller rates.
+        ([(0.9, 0.9), (0.1, None)], LOW),  # A pair with a failed run loses.
         ([(float("nan"), 0.1), (0.9, 0.9)], HIGH),
         ([(float("inf"), 0.1), (0.9, 0.9)], HIGH),
         ([(None, 0.1), (0.1, None)], None),
-        ([(0.5, 0.5), (0.4,)], "open"),  # the search has not ended
+        ([(0.5, 0.5), (0.4,)], "open"),  # The search has not ended.
         ([(), ()], "open"),
     ],
 )
@@ -88,7 +91,7 @@ def test_by_loss_or_accuracy(tmp_path, by, chosen):
 def test_test_scores_cannot_change_a_choice(tmp_path, grid, monkeypatch):
     (cell,) = grid.rates
     folder = StudyFolder(grid)
-    for run in grid.search:  # the better on dev is the worse on test
+    for run in grid.search:  # The rates that are better on dev are worse on test.
         dev = 0.3 if run.rates == LOW else 0.4
         write_run(folder, run, dev, test={"after": {"loss": 1 - dev, "accuracy": dev}})
     folder.start_folder("tiny", "reviews", 0).mkdir(parents=True)
@@ -100,7 +103,7 @@ def test_test_scores_cannot_change_a_choice(tmp_path, grid, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert StudyFolder(grid).choices()[cell].rates == LOW
-    assert set(opened) == {"study.json"}  # where there are no test scores
+    assert set(opened) == {"study.json"}  # These files contain no test scores.
     monkeypatch.undo()
     for run in grid.search:
         record = json.loads((folder.run_folder(run) / "study.json").read_text())

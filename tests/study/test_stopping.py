@@ -1,4 +1,4 @@
-"""Runs of a study: without test rows, ended early, measured later."""
+"""Tests of a study's runs that skip the test rows, end early, or are measured later."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_a_run_that_leaves_the_test_rows_alone_is_the_same_run(tmp_path, run, ca
     assert "held-out" not in capsys.readouterr().out
     assert "test rows" not in (tmp_path / "without" / "artifact" / "README.md").read_text()
 
-    # Measured later, its scores are those that the other run has measured itself.
+    # A later measurement gives the scores that the other run measured itself.
     folder, start = tmp_path / "without", tmp_path / "start.json"
     assert main(["start", str(folder / "run.yaml"), str(start)]) == 0
     assert main(["run", str(folder), str(start)]) == 0

@@ -1,4 +1,4 @@
-"""`zofo study` as a user meets it."""
+"""Tests of `zofo study` as a user runs it."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_from_plan_to_results(tmp_path, fake):
     assert "no study in" in run(path, "--join").stderr
 
     done = run(path, "--workers", "2")
-    assert done.exit_code == 1  # one rate fails
+    assert done.exit_code == 1  # One of the rates fails.
     assert "dev loss 0." in done.stderr
     assert "everything has ended" in done.stdout
     assert "no such thing" in done.stdout
@@ -52,7 +52,7 @@ def test_from_plan_to_results(tmp_path, fake):
     assert "s per forward" in run(tmp_path / "study", "--dry-run").stdout
     first = results(tmp_path)
 
-    # A folder that was moved is continued where it lies.
+    # A study that was moved continues at its new place.
     (tmp_path / "study").rename(tmp_path / "moved")
     assert run(tmp_path / "moved", "--join").exit_code == 1
     assert not (tmp_path / "study").exists()
@@ -86,7 +86,7 @@ def test_every_key_is_documented():
 
 @pytest.mark.slow
 def test_real_runs_killed_twice_and_continued_with_two_workers(tmp_path, decoder_folder):
-    """24 runs as processes: what comes of them does not depend on kills."""
+    """A study of 24 real runs gives the same results with and without kills."""
     changes = {
         "methods": ["hybrid", "fo-peft", "zo-ft"],
         "adapters": ["lora", "prompt"],

@@ -1,4 +1,7 @@
-"""Workers on runs that take milliseconds: ends, failures, signals, kills, two at once."""
+"""Tests of workers on runs that take milliseconds.
+
+They cover ends, failures, signals, kills, and two workers at once.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ LARGE = {
     "adapters": ["lora", "prompt"],
     "rates": [{"base_lr": [1e-5, 1e-4], "adapter_lr": [1e-3, 1e-2]}],
 }
-"""Five cells, 14 searches, 10 runs of other seeds, 3 starts, 15 tests."""
+"""A study of five cells, 14 search runs, 10 runs of other seeds, 3 starts, and 15 tests."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +49,7 @@ def _fake_runs():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A study in that folder."""
+    """Return a function that expands the study for a folder."""
     rows = write_rows(tmp_path_factory.mktemp("rows"))
 
     def in_folder(folder, **changes):
@@ -63,7 +66,7 @@ def make(study, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(study, tmp_path_factory):
-    """A study that was left alone."""
+    """Return the folder of a study that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     Worker(study(folder), 2).run()
     return folder
@@ -77,7 +80,7 @@ def whole_large(study, tmp_path_factory):
 
 
 def _work(grid, num_slots, step_s, options):
-    """In a process: a worker that sees signals, as in `zofo study`."""
+    """Run a worker in this process. It handles signals as in `zofo study`."""
     os.environ["FAKE_STEP_S"] = str(step_s)
     Child.program = FAKE
     worker = Worker(grid, num_slots, **options)
@@ -102,7 +105,7 @@ def wait_for(condition, process, limit_s=120):
 
 
 def kill_all(process):
-    """SIGKILL to the worker and its children at once; whether it was alive."""
+    """Send SIGKILL to the worker and all its children. Return whether the worker was alive."""
     if not process.is_alive():
         return False
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
@@ -142,7 +145,7 @@ def test_a_study_ends_with_test_scores_of_chosen_runs_only(whole):
 
 
 def test_starting_again(make, tmp_path, whole):
-    """Nothing is done twice; what is lost is done again, and more seeds are done beside."""
+    """A second start repeats nothing, runs again what was lost, and adds runs for new seeds."""
     place, first = tmp_path / "one", results(whole)
     (tmp_path / "one").mkdir()
     shutil.copytree(whole / "study", place / "study")
@@ -175,7 +178,7 @@ def test_runs_that_fail_or_stop_are_recorded_and_lose(make, tmp_path, rate, stat
     grid = make(rates=[{"base_lr": [1e-4], "adapter_lr": [1e-3, rate]}], methods=["hybrid"])
     Worker(grid, 2).run()
     first = results(tmp_path / "one")
-    # As if the workers had been killed when the runs had ended, and nobody had taken note.
+    # This is the state after a kill that came when the runs had ended and nothing was recorded yet.
     for path in (tmp_path / "one/study/runs").glob("*/study.json"):
         path.unlink()
     Worker(grid, 2).run()
@@ -261,9 +264,9 @@ def test_a_signal_stops_the_runs_with_checkpoints(make, tmp_path, signum, whole)
     process.join(60)
     assert process.exitcode == 128 + signum
     assert not any(child.is_running() for child in children)
-    assert len(list(runs.glob("*/asked"))) == 2  # they ended by themselves
+    assert len(list(runs.glob("*/asked"))) == 2  # The runs ended by themselves.
     assert num_ended(tmp_path / "one") == 0
-    Worker(grid, 2).run()  # at once: the trials were given back
+    Worker(grid, 2).run()  # The trials were given back, so the next worker starts at once.
     assert results(tmp_path / "one") == results(whole)
 
 
@@ -291,7 +294,7 @@ def test_killed_again_and_again_and_continued(make, tmp_path, request, name, wan
 
 
 def test_a_study_that_another_worker_begins_or_did_not_come_to_begin(make, tmp_path, whole):
-    """What lies there between a worker's lock and its study.yaml."""
+    """A worker can start where another one has only taken the lock and written no study.yaml."""
     place = tmp_path / "one" / "study"
     for name in ("locks", "configs"):
         (place / name).mkdir(parents=True)
@@ -304,7 +307,8 @@ def test_three_workers_begin_at_once_and_one_is_killed(make, tmp_path, whole):
     grid = make()
     workers = [start(grid, 1, step_s=0.02, heartbeat_s=1) for _ in range(3)]
     assert wait_for(lambda: num_ended(tmp_path / "one") >= 2, workers[0])
-    os.kill(workers[0].pid, signal.SIGKILL)  # its child ends by itself, and its run goes on
+    # The worker's child ends by itself, and another worker continues its run.
+    os.kill(workers[0].pid, signal.SIGKILL)
     for worker in workers:
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0]

@@ -1,4 +1,4 @@
-"""Ways to damage what zofo saved, to change it under digests that fit, and to check the refusal."""
+"""Helpers that damage saved files, change them under valid digests, and check the refusal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CONFIG = "adapter/adapter_config.json"
 FILES = ("zofo.json", TRAJECTORY_FILE, ADAPTER, CONFIG)
 CHECKPOINT_FILES = (TRAJECTORY_FILE, "adapter_model.safetensors", "adapter_config.json")
 NEVER = Path("zofo-was-here")
-"""What hostile files would make, in the working folder."""
+"""A file in the working folder that a hostile file would create."""
 
 
 def refused(action, *words):
-    """The error is one short message that says what to do."""
+    """Assert that the action raises one short message with these words, and return the message."""
     with pytest.raises(UserError) as caught:
         action()
     message = str(caught.value)
@@ -35,12 +35,15 @@ def refused(action, *words):
 
 
 def damage(path, kind):
-    """Cut a file short, or flip one bit of it, at places drawn anew for each file."""
+    """Cut a file short or flip one bit of it.
+
+    The place depends only on the file's name and on `kind`.
+    """
     content = bytearray(path.read_bytes())
     how, _, number = kind.partition(" ")
     if how == "cut":
         part = int(number.removeprefix("at ").partition("/")[0])
-        # The last byte of a JSON file is a newline, which is no loss.
+        # The last byte of a JSON file is a newline, and losing it does no harm.
         content = content[: (len(content) - 2) * part // 11]
     else:
         place = random.Random(f"{path.name} {kind}").randrange(8 * len(content))
@@ -49,7 +52,7 @@ def damage(path, kind):
 
 
 def edit(artefact, change):
-    """Change zofo.json and seal it again."""
+    """Change zofo.json and compute its digest again."""
     header = read_json(artefact / "zofo.json")
     header.pop("digest")
     change(header)
@@ -58,7 +61,7 @@ def edit(artefact, change):
 
 
 def seal(artefact):
-    """Make the digests fit what lies in the folder."""
+    """Compute the digests of the files in the folder again."""
     header = read_json(artefact / "zofo.json")
     for key in ("format", "zofo_version", "files", "digest"):
         header.pop(key)

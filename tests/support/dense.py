@@ -1,4 +1,4 @@
-"""Objectives whose Hessian is known: quadratics by block, and a tiny transformer by autograd."""
+"""Objectives with a known Hessian: quadratics by block, and a tiny transformer by autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zofo.smoothness.objective import Objective
 
 
 class Quadratic(nn.Module):
-    """wᵀAw/2 + b·w over two blocks, w = (x, y)."""
+    """The function wᵀAw/2 + b·w of two blocks, w = (x, y)."""
 
     def __init__(self, hessian: Tensor, num_x: int, *, seed: int = 0):
         super().__init__()
@@ -27,7 +27,7 @@ class Quadratic(nn.Module):
 
 
 def symmetric(spectrum, *, seed: int = 0) -> Tensor:
-    """A matrix with these eigenvalues and random eigenvectors, float64."""
+    """Return a float64 matrix with these eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.as_tensor(spectrum, dtype=torch.float64)
     drawn = torch.randn(len(values), len(values), dtype=torch.float64, generator=generator)
@@ -47,14 +47,17 @@ def objective_of(model: nn.Module, batches=(None,)) -> Objective:
 
 
 def tiny_objective(architecture="llama", adapter="lora", *, num_batches=1, dtype=torch.float64):
-    """A tiny transformer in double precision, and its loss on a batch or several."""
+    """Return a tiny transformer in double precision, and its loss on one or more batches."""
     model = build(architecture, adapter, dtype=dtype).to(dtype)
     batches = [batch_for(architecture, seed=1 + i) for i in range(num_batches)]
     return model, Objective(model, lambda batch: model(**batch).loss, batches)
 
 
 def dense_hessian(objective: Objective, parameters) -> Tensor:
-    """∇²f over some parameters, row after row by autograd on the model itself, [n, n]."""
+    """Return ∇²f over some parameters, [n, n].
+
+    autograd computes it row by row on the model itself.
+    """
     own = list(parameters.values())
     flags = [(p, p.requires_grad) for p in objective.model.parameters()]
     for p, _ in flags:

@@ -1,8 +1,8 @@
-"""Commands that begin in milliseconds: forked from a process that has imported everything.
+"""Commands that start in milliseconds, because they are forked from a process with all imports.
 
-Run as a program, this file stands for `python -m`: it hands its arguments, folder, environment and
-standard streams to a server, and ends with the exit code of the process that the server forks.
-The program itself imports nothing but what is below.
+Run as a program, this file replaces `python -m`. It sends its arguments, folder, environment and
+standard streams to a server, and it ends with the exit code of the process that the server forks.
+The program itself imports only the modules below.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @contextmanager
 def server(folder):
-    """What to begin a command with instead of `(sys.executable, "-m")`, while the server lives."""
+    """Run the server, and yield the replacement for `(sys.executable, "-m")` in a command."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
@@ -59,7 +59,7 @@ def in_forks(*calls):
 
 
 def _serve(listener, program):
-    """Answer every connection by a process of its own; runs of a study begin the same way."""
+    """Answer each connection in a process of its own. The runs of a study start the same way."""
     from zofo.study.process import Child
 
     Child.program = program
@@ -75,7 +75,7 @@ def _serve(listener, program):
 
 
 def _answer(connection):
-    """Fork the command, tell its process id, and then its exit code."""
+    """Fork the command, send its process id, and later send its exit code."""
     message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     pid = os.fork()
     if pid == 0:
@@ -91,7 +91,7 @@ def _answer(connection):
 
 
 def _run(asked):
-    """`python -m` in this process; its exit code."""
+    """Run `python -m` in this process and return its exit code."""
     import runpy
 
     sys.stdin, sys.stdout, sys.stderr = (
@@ -115,7 +115,7 @@ def _run(asked):
 
 
 def _ask(path, *arguments):
-    """As the program: have the command run, hand signals on to it, and end as it ends."""
+    """Let the server run the command, pass signals on to it, and end with its exit code."""
     asked = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)

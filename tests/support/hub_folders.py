@@ -39,7 +39,7 @@ def make_tokenizer(**options: Any) -> hf.PreTrainedTokenizerFast:
 
 
 def save_decoder(folder: Path) -> Path:
-    """A Llama of two layers, seeded."""
+    """Save a seeded Llama of two layers."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ def save_decoder(folder: Path) -> Path:
 
 
 def save_encoder(folder: Path) -> Path:
-    """A BERT of two layers without a head, seeded."""
+    """Save a seeded BERT of two layers without a head."""
     tokenizer = make_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     tokenizer.pad_token = "<eos>"
     with torch.random.fork_rng():
@@ -82,7 +82,10 @@ def save_encoder(folder: Path) -> Path:
 
 
 def save_encoder_decoder(folder: Path) -> Path:
-    """A T5 of two layers a side, seeded; its tokenizer ends every text, as T5's does."""
+    """Save a seeded T5 with two layers on each side.
+
+    Its tokenizer ends every text with an end token, as T5's does.
+    """
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""A few rows of every built-in task in the hub's columns, and folders of them."""
+"""A few rows of every built-in task in the columns of the hub, and folders of such rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 TEST_SPLIT = {"rotten-tomatoes": "test", "trec": "test", "agnews": "test"}
-"""Tasks whose hub data have a labelled test split; of the others the validation split serves."""
+"""Tasks whose hub data have a labelled test split. The others use the validation split."""
 
 
 def make_row(task: str, i: int) -> dict:
-    """A row that no other number gives."""
+    """Return a row of the task. Every number gives another row."""
     label = i % 2
     wsc = f"Ann {i} told Bob that she won."
     return {
@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def write_folder(
     folder: Path, task: str, *, num_train: int = 40, test: list[dict] | None = None
 ) -> str:
-    """Files of a task: made-up training rows, and the given test rows or made-up ones."""
+    """Write the files of a task: generated training rows, and given or generated test rows."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "train.jsonl", [make_row(task, i) for i in range(num_train)])
     made = [make_row(task, i) for i in range(1000, 1012)]

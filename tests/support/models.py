@@ -1,4 +1,4 @@
-"""Tiny untrained models of real architectures, adapters, and batches."""
+"""Tiny untrained models of real architectures, with adapters and batches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     lora_dropout: float = 0.0,
 ) -> nn.Module:
-    """A tiny model; the LoRA's B is random, so that its contribution is not zero."""
+    """Return a tiny model. The B of its LoRA is random, so that the adapter contributes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ARCHITECTURES[architecture]()
@@ -122,7 +122,7 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter."""
+    """Return a copy of every parameter."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

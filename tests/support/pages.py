@@ -1,4 +1,4 @@
-"""Reading a report's page back, as a reader of its HTML would."""
+"""Reads a report's page from its HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 @dataclass
 class Found:
-    """What a page holds: tables by caption, the data block, tags, and text."""
+    """The content of a page: tables by caption, the data block, tags, and text."""
 
     tables: list[dict] = field(default_factory=list)
     data: dict = field(default_factory=dict)
@@ -18,7 +18,10 @@ class Found:
     text: str = ""
 
     def table(self, words):
-        """Rows of the table whose caption has these words: key -> (text, unrounded value)."""
+        """Return the rows of the table whose caption has these words.
+
+        Each row is a dict key -> (text, unrounded value).
+        """
         (table,) = [t for t in self.tables if words in t["caption"]]
         return [dict(zip(table["keys"], row, strict=True)) for row in table["rows"]]
 

@@ -1,4 +1,4 @@
-"""Small problems with a base and an adapter, in float64, whose constants are known."""
+"""Small float64 problems with a base and an adapter, whose constants are known."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from zofo.optim.reshuffle import epoch_order
 
 
 class Quadratic(nn.Module):
-    """f_i(x, y) = ½ Σ_j λ_j (x_j − a_ij)² + ½ Σ_j μ_j (y_j − b_ij)² over rows i.
+    """The function f_i(x, y) = ½ Σ_j λ_j (x_j − a_ij)² + ½ Σ_j μ_j (y_j − b_ij)² of row i.
 
-    Rows have a and b of mean 0 and standard deviation `noise`.
+    Over the rows, a and b have mean 0 and standard deviation `noise`.
     """
 
     def __init__(
@@ -53,7 +53,10 @@ class _Base(nn.Module):
 
 
 class Logistic(nn.Module):
-    """Logistic regression on features seen through a base matrix, plus an adapter's own weights."""
+    """A classifier of two layers with a logistic loss.
+
+    The base is the first layer, the adapter the last.
+    """
 
     def __init__(self, *, rows=128, width=12, hidden=6, seed=0, dtype=torch.float64):
         super().__init__()
@@ -87,7 +90,7 @@ def batch_of(indices):
 
 
 def train(model, advice, *, num_steps, batch_size=8, seed=0, optimizer="AdamW", method="hybrid"):
-    """Run the real optimizer at the advised numbers; returns the full loss before and after."""
+    """Run the real optimizer at the advised rates. Return the full loss before and after."""
     everything = torch.arange(model.num_rows)
     with torch.no_grad():
         before = float(model(everything).mean())

@@ -1,4 +1,4 @@
-"""Run folders as `zofo train` and a study write them, without training."""
+"""Run folders as `zofo train` and a study write them, without any training."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def write_run(
     memory=500 << 20,
     **options,
 ) -> Path:
-    """A run folder.
+    """Write a run folder.
 
     Args:
-        accuracy: on test; None: the run measured dev only, as a search does.
-        dev: losses on dev, every `every` steps.
-        study: what study.json says beside what the other arguments say.
+        accuracy: on test. None stands for a run that measured dev only, as a search does.
+        dev: losses on dev, one every `every` steps.
+        study: entries of study.json that replace those from the other arguments.
         result: whether the run has ended.
         options: other keys of the configuration.
     """
@@ -147,7 +147,10 @@ GAIN = {"hybrid": 0.03, "fo-peft": 0.0, "zo-ft": -0.05, "fo-ft": 0.04}
 
 
 def write_study(folder: Path, *, tasks=("rte", "sst2", "boolq"), seeds=(0, 1, 2)) -> Path:
-    """A study: four methods, three tasks, three seeds, a search over rates, runs that failed."""
+    """Write a study of four methods, three tasks and three seeds.
+
+    It includes a search over rates and runs that failed.
+    """
     generator = random.Random(5)
     runs = folder / "runs"
     for task in tasks:

@@ -1,4 +1,4 @@
-"""A smooth float64 model with closed forms, and its blocks."""
+"""A smooth float64 model with closed forms, and helpers for its blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 2**63 + 11
 
 
 class Net(nn.Module):
-    """A smooth float64 loss with a base and an adapter, precise enough for closed forms."""
+    """A smooth float64 loss of a base and an adapter, precise enough for closed forms."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def optimizer_for(model, method="hybrid", *, base_lr=0.3, adapter_lr=0.2, groups
 
 
 def directions_of(model, *, step, index=0, distribution="rademacher"):
-    """Base name -> v, in float64."""
+    """Return a dict from each base parameter's name to its v, in float64."""
     blocks = split_parameters(model)
     return {
         name: direction(
@@ -61,7 +61,7 @@ def directions_of(model, *, step, index=0, distribution="rademacher"):
 
 @torch.no_grad()
 def moved_along(model, v, scale):
-    """A copy of the model whose base stands at x + scale · v."""
+    """Return a copy of the model whose base stands at x + scale · v."""
     twin = copy.deepcopy(model)
     for name, parameter in split_parameters(twin).base.items():
         parameter.add_(v[name], alpha=scale)

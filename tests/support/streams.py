@@ -1,9 +1,9 @@
-"""Streams of a device where there is none: as bad as a device may be.
+"""Fake streams on the CPU, which behave as badly as a device may.
 
-What the side stream is asked for is done as late as may be: when the main stream waits for it;
-until then the tensors that it writes are NaN. And every access of a tensor is checked against those
-before it: two streams that touch one, one of them writing, without a wait between them, are a race,
-even where the CPU, which never lags behind, would get it right.
+The side stream does its work as late as possible, namely when the main stream waits for it. Until
+then, the tensors that it writes are NaN. Every access to a tensor is also checked against earlier
+accesses. If two streams touch a tensor, one of them writes, and neither has waited for the other,
+this is a race. The check finds races that the CPU, which never lags behind, would hide.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_iter
 
 
 class RaceError(AssertionError):
-    """Two streams touch a tensor and neither has waited for the other."""
+    """Two streams touch a tensor, and neither has waited for the other."""
 
 
 class FakeStream:
-    """What it has done, and what it knows that others have done by now."""
+    """Counts what it has done, and what it knows that other streams have done."""
 
     def __init__(self):
         self.num_done = 0
@@ -39,7 +39,7 @@ class FakeStream:
 
 
 class FakeStreams(TorchDispatchMode):
-    """In place of `torch.cuda`; entered, it watches what the current stream touches."""
+    """Replaces `torch.cuda`. As a context it watches what the current stream touches."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class FakeStreams(TorchDispatchMode):
     def launch(
         self, work: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]
     ) -> None:
-        """A kernel on the current stream."""
+        """Launch a kernel on the current stream."""
         self.touch(reads, writes=False)
         self.touch(writes, writes=True)
         if self.current is self.main:
@@ -87,7 +87,7 @@ class FakeStreams(TorchDispatchMode):
             history[me] = (me.num_done, me.num_done if writes else last_write)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.current is self.main:  # on the side there are kernels only
+        if self.current is self.main:  # The side stream only runs kernels, which `launch` records.
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 alias = argument.alias_info
                 tensors = [t for t in tree_iter(value) if isinstance(t, Tensor)]

@@ -1,4 +1,4 @@
-"""Studies of runs that take a second, of a tiny model on rows that it can learn."""
+"""Studies of a tiny model on rows that it can learn. Each run takes a second."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def values(folder, model, rows, **changes):
 
 def write_study(folder: Path, model, rows, **changes) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(json.dumps(values(folder, model, rows, **changes)))  # JSON is YAML
+    path.write_text(json.dumps(values(folder, model, rows, **changes)))  # JSON is valid YAML.
     return path
 
 
@@ -52,7 +52,7 @@ def spec_of(folder: Path, model, rows, **changes) -> StudySpec:
 
 
 def start(path, *arguments, program=(sys.executable, "-m")) -> subprocess.Popen:
-    """`zofo study`, in a session of its own as in a terminal."""
+    """Start `zofo study` in a session of its own, as in a terminal."""
     return subprocess.Popen(
         [*program, "zofo", "study", str(path), *arguments],
         stdout=subprocess.PIPE,
@@ -70,7 +70,7 @@ def complete(path, *arguments, code=0, **options) -> str:
 
 
 def kill_all(process) -> None:
-    """SIGKILL, to the worker and to every process that it has begun."""
+    """Send SIGKILL to the worker and to every process that it has started."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
     except psutil.NoSuchProcess:
@@ -85,7 +85,7 @@ def kill_all(process) -> None:
 
 
 def results(folder: Path):
-    """The part of results.json that is the same every time."""
+    """Return results.json without the timings, which differ between runs."""
     found = json.loads((folder / "study" / "results.json").read_text())
     del found["timings"]
     return found

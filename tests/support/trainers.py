@@ -1,4 +1,4 @@
-"""Trainers on tiny models, for the tests of what happens in Trainer's loop."""
+"""Trainers on tiny models, for tests of Trainer's loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED = 3
 
 
 class Rows(Dataset):
-    """Rows whose number of scored positions differs, so that the weighting of batches counts."""
+    """Rows with different numbers of scored positions, so that the batches' weights matter."""
 
     def __init__(self, num_rows=12, *, classes=0, seed=1):
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ def untimed_logs(trainer):
 
 
 class Recorder(TrainerCallback):
-    """The state of the generator at the first step, and copies of the weights by step."""
+    """Records the generator's state at the first step, and the weights after each step."""
 
     def __init__(self):
         self.generator, self.weights, self.losses = None, {}, []
@@ -92,7 +92,7 @@ class Recorder(TrainerCallback):
 
 
 def untimed_metrics(path):
-    """The entries of a metrics.jsonl, without what no two runs have in common."""
+    """Return the entries of a metrics.jsonl without times and memory, which differ between runs."""
     drop = ("runtime", "per_second", "memory", "elapsed")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not any(d in k for d in drop)} for row in rows]

@@ -1,4 +1,4 @@
-"""What processes that are forked from a server need not import again."""
+"""Imports that a server makes once, so that the processes forked from it need not."""
 
 import gc
 
@@ -12,4 +12,5 @@ import sqlalchemy.orm  # noqa: F401
 import zofo.study.worker  # noqa: F401
 
 optuna.storages._rdb.storage.models.BaseModel  # noqa: B018  (imported on first use)
-gc.freeze()  # `Trainer.train` collects garbage, and would visit all that was imported
+# `Trainer.train` collects garbage. Without the freeze it would visit every imported object.
+gc.freeze()

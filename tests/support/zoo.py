@@ -1,4 +1,4 @@
-"""Tiny untrained models of many architectures: two layers, sixteen wide, no dropout."""
+"""Tiny untrained models of many architectures: two layers, width 16, no dropout."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DECODERS: Final[dict[str, Callable[[], Any]]] = {
         dropout=0.0,
         pad_token_id=0,
     ),
-    # As OPT-350m: embeddings narrower than the layers.
+    # As in OPT-350m, the embeddings are narrower than the layers.
     "opt-350m": lambda: hf.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -102,7 +102,7 @@ ENCODERS: Final[dict[str, Callable[[], Any]]] = {
     "deberta-v2": lambda: hf.DebertaV2Config(
         **ENCODER, pooler_dropout=0.0, pooler_hidden_size=16, cls_dropout=0.0
     ),
-    # As DeBERTa-v3 sets it.
+    # These are the settings of DeBERTa-v3.
     "deberta-v3": lambda: hf.DebertaV2Config(
         **ENCODER,
         pooler_dropout=0.0,
@@ -119,7 +119,8 @@ ENCODERS: Final[dict[str, Callable[[], Any]]] = {
 }
 SEQ2SEQ: Final[dict[str, Callable[[], Any]]] = {
     "t5": lambda: hf.T5Config(**T5),
-    # As T5 1.1 and Flan-T5: gated, untied, heads that do not add up to the width.
+    # As in T5 1.1 and Flan-T5, the layers are gated, the embeddings are untied, and the heads do
+    # not add up to the width.
     "flan-t5": lambda: hf.T5Config(
         **{**T5, "num_heads": 3, "num_decoder_layers": 1},
         feed_forward_proj="gated-gelu",
@@ -160,19 +161,22 @@ OTHERS: Final[dict[str, Callable[[], Any]]] = {
     ),
     "falcon-mamba": lambda: hf.FalconMambaConfig(**STATE_SPACE),
 }
-"""Decoders that peft knows no adapters for."""
+"""Decoders for which peft knows no adapters."""
 ARCHITECTURES: Final = {**DECODERS, **ENCODERS, **SEQ2SEQ}
 
 
 def head_of(architecture: str) -> Any:
-    """The head that zofo gives it."""
+    """Return the head that zofo gives to the architecture."""
     if architecture in ENCODERS:
         return "classification"
     return "seq2seq" if architecture in SEQ2SEQ else "causal-lm"
 
 
 def bare(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model without adapter; weights larger than fresh ones, so that all of them matter."""
+    """Return a model without adapter.
+
+    Its weights are larger than usual, so that all of them matter.
+    """
     kinds: dict[str, Any] = {
         "causal-lm": hf.AutoModelForCausalLM,
         "classification": hf.AutoModelForSequenceClassification,
@@ -192,7 +196,7 @@ def bare(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def batch_for(architecture: str, *, seed: int = 1, rows: int = 3) -> dict[str, torch.Tensor]:
-    """Random rows of seven tokens; the last row is padded."""
+    """Return random rows of seven tokens. The last row is padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, 7), generator=generator)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""F1 and exact match against numbers worked out from the definitions."""
+"""Tests of F1 and exact match against values worked out from the definitions."""
 
 import pytest
 
@@ -32,9 +32,10 @@ def test_squad_words(text, words):
 @pytest.mark.parametrize(
     ("text", "gold", "f1"),
     [
-        ("in Paris", "Paris", 2 / 3),  # precision 1/2, recall 1
+        ("in Paris", "Paris", 2 / 3),  # The precision is 1/2 and the recall is 1.
         ("the city of Paris, France", "Paris", 2 * (1 / 4) / (1 / 4 + 1)),
-        ("red red blue", "red blue blue", 2 / 3),  # counted: one red and one blue are common
+        # Words are counted: one red and one blue are common.
+        ("red red blue", "red blue blue", 2 / 3),
         ("the", "a", 1.0),
         ("", "Paris", 0.0),
         ("Rome", "Paris", 0.0),
@@ -73,13 +74,13 @@ def test_drop_words(text, words):
 @pytest.mark.parametrize(
     ("spans", "gold", "f1"),
     [
-        (["49 yards"], ["49-yard"], 0.5),  # {49, yards} and {49, yard}
-        (["48-yard"], ["49-yard"], 0.0),  # another number: the common word does not count
-        (["a 5 and 6"], ["5"], 2 * 1 / (3 + 1)),  # {5.0, and, 6.0}
-        (["Smith"], ["John Smith", "Lee"], (2 / 3) / 2),  # the second span is missing
-        (["Lee", "Smith John"], ["John Smith", "Lee"], 1.0),  # whatever the order
-        (["Lee", "Lee"], ["Lee"], 0.5),  # one too many
-        # Either Smith could take the first; the best matching pairs both.
+        (["49 yards"], ["49-yard"], 0.5),  # The bags of words are {49, yards} and {49, yard}.
+        (["48-yard"], ["49-yard"], 0.0),  # The numbers differ, so the common word does not count.
+        (["a 5 and 6"], ["5"], 2 * 1 / (3 + 1)),  # The bag of words is {5.0, and, 6.0}.
+        (["Smith"], ["John Smith", "Lee"], (2 / 3) / 2),  # The second span is missing.
+        (["Lee", "Smith John"], ["John Smith", "Lee"], 1.0),  # The order does not matter.
+        (["Lee", "Lee"], ["Lee"], 0.5),  # There is one span too many.
+        # Either Smith could take the first span. The best matching pairs both.
         (["Smith", "John Smith"], ["John Smith", "Smith"], 1.0),
         ([""], ["Lee"], 0.0),
         ([""], ["the"], 1.0),

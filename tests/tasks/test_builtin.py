@@ -319,7 +319,8 @@ def test_every_option_that_is_said_to_be_used_is(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "num_rows", "sizes"),
     [
-        # Rows of the hub's training split; the protocol's sizes where they leave most rows.
+        # Each row gives the size of the hub's training split. The protocol's sizes apply where they
+        # leave most rows for training.
         ("wsc", 554, (454, 100)),
         ("cb", 250, (150, 100)),
         ("copa", 400, (300, 100)),

@@ -20,7 +20,7 @@ MANY_TOKENS = example("a dull story", [" that goes nowhere", " loses", " bad mes
 
 
 def score_by_hand(model, tokenizer, prompt, candidate):
-    """Mean log-likelihood of the candidate's tokens, one sequence at a time, all logits."""
+    """Return the mean log-likelihood of the candidate's tokens, from all logits of one sequence."""
     start = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(prompt + candidate)["input_ids"]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -98,7 +98,7 @@ def test_architectures_without_logits_to_keep(monkeypatch):
 
 
 class FakeTokenizer:
-    """Digits are tokens."""
+    """Makes every digit one token."""
 
     bos_token_id, eos_token_id = None, 0
 
@@ -144,7 +144,7 @@ def pair(text, second, row=1):
 def test_encoders_see_pairs_as_two_sequences(encoder_folder):
     model, tokenizer = load_model(encoder_folder, head="classification", num_labels=2)
     model.eval()
-    # Segments have no meaning in an untrained model until their embeddings differ.
+    # The segments of an untrained model have no meaning until their embeddings differ.
     model.bert.embeddings.token_type_embeddings.weight[1] += 1
     encoder, collator = Encoder(tokenizer, head="classification"), Collator(tokenizer.pad_token_id)
     short, long = pair("the film", "a mess"), pair("a warm and clever story", "never loses")
@@ -171,7 +171,7 @@ BLANK = Example("the ", ("film", "capital of France"), 0, "", 1, ending=" is a w
 
 
 def ending_by_hand(model, tokenizer, example, candidate):
-    """Mean log-likelihood of the ending alone, after the prompt and one candidate."""
+    """Return the mean log-likelihood of the ending alone, after the prompt and one candidate."""
     start = tokenizer(example.prompt + candidate)["input_ids"]
     whole = tokenizer(example.prompt + candidate + example.ending)["input_ids"]
     assert whole[: len(start)] == start
@@ -189,7 +189,7 @@ def test_what_follows_a_blank_is_scored_after_each_candidate(decoder_folder, ada
     scored = [[token for _, _, token in tokens] for tokens in encoded.targets]
     assert scored[0] == scored[1] == tokenizer(BLANK.ending)["input_ids"]
     if adapter is None:
-        # Beside examples of other shapes, as in a batch.
+        # The example shares its batch with an example of another shape.
         found = candidate_scores(model, collator([encoder(MANY_TOKENS), encoded]))[1, :2]
         assert torch.allclose(found, expected, atol=1e-6)
         loss = objective_loss(model, collator([encoded]), "candidates")
@@ -212,7 +212,7 @@ def test_endings_keep_what_is_scored_when_too_long():
 
 
 class PairingTokenizer(FakeTokenizer):
-    """2 and 5 side by side are one token, 25."""
+    """Makes 2 and 5 side by side one token, 25."""
 
     def __call__(self, text, **kwargs):
         ids = super().__call__(text)["input_ids"]

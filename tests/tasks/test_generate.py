@@ -88,7 +88,7 @@ def test_completions_are_joined_as_they_are_and_end(tmp_path):
     encoded = Encoder(tokenizer)(row)
     number = row.text[9]
     assert learnt_text(tokenizer, encoded) == f" good {number}<eos>"
-    # The last target is predicted, never fed.
+    # The model predicts the last target but never reads it.
     assert tokenizer.decode(encoded.rows[0]) == f"The film {number} is good {number}"
 
 

@@ -1,4 +1,4 @@
-"""The paper's tasks from rows to scores: runs, commands and predictions on tiny models."""
+"""The paper's tasks work from rows to scores: runs, commands and predictions on tiny models."""
 
 import json
 
@@ -119,7 +119,7 @@ def test_eval_refuses_the_kin_of_what_was_trained_on(tmp_path, decoder_folder):
         assert done.exit_code == 2, done.output
         assert words in done.stderr.partition("error: ")[2]
     assert run("eval", tmp_path / "rotten").exit_code == 0
-    # Another task starts from its own sizes and files.
+    # Another task uses its own sizes and files.
     data = write_folder(tmp_path / "rte", "rte")
     done = run("eval", tmp_path / "sst2", "task=rte", f"task.data_dir={data}")
     assert "on rte, test, 12 rows" in done.stdout, done.output

@@ -56,7 +56,8 @@ def test_squad_in_the_hubs_columns(tmp_path, suffix):
     assert splits.kind == "generation"
     assert [len(p) for p in (splits.train, splits.dev, splits.test)] == [10, 5, 5]
     assert {row.row for row in splits.test} <= set(range(1, 11))
-    assert all("ilm 3" in row.text for row in splits.test)  # validation rows, 30 to 39
+    # The test rows are the validation rows 30 to 39.
+    assert all("ilm 3" in row.text for row in splits.test)
     row = splits.train[0]
     i = row.row - 1
     assert row.segments == (
@@ -83,7 +84,7 @@ def test_drop_in_the_hubs_columns(tmp_path):
     ("spans", "types", "gold"),
     [
         (["Lee", "Smith"], ["span", "span"], (("Lee", "Smith"),)),
-        # Two annotators of one mind, and a third who counted.
+        # Two annotators give the same spans, and a third gives a number.
         (["Lee", "Smith", "Lee", "Smith", "2"], ["span"] * 4 + ["number"], None),
         (["3", "4", "3"], ["number"] * 3, (("3",), ("4",))),
         (["1 May", "Lee", "Lee"], ["date", "span", "span"], (("1 May",), ("Lee",))),

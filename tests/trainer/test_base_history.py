@@ -1,4 +1,4 @@
-"""Resuming from a copy of the base gives what replaying all of the trajectory gives."""
+"""Resuming from a copy of the base equals replaying the whole trajectory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(dtype=torch.float32):
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """How many updates each replay applied."""
+    """Return a list that receives the number of updates of each replay."""
     counts, real = [], Trajectory.replay
 
     def replay(self, parameters, *, start=0, **kwargs):
@@ -36,7 +36,11 @@ def replayed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("killed_at", "rest"), [(3, 2), (5, 0), (7, 2)])
 def test_only_the_end_is_replayed(tmp_path, replayed, dtype, killed_at, rest):
-    """Checkpoints at 2, 4, 6; copies at the first checkpoint 3 or more updates after the last."""
+    """Resuming replays only the updates after the last copy of the base.
+
+    There are checkpoints at steps 2, 4 and 6. A copy is made at the first checkpoint that lies 3 or
+    more updates after the previous copy.
+    """
     whole, resumed = model(dtype), model(dtype)
     uninterrupted = trainer_for(tmp_path / "a", whole, **CHANGES)
     uninterrupted.train()

@@ -1,4 +1,4 @@
-"""A checkpoint is small, and coming back to it gives the same bits."""
+"""A checkpoint is small, and returning to it gives the same bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_checkpoints_hold_adapter_and_trajectory_and_no_base(tmp_path, adapter):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_best_checkpoint_comes_back_bit_for_bit(tmp_path, adapter):
     class Worsening(HybridTrainer):
-        """The second evaluation is the best."""
+        """Makes the second evaluation the best."""
 
         def evaluate(self, *args, **kwargs):
             assert (tmp_path / ORIGINAL_BASE_FILE).exists()
@@ -87,7 +87,7 @@ def test_the_best_checkpoint_comes_back_bit_for_bit(tmp_path, adapter):
     )
     assert not (tmp_path / ORIGINAL_BASE_FILE).exists()
 
-    # What is saved afterwards is the best, and a second run starts from it.
+    # Saving afterwards saves the best model, and a second run starts from it.
     trainer.save_model(str(tmp_path / "final"))
     assert len(Trajectory.load(tmp_path / "final" / TRAJECTORY_FILE)[0]) == 2
     trainer.train()
@@ -181,7 +181,11 @@ class Kill(TrainerCallback):
     ],
 )
 def test_interrupted_equals_uninterrupted(tmp_path, adapter, method, killed_at):
-    """12 rows in batches of 2 × 2 are 3 steps an epoch: within, at the end of, and after one."""
+    """A resumed run equals an uninterrupted one, bit for bit.
+
+    The 12 rows in batches of 2 × 2 make 3 steps per epoch. The kill comes within an epoch, at its
+    end, or after it.
+    """
     changes = {
         "method": method,
         "gradient_accumulation_steps": 2,
@@ -211,7 +215,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, adapter, method, killed_at):
     assert min(recorders[1].weights) == killed_at
     for step in range(killed_at, 9):
         assert_same_bits(recorders[1].weights[step], recorders[0].weights[step])
-    assert_same_bits(bits(rest), bits(whole))  # of the best checkpoint
+    assert_same_bits(bits(rest), bits(whole))  # These are the bits of the best checkpoint.
     drop = ("runtime", "per_second", "memory")
     logs = [
         [
@@ -316,7 +320,10 @@ def test_resuming_on_another_base_is_refused(tmp_path):
 
 
 def test_resuming_in_the_same_process(tmp_path):
-    """The base has moved, so the copy of the original is needed; without one it is refused."""
+    """Resuming in the same process needs a copy of the original base, because the base has moved.
+
+    Without such a copy, resuming is refused.
+    """
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     whole = build("llama", "lora")

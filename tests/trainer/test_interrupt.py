@@ -1,4 +1,4 @@
-"""A signal ends training after the step, with a checkpoint; a second one at once."""
+"""One signal ends training after the step, with a checkpoint. A second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}
 
 
 class Send(TrainerCallback):
-    """Sends the process a signal at an event of a step."""
+    """Sends a signal to the process at one event of one step."""
 
     def __init__(self, signum, step, event="on_step_begin", times=1):
         self.signum, self.step, self.times = signum, step, times
@@ -50,7 +50,7 @@ def test_the_step_is_finished_and_saved(tmp_path, signum, code, event, step, sav
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = StopOnSignal()
-    # The sender comes first, so that the event is the one it names.
+    # The sender comes first in the list, so that the signal arrives at the event that it names.
     trainer = trainer_for(tmp_path / "b", callbacks=[Send(signum, step, event), stop], **changes)
     with pytest.raises(TrainingInterrupt) as seen, stop:
         trainer.train()

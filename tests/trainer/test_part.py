@@ -1,4 +1,7 @@
-"""The difference on a part of the batch in Trainer: right, counted, refused if it means nothing."""
+"""Tests of the loss difference on a part of the batch in Trainer.
+
+It is unbiased and counted, and it is refused where it has no meaning.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from zofo.trainer.mixin import HybridMixin, HybridOptions, HybridTrainer
 
 
 class Turned(HybridTrainer):
-    """Evaluates what batch_part gives for every turn of the batch's rows."""
+    """Evaluates the loss of `batch_part` for every rotation of the batch's rows."""
 
     gaps = ()
 
@@ -39,7 +42,10 @@ class Turned(HybridTrainer):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_part_of_a_loss_over_counted_tokens_is_unbiased(tmp_path, accumulation):
-    """The rows of `Rows` have different numbers of targets, and so have the micro-batches."""
+    """The part's loss is unbiased if the loss is a mean over tokens.
+
+    The rows of `Rows` have different numbers of targets, and so do the micro-batches.
+    """
     trainer = trainer_for(
         tmp_path,
         cls=Turned,
@@ -64,7 +70,10 @@ def without_loss_arguments(trainer):
 @pytest.mark.parametrize("change", [lambda t: t, without_loss_arguments])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_trainer_takes_the_difference_on_a_part(tmp_path, accumulation, change, dropout):
-    """Sides scaled differently, or with other masks, would give |s| of hundreds and more."""
+    """The loss difference on a part has both losses on one scale and with the same masks.
+
+    Any other scale or mask would give an |s| of hundreds and more.
+    """
     changes = {
         "base_batch_fraction": 0.5,
         "gradient_accumulation_steps": accumulation,
@@ -74,7 +83,8 @@ def test_a_trainer_takes_the_difference_on_a_part(tmp_path, accumulation, change
     trainer = change(trainer_for(tmp_path, model, max_steps=3, rows=Rows(24), **changes))
     trainer.train()
     assert all(0 < abs(scalar) < 10 for scalar in history(trainer, "projected_grad"))
-    spent = [accumulation * step for step in (1.0, 2.0, 3.0)]  # twice half a forward
+    # Each step runs two losses on half of the batch.
+    spent = [accumulation * step for step in (1.0, 2.0, 3.0)]
     assert history(trainer, "zo_forwards") == spent
     assert history(trainer, "forward_equivalents") == [3 * n for n in spent]
 
@@ -110,11 +120,11 @@ def test_sft_takes_a_part(tmp_path):
     assert history(trainer, "zo_forwards") == [1.0, 2.0, 3.0, 4.0]
 
 
-# What is refused.
+# Tests of what is refused.
 
 
 class Contrastive(HybridTrainer):
-    """A row's loss depends on the other rows of its batch."""
+    """Each row's loss depends on the other rows of its batch."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]

@@ -1,4 +1,4 @@
-"""HybridTrainer is the bare hybrid loop, and its methods and options are checked."""
+"""HybridTrainer equals the bare hybrid loop and checks its methods and options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import ReshufflingSampler, epoch_order
 from zofo.trainer.mixin import HybridArguments, HybridOptions, HybridTrainer
 
-# --- the same algorithm --------------------------------------------------------------------------
+# Tests of the algorithm.
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
@@ -102,7 +102,7 @@ def test_base_lr_zero_is_the_plain_trainer(tmp_path, optim, accumulation, adapte
         args=TrainingArguments(**plain_options(tmp_path / "b", **shared)),
         train_dataset=Rows(),
     )
-    # Trainer seeds the generators when it is made.
+    # Trainer seeds the generators in its constructor.
     torch.manual_seed(SEED)
     hybrid.train()
     torch.manual_seed(SEED)
@@ -140,7 +140,8 @@ def with_a_loss_function(folder, model, **changes):
 
 def without_loss_arguments(folder, model, **changes):
     trainer = trainer_for(folder, model, **changes)
-    trainer.model_accepts_loss_kwargs = False  # as for models whose forward takes no **kwargs
+    # This is the value for models whose forward takes no **kwargs.
+    trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
@@ -149,7 +150,10 @@ def without_loss_arguments(folder, model, **changes):
     "make", [trainer_for, with_label_smoothing, with_a_loss_function, without_loss_arguments]
 )
 def test_the_loss_difference_is_scaled_as_the_loss(tmp_path, make, accumulation):
-    """A loss divided by the accumulation steps on one side only would give |s| of some 2000."""
+    """Both losses of a difference are divided by the accumulation steps.
+
+    If only one of them were, |s| would be about 2000.
+    """
     changes = {"gradient_accumulation_steps": accumulation, "self_check": False}
     trainer = make(tmp_path, build("llama", "lora"), max_steps=2, **changes)
     trainer.train()
@@ -168,7 +172,7 @@ def test_a_loss_that_is_not_repeatable_is_refused(tmp_path):
         trainer_for(tmp_path, cls=Counting).train()
 
 
-# --- methods and options -------------------------------------------------------------------------
+# Tests of the methods and options.
 
 
 @pytest.mark.parametrize("method", METHODS)

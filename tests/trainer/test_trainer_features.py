@@ -1,4 +1,4 @@
-"""What Trainer promises still holds in HybridTrainer."""
+"""HybridTrainer keeps the promises of Trainer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_logs(tmp_path):
             row[key] for key in ("loss", "projected_grad", "base_lr", "learning_rate", "grad_norm")
         ]
         assert all(map(math.isfinite, numbers))
-    # Both rates are those of the step that the row reports.
+    # Both learning rates are those of the step that the row reports.
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     assert [row["base_lr"] for row in rows] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     updates = trainer._hybrid.trajectory.updates
@@ -147,7 +147,10 @@ def test_a_model_made_by_model_init_is_trained_anew(tmp_path):
 
 
 def test_a_step_that_was_skipped_leaves_nothing_to_the_next(tmp_path):
-    """A gradient scaler skips the step on overflow; its measurements are void."""
+    """A skipped step leaves no measurement to the next step.
+
+    A gradient scaler skips a step on overflow.
+    """
     model, twin = build("llama", "lora"), build("llama", "lora")
 
     class Skip(TrainerCallback):
@@ -159,7 +162,7 @@ def test_a_step_that_was_skipped_leaves_nothing_to_the_next(tmp_path):
 
     trainer = trainer_for(tmp_path, model, callbacks=[Skip()], max_steps=2, learning_rate=0.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch: the scheduler came first
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the scheduler steps first.
         trainer.train()
     rows = Rows()
     order = epoch_order(12, seed=SEED, epoch=0, sampling="reshuffle")[2:4]

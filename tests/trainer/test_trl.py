@@ -1,4 +1,4 @@
-"""The mixin over trl's trainers."""
+"""Tests of the mixin with trl's trainers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def test_sft_trains_both_blocks(tmp_path, adapter):
 
 
 def test_sft_with_its_defaults_and_an_adapter_of_its_own_making(tmp_path):
-    """Autocast to bfloat16, gradient checkpointing, and `peft_config`."""
+    """SFT with its defaults moves the whole base.
+
+    The defaults include autocast to bfloat16 and gradient checkpointing. The trainer makes the
+    adapter from `peft_config`.
+    """
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     model = build("llama", None)
     args = SFTConfig(
@@ -104,7 +108,7 @@ def test_sft_with_its_defaults_and_an_adapter_of_its_own_making(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
 def test_sft_counts_every_batch_once(tmp_path, estimator):
-    """Entropy, accuracy and token counts are those of plain SFT at base_lr = 0."""
+    """At base_lr = 0, entropy, accuracy and token counts equal those of plain SFT."""
 
     class Plain(SFTTrainer):
         def _get_train_sampler(self, train_dataset=None):
@@ -144,7 +148,10 @@ def test_sft_resumes_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize("adapter", [None, "lora", "prompt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fused_head_is_seen_perturbed(adapter, tied):
-    """trl reads the head's weight in the model's forward, which peft calls without hooks."""
+    """The head is perturbed where trl reads its weight.
+
+    trl reads it in the model's forward, which peft calls without hooks.
+    """
     with torch.random.fork_rng():
         model = build("llama", None)
         if not tied:

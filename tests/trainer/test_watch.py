@@ -20,7 +20,7 @@ def test_a_healthy_run_is_not_warned_of():
 
 
 def test_signal_to_rounding_known_answer():
-    # |s| eps = 1e-2 beside a rounding of 2^-24 · 0.5.
+    # |s| eps = 1e-2 is compared with a rounding error of 2^-24 · 0.5.
     found = watch().signal_to_rounding(0.5, (10.0,))
     assert found == pytest.approx(1e-2 / (2.0**-24 * 0.5))
 
@@ -28,12 +28,15 @@ def test_signal_to_rounding_known_answer():
 @pytest.mark.parametrize(("eps", "warned"), [(1e-8, True), (1e-3, False)])
 def test_differences_that_drown_in_rounding(eps, warned):
     found = observe(watch(eps=eps), 60)
-    assert len(found) == warned  # once a run
+    assert len(found) == warned  # The watch warns once per run.
     assert all("raise eps" in text for text in found)
 
 
 def test_rounding_noise_really_sets_in_where_the_ratio_says():
-    """At a ratio of 1 the float32 difference is mostly noise, at 1000 it is exact to a percent."""
+    """The ratio predicts where rounding dominates.
+
+    At a ratio of 1 the float32 difference is mostly noise. At 1000 it is exact to a percent.
+    """
     torch.manual_seed(0)
     w = torch.randn(10_000, dtype=torch.float64)
     v = torch.randint(0, 2, (10_000,)).double() * 2 - 1
@@ -91,9 +94,10 @@ def test_a_score_that_mostly_does_not_notice_the_perturbation():
     watcher = watch()
     watcher.has_own_loss = True
     found = [t for i in range(60) for t in watcher.observe(1.0, (0.0, 5.0 * (i % 3 == 0)), 1e-5)]
-    assert len(found) == 1  # once a run
+    assert len(found) == 1  # The watch warns once per run.
     assert "exactly 0" in found[0]
     assert "raise eps, the batch size or num_directions" in found[0]
-    healthy = watch(eps=1e-9)  # where the loss itself would drown in rounding
+    # With this eps the difference of the usual loss would be mostly rounding.
+    healthy = watch(eps=1e-9)
     healthy.has_own_loss = True
     assert observe(healthy, 60) == []

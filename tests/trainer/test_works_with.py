@@ -1,4 +1,4 @@
-"""Gradient checkpointing, attention implementations and quantized bases beside hybrid steps."""
+"""Hybrid steps work with gradient checkpointing, attention implementations and quantized bases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
-# --- gradient checkpointing ----------------------------------------------------------------------
+# Tests of gradient checkpointing.
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, adapter, way):
     assert_same_bits(runs[0][2], runs[1][2])
 
 
-# --- attention -----------------------------------------------------------------------------------
+# Tests of attention implementations.
 
 
 def test_attention_implementations_agree():
@@ -65,11 +65,11 @@ def test_attention_implementations_agree():
     assert runs[0][:, 1].abs().min() > 1e-2
 
 
-# --- quantized bases -----------------------------------------------------------------------------
+# Tests of quantized bases.
 
 
 def quantized(kind, folder):
-    """A Llama loaded as 8-bit or 4-bit, with LoRA unless `adapter` is None."""
+    """Return a Llama loaded in 8 or 4 bits."""
     pytest.importorskip("bitsandbytes")
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = {

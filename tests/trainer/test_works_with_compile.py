@@ -1,4 +1,7 @@
-"""The perturbed view of compiled models: what an eager model gives, and no graph made again."""
+"""The perturbed view of a compiled model equals that of an eager model.
+
+No graph is compiled again.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from zofo.optim.optimizer import HybridOptimizer
 from zofo.perturb.view import SelfCheckError
 
 pytestmark = [
-    # A whole compiled model warns of its copy; one test below sees that it does.
+    # A model that is compiled as a whole warns of its copy. A test below asserts this warning.
     pytest.mark.filterwarnings("ignore:.* is compiled as a whole:UserWarning"),
-    # Dynamo looks at the gradient of every tensor.
+    # Dynamo reads the gradient of every tensor.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
@@ -83,13 +86,13 @@ WAYS = [wrapped, in_place, by_layer, *map(rarely, MORE)]
     [
         (by_layer, "lora"),
         (wrapped, "lora"),
-        (base_in_place, "prompt"),  # peft looks words up outside of the base's graph
+        (base_in_place, "prompt"),  # peft looks words up outside the base's graph.
         *(rarely(way, "lora") for way in (in_place, *MORE)),
         *(rarely(way, "prompt") for way in (wrapped, in_place, by_layer)),
     ],
 )
 def test_a_perturbed_compiled_forward_is_that_of_a_perturbed_copy(way, adapter):
-    """`aot_eager` runs eager's kernels, so the bits agree."""
+    """The bits agree, because the backend `aot_eager` runs the kernels of eager mode."""
     model = build("llama", adapter).eval()
     batch, before = batch_for("llama"), bits(model)
     twin = really_perturbed(model, 1e-2, step=3)
@@ -123,7 +126,8 @@ def test_hybrid_steps_of_a_compiled_model_are_those_of_the_eager_one(way):
             losses.append(float(optimizer.step(lambda b=batch, m=each: loss_of(m, b))))
         scalars = [update[0].projected_grad[0] for update in optimizer.trajectory.updates]
         runs.append((losses, scalars))
-    # The forwards have eager's bits; the adapter's gradient is summed in another order.
+    # The forward passes have the bits of eager mode. The adapter's gradient is summed in another
+    # order.
     ours, theirs = split_parameters(each), split_parameters(twin)
     assert ours.base_index == theirs.base_index
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
@@ -150,7 +154,8 @@ def test_an_exception_inside_a_compiled_forward_leaves_every_bit(way, error):
     assert_same_bits(bits(model), before)
     assert {n: id(p) for n, p in model.named_parameters()} == identities
     with torch.no_grad(), pytest.raises(error):
-        loss_of(compiled, batch_for("llama"))  # compiled as before, nothing wrapped
+        # The model is compiled as before, and nothing is wrapped.
+        loss_of(compiled, batch_for("llama"))
 
 
 def test_layers_compiled_after_the_optimizer_was_made_are_seen():
@@ -214,7 +219,10 @@ def test_a_graph_that_the_optimizer_does_not_know_of_is_refused(make, method, ev
 
 @pytest.mark.parametrize("way", [rarely(wrapped), rarely(in_place), by_layer])
 def test_both_losses_of_every_step_come_from_the_graphs(way):
-    """The self-check runs eagerly, after which dynamo would give up what it met on the way."""
+    """Every loss of every step is computed by the compiled graphs.
+
+    The self-check runs eagerly. Dynamo must not give up the code that it met during the check.
+    """
     calls = []
 
     def backend(graph, _):
@@ -274,7 +282,7 @@ def test_a_trainer_refuses_wrappers_that_would_change_names_in_checkpoints(tmp_p
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor(dtype):
-    """Other kernels, so other roundings; but the two losses of a difference share them."""
+    """The kernels of inductor round differently, but both losses of a difference share them."""
     model = build("llama", "lora", dtype=dtype, lora_dropout=0.3)
     twin, batch = copy.deepcopy(model), batch_for("llama")
     by_layer(model, "inductor")
@@ -288,6 +296,7 @@ def test_inductor(dtype):
             torch.manual_seed(3)
             optimizer.step(lambda m=each: loss_of(m, batch))
             assert optimizer.last_step.projected_grad == (0.0,)
-    assert losses[0] == pytest.approx(losses[1], abs=0.1)  # its masks are others
+    # The dropout masks differ from those of eager mode.
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
     assert all(scalars)
     assert isinstance(model, peft.PeftModel)
