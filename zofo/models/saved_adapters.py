@@ -24,6 +24,7 @@ from zofo.disk.files import (
     read_json_object,
     read_tensors,
     refusing,
+    write_json,
     write_tensors,
 )
 from zofo.errors import UserError
@@ -197,6 +198,19 @@ def _load_weights(model: Any, folder: Path, name: str) -> None:
         raise ValueError(f"it holds {len(strange)} tensors more, such as {strange[0]}")
     with quiet():
         set_peft_model_state_dict(model, {key: weights[key] for key in own}, adapter_name=name)
+
+
+def sort_sets(model: Any, folder: Path) -> None:
+    """Sort the lists in the saved adapter_config.json that stand for sets, such as target_modules.
+
+    The order of a set changes from process to process, and with it the digest of the file.
+    """
+    for name, config in model.peft_config.items():
+        path = adapter_folder(folder, name) / CONFIG_FILE
+        sets = [key for key, value in vars(config).items() if isinstance(value, set)]
+        if sets and path.is_file():
+            saved = read_json_object(path)
+            write_json(path, saved | {key: sorted(saved[key], key=str) for key in sets})
 
 
 def adapter_digests(folder: Path, name: str) -> dict[str, str]:

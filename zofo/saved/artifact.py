@@ -19,8 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint
+from zofo.disk.files import fingerprint, reason_of_failed_write
+from zofo.disk.folders import share_files
 from zofo.errors import UserError
+from zofo.models.saved_adapters import sort_sets
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.moved import saving_adapter
@@ -112,8 +114,16 @@ def save_artifact(
             model.save_pretrained(folder / MODEL_FOLDER)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / MODEL_FOLDER)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        for part in (ADAPTER_FOLDER, MODEL_FOLDER):
+            if (folder / part).is_dir():
+                share_files(folder / part)
+    except Exception as error:
+        reason = reason_of_failed_write(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {folder}: {reason}; free space, or make the folder writable"
+        ) from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
     if rows is None:
@@ -136,6 +146,7 @@ def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
     active = list(model.active_adapters)
     with saving_adapter(model):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
+    sort_sets(model, folder)
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
 

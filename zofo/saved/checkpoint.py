@@ -24,6 +24,7 @@ from zofo.models.saved_adapters import (
     adapter_digests,
     adapter_folder,
     save_prompt_encoder,
+    sort_sets,
 )
 from zofo.optim.blocks import is_peft
 from zofo.optim.moved import saving_adapter
@@ -64,6 +65,7 @@ def save_checkpoint(folder: str | Path, model: Any, optimizer: HybridOptimizer) 
             model.save_pretrained(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    sort_sets(model, folder)
     save_prompt_encoder(model, folder)
     save_history(folder, model, optimizer)
     return folder

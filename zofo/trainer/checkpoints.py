@@ -22,7 +22,7 @@ from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
 from zofo.models.loading import copy_weights
-from zofo.models.saved_adapters import load_adapter, save_prompt_encoder
+from zofo.models.saved_adapters import load_adapter, save_prompt_encoder, sort_sets
 from zofo.optim.blocks import is_peft
 from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
@@ -116,6 +116,8 @@ class CheckpointMixin(TrainerMixin):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._output_folder)
+        if is_peft(self.model):
+            sort_sets(self.model, folder)
         save_prompt_encoder(self.model, folder)
         if self._history is not None:
             save_history(folder, self.model, self._history.optimizer)
