@@ -84,6 +84,7 @@ def test_all_files_agree_and_the_order_is_fixed(files, expected):
         (["Pos", "pos"] * 5, "'Pos' .*row 1.* and 'pos' .*row 2.* differ only in case"),
         (["so so", "so  so"] * 5, "differ only in case, blanks"),
         (["01", 1] * 5, "leading zeros"),
+        (["caf\u00e9", "cafe\u0301"] * 5, "Unicode form"),
         ([1, "1.0"] * 5, "one label only, '1'"),
         ([True, 1] * 5, "one label only, '1'"),
         (range(60), "60 different labels in 60 rows; a class needs two rows"),

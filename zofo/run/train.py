@@ -45,6 +45,7 @@ from zofo.saved.checkpoint_folders import remove_leftovers
 from zofo.saved.layout import (
     ADVICE_FILE,
     ARTIFACT_FOLDER,
+    BASE_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     RESULT_FILE,
@@ -172,9 +173,10 @@ def train_in(
 
 def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     """Prepare with the rows and the classes that the run began with."""
-    known = RowDigests.load(checkpoint)
-    labels = () if known is None else read_base(checkpoint.parent)[1]
-    return prepare(config, known=known, labels=labels)
+    run = checkpoint.parent
+    # Runs of older versions may have neither file.
+    labels = read_base(run)[1] if (run / BASE_FILE).is_file() else ()
+    return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
 
 
 def _checkpoint(folder: Path, console: Console) -> Path | None:

@@ -9,14 +9,15 @@
 
 The rule applies to all files of a task together, whatever their format. Refused are missing, blank
 and NaN labels, lists, objects, numbers that are no integers, labels that differ only in case,
-blanks or leading zeros, and more classes than half the rows. A trained model keeps its classes:
-labels of other rows are matched with them by name.
+blanks, leading zeros or Unicode form, and more classes than half the rows. A trained model keeps
+its classes: labels of other rows are matched with them by name.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final
@@ -184,13 +185,13 @@ def require_known(
 def _require_different(places: Mapping[str, str]) -> None:
     alike: dict[str, str] = {}
     for label, place in places.items():
-        key = " ".join(label.casefold().split())
+        key = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
         key = str(int(key)) if key.isascii() and key.isdecimal() else key
         other = alike.setdefault(key, label)
         if other != label:
             raise UserError(
                 f"the labels {other!r} ({places[other]}) and {label!r} ({place}) differ only in "
-                "case, blanks or leading zeros; write both in one way"
+                "case, blanks, leading zeros or Unicode form; write both in one way"
             )
 
 

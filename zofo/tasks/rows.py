@@ -143,7 +143,7 @@ def value_in(row: Mapping[str, Any], column: str) -> str:
         raise ValueError(f"the column {column!r} is missing; every row needs it")
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {shown(value)}, not a text; write it in quotes")
+        raise ValueError(f"{column!r} is {shown(value)}, not a text; write one text in quotes")
     return value
 
 
