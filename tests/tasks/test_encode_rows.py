@@ -8,8 +8,8 @@ from tests.support.hub_folders import make_tokenizer
 from tests.support.models import build
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
-from zofo.models.limits import limits_of
 from zofo.models.loading import load_model
+from zofo.models.sequence_limits import limits_of
 from zofo.tasks.encode import Encoder
 from zofo.tasks.encode_rows import check_limits, encode_parts
 from zofo.tasks.generate import segments_of

@@ -154,6 +154,6 @@ def _show_info(found: Info) -> None:
         shown = ", ".join(
             f"{name} {values[name]:.4f}"
             for name in ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
-            if name in values
+            if values.get(name) is not None
         )
         console.print(f"  {when:<12}{shown} on {values['num_rows']} test rows")

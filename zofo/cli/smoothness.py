@@ -66,13 +66,13 @@ def smoothness(
 def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
+    from zofo.run.prepare import check_folder
     from zofo.saved.source import base_of
     from zofo.smoothness.blocks import blocks_of
-    from zofo.smoothness.measure import new_folder
     from zofo.smoothness.options import path_steps, planned_forwards, point_steps
     from zofo.tasks.load import load_splits
 
-    new_folder(config)  # Reports a folder that cannot be written.
+    check_folder(config)
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))

@@ -68,9 +68,9 @@ def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 
 def _show_plan(config: RunConfig) -> None:
     from zofo.run.plan import make_plan
-    from zofo.run.prepare import new_folder
+    from zofo.run.prepare import check_folder
 
-    new_folder(config)  # Reports a folder that cannot be written.
+    check_folder(config)
     plan = make_plan(config)
     console = plain_console()
     console.print(config.to_yaml(), markup=False)

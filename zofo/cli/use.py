@@ -44,6 +44,7 @@ def evaluate(
     if split not in ("train", "dev", "test"):
         raise UserError(f"split is {split!r}; choose train, dev or test")
     artifact, config = _open(target, overrides or [])
+    notes: list[str] = []
     with new_progress(plain_console(stderr=True), "rows") as progress:
         task = progress.add_task("scoring", total=None, text="")
         metrics = evaluate_artifact(
@@ -53,7 +54,10 @@ def evaluate(
             part=split,
             batch_size=config.eval_batch_size,
             progress=lambda num: progress.advance(task, num),
+            report=notes.append,
         )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     values = metrics.as_dict()
     if as_json:
         print(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))

@@ -13,7 +13,7 @@ from zofo.saved.artifact import Artifact
 from zofo.scoring.evaluate import predict_scores
 from zofo.scoring.generate import Writer
 from zofo.tasks.answers import Answers
-from zofo.tasks.classify import DEFAULT_TEMPLATE, fill, template_columns
+from zofo.tasks.classify import DEFAULT_TEMPLATE, candidates_of, fill, template_columns
 from zofo.tasks.encode import Collator, encoder_for
 from zofo.tasks.encode_rows import check_limits
 from zofo.tasks.families.family import examples as builtin_examples
@@ -128,8 +128,10 @@ def _labels(artifact: Artifact, spec: TaskSpec) -> tuple[str, ...]:
             "predict with a run folder or an artefact"
         )
     task = BUILTIN.get(spec.name)
-    classes = task.classes if task is not None and task.kind == "classification" else ()
-    return artifact.labels or classes
+    if task is None or (artifact.base.head == "classification" and artifact.labels):
+        return artifact.labels
+    # A decoder scores the words of the task, in the task's order.
+    return task.classes if task.kind == "classification" else ()
 
 
 def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Example]:
@@ -143,7 +145,7 @@ def _examples(spec: TaskSpec, table: Table, labels: Sequence[str]) -> list[Examp
         )
     template, columns = _template(spec), _columns(spec)
     require_columns(table, columns, "The task's template names them")
-    candidates = tuple((spec.verbalizers or {}).get(x, f" {x}") for x in labels)
+    candidates = candidates_of(labels, spec.verbalizers)
 
     def convert(number: int, row: dict[str, Any]) -> Example:
         texts = [text_in(row, column) for column in columns]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zofo.errors import UserError
-from zofo.models.limits import limits_of
+from zofo.models.sequence_limits import limits_of
 from zofo.tasks.encode import Encoded, Encoder, NothingToLearnError
 from zofo.tasks.spec import Splits
 

@@ -169,6 +169,8 @@ class Splits:
         train, dev, test: `Example`s, or `Completion`s.
         labels: names of the classes; empty unless kind is "classification".
         notes: what was done to the rows (duplicates removed, ...), for the record.
+        changes: how the data differs from that of a run, in words; empty if it does not.
+        lost: the rows of the run that are no longer there, in words; empty if all are there.
     """
 
     kind: Kind
@@ -177,6 +179,8 @@ class Splits:
     test: tuple[Any, ...]
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    changes: str = ""
+    lost: str = ""
 
     def part(self, name: str) -> tuple[Any, ...]:
         """The rows of "train", "dev" or "test"."""
