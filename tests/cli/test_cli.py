@@ -124,11 +124,15 @@ def test_chat_messages(tmp_path, decoder_folder):
         }
         for i in range(20)
     ]
+    # A conversation that is too long loses turns, and an answer that is too long is left out.
+    rows.append({"messages": rows[0]["messages"] * 9})
+    rows.append({"messages": [rows[0]["messages"][0], {"role": "assistant", "content": "a " * 99}]})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(
         "train",
         f"model={decoder_folder}",
         "task=chat",
+        "task.max_length=32",
         f"task.train={tmp_path / 'a.jsonl'}",
         "steps=40",
         "batch_size=4",
@@ -137,6 +141,10 @@ def test_chat_messages(tmp_path, decoder_folder):
         f"output_dir={tmp_path / 'run'}",
     )
     assert done.exit_code == 0, done.output
+    assert "note: rows left out: 1. The first: " in done.output
+    assert "row 22: its completion is longer than max_length 32" in done.output
+    assert "note: 1 of 21 conversations are longer than task.max_length (32 tokens)" in done.output
+    assert len(json.loads((tmp_path / "run" / "result.json").read_text())["notes"]) == 2
     done = run("predict", tmp_path / "run", "What is film 3?", "--max-new-tokens", "4")
     assert json.loads(done.stdout)["prediction"] == "great"
 

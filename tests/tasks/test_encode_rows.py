@@ -1,7 +1,9 @@
 """Rows that do not fit, and rows that the model cannot read."""
 
 import pytest
+import torch
 
+from tests.support import zoo
 from tests.support.hub_folders import make_tokenizer
 from tests.support.models import build
 from zofo.errors import UserError
@@ -54,10 +56,19 @@ def test_shortened_conversations_are_counted(decoder_folder):
     assert note.startswith("2 of 4 conversations are longer than task.max_length (24 tokens) and")
 
 
-POSITIONS = {"gpt2": 64, "opt": 64, "llama": None}
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bert", "roberta", "deberta-v2", "bart"])
+@torch.no_grad()
+def test_a_model_breaks_beyond_its_limit(architecture):
+    model = zoo.bare(architecture).eval()
+    limits = limits_of(model)
+    assert limits.is_hard
+    more = {"decoder_input_ids": torch.tensor([[3]])} if architecture == "bart" else {}
+    model(input_ids=torch.full((1, limits.positions), 3), **more)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limits.positions + 1), 3), **more)
 
 
-@pytest.mark.parametrize("architecture", POSITIONS)
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix", "prompt"])
 def test_a_table_of_positions_is_a_limit(architecture, adapter):
     model = build(architecture, adapter)

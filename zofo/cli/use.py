@@ -75,7 +75,10 @@ def evaluate(
 def predict(
     target: Target,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to predict.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...", help="Texts to predict; after -- also one that begins with -."
+        ),
     ] = None,
     file: Annotated[
         Path | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,22 +30,32 @@ class Limits:
 
 def limits_of(model: Any) -> Limits:
     """The limits of a model, with or without an adapter."""
-    declared = getattr(model.config, "max_position_embeddings", None)
-    if declared is None and hasattr(model.config, "get_text_config"):
-        declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # A smaller table belongs to another part of the model, such as its view of pictures. A table
-    # that counts from behind the padding token has as many rows more.
-    tables = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        and _POSITIONS.match(name.rpartition(".")[2])
-        and module.num_embeddings >= (declared or math.inf)
-    ]
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    names = ("max_position_embeddings", "max_encoder_position_embeddings")
+    found = [getattr(c, name, None) for c in (model.config, text) for name in names]
+    declared = next((n for n in found if isinstance(n, int) and n > 0), None)
+    tables = [] if declared is None else _tables(model, declared)
     positions = None if declared is None else min([*tables, declared])
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     virtual = getattr(adapter, "num_virtual_tokens", None) or 0
     return Limits(_num_tokens(model), positions, bool(tables), int(virtual))
+
+
+def _tables(model: nn.Module, declared: int) -> list[int]:
+    """Positions of each table of positions, whether it is trained or fixed.
+
+    A table with fewer rows than the model declares belongs to another part of it, such as its view
+    of pictures. A table that counts from behind the padding token has as many rows more.
+    """
+    sizes = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.match(name.rpartition(".")[2]):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            sizes.append((module.num_embeddings, skipped))
+        for buffer, values in module.named_buffers(recurse=False):
+            if _POSITIONS.match(buffer) and values.dim() > 1:
+                sizes.append((len(values), 0))
+    return [rows - skipped for rows, skipped in sizes if rows >= declared]
 
 
 def _num_tokens(model: Any) -> int | None:

@@ -95,7 +95,11 @@ def check_limits(
         what += f" with {max_new_tokens} to be written"
     if limits.is_hard:
         room = limits.positions - limits.virtual - max_new_tokens
-        remedy = f"set task.max_length={room}" if room >= 8 else "choose another model"
+        remedy = (
+            f"set task.max_length={room} (predict takes it with --set)"
+            if room >= 8
+            else "choose another model"
+        )
         if max_new_tokens:
             remedy = "shorten it, or lower max_new_tokens (--max-new-tokens)"
         raise UserError(f"{what}, and the model has {limits.positions} positions; {remedy}")
