@@ -176,3 +176,20 @@ def test_the_options_of_a_step_are_one_everywhere():
 
 def test_a_written_configuration_begins_with_the_method():
     assert load_config().to_yaml().startswith("method: hybrid\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wandb", "report_to names wandb, whose package is not installed; install it"),
+        ("wandbb", "report_to names 'wandbb'; did you mean wandb"),
+    ],
+)
+def test_where_a_run_reports_to_must_be_there(name, words, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    ready = "get_available_reporting_integrations"
+    monkeypatch.setattr(integration_utils, ready, lambda: ["tensorboard"])
+    with pytest.raises(UserError, match=words):
+        load_config(overrides=[f"report_to=[{name}]"])
+    assert load_config(overrides=["report_to=[tensorboard]"]).report_to == ["tensorboard"]

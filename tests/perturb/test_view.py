@@ -7,14 +7,33 @@ import copy
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
-from tests.support.models import CASES, assert_same_bits, batch_for, bits, build, loss_of
+from tests.support.models import (
+    CASES,
+    VOCABULARY,
+    assert_same_bits,
+    batch_for,
+    bits,
+    build,
+    loss_of,
+)
+from zofo.errors import UserError
 from zofo.noise.combine import combine
 from zofo.optim.blocks import split_parameters
 from zofo.optim.estimator import projected_gradients
 from zofo.perturb.view import Perturbation, SelfCheckError
 
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -305,3 +324,46 @@ def test_a_loss_that_is_a_small_weight_is_measured(size):
         lambda: model.shift.squeeze(), view, None, eps=1e-3, step=0, estimator="central"
     )
     assert scalars.abs().item() == pytest.approx(1.0)
+
+
+MIXERS = {
+    "qwen3-next": lambda: hf.Qwen3NextConfig(
+        **SMALL,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention"],
+    ),
+    "lfm2": lambda: hf.Lfm2Config(**SMALL, layer_types=["conv"], conv_L_cache=3, block_ff_dim=24),
+    "jamba": lambda: hf.JambaConfig(
+        **{**SMALL, "num_hidden_layers": 2},
+        num_experts=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+        mamba_d_conv=2,
+        mamba_dt_rank=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", MIXERS)
+@torch.no_grad()
+def test_mixers_that_read_the_weights_of_their_children(architecture):
+    model = hf.AutoModelForCausalLM.from_config(MIXERS[architecture]()).eval()
+    model.config.use_cache = False
+    batch = batch_for("llama")
+    with view_of(model).at(1e-2, step=3, self_check=True):
+        seen = loss_of(model, batch)
+    assert torch.equal(seen, loss_of(really_perturbed(model, 1e-2, step=3), batch))
+    assert seen != loss_of(model, batch)
+
+
+def test_a_failed_self_check_is_an_error_that_a_user_can_act_on():
+    assert issubclass(SelfCheckError, UserError)

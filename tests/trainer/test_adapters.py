@@ -15,6 +15,7 @@ from tests.support.trainers import Recorder, trainer_for
 from zofo.errors import UserError
 from zofo.models.saved_adapters import load_adapter
 from zofo.optim.blocks import split_parameters
+from zofo.saved.artifact import BaseSpec, load, save_artifact
 from zofo.saved.checkpoint import load_checkpoint
 
 # peft warns of adapters on tied weights, which can only be merged untied.
@@ -178,3 +179,21 @@ def test_old_checkpoints_of_several_adapters_say_which_one_they_load(tmp_path):
         loaded = attach_adapter(tied(), tmp_path, {})
     assert list(loaded.active_adapters) == ["default"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_an_artefact_holds_one_adapter_of_any_name(tmp_path, decoder_folder):
+    base = BaseSpec(decoder_folder)
+    model, _ = base.load()
+    config = lora("q_proj", init_lora_weights=False)
+    model = peft.get_peft_model(model, config, adapter_name="mine").eval()
+    save_artifact(tmp_path / "one", model, base=base, method="fo-peft")
+    loaded = load(tmp_path / "one").model
+    assert list(loaded.active_adapters) == ["default"]
+    batch = batch_for("llama")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    with pytest.raises(UserError, match="one adapter, and the model has default, second active"):
+        save_artifact(
+            tmp_path / "two", two_adapters("default", "second"), base=base, method="fo-peft"
+        )
+    assert not (tmp_path / "two").exists()

@@ -193,7 +193,11 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
             loaded = load(folder, device=device, trust_remote_code=trusted, progress=bar)
         return loaded, config
     model = config.model
-    head = model.head if model.head != "auto" else head_of(model.name, revision=model.revision)
+    head = (
+        model.head
+        if model.head != "auto"
+        else head_of(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    )
     if head == "classification":
         raise UserError(
             f"{target} is an encoder, whose classification head is untrained; give a run folder "

@@ -39,13 +39,15 @@ ATOMIC: tuple[type[nn.Module], ...] = (
 )
 """Module classes that read the weights of their children directly."""
 
-_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")
+_MIXERS = (
+    *("MambaMixer", "FalconMambaMixer", "Mamba2Mixer", "JambaMambaMixer", "BambaMixer"),
+    *("FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
+)
 CHILDREN_READ: dict[str, tuple[str, ...]] = {
     "DebertaEncoder": ("rel_embeddings",),
     "DebertaV2Encoder": ("rel_embeddings",),
-    "MambaMixer": _MAMBA,
-    "FalconMambaMixer": _MAMBA,
-    "Mamba2Mixer": _MAMBA,
+    **dict.fromkeys(_MIXERS, _MAMBA),
 }
 """Class name -> names of the children whose own weights its forward reads directly."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zofo.disk.files import fingerprint, reason_of_failed_write
 from zofo.disk.folders import share_files
 from zofo.errors import UserError
-from zofo.models.saved_adapters import sort_sets
+from zofo.models.saved_adapters import adapter_folder, sort_sets
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.moved import saving_adapter
@@ -106,6 +106,8 @@ def save_artifact(
         raise UserError("give base_fingerprint, of the base before training; a trainer has it")
     if base_fingerprint is None and orders.base == "frozen":  # Training left the base unchanged.
         base_fingerprint = fingerprint(split_parameters(model).base)
+    if orders.needs_adapter:
+        _active_adapter(model)  # The check comes before the folder.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if orders.needs_adapter:
@@ -139,16 +141,33 @@ def save_artifact(
 
 
 def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
-    """Write the active adapters of a `PeftModel`, with `base_name` as the base they belong to."""
+    """Write the active adapter of a `PeftModel`, with `base_name` as the base it belongs to."""
+    name = _active_adapter(model)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
-    active = list(model.active_adapters)
     with saving_adapter(model):
-        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[name])
     sort_sets(model, folder)
+    own = adapter_folder(folder, name)
+    if own != folder:  # Only an adapter called default has no folder of its own.
+        for path in own.iterdir():
+            path.replace(folder / path.name)
+        own.rmdir()
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
+
+
+def _active_adapter(model: Any) -> str:
+    """The name of the adapter that is saved."""
+    name, *others = model.active_adapters
+    if others:
+        raise UserError(
+            f"an artefact holds one adapter, and the model has {', '.join(model.active_adapters)} "
+            "active; use the trainer's checkpoint, which zofo.load_checkpoint reads, or join them "
+            "with peft's add_weighted_adapter"
+        )
+    return str(name)
 
 
 def load(
