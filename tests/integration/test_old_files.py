@@ -229,7 +229,9 @@ def test_training_goes_on_from_the_same_bits(old, expected, folder):
     seen, known = state_at_first_step(RESUMED[folder]), expected["resumed"][folder]
     assert seen.keys() == known.keys()
     for key in known:
-        assert seen[key] == known[key], key
+        # The state may have entries that did not exist then.
+        kept = {k: seen[key][k] for k in known[key]} if key == "optimizer" else seen[key]
+        assert kept == known[key], key
     if folder == "prefix-trainer":
         return
     # The reference is the uninterrupted run with the same settings.

@@ -134,7 +134,7 @@ def test_a_loss_that_draws_numbers_of_its_own_is_refused(tmp_path):
             self.count += 1
             return float(self.count)
 
-    with pytest.raises(UserError, match="compute_zeroth_loss without side effects"):
+    with pytest.raises(UserError, match="compute_zeroth_loss must have no side effects"):
         trainer_for(tmp_path, cls=Unsteady).train()
 
 

@@ -214,7 +214,9 @@ class HybridOptimizer(StatefulOptimizer):
                 )
                 evaluations += 1
             if self._self_check and generators is not None:
+                spent = instead.cost_so_far()
                 self._check_repeats(instead.closure, reference, generators)
+                before += instead.cost_so_far() - spent
             scalars = projected_gradients(
                 instead.closure,
                 self.perturbation,
