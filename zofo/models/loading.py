@@ -322,7 +322,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             remedy = "pass trust_remote_code=true if you trust its authors"
