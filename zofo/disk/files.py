@@ -6,14 +6,16 @@ JSON is checked for depth, large integers and invalid text before anything else 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -67,23 +69,80 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A rename is atomic only within a file system, so the temporary file lies beside `path`.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        name = temporary_prefix(path) + secrets.token_hex(4)
+        # Made without mkstemp, because its files are private whatever the umask allows.
+        handle = os.open(path.parent / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = path.parent / name
+        mode = os.fstat(handle).st_mode & 0o666
         os.close(handle)
-        temporary = Path(name)
         yield temporary
         # Without the flush, a power cut after the rename could leave an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read.
+        temporary.chmod(mode)  # safetensors replaces the file by a private one.
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
+        reason = reason_of_failed_write(error)
+        if reason is None:
+            raise
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; nothing was changed there. Free "
-            "space or choose a folder that can be written"
+            f"cannot write {path}: {reason}; nothing was changed there. Free space or choose a "
+            "folder that can be written"
         ) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # The file that stays is hidden.
+                temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of the temporary files of `path` begin; eight characters follow."""
+    # Shortened, because a name of the greatest length would leave no room for the characters.
+    return f".{path.name[:50]}."
+
+
+def reason_of_failed_write(error: Exception) -> str | None:
+    """The reason of a failed write, in words; None for an error of another kind."""
+    if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
+        return reason_of_failed_write(error.__cause__)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors, tokenizers and torch.save wrap the error of the system in errors of their own.
+    text = f"{type(error).__name__}: {error}"
+    if "No space left" in text or "os error 28" in text:
+        return os.strerror(errno.ENOSPC)
+    signs = ("SafetensorError", "PytorchStreamWriter", "iostream error", "unexpected pos", "I/O")
+    return text if any(sign in text for sign in signs) else None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it exists.
+
+    Raises:
+        UserError: if it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot remove {path}: {error.strerror or error}; make its folder writable, or remove "
+            "it by hand"
+        ) from error
+
+
+def problem_of_name(path: Path) -> str | None:
+    """Why no file can have this path; None if one can, whether or not it exists."""
+    try:
+        str(path).encode()
+        os.lstat(path)
+    except UnicodeEncodeError:
+        return f"{shown(str(path))} is no name in UTF-8; rename it"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # A ValueError means a zero byte.
+        reason = getattr(error, "strerror", None) or error
+        return f"{shown(str(path))} cannot be used ({reason}); choose another name"
+    return None
 
 
 def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
@@ -91,12 +150,17 @@ def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
 
     Neither the path nor the folders above it need to exist.
     """
+    problem = problem_of_name(path)
+    if problem is not None:
+        return problem
     there = path
     try:
         if is_folder and path.is_file():
             return f"{path} is a file; name a folder"
         if not is_folder and path.is_dir():
             return f"{path} is a folder; name a file"
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist; remove the link"
         # The nearest existing folder is where a missing path would be made.
         candidates = [path.absolute(), *path.absolute().parents][0 if is_folder else 1 :]
         there = next(folder for folder in candidates if folder.exists())
@@ -117,7 +181,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as zofo writes it into files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def finite(value: Any) -> Any:

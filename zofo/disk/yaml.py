@@ -11,12 +11,17 @@ from zofo.disk.files import MAX_DEPTH, check_plain, read_text
 from zofo.errors import UserError
 
 _MAX_BYTES: Final = 1 << 20  # PyYAML takes some ten seconds for this much
+_PLAIN: Final = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null", "timestamp")
+)
+"""Types that YAML 1.1 sees in a word without quotes."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, because a few of them can expand to more nodes than memory holds.
+    """Reads keys as text, so that `no`, `on` and `1` are names. Refuses aliases.
 
-    It also stops at deep nesting, before PyYAML needs a minute for a few thousand brackets.
+    A few aliases can expand to more nodes than memory holds. It also stops at deep nesting, before
+    PyYAML needs a minute for a few thousand brackets.
     """
 
     depth = 0
@@ -33,6 +38,10 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        # The parser asks for a key without an index, and for the value with its key as the index.
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        if is_key and isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
+            node.tag = "tag:yaml.org,2002:str"
         return node
 
 

@@ -136,6 +136,11 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.updates)
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether some update has a learning rate above 0."""
+        return any(update.lr != 0 for row in self.updates for update in row)
+
     def replay(
         self,
         parameters: Mapping[str, nn.Parameter],

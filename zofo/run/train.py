@@ -27,13 +27,14 @@ from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.console import new_progress
-from zofo.disk.files import write_json, write_text
+from zofo.disk.files import remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
+from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
-from zofo.run.prepare import Prepared, new_folder, num_steps, prepare
+from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
 from zofo.run.resume import newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
@@ -49,9 +50,10 @@ from zofo.saved.layout import (
     RESULT_FILE,
     STOPPED_FILE,
 )
-from zofo.saved.source import write_base
+from zofo.saved.source import read_base, write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
+from zofo.tasks.digests import RowDigests
 from zofo.trainer.interrupt import StopOnSignal
 
 
@@ -88,14 +90,37 @@ def train(
         TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
         UserError: before training, for anything wrong with the configuration, data or folders.
     """
+    with run_folder(config, resume) as folder:
+        return train_in(
+            folder,
+            config,
+            is_resumed=resume is not None,
+            console=console,
+            on_start=on_start,
+            stop=stop,
+            watchers=watchers,
+        )
+
+
+def train_in(
+    folder: Path,
+    config: RunConfig,
+    *,
+    is_resumed: bool,
+    console: Console | None = None,
+    on_start: Callable[[Path], None] | None = None,
+    stop: StopOnSignal | None = None,
+    watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
+) -> Result:
+    """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
     console = console or Console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     resolve_device(config.device)  # An absent device is reported before any work.
-    folder = resume or new_folder(config)
-    prepared = prepare(config)
-    for note in prepared.splits.notes:
+    checkpoint = _checkpoint(folder, console) if is_resumed else None
+    prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
+    for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
@@ -109,8 +134,8 @@ def train(
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
         console=console,
+        digests=RowDigests.of(prepared.splits),
     )
-    checkpoint = None if resume is None else _checkpoint(folder, console)
     _begin_folder(folder, config, prepared)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
@@ -143,6 +168,13 @@ def train(
     result = Result(folder, before, after, cost)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
+
+
+def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
+    """Prepare with the rows and the classes that the run began with."""
+    known = RowDigests.load(checkpoint)
+    labels = () if known is None else read_base(checkpoint.parent)[1]
+    return prepare(config, known=known, labels=labels)
 
 
 def _checkpoint(folder: Path, console: Console) -> Path | None:
@@ -191,6 +223,8 @@ def _save_artifact(
         tokenizer=prepared.tokenizer,
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
+        rows=RowDigests.of(prepared.splits),
+        buffers=trainer.moved_buffers,
     )
 
 
@@ -305,7 +339,7 @@ def _note(console: Console, text: str) -> None:
 
 def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
     remove_leftovers(folder)
-    (folder / STOPPED_FILE).unlink(missing_ok=True)
+    remove_file(folder / STOPPED_FILE)
     write_text(folder / CONFIG_FILE, config.to_yaml())
     write_base(folder, prepared.base, prepared.splits.labels)
     write_json(folder / ENVIRONMENT_FILE, environment())

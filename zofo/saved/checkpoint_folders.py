@@ -7,9 +7,9 @@ power cut therefore leaves the older checkpoints intact, and the digests reveal 
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from zofo.disk.files import (
     read_json,
     read_json_object,
     read_tensors,
+    temporary_prefix,
 )
-from zofo.disk.folders import HIDDEN, LIST_FILE, discard
+from zofo.disk.folders import LIST_FILE, discard, remove_partial
 from zofo.errors import UserError, shown
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
@@ -28,11 +29,11 @@ from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
 
 def remove_leftovers(run_folder: Path) -> None:
     """Remove the temporary files and folders of a run that was killed."""
-    for path in run_folder.glob(f".{CHECKPOINT_PREFIX}*{HIDDEN}"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN_WHOLE:  # `zofo.disk.files.replacing` gives temporary files these names.
-        for path in run_folder.glob(f".{name}.????????"):
-            path.unlink(missing_ok=True)
+    remove_partial(run_folder, f".{CHECKPOINT_PREFIX}*")
+    for name in WRITTEN_WHOLE:  # `zofo.disk.files.replacing` writes them.
+        for path in run_folder.glob(f"{temporary_prefix(Path(name))}????????"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def step_of(folder: Path) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zofo.disk.files import refusing
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter
+from zofo.models.saved_adapters import attach_adapter
 from zofo.saved.assemble import STEPS, Assembly, require_finite
 from zofo.saved.export import load_plain
 from zofo.saved.export_card import Record, read_record
