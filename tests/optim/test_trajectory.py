@@ -12,13 +12,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.support.models import assert_same_bits, batch_for, build, loss_of
+from tests.support.trainers import trainer_for
 from zofo.disk.files import write_tensors
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, direction
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.trajectory import GroupSpec, Trajectory, Update
+from zofo.optim.trajectory import MAX_UPDATES, GroupSpec, Trajectory, Update
 
 NUM_STEPS = 6
 PER_MODULE = {"*layers.0*": 1e-3, "lm_head*": 0.0, "*.weight": 3e-4}
@@ -296,3 +297,11 @@ def test_a_model_without_the_moved_tensors_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'second\.0' \(3 missing in all"):
         example().replay(parameters)
     assert torch.equal(parameters["first.0"], torch.zeros(2))
+
+
+def test_a_run_whose_trajectory_could_not_be_read_again_is_refused_at_its_start(tmp_path):
+    rates = {"*layers.0*": 1e-3, "*": 1e-4}
+    options = {"model": build("llama", "lora"), "base_lr": rates}
+    trainer_for(tmp_path, max_steps=MAX_UPDATES // 2, **options)
+    with pytest.raises(UserError, match="updates that a trajectory can hold"):
+        trainer_for(tmp_path, max_steps=MAX_UPDATES // 2 + 1, **options)
