@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, open_tensors, write_json, write_tensors
+from zofo.disk.files import fingerprint, open_tensors, remove_file, write_json, write_tensors
 from zofo.errors import UserError
 from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
 from zofo.optim.blocks import split_parameters
@@ -79,7 +79,7 @@ class BaseHistory:
         """Remove all copies of the base."""
         self._snapshot.drop()
         if self._num_updates_in_copy is not None:
-            self._file.unlink(missing_ok=True)
+            remove_file(self._file, is_needed=False)
             self._num_updates_in_copy = None
 
     def save(self, folder: Path) -> None:
@@ -208,7 +208,7 @@ class BaseSnapshot:
 
     def drop(self) -> None:
         """Remove the copy."""
-        self.path.unlink(missing_ok=True)
+        remove_file(self.path, is_needed=False)
         self.num_updates = 0
 
 
