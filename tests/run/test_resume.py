@@ -136,6 +136,48 @@ def test_metrics_that_were_lost_come_back(run, finished, text):
     assert untimed_metrics(run / "metrics.jsonl") == untimed_metrics(finished / "metrics.jsonl")
 
 
+@pytest.fixture
+def data(finished):
+    """The file of the run's rows, which is put back after the test."""
+    path = finished.parent / "a.csv"
+    text = path.read_text()
+    yield path
+    path.write_text(text)
+
+
+def test_new_rows_in_another_order_change_nothing(run, finished, data):
+    header, *rows = data.read_text().splitlines()
+    data.write_text("\n".join([header, "a new film,1", *rows[::-1], "another,0"]) + "\n")
+    done = invoke("train", "--resume", run)
+    assert done.exit_code == 0, done.output
+    assert "2 other rows, which are new or were not used" in done.stderr.replace("\n", " ")
+    assert untimed_metrics(run / "metrics.jsonl") == untimed_metrics(finished / "metrics.jsonl")
+    scores = [json.loads((f / "result.json").read_text())["test"] for f in (run, finished)]
+    assert scores[0] == scores[1]
+    files = [f / "artifact" / "rows.safetensors" for f in (run, finished)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows[1:], "1 of "),
+        (lambda rows: rows[:5], "36 of 40 train rows missing"),
+        (lambda rows: [row[:-1] + "10"[int(row[-1])] for row in rows], "40 of 40 train rows with"),
+        (lambda rows: [row.replace("film", "book") for row in rows], "10 of 10 test rows missing"),
+        (lambda rows: [*rows, "a new film,2"], "does not know these labels: '2'"),
+    ],
+)
+def test_changed_rows_are_refused_before_any_work(run, data, change, words):
+    header, *rows = data.read_text().splitlines()
+    data.write_text("\n".join([header, *change(rows)]) + "\n")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = invoke("train", "--resume", run)
+    assert done.exit_code == 2
+    assert words in done.stderr.replace("\n", " ")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "7", "null", '{"dev": 3, "cost": {}}', '{"dev": {"after": []}}']
 )

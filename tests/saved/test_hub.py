@@ -15,6 +15,9 @@ from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.saved.artifact import BaseSpec, load, save_artifact
 from zofo.saved.hub import looks_like_hub_id
+from zofo.tasks.digests import RowDigests
+
+ROWS = RowDigests({"train": ((1, 2), (3, 4)), "dev": ((5, -6),), "test": ()})
 
 
 @pytest.fixture
@@ -59,7 +62,8 @@ def artefact(tmp_path, decoder_folder):
     base = BaseSpec(decoder_folder)
     model, tokenizer = base.load()
     model = create_adapter(model, "lora", tokenizer=tokenizer)
-    return save_artifact(tmp_path / "artefact", model, base=base, method="fo-peft")
+    folder = tmp_path / "artefact"
+    return save_artifact(folder, model, base=base, method="fo-peft", rows=ROWS)
 
 
 def test_there_and_back(hub, artefact):
@@ -69,6 +73,7 @@ def test_there_and_back(hub, artefact):
     assert hub == [("token", "hf_x"), ("create", "me/model", True, True)]
     loaded = load("me/model", revision="v1")
     assert loaded.method == "fo-peft"
+    assert loaded.rows == ROWS
     assert hub[-1] == ("download", "me/model", "v1")
     assert not (artefact.parent / "hub/me/model/notes.txt").exists()
 

@@ -100,6 +100,9 @@ def test_answers_of_drop_that_run_together(spans, types, gold):
     [
         ("Rome", "must be an object with text"),
         ({"text": []}, "holds no answer"),
+        ({"text": "Rome"}, "must be a list"),
+        ({"text": 5}, "must be a list"),
+        ({"text": [["Rome"]]}, "a text on one line"),
         ({"text": [" "]}, "a text on one line"),
         ({"text": ["Rome\nItaly"]}, "a text on one line"),
     ],

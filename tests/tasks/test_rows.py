@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from zofo.errors import UserError
+from zofo.tasks.labels import label_in
 from zofo.tasks.load import load_splits
-from zofo.tasks.rows import convert_rows, label_in, read_table, text_in
+from zofo.tasks.rows import convert_rows, read_table, text_in
 from zofo.tasks.spec import TaskSpec
 
 ROWS = [{"text": f'words, "quoted" {i}', "label": i % 2} for i in range(6)]

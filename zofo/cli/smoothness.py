@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import exit_code_of, rich_table, stdout_console, warn_of_idle_options
+from zofo.cli.output import (
+    exit_code_of,
+    plain_console,
+    rich_table,
+    stdout_console,
+    warn_of_idle_options,
+)
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +120,7 @@ def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None)
             config,
             options,
             resume=folder,
-            console=Console(stderr=True),
+            console=plain_console(stderr=True),
             on_start=started.append,
             stop=StopOnSignal(),
         )

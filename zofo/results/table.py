@@ -7,7 +7,6 @@ row with the reason.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from zofo.disk.files import json_digest, problem_of_name, read_json
+from zofo.disk.files import (
+    MAX_LOG_BYTES,
+    json_digest,
+    parse_json,
+    problem_of_name,
+    read_json,
+    read_text,
+)
 from zofo.disk.recorded import alterations, read_digests
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
@@ -333,13 +339,13 @@ def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a log that can be read; the last may be incomplete."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_text(path, max_bytes=MAX_LOG_BYTES, errors="replace").splitlines()
+    except UserError:
         return
     for line in lines:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):  # an incomplete line, or absurdly deep brackets
+            entry = parse_json(line, has_nan=True)
+        except ValueError:  # an incomplete line, or one that zofo did not write
             continue
         if isinstance(entry, dict):
             yield entry

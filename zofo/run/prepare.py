@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.source import base_of
+from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits
 
@@ -37,21 +39,37 @@ class Prepared:
     base_fingerprint: str  # of the base before training
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(
+    config: RunConfig, *, known: RowDigests | None = None, labels: Sequence[str] = ()
+) -> Prepared:
     """Read the data and the model, attach the adapter and encode the rows.
 
+    Args:
+        config: the configuration.
+        known: the rows of the run that is continued; None for a new run.
+        labels: the classes of the run that is continued.
+
     Raises:
-        UserError: for anything wrong with the data, the model or the adapter.
+        UserError: for anything wrong with the data, the model or the adapter, or if a row of the
+            run that is continued has changed.
     """
     # Only the task "chat" needs the tokenizer to read its rows.
     tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
-    splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
+    splits = load_splits(
+        config.task, seed=config.seed, tokenizer=tokenizer, labels=labels, known=known
+    )
+    if splits.lost:
+        raise UserError(
+            f"the data has changed since the run began: {splits.lost}. Put the old rows back to "
+            "continue it, or begin a new run with another output_dir"
+        )
     base = base_of(config, splits)
     model, tokenizer = base.load()
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    rows, notes = encode_parts(encoder, splits, model)
+    splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
         model,

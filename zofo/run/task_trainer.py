@@ -26,6 +26,7 @@ from zofo.run.display import MetricsFile, TrainingDisplay
 from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
+from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded
 from zofo.tasks.losses import first_examples, losses_and_errors
 from zofo.trainer.mixin import HybridArguments, HybridTrainer
@@ -78,13 +79,14 @@ class TaskTrainer(HybridTrainer):
         collator: Collator,
         writer: Writer,
         zo_objective: str = "loss",
+        digests: RowDigests | None = None,
         **kwargs: Any,
     ) -> None:
         collate = _keeping_examples(collator) if zo_objective == "f1" else collator
         super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
         self.clock = TrainingClock()
         self.objective: Any = objective
-        self.zo_objective = zo_objective
+        self.zo_objective, self.digests = zo_objective, digests
         self.kind: Any = kind
         self.dev, self.collator, self.writer = dev, collator, writer
         self.model_accepts_loss_kwargs = False  # compute_loss ignores num_items_in_batch.
@@ -168,6 +170,12 @@ class TaskTrainer(HybridTrainer):
             logs["forward_equivalents"] = self.forward_equivalents
             logs["elapsed_s"] = self.clock.seconds
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and the digests of its rows."""
+        super().save_model(output_dir, _internal_call)
+        if self.digests is not None and self.args.should_save:
+            self.digests.save(Path(output_dir or self._output_folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.clock.paused():
@@ -293,6 +301,7 @@ def build_trainer(
     total_steps: int,
     folder: Path,
     console: Console,
+    digests: RowDigests | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -307,6 +316,7 @@ def build_trainer(
         total_steps: number of optimizer steps.
         folder: the run folder.
         console: the console for the progress.
+        digests: those of the rows, which every checkpoint keeps.
     """
     with quiet():
         trainer = TaskTrainer(
@@ -320,6 +330,7 @@ def build_trainer(
             collator=collator,
             writer=writer,
             zo_objective=config.zo_objective,
+            digests=digests,
             callbacks=[
                 MetricsFile(folder / METRICS_FILE),
                 TrainingDisplay(console, config.batch_size * config.accumulation),

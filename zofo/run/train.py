@@ -30,6 +30,7 @@ from zofo.console import new_progress
 from zofo.disk.files import remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
+from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
@@ -49,9 +50,10 @@ from zofo.saved.layout import (
     RESULT_FILE,
     STOPPED_FILE,
 )
-from zofo.saved.source import write_base
+from zofo.saved.source import read_base, write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
+from zofo.tasks.digests import RowDigests
 from zofo.trainer.interrupt import StopOnSignal
 
 
@@ -116,8 +118,9 @@ def train_in(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     resolve_device(config.device)  # An absent device is reported before any work.
-    prepared = prepare(config)
-    for note in prepared.splits.notes:
+    checkpoint = _checkpoint(folder, console) if is_resumed else None
+    prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
+    for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
@@ -131,8 +134,8 @@ def train_in(
         total_steps=num_steps(config, len(prepared.rows["train"])),
         folder=folder,
         console=console,
+        digests=RowDigests.of(prepared.splits),
     )
-    checkpoint = _checkpoint(folder, console) if is_resumed else None
     _begin_folder(folder, config, prepared)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
@@ -165,6 +168,13 @@ def train_in(
     result = Result(folder, before, after, cost)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
+
+
+def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
+    """Prepare with the rows and the classes that the run began with."""
+    known = RowDigests.load(checkpoint)
+    labels = () if known is None else read_base(checkpoint.parent)[1]
+    return prepare(config, known=known, labels=labels)
 
 
 def _checkpoint(folder: Path, console: Console) -> Path | None:
@@ -213,6 +223,8 @@ def _save_artifact(
         tokenizer=prepared.tokenizer,
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
+        rows=RowDigests.of(prepared.splits),
+        buffers=trainer.moved_buffers,
     )
 
 

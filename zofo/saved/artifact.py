@@ -1,6 +1,7 @@
 """The artefact: a folder that holds a trained model and is small enough to share.
 
     zofo.json                       base, method, task, fingerprint of the base, digests of files
+    rows.safetensors                digests of the rows that it was trained, selected and tested on
     adapter/                        files of peft (methods with an adapter)
     base_trajectory.safetensors     updates of the base, one scalar a direction (hybrid, zo-ft)
     model/                          the whole model (fo-ft, which has no such scalars)
@@ -11,21 +12,23 @@ peft would attach the adapter to the original base, with which it was not traine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zofo.disk.files import fingerprint, reason_of_failed_write
 from zofo.disk.folders import share_files
 from zofo.errors import UserError
-from zofo.models.adapters import sort_sets
+from zofo.models.saved_adapters import sort_sets
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
+from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved import hub
+from zofo.saved.buffers import save_buffers
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
@@ -37,6 +40,7 @@ from zofo.saved.manifest import (
     write_header,
 )
 from zofo.saved.source import open_source
+from zofo.tasks.digests import ROWS_FILE, RowDigests
 
 __all__ = [
     "HEADER_FILE",
@@ -59,6 +63,7 @@ class Artifact:
     method: str  # name of the method that trained the model
     task: dict[str, Any] | None  # its options; None if the model learned a task outside zofo
     labels: tuple[str, ...]  # names of the classes
+    rows: RowDigests | None = None  # its rows; None if it was saved without them
 
 
 def save_artifact(
@@ -72,6 +77,8 @@ def save_artifact(
     tokenizer: Any = None,
     task: dict[str, Any] | None = None,
     labels: tuple[str, ...] = (),
+    rows: RowDigests | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an artefact.
 
@@ -85,6 +92,9 @@ def save_artifact(
         tokenizer: the tokenizer, which is saved if the whole model is saved.
         task: options of the task.
         labels: names of the classes.
+        rows: digests of the task's rows, by which they are found again in changed data.
+        buffers: buffers that training has changed (`moved_buffers` of a trainer), for methods
+            whose artefact does not hold the whole model.
 
     Raises:
         UserError: if the folder cannot be written, or an argument that the method needs is missing.
@@ -116,6 +126,12 @@ def save_artifact(
         ) from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
+    if rows is None:
+        (folder / ROWS_FILE).unlink(missing_ok=True)  # of an earlier artefact
+    else:
+        rows.save(folder)
+    if orders.base != "first":
+        save_buffers(folder, buffers or {})
     values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
     # The header goes last, because it records the digests of the other files.
     write_header(folder, {**values, "task": task, "labels": list(labels)})
@@ -123,11 +139,13 @@ def save_artifact(
 
 
 def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
-    """Write the adapter of a `PeftModel`, with `base_name` as the base that it belongs to."""
+    """Write the active adapters of a `PeftModel`, with `base_name` as the base they belong to."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    active = list(model.active_adapters)
+    with saving_adapter(model):
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
     sort_sets(model, folder)
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
@@ -161,4 +179,12 @@ def load(
     source = open_source(find_artifact(folder), trust_remote_code=trust_remote_code)
     model, tokenizer = source.load(progress)
     model.to(device)
-    return Artifact(model, tokenizer, source.base, source.method, source.task, source.labels)
+    return Artifact(
+        model,
+        tokenizer,
+        source.base,
+        source.method,
+        source.task,
+        source.labels,
+        RowDigests.load(source.folder),
+    )

@@ -23,9 +23,10 @@ from zofo.console import quiet
 from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter, is_peft
+from zofo.models.limits import check_model_config
 from zofo.models.loading import DTYPES, model_class
-from zofo.optim.blocks import split_parameters
+from zofo.models.saved_adapters import attach_adapter
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.saved.artifact import save_adapter
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (
@@ -194,6 +195,8 @@ def load_plain(
     import transformers as hf
 
     with quiet():
+        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_model_config(config, str(folder))
         model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from zofo.errors import UserError
-from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
     HEADER_FILE,
     MODEL_FOLDER,
+    SINGLE_FILES,
     check_files,
     find_artifact,
     read_header,
@@ -20,7 +20,7 @@ from zofo.saved.manifest import (
 
 _FOLDERS: Final = (f"{ADAPTER_FOLDER}/*", f"{MODEL_FOLDER}/*")
 # Other files of a repository or folder are neither loaded nor published.
-_PATTERNS: Final = [HEADER_FILE, TRAJECTORY_FILE, CARD_FILE, *_FOLDERS]
+_PATTERNS: Final = [HEADER_FILE, CARD_FILE, *SINGLE_FILES, *_FOLDERS]
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -26,7 +26,8 @@ from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
-from zofo.saved.layout import ARTIFACT_FOLDER
+from zofo.saved.layout import ARTIFACT_FOLDER, BUFFERS_FILE
+from zofo.tasks.digests import ROWS_FILE
 from zofo.tasks.spec import TaskSpec
 
 FORMAT_VERSION: Final = 1
@@ -34,6 +35,8 @@ HEADER_FILE: Final = "zofo.json"
 CARD_FILE: Final = "README.md"
 ADAPTER_FOLDER: Final = "adapter"
 MODEL_FOLDER: Final = "model"
+SINGLE_FILES: Final = (TRAJECTORY_FILE, ROWS_FILE, BUFFERS_FILE)
+"""Files beside the header that loading reads."""
 _MAX_LABELS: Final = 1 << 16
 _STRICT: Final = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -178,7 +181,7 @@ def _parts(folder: Path) -> dict[str, Path]:
     paths = [
         *(folder / ADAPTER_FOLDER).rglob("*"),
         *(folder / MODEL_FOLDER).rglob("*"),
-        folder / TRAJECTORY_FILE,
+        *(folder / name for name in SINGLE_FILES),
     ]
     return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}
 

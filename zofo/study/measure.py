@@ -17,7 +17,7 @@ import torch
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
-from zofo.disk.files import read_mapping, write_json
+from zofo.disk.files import read_json_object, write_json
 from zofo.disk.recorded import alterations, write_recorded
 from zofo.environment import resolve_device
 from zofo.errors import UserError
@@ -56,7 +56,7 @@ def measure_run(folder: Path, start: Path) -> None:
     folder, start = folder.absolute(), start.absolute()
     config = load_config(folder / CONFIG_FILE)
     study = folder.parents[1]
-    result, before = read_mapping(folder / RESULT_FILE), read_mapping(start)
+    result, before = read_json_object(folder / RESULT_FILE), read_json_object(start)
     problems = alterations(study, [start]) if start.is_relative_to(study) else []
     if problems:
         raise UserError(f"{problems[0]}; remove it, and the study measures it again")

@@ -25,7 +25,7 @@ from typing import Any, Final, Literal
 
 import pydantic
 
-from zofo.disk.files import read_mapping, refusing, remove_file, write_json, write_text
+from zofo.disk.files import read_json_object, refusing, remove_file, write_json, write_text
 from zofo.disk.recorded import alterations, forget_files, record_files, write_recorded
 from zofo.errors import UserError
 from zofo.results.table import RECORDED, STUDY_FILE
@@ -101,7 +101,7 @@ class StudyFolder:
             if not path.exists():
                 return None
             self._check(run)
-            record = read_mapping(path)
+            record = read_json_object(path)
             with refusing(f"{path} is damaged", _REMEDY):
                 _Form.model_validate(record)
             self._records[run.id] = record
@@ -186,7 +186,7 @@ class StudyFolder:
         if record is None:
             return False
         is_over = record["status"] != "done" or record["test_error"] is not None
-        if is_over or "test" in read_mapping(self.run_folder(run) / RESULT_FILE):
+        if is_over or "test" in read_json_object(self.run_folder(run) / RESULT_FILE):
             self._measured.add(run.id)  # remembered, so that the file is read only once
         return run.id in self._measured
 
@@ -200,7 +200,7 @@ class StudyFolder:
     def ended(self, run: Run, status: str, error: str | None, is_final: bool) -> Record:
         """Record the end of a run, and delete files that are only needed to resume it."""
         folder = self.run_folder(run)
-        result = read_mapping(folder / RESULT_FILE) if status == "done" else {}
+        result = read_json_object(folder / RESULT_FILE) if status == "done" else {}
         record = {
             "study": self.grid.spec.name,
             **as_json(run),
@@ -243,7 +243,7 @@ class StudyFolder:
             cost = record["cost"]
             entry |= {k: cost.get(k) for k in ("steps", "forward_equivalents")}
             has_result = record["status"] == "done"
-            result = read_mapping(self.run_folder(run) / RESULT_FILE) if has_result else {}
+            result = read_json_object(self.run_folder(run) / RESULT_FILE) if has_result else {}
             runs.append({**entry, "test": result.get("test")})
             timings[run.id] = {k: v for k, v in cost.items() if k not in entry}
         # Timings differ between repetitions of a study, so they stand apart from the results.

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from zofo.errors import UserError
-from zofo.tasks.rows import Table, convert_rows, label_in, require_columns, text_in
+from zofo.tasks.labels import Classes, label_in, label_of, listed
+from zofo.tasks.rows import Table, convert_rows, require_columns, text_in, value_in
 from zofo.tasks.spec import Example
 
 DEFAULT_TEMPLATE: Final = "{text}\nLabel:"
-_MAX_CLASSES: Final = 200
-"""Choice: more labels than this are more likely a wrong column."""
 
 
 def template_columns(template: str) -> tuple[str, ...]:
@@ -33,40 +32,16 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Put the row's values into the template; braces inside the values stay as they are."""
+    """Put the row's texts into the template; braces inside them stay as they are.
+
+    Raises:
+        ValueError: if a column is missing or is no text.
+    """
     # str.format would also evaluate attributes, indices and format specifications.
     parts = string.Formatter().parse(template)
     return "".join(
-        literal + ("" if name is None else str(row[name])) for literal, name, _, _ in parts
+        literal + ("" if name is None else value_in(row, name)) for literal, name, _, _ in parts
     )
-
-
-def class_names(tables: Sequence[Table], column: str) -> tuple[str, ...]:
-    """The labels of all tables, in the declared order, else sorted (as numbers if all are numbers).
-
-    Raises:
-        UserError: for fewer than two labels, or for more than 200.
-    """
-    for table in tables:
-        if column in table.label_names:
-            return tuple(table.label_names[column])
-    found: set[str] = set()
-    for table in tables:
-        found |= set(convert_rows(table, lambda _, row: label_in(row, column)))
-    if len(found) < 2:
-        raise UserError(
-            f"the column {column!r} of {tables[0].source} holds one label only, {found.pop()!r}; "
-            "classification needs two or more"
-        )
-    if len(found) > _MAX_CLASSES:
-        raise UserError(
-            f"the column {column!r} of {tables[0].source} holds {len(found)} different labels; at "
-            f"most {_MAX_CLASSES} classes can be scored: is it the right column?"
-        )
-    try:
-        return tuple(sorted(found, key=float))
-    except ValueError:
-        return tuple(sorted(found))
 
 
 def examples(
@@ -98,20 +73,12 @@ def examples(
         [*columns, label_column],
         "Name yours with task.text and task.label, or in task.template",
     )
-    candidates = candidates_of(labels, verbalizers)
+    candidates, classes = candidates_of(labels, verbalizers), Classes(labels)
     names = table.label_names.get(label_column)
 
     def convert(number: int, row: dict[str, Any]) -> Example:
         texts = [text_in(row, column) for column in columns]
-        label = label_in(row, label_column)
-        if names is not None:  # the hub stores classes as numbers, and -1 if the label is secret
-            index = int(label)
-            if not 0 <= index < len(names):
-                raise ValueError(f"{label_column!r} is {label}: the row has no label; drop it")
-        elif label not in labels:
-            raise ValueError(f"{label_column!r} is {label!r}, not one of {', '.join(labels)}")
-        else:
-            index = labels.index(label)
+        index = classes.index(label_in(row, label_column, names))
         return Example(fill(template, row), candidates, index, "\n".join(texts), number)
 
     return convert_rows(table, convert)
@@ -125,14 +92,22 @@ def candidates_of(labels: Sequence[str], verbalizers: Mapping[str, str] | None) 
     """
     if verbalizers is None:
         return tuple(f" {label}" for label in labels)
-    missing = [label for label in labels if label not in verbalizers]
-    unknown = [label for label in verbalizers if label not in labels]
+    classes, words, unknown = Classes(labels), dict[str, str](), []
+    for key, word in verbalizers.items():
+        try:
+            label = labels[classes.index(label_of(key))]
+        except ValueError:
+            unknown.append(key)
+            continue
+        if words.setdefault(label, word) != word:
+            raise UserError(f"task.verbalizers names the label {label!r} twice; keep one")
+    missing = [label for label in labels if label not in words]
     if missing or unknown:
         raise UserError(
-            f"task.verbalizers must name each label once; missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}; the labels are {', '.join(labels)}"
+            f"task.verbalizers must name each label once; missing: {listed(missing) or 'none'}; "
+            f"unknown: {listed(unknown) or 'none'}; the labels are {listed(labels)}"
         )
-    candidates = tuple(verbalizers[label] for label in labels)
+    candidates = tuple(words[label] for label in labels)
     if len(set(candidates)) < len(candidates):
         raise UserError(f"task.verbalizers must differ, found {', '.join(map(repr, candidates))}")
     return candidates

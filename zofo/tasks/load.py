@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from zofo.errors import UserError
+from zofo.tasks import classify, generate
+from zofo.tasks.digests import RowDigests
 from zofo.tasks.families import family, passages
 from zofo.tasks.families.table import BUILTIN, builtin_tables
-from zofo.tasks.rows import SUFFIXES, read_table, require_columns
-from zofo.tasks.spec import Splits, TaskSpec
+from zofo.tasks.files import SUFFIXES
+from zofo.tasks.labels import Classes, class_names, label_of, require_known
+from zofo.tasks.rows import Table, read_table, require_columns
+from zofo.tasks.spec import Kind, Sizes, Splits, TaskSpec
 from zofo.tasks.split_notes import split_notes
+from zofo.tasks.splits import separate
 
 OWN_TASKS: Final = {
     "classification": "your rows of text and label",
@@ -85,13 +91,35 @@ def check_spec(spec: TaskSpec) -> list[str]:
     return problems
 
 
-def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Splits:
+@dataclass(frozen=True)
+class _Rows:
+    """The converted rows of a task before they are split."""
+
+    kind: Kind
+    labels: tuple[str, ...]
+    train: Sequence[Any]
+    dev: Sequence[Any] | None  # None: carved from the training rows
+    test: Sequence[Any] | None  # None: carved from the training rows
+    limits: Sizes = (None, None, None)
+
+
+def load_splits(
+    spec: TaskSpec,
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    labels: Sequence[str] = (),
+    known: RowDigests | None = None,
+) -> Splits:
     """Read a task's rows and split them.
 
     Args:
         spec: the options.
         seed: seed of the shuffle and of carved splits.
         tokenizer: holds the chat template.
+        labels: the classes of a trained model; rows are matched with them by name. Empty: those of
+            the rows.
+        known: the rows of a run. If the data has changed since, the run's rows are found in it.
 
     Raises:
         UserError: for wrong options, missing data, or bad rows.
@@ -99,37 +127,45 @@ def load_splits(spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None) -> Spli
     problems = check_spec(spec)
     if problems:
         raise UserError("; ".join(problems))
-    is_own = spec.name in OWN_TASKS
-    loaded = _load_own(spec, seed, tokenizer) if is_own else _load_builtin(spec, seed)
-    return replace(loaded, notes=loaded.notes + split_notes(loaded))
+    if spec.name in OWN_TASKS:
+        rows = _own_rows(spec, tokenizer, labels)
+    else:
+        rows = _builtin_rows(spec, labels)
+    sizes = (spec.num_train, spec.num_dev, spec.num_test)
+    tables = (rows.train, rows.dev, rows.test)
+    try:
+        train, dev, test, notes = separate(*tables, sizes=sizes, limits=rows.limits, seed=seed)
+    except UserError:
+        if known is None:
+            raise
+        train, dev, test, notes = (), (), (), ()  # A file that shrank may be too small to be split.
+    found = Splits(rows.kind, train, dev, test, labels=rows.labels, notes=notes)
+    if known is not None and known != RowDigests.of(found):
+        found = known.find([row for table in tables for row in table or ()], found)
+    return replace(found, notes=found.notes + split_notes(found))
 
 
-def _load_builtin(spec: TaskSpec, seed: int) -> Splits:
-    from zofo.tasks import splits
-
+def _builtin_rows(spec: TaskSpec, known: Sequence[str]) -> _Rows:
     task = BUILTIN[spec.name]
+    labels = task.classes if task.kind == "classification" else ()
+    places: Sequence[int] = range(len(task.classes))  # index of each class among the labels
+    if labels and known:
+        require_known(dict.fromkeys(labels, f"task {spec.name}"), known)
+        classes, labels = Classes(known), tuple(known)
+        places = [classes.index(label_of(label)) for label in task.classes]
 
-    def convert(table: Any) -> list[Any]:
+    def convert(table: Table) -> list[Any]:
         if task.measure is not None:
             return passages.passages(task, table, spec.template or task.template)
-        return family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
+        rows = family.examples(task, table, template=spec.template, verbalizers=spec.verbalizers)
+        return [replace(row, gold=places[row.gold]) for row in rows]
 
     train, test = builtin_tables(spec)
-    parts = splits.separate(
-        convert(train),
-        None,
-        None if test is None else convert(test),
-        sizes=(spec.num_train, spec.num_dev, spec.num_test),
-        limits=task.sizes,
-        seed=seed,
-    )
-    labels = task.classes if task.kind == "classification" else ()
-    return Splits(task.kind, *parts[:3], labels=labels, notes=parts[3])
+    held_out = None if test is None else convert(test)
+    return _Rows(task.kind, labels, convert(train), None, held_out, task.sizes)
 
 
-def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
-    from zofo.tasks import classify, generate, splits
-
+def _own_rows(spec: TaskSpec, tokenizer: Any, known: Sequence[str]) -> _Rows:
     source = spec.train or ""
 
     def read(part: str | None) -> Any:
@@ -148,7 +184,7 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
         present = [table for table in tables if table is not None]
         for table in present:
             require_columns(table, [spec.label], "Name yours with task.label")
-        labels = classify.class_names(present, spec.label)
+        labels = class_names(present, spec.label, known)
 
     def convert(table: Any) -> Any:
         if table is None:
@@ -171,8 +207,6 @@ def _load_own(spec: TaskSpec, seed: int, tokenizer: Any) -> Splits:
             )
         return generate.chats(table, messages_column=spec.messages, tokenizer=tokenizer)
 
-    sizes = (spec.num_train, spec.num_dev, spec.num_test)
-    train, dev, test, notes = splits.separate(*map(convert, tables), sizes=sizes, seed=seed)
-    text_kind = "generation" if writes_answers(spec) else "completion"
-    kind = "classification" if spec.name == "classification" else text_kind
-    return Splits(kind, train, dev, test, labels=labels, notes=notes)  # type: ignore[arg-type]
+    text_kind: Kind = "generation" if writes_answers(spec) else "completion"
+    kind: Kind = "classification" if spec.name == "classification" else text_kind
+    return _Rows(kind, labels, *map(convert, tables))

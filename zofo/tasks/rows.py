@@ -1,17 +1,20 @@
-"""Reads rows from files and from the hub, and reports bad rows by their numbers."""
+"""Rows from files and from the hub. Bad rows are reported by their numbers.
+
+`zofo.tasks.files` reads the formats. Text must be Unicode that can be written again, so half of a
+surrogate pair is refused wherever it stands in a row.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from zofo.errors import UserError
+from zofo.disk.files import refusing
+from zofo.errors import UserError, shown
+from zofo.tasks.files import READERS, SUFFIXES
 
-SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _MAX_REPORTED: Final = 5
 T = TypeVar("T")
 
@@ -30,6 +33,10 @@ class Table:
     source: str
     label_names: dict[str, list[str]]
 
+    def __post_init__(self) -> None:
+        """Raises UserError if a text holds half of a surrogate pair."""
+        convert_rows(self, lambda _, row: _require_unicode(row))
+
 
 def read_table(source: str, *, subset: str | None = None, split: str = "train") -> Table:
     """Read a file by its suffix, or a split of a hub dataset.
@@ -42,80 +49,16 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
     if suffix in SUFFIXES:
         if not path.is_file():
             raise UserError(f"the data file {source} does not exist")
-        try:
-            rows = _READERS[suffix](path)
-        except UserError:  # a ValueError, too, that already names the file
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(f"the data file {source} cannot be read: {error}") from error
-        if not rows:
+        with refusing(f"the data file {source} cannot be read", "write it again"):
+            table = Table(READERS[suffix](path), source, {})
+        if not table.rows:
             raise UserError(f"the data file {source} has no rows")
-        return Table(rows, source, {})
+        return table
     if path.exists():
         raise UserError(
             f"the data {source} must be a file that ends in one of {', '.join(SUFFIXES)}"
         )
     return _hub_table(source, subset, split)
-
-
-def _read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, row {number}: not valid JSON ({error}); a jsonl file has one object "
-                    "a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, row {number}: must be an object such as {{'text': ...}}")
-            rows.append((number, row))
-    return rows
-
-
-def _read_json(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise UserError(f"{path} must be a list of objects; for one object a line use .jsonl")
-    return list(enumerate(value, start=1))
-
-
-def _read_separated(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    import pandas as pd
-
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        # Everything is read as text, so that a label such as 01 or NA keeps its form.
-        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    except pd.errors.ParserError as error:
-        raise UserError(
-            f"{path}: {str(error).strip()}; quote values that hold the separator"
-        ) from error
-    return _numbered(frame.to_dict("records"))
-
-
-def _read_parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    import pandas as pd
-
-    return _numbered(pd.read_parquet(path).to_dict("records"))
-
-
-def _numbered(records: Iterable[dict[Any, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    return [(i, {str(k): v for k, v in row.items()}) for i, row in enumerate(records, start=1)]
-
-
-_READERS: Final[dict[str, Callable[[Path], list[tuple[int, dict[str, Any]]]]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_separated,
-    ".tsv": _read_separated,
-    ".parquet": _read_parquet,
-}
 
 
 def _hub_table(source: str, subset: str | None, split: str) -> Table:
@@ -188,26 +131,36 @@ def convert_rows(table: Table, convert: Callable[[int, dict[str, Any]], T]) -> l
 
 def text_in(row: Mapping[str, Any], column: str) -> str:
     """The non-empty text of a column; raises ValueError."""
-    if column not in row:
-        raise ValueError(f"the column {column!r} is missing; every row needs it")
-    value = row[column]
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {value!r}, not a text; write it in quotes")
+    value = value_in(row, column)
     if not value.strip():
         raise ValueError(f"{column!r} is empty; fill it or remove the row")
     return value
 
 
-def label_in(row: Mapping[str, Any], column: str) -> str:
-    """The label of a row as text; raises ValueError."""
-    value = row.get(column)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    # pandas reads integers with missing values as floats, so 1.0 and 1 are the same label.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "":
-        raise ValueError(f"{column!r} is empty; fill it or remove the row")
-    if hasattr(value, "item"):  # numpy scalars of parquet
-        value = value.item()
-    return str(value)
+def value_in(row: Mapping[str, Any], column: str) -> str:
+    """The text of a column, which may be empty; raises ValueError."""
+    if column not in row:
+        raise ValueError(f"the column {column!r} is missing; every row needs it")
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is {shown(value)}, not a text; write it in quotes")
+    return value
+
+
+def _require_unicode(value: Any, column: str = "") -> None:
+    """Raises ValueError if a text in a value, or a name of a column, cannot be encoded."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{column!r} holds {value[error.start]!r}, half of a surrogate pair, which no text "
+                "can be written with; write the whole character or remove it"
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _require_unicode(key, column or ascii(key))
+            _require_unicode(inner, column or str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _require_unicode(inner, column)

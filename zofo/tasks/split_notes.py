@@ -17,6 +17,8 @@ _MOST_LISTED: Final = 10
 
 def split_notes(splits: Splits) -> tuple[str, ...]:
     """Notes on a task's splits, for the user and for the record."""
+    if not all((splits.train, splits.dev, splits.test)):  # a run whose rows are gone
+        return ()
     found = []
     num_train, num_dev, num_test = len(splits.train), len(splits.dev), len(splits.test)
     has_candidates = splits.kind in ("classification", "choice")

@@ -16,7 +16,8 @@ from typing import Any
 from zofo.errors import UserError
 from zofo.tasks.answers import Measure
 from zofo.tasks.classify import candidates_of, fill, template_columns
-from zofo.tasks.rows import Table, convert_rows, label_in, require_columns, text_in
+from zofo.tasks.labels import label_in
+from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
 from zofo.tasks.spec import Example, Kind, Sizes
 
 Row = Mapping[str, Any]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from zofo.errors import shown
 from zofo.tasks.answers import Answers, Measure
 from zofo.tasks.classify import fill, template_columns
 from zofo.tasks.families.family import BuiltinTask, Hub
@@ -99,7 +100,10 @@ def answers_in(row: Mapping[str, Any], name: Measure) -> Answers:
 
 def _listed(value: Any) -> list[Any]:
     # JSON gives lists, parquet gives numpy arrays.
-    return value.tolist() if hasattr(value, "tolist") else list(value)
+    found = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(found, list):
+        raise ValueError(f"the answers are {shown(value)}; they must be a list of texts")
+    return found
 
 
 def _separated(texts: Sequence[str], types: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -19,7 +19,8 @@ from typing import Final
 from zofo.errors import UserError
 from zofo.tasks.families import choices, entailment, passages, questions, sentiment, topics, words
 from zofo.tasks.families.family import BuiltinTask
-from zofo.tasks.rows import SUFFIXES, Table, read_table
+from zofo.tasks.files import SUFFIXES
+from zofo.tasks.rows import Table, read_table
 from zofo.tasks.spec import TaskSpec
 
 BUILTIN: Final[Mapping[str, BuiltinTask]] = {
