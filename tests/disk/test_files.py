@@ -185,6 +185,8 @@ def test_a_file_that_cannot_be_removed(tmp_path, monkeypatch):
         write_text(tmp_path / "a", "y")
     with pytest.raises(UserError, match=r"cannot remove .*a: Operation not permitted; make"):
         remove_file(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"cannot remove .*a: Operation not permitted"):
+        remove_file(tmp_path / "a", is_needed=False)
     assert (tmp_path / "a").read_text() == "x"
 
 

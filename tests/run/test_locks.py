@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,9 +166,10 @@ def without_rights(folder):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_working_folder_that_cannot_be_written(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
-    (said,) = in_forks((without_rights, tmp_path))
+def test_a_working_folder_that_cannot_be_written():
+    # Other users cannot enter pytest's own folder.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (said,) = in_forks((without_rights, folder))
     assert "Permission denied" in said
     assert "output_dir=FOLDER" in said

@@ -164,12 +164,3 @@ def test_scores_of_the_untrained_model_that_were_altered(study, capsys):
     shutil.copy(next((study / "configs").glob("*.yaml")), run / "run.yaml")
     assert measure(["run", str(run), str(start)]) == 2
     assert "test.json was altered" in capsys.readouterr().err
-
-
-def test_names_that_no_run_can_have():
-    for name in ("x" * 300, "a\udcff", "a\0b"):
-        for arguments in (["report", name], ["train", "--resume", name]):
-            done = CliRunner().invoke(app, arguments)
-            assert done.exit_code == 2
-            assert isinstance(done.exception, SystemExit)  # no traceback
-            assert "error" in done.stderr.lower()

@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import sys
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from zofo.errors import TrainingStoppedError, UserError
+from zofo.errors import TrainingStoppedError, UserError, shown
 
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
@@ -58,11 +59,30 @@ def reports_errors(command: F) -> F:
             print(f"error: {error}", file=sys.stderr)
             is_stopped = isinstance(error, TrainingStoppedError)
             raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
+        except (OSError, UnicodeEncodeError) as error:
+            message = _problem_of_path(error)
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
+    """What is wrong with a name, a permission or a disk; None if the error is about none of them.
+
+    The commands check their paths before they work. This is for paths that no check foresaw.
+    """
+    if isinstance(error, UnicodeEncodeError):
+        return f"{shown(error.object)} is no text in UTF-8; rename it, or write it in UTF-8"
+    if error.filename is None and error.errno != errno.ENOSPC:
+        return None
+    where = "" if error.filename is None else f"{shown(str(error.filename))}: "
+    return f"{where}{error.strerror}; choose another name or folder, or correct its permissions"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

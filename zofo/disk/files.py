@@ -14,6 +14,7 @@ import os
 import secrets
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,8 +116,12 @@ def reason_of_failed_write(error: Exception) -> str | None:
     return text if any(sign in text for sign in signs) else None
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: Path, *, is_needed: bool = True) -> None:
     """Remove a file, if it exists.
+
+    Args:
+        path: the file.
+        is_needed: whether a file that stays is an error; if not, it is a warning.
 
     Raises:
         UserError: if it cannot be removed.
@@ -124,10 +129,13 @@ def remove_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
+        problem = (
             f"cannot remove {path}: {error.strerror or error}; make its folder writable, or remove "
             "it by hand"
-        ) from error
+        )
+        if is_needed:
+            raise UserError(problem) from error
+        warnings.warn(problem, stacklevel=2)
 
 
 def problem_of_name(path: Path) -> str | None:

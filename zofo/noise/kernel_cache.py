@@ -24,7 +24,7 @@ def can_cache() -> bool:
     if folder is not None:
         numba.config.CACHE_DIR = str(folder)
     found = _finds_place()
-    place = f"in {folder}" if found else "only until this process ends, and compiles for a minute"
+    place = f"in {folder}" if found else "only until this process ends"
     warnings.warn(
         "neither the folder of zofo nor the home folder can be written, so numba keeps compiled "
         f"kernels {place}; set NUMBA_CACHE_DIR to a folder that can be written",

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from zofo.disk.files import problem_of_name, problem_of_target
 from zofo.errors import UserError
 
 
@@ -62,10 +63,16 @@ def check_target(path: Path, mark: str, option: str = "--to", name: str = "repor
     the path, and `name`, a name for a file, go into the error message.
 
     Raises:
-        UserError: if `path` is a folder, or a file without the mark.
+        UserError: if `path` is a folder or a file without the mark, or cannot be written.
     """
+    problem = problem_of_name(path)
+    if problem is not None:
+        raise UserError(problem)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {option} {path / name}")
+    problem = problem_of_target(path)
+    if problem is not None:
+        raise UserError(problem)
     if not path.exists():
         return
     with path.open("rb") as file:

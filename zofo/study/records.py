@@ -217,7 +217,7 @@ class StudyFolder:
             for checkpoint in checkpoints(folder).values():
                 shutil.rmtree(checkpoint, ignore_errors=True)
             for name in BASE_COPIES:
-                (folder / name).unlink(missing_ok=True)
+                remove_file(folder / name, is_needed=False)
         files = [folder / name for name in RECORDED if name != RECORD_FILE]
         record_files(self.path, [path for path in files if path.is_file()])
         self.write_record(run, record)

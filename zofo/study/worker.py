@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TypeVar
 
-from zofo.disk.files import write_json, write_text
+from zofo.disk.files import remove_file, write_json, write_text
 from zofo.disk.locks import take_lock
 from zofo.errors import UserError
 from zofo.run.resume import is_finished
@@ -187,7 +187,7 @@ class Worker:
         """Make failed tasks open again, and runs whose artefact the new choice may need."""
         for task in self.tasks.values():
             if task.kind == "start":
-                (start_file(task, self.folder).parent / START_ERROR_FILE).unlink(missing_ok=True)
+                remove_file(start_file(task, self.folder).parent / START_ERROR_FILE)
         runs = self.folder.known_runs()
         failed = [run for run in runs if self.folder.has_failed(run)]
         for run in runs:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, open_tensors, write_tensors
+from zofo.disk.files import fingerprint, open_tensors, remove_file, write_tensors
 from zofo.errors import UserError
 from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.optimizer import HybridOptimizer
@@ -72,7 +72,7 @@ class BaseHistory:
         """Remove all copies of the base."""
         self._snapshot.drop()
         if self._num_updates_in_copy is not None:
-            self._file.unlink(missing_ok=True)
+            remove_file(self._file, is_needed=False)
             self._num_updates_in_copy = None
 
     def go_to(self, folder: Path) -> None:
@@ -187,7 +187,7 @@ class BaseSnapshot:
 
     def drop(self) -> None:
         """Remove the copy."""
-        self.path.unlink(missing_ok=True)
+        remove_file(self.path, is_needed=False)
         self.num_updates = 0
 
 
