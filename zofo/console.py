@@ -40,12 +40,12 @@ def quiet() -> Iterator[None]:
 def new_progress(console: Console, unit: str) -> Progress:
     """A progress bar with a count, the remaining time and the text of its task."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         console=console,
         transient=True,
     )

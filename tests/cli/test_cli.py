@@ -29,7 +29,9 @@ def run(*arguments, input=None):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, decoder_folder):
     """Train a tiny model on a csv file; return the folder and the output."""
-    folder = tmp_path_factory.mktemp("cli")
+    # Brackets and colons must be printed as they are, and not as markup of rich.
+    folder = tmp_path_factory.mktemp("cli") / "[/a]:smile:[lr=1e-5]"
+    folder.mkdir(parents=True)
     lines = ["text,label"]
     lines += [f"film {i} is {('great', 'dull')[i % 2]},{('good', 'bad')[i % 2]}" for i in range(60)]
     (folder / "reviews.csv").write_text("\n".join(lines) + "\n")
@@ -207,6 +209,10 @@ def test_dry_run_writes_nothing(trained, tmp_path, decoder_folder):
         (["eval", "smollm2-135m", "--split", "all"], "choose train, dev or test"),
         (["eval", "minilm"], "untrained"),
         (["predict", "smollm2-135m"], "either texts to predict or --file"),
+        (["predict", "smollm2-135m", "task.text=review", "a"], "write --set task.text=review."),
+        (["predict", "smollm2-135m", "device=cpu"], "is an option, not a text"),
+        (["predict", "smollm2-135m", "a", "--set", "steps=3"], "does not use the option steps"),
+        (["predict", "smollm2-135m", "--file", "rows.txt"], "--file is 'rows.txt'; give a file"),
         (["tasks", "rotten-tomato"], "did you mean"),
         (["export", "nowhere", "--to", "there"], "does not exist"),
         (["info", "nowhere"], "does not exist"),

@@ -28,6 +28,19 @@ def test_overrides_go_before_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "kind", ["cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"]
+)
+def test_a_schedule_that_needs_arguments_is_refused_with_those_that_work(kind):
+    with pytest.raises(
+        UserError, match=r"needs arguments.* choose one of linear, cosine"
+    ) as caught:
+        load_config(overrides=[f"scheduler={kind}"])
+    choices = str(caught.value).partition("choose one of")[2]
+    assert "with_min_lr" not in choices
+    assert "stable" not in choices
+
+
+@pytest.mark.parametrize(
     ("overrides", "adapter_lr", "base_lr", "adapter"),
     [
         ([], 1e-3, 1e-5, "lora"),

@@ -394,3 +394,59 @@ def test_a_frozen_base_is_left_to_torch():
     """A method that freezes the base does not check the patterns of the base's learning rates."""
     groups = param_groups(build("llama", "lora"), "fo-peft", base_lr={"nothing*": 1e-3})
     assert all(isinstance(p, torch.Tensor) for g in groups for p in g["params"])
+
+
+def wrapped_by_transformers():
+    model = build("llama", None)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+def injected():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    return peft.inject_adapter_in_model(config, build("llama", None))
+
+
+def mixed():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    return peft.get_peft_model(build("llama", None), config, mixed=True)
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-ft"])
+@pytest.mark.parametrize("make", [wrapped_by_transformers, injected, mixed])
+def test_layers_of_an_adapter_without_a_peft_model_are_refused(make, method):
+    with pytest.raises(UserError, match=r"no PeftModel, as after .*peft\.get_peft_model\(model"):
+        apply_method(make(), method)
+
+
+@pytest.mark.parametrize("outer", ["lora", "prompt"])
+@pytest.mark.filterwarnings("ignore:.*second time", "ignore:.*multiple adapters")
+def test_an_adapter_over_an_adapter_is_refused(outer):
+    config = (
+        peft.LoraConfig(r=2, target_modules=["k_proj"], **LM)
+        if outer == "lora"
+        else peft.PromptTuningConfig(num_virtual_tokens=3, **LM)
+    )
+    model = peft.get_peft_model(build("llama", "lora"), config)
+    with pytest.raises(UserError, match=r"PeftModel inside a PeftModel.*merge_and_unload"):
+        apply_method(model, "hybrid")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_initial_values_that_change_the_base_are_refused_where_it_moves(start):
+    config = peft.LoraConfig(r=2, init_lora_weights=start, **QV)
+    model = peft.get_peft_model(build("llama", None), config)
+    with pytest.raises(UserError, match=f"init_lora_weights='{start}', and only"):
+        apply_method(model, "hybrid")
+    assert apply_method(model, "fo-peft").adapter
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-peft"])
+def test_weights_that_the_user_froze_stay_frozen(method):
+    model = build("llama", "lora")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    for _ in range(2):  # A trainer applies its method twice.
+        adapter = apply_method(model, method).adapter
+        assert {"lora_A" in name for name in adapter} == {False}

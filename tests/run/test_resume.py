@@ -178,7 +178,9 @@ def test_changed_rows_are_refused_before_any_work(run, data, change, words):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "7", "null", '{"dev": 3, "cost": {}}', '{"dev": {"after": []}}']
+)
 def test_a_damaged_result_is_none(run, text):
     (run / "result.json").write_text(text)
     assert not is_finished(run)
@@ -199,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(run, monkeypatch, number, 
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("tempfile.mkstemp", fail)
+    monkeypatch.setattr("os.fsync", fail)
     done = invoke("train", "--resume", run)
     assert done.exit_code == 2
     (error,) = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]

@@ -113,6 +113,10 @@ def test_a_folder_in_the_place_of_a_file(artefact):
 
 
 ADAPTER_CONFIGS = {
+    "a rank of millions": {"r": 4_000_000},
+    "a rank of millions in a pattern": {"rank_pattern": {"q_proj": 4_000_000}},
+    "a pattern of many entries": {"rank_pattern": {f"q{i}": 2 for i in range(5000)}},
+    "a pattern that matches for years": {"target_modules": "(([a-z._0-9]+)+)+X"},
     "no type": {"peft_type": None},
     "an unknown type": {"peft_type": "EVIL"},
     "a type of other tensors": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3},

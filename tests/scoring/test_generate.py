@@ -1,13 +1,22 @@
 """Written text follows the model's argmax token by token, whatever else is in the batch."""
 
+import json
+
 import pytest
 import torch
+import transformers as hf
 from rich.console import Console
 
+from tests.support.hub_folders import make_tokenizer
 from tests.support.models import build
+from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
 from zofo.models.loading import load_model
+from zofo.saved.artifact import Artifact, BaseSpec
 from zofo.scoring.generate import Writer
+from zofo.scoring.predict import predict, table_of_texts
+from zofo.tasks.rows import Table
+from zofo.tasks.spec import TaskSpec
 
 QUIET = Console(quiet=True)
 WORDS = ["the film is", "a dull, lifeless and badly acted mess", "great", "What is the capital of"]
@@ -84,3 +93,37 @@ def test_padding_on_the_left_suits_models_with_learnt_positions(architecture, wr
     assert list(Writer(tokenizer, 5)(model, prompts).texts) == [
         tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
     ]
+
+
+CHAT = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}"
+
+
+@pytest.mark.parametrize("tools", [None, [{"name": "weather"}]])
+def test_an_answer_ends_with_the_turn(written_by, tools):
+    """The template's end of a turn is not the end token that the base knows."""
+    model, tokenizer = written_by(None)
+    messages = [{"role": "user", "content": "the film is"}]
+    prompt = f"{json.dumps(tools) if tools else ''}the film is"
+    expected = by_argmax(model, tokenizer(prompt)["input_ids"], 12)
+    place = next(i for i in range(3, 12) if expected[i] not in expected[:i])
+    end = tokenizer.convert_ids_to_tokens(expected[place])
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = (
+        CHAT + "{% if m.role == 'assistant' %}" + end + "{% endif %}{% endfor %}"
+    )
+    artifact = Artifact(model, tokenizer, BaseSpec("tiny"), "none", None, ())
+    row = {"messages": messages, "tools": tools}
+    spec = TaskSpec(name="chat", train="a.jsonl")
+    (found,) = predict(artifact, spec, Table([(1, row)], "a.jsonl", {}), max_new_tokens=12)
+    assert found["prediction"] == tokenizer.decode(expected[:place], skip_special_tokens=True)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    tokenizer = make_tokenizer(pad_token="<eos>")
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_positions=16))
+    artifact = Artifact(model, tokenizer, BaseSpec("tiny"), "none", None, ())
+    spec = TaskSpec(name="completion", train="a.jsonl")
+    table = table_of_texts(spec, ["the film is"])
+    with pytest.raises(UserError, match=r"positions; shorten it, or lower max_new_tokens"):
+        next(predict(artifact, spec, table))

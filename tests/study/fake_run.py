@@ -7,6 +7,7 @@ continues, as real runs do. A run that meets another process in its folder leave
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,18 @@ def write(path, value):
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     hidden.write_text(json.dumps(value))
     hidden.replace(path)
+
+
+def write_recorded(study, path, value):
+    """As zofo.disk.recorded does, which this program does not import."""
+    with (study / "locks" / "digests").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = study / "zofo_digests.json"
+        digests, name = json.loads(file.read_text()), path.relative_to(study).as_posix()
+        content = json.dumps(value).encode()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        write(file, {**digests, name: [*digests[name][-1:], digest]})
+    write(path, value)
 
 
 def read_config(path):
@@ -100,7 +113,7 @@ def main(module, what, *rest):
         result = json.loads((folder / "result.json").read_text())
         after = {"loss": number("test", read_config(folder / "run.yaml"))}
         result["test"] = {"before": json.loads(start.read_text()), "after": after}
-        write(folder / "result.json", result)
+        write_recorded(folder.parents[1], folder / "result.json", result)
 
 
 main(*sys.argv[1:])

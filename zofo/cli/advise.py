@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import stdout_console, warn_of_idle_options
+from zofo.cli.output import plain_console, stdout_console, warn_of_idle_options
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def advise(
         torch.set_num_threads(config.num_threads)
     began = time.monotonic()
     prepared = prepare(config)
-    with new_progress(Console(stderr=True), "") as progress:
+    with new_progress(plain_console(stderr=True), "") as progress:
         task = progress.add_task("advice", total=None, text="")
         advice = advise_on(
             config,

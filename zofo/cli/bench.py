@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
+from zofo.cli.output import plain_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,11 +122,11 @@ def _measure(settings: Settings, json_file: Path | None) -> None:
     results = Results(settings)
     code = 0
     try:
-        measure(settings, results, Console(stderr=True))
+        measure(settings, results, plain_console(stderr=True))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    show(results, Console(highlight=False, width=width))
+    show(results, plain_console(width=width))
     if json_file is not None:
         write_json(json_file, results.as_dict())
         print(f"samples, ratios and environment in {json_file}", file=sys.stderr)
@@ -144,7 +144,7 @@ def _measure_whole_run(
     if part is not None:  # This process was started by `whole_run.measure`.
         print(json.dumps(whole_run.measure_here(config, part)))
         return
-    found = whole_run.measure(load_config(config, overrides=overrides), Console(stderr=True))
-    whole_run.show(found, Console(highlight=False))
+    found = whole_run.measure(load_config(config, overrides=overrides), plain_console(stderr=True))
+    whole_run.show(found, plain_console())
     if json_file is not None:
         write_json(json_file, found)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
-from zofo.cli.output import printable, stdout_console
+from zofo.cli.output import plain_console, printable, stdout_console
 
 if TYPE_CHECKING:
     from zofo.convergence.claims import Finding
@@ -55,7 +56,7 @@ def convergence(
         console.print(_experiments(plan.scale))
         return
     try:
-        found = run(plan, Console(stderr=True))
+        found = run(plan, plain_console(stderr=True))
     except KeyboardInterrupt:
         print("interrupted; finished cells are kept, and the same command goes on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -77,7 +78,7 @@ def _show(found: Sequence[Finding], console: Console) -> None:
             printable(finding.claim.statement),
             printable(claimed_text(finding)),
             printable(measured_text(finding)),
-            f"[{styles.get(finding.outcome, 'yellow')}]{finding.outcome}[/]",
+            Text(finding.outcome, styles.get(finding.outcome, "yellow")),
             printable(finding.reason),
         )
     console.print(table)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from zofo.cli.exits import app, reports_errors
+from zofo.cli.output import plain_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,16 +51,16 @@ def doctor() -> None:
     from zofo.models.embedded import ALIASES
     from zofo.version import __version__
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     is_sound = True
     console.print(f"zofo {__version__}, Python {sys.version.split()[0]}")
     table = Table("what", "state", "for", box=None, pad_edge=False)
     for name, use in _NEEDED.items():
         version = _version(name)
         is_sound &= version is not None
-        table.add_row(name, version or "[red]missing[/red]; pip install zofo", use)
+        table.add_row(name, version or Text.assemble(("missing", "red"), "; pip install zofo"), use)
     for name, use in _OPTIONAL.items():
-        table.add_row(name, _version(name) or "not installed", escape(use))
+        table.add_row(name, _version(name) or "not installed", use)
     for alias, embedded in ALIASES.items():
         table.add_row(
             embedded.package, _package(embedded.package, embedded.module), f"model {alias}"
@@ -126,11 +127,12 @@ def _report_directions(console: Console, device: str) -> bool:
     expected = philox.rademacher(torch.arange(1000), seed=1, step=2, direction=0, tensor=3)
     try:
         is_same = torch.equal(signs_on(device), expected.float())
-        found = "as the reference" if is_same else "[red]WRONG[/red]"
+        found = Text("as the reference") if is_same else Text("WRONG", "red")
     except Exception as error:  # Compilers and drivers raise errors of any type.
         first = (str(error).strip().splitlines() or [""])[0]
-        is_same, found = False, f"[red]fails[/red], {escape(f'{type(error).__name__}: {first}')}"
-    console.print(f"directions on {device}: {backends.in_words(device)}; {found}")
+        is_same = False
+        found = Text.assemble(("fails", "red"), f", {type(error).__name__}: {first}")
+    console.print(Text(f"directions on {device}: {backends.in_words(device)}; ").append(found))
     return is_same
 
 

@@ -17,9 +17,23 @@ if TYPE_CHECKING:
     from zofo.pages.tables import Table
 
 
+def plain_console(
+    *, stderr: bool = False, width: int | None = None, soft_wrap: bool = False
+) -> Console:
+    """A console that prints every name as it is, because [x] in a path is no markup."""
+    return Console(
+        stderr=stderr,
+        width=width,
+        soft_wrap=soft_wrap,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
 def stdout_console(plain_width: int = 160) -> Console:
     """A console on standard output, `plain_width` columns wide if it is not a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else plain_width)
+    return plain_console(width=None if sys.stdout.isatty() else plain_width)
 
 
 def printable(text: str) -> Text:

@@ -70,3 +70,6 @@ def show(report: Report, console: Console) -> None:
     num = sum(statuses.values())
     parts = ", ".join(f"{count} {status}" for status, count in statuses.items())
     console.print(printable(f"{num} run{'s' if num != 1 else ''}: {parts}"))
+    damaged = report.runs.table[report.runs.table["status"] == "damaged"]
+    for name, error in zip(damaged["run"], damaged["error"], strict=True):
+        console.print(printable(f"damaged: {name}: {error}"), soft_wrap=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
+from zofo.cli.output import plain_console
 
 if TYPE_CHECKING:
     from zofo.saved.inspect import Info
@@ -48,7 +48,7 @@ def export(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     size = f"{exported.size_bytes / 2**20:.1f} MiB, {exported.dtype}"
     parts = "one plain model" if exported.is_merged else "the base, and the adapter in adapter/"
     console.print(f"export    {exported.path} ({size}): {parts}")
@@ -91,7 +91,7 @@ def replay(
     from zofo.console import replay_bar
     from zofo.saved.export import replay_base
 
-    with replay_bar(Console(stderr=True)) as progress:
+    with replay_bar(plain_console(stderr=True)) as progress:
         exported = replay_base(
             path,
             to,
@@ -101,7 +101,7 @@ def replay(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     size = f"{exported.size_bytes / 2**20:.1f} MiB, {exported.dtype}"
     console.print(f"base      {exported.path} ({size}): after {step} updates, without adapter")
     console.print(f"in Python {exported.usage}")
@@ -116,7 +116,7 @@ def verify(
     """Load a folder in steps, and print the check of each. If one fails, the exit code is 2."""
     from zofo.saved.verify import verify as checks_of
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     is_sound = True
     for check in checks_of(path, trust_remote_code=trust_remote_code):
         word = {True: "ok", False: "FAILED", None: "-"}[check.is_sound]
@@ -128,7 +128,7 @@ def verify(
 
 
 def _show_info(found: Info) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     whole = "whole" if found.is_whole else f"NOT whole: {found.problem}"
     console.print(f"{found.path}: {found.kind}, {whole}")
     checkpoints = ", ".join(
@@ -154,6 +154,6 @@ def _show_info(found: Info) -> None:
         shown = ", ".join(
             f"{name} {values[name]:.4f}"
             for name in ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
-            if name in values
+            if values.get(name) is not None
         )
         console.print(f"  {when:<12}{shown} on {values['num_rows']} test rows")

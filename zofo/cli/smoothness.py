@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import exit_code_of, rich_table, stdout_console, warn_of_idle_options
+from zofo.cli.output import (
+    exit_code_of,
+    plain_console,
+    rich_table,
+    stdout_console,
+    warn_of_idle_options,
+)
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,13 +66,13 @@ def smoothness(
 def _show_plan(config: RunConfig, options: SmoothnessOptions) -> None:
     from zofo.optim.methods import METHODS
     from zofo.run.plan import make_plan
+    from zofo.run.prepare import check_folder
     from zofo.saved.source import base_of
     from zofo.smoothness.blocks import blocks_of
-    from zofo.smoothness.measure import new_folder
     from zofo.smoothness.options import path_steps, planned_forwards, point_steps
     from zofo.tasks.load import load_splits
 
-    new_folder(config)  # Reports a folder that cannot be written.
+    check_folder(config)
     plan = make_plan(config)
     options = options.model_copy(update={"rows": min(options.rows, plan.num_rows["train"])})
     base = base_of(config, load_splits(config.task, seed=config.seed))
@@ -115,7 +120,7 @@ def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None)
             config,
             options,
             resume=folder,
-            console=Console(stderr=True),
+            console=plain_console(stderr=True),
             on_start=started.append,
             stop=StopOnSignal(),
         )

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import stdout_console
+from zofo.cli.output import plain_console, stdout_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _start(
     if join and not (folder / SPEC_FILE).is_file():
         raise UserError(f"there is no study in {folder} to join; start it without --join")
     grid = expand(spec)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     for reason, num in grid.dropped.items():
         console.print(f"left out: {num} cells, {reason}", highlight=False, soft_wrap=True)
     display = StudyDisplay(grid, console)

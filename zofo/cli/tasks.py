@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import app, reports_errors
+from zofo.cli.output import plain_console
 from zofo.errors import UserError
 
 
@@ -26,7 +27,7 @@ def tasks(
     from zofo.tasks.families.table import BUILTIN
     from zofo.tasks.load import OWN_TASKS
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     if name is not None:
         _show_task(console, name, overrides or [])
         return

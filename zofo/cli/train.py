@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import exit_code_of, warn_of_idle_options
+from zofo.cli.output import exit_code_of, plain_console, warn_of_idle_options
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
@@ -69,11 +68,11 @@ def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 
 def _show_plan(config: RunConfig) -> None:
     from zofo.run.plan import make_plan
-    from zofo.run.prepare import new_folder
+    from zofo.run.prepare import check_folder
 
-    new_folder(config)  # Reports a folder that cannot be written.
+    check_folder(config)
     plan = make_plan(config)
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(config.to_yaml(), markup=False)
     table = Table("block", "order", "moves", "parameters", title="parameters")
     for block, (order, moved, total) in plan.num_parameters.items():
@@ -99,7 +98,7 @@ def _run(config: RunConfig, folder: Path | None) -> None:
     from zofo.run.train import train as train_run
     from zofo.trainer.interrupt import StopOnSignal
 
-    progress = Console(stderr=True)
+    progress = plain_console(stderr=True)
     started: list[Path] = []
     try:
         result = train_run(
@@ -122,7 +121,7 @@ def _how_to_continue(folder: Path | None) -> str:
 
 
 def _show(result: Result) -> None:
-    console = Console(highlight=False)
+    console = plain_console()
     if result.before is not None and result.after is not None:
         console.print(_table(result.before, result.after))
     cost = result.cost

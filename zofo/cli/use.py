@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from zofo.cli.exits import app, reports_errors
+from zofo.cli.output import plain_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def evaluate(
         raise UserError(f"split is {split!r}; choose train, dev or test")
     artifact, config = _open(target, overrides or [])
     notes: list[str] = []
-    with new_progress(Console(stderr=True), "rows") as progress:
+    with new_progress(plain_console(stderr=True), "rows") as progress:
         task = progress.add_task("scoring", total=None, text="")
         metrics = evaluate_artifact(
             artifact,
@@ -107,11 +107,12 @@ def predict(
 
     if bool(texts) == (file is not None):
         raise UserError("give either texts to predict or --file with rows")
+    _check_predict_options(texts or [], file, option or [])
     table = read_table(str(file)) if file is not None else None
     artifact, config = _open(target, option or [])
     if table is None:
         table = table_of_texts(config.task, texts or [])
-    with new_progress(Console(stderr=True), "rows") as progress:
+    with new_progress(plain_console(stderr=True), "rows") as progress:
         task = progress.add_task("predicting", total=len(table.rows), text="")
         found = predictions(
             artifact,
@@ -128,6 +129,36 @@ def predict(
     else:
         write_text(output, text)
         print(f"{len(lines)} predictions in {output}", file=sys.stderr)
+
+
+_PREDICT_TAKES = ("task", "model", "device", "eval_batch_size", "seed")
+
+
+def _check_predict_options(texts: Sequence[str], file: Path | None, given: Sequence[str]) -> None:
+    """Refuse options that would be predicted as a text, or that would change nothing."""
+    from zofo.config.schema import RunConfig
+    from zofo.tasks.rows import SUFFIXES
+
+    def key_of(text: str) -> str:
+        key, is_option, _ = text.partition("=")
+        return key.partition(".")[0] if is_option else ""
+
+    for text in texts:
+        if key_of(text) in RunConfig.model_fields:
+            raise UserError(
+                f"{text!r} is an option, not a text to predict; write --set {text}. A text that "
+                "looks like an option must come from --file"
+            )
+    for option in given:
+        if key_of(option) in RunConfig.model_fields.keys() - set(_PREDICT_TAKES):
+            raise UserError(
+                f"predict does not use the option {option.partition('=')[0]}; remove it. It takes "
+                f"{', '.join(_PREDICT_TAKES)}"
+            )
+    if file is not None and not str(file).lower().endswith(SUFFIXES):
+        raise UserError(
+            f"--file is {str(file)!r}; give a file that ends in one of {', '.join(SUFFIXES)}"
+        )
 
 
 def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
@@ -155,7 +186,7 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
     device = resolve_device(config.device)
     if is_artifact:
         trusted = config.model.trust_remote_code
-        with replay_bar(Console(stderr=True)) as bar:
+        with replay_bar(plain_console(stderr=True)) as bar:
             loaded = load(folder, device=device, trust_remote_code=trusted, progress=bar)
         return loaded, config
     model = config.model

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from typing import Final
 
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.options import STEP_KEYS
+
+_NEED_ARGUMENTS: Final = (
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+"""Schedules of transformers that have arguments without defaults."""
 
 
 def check_sections(config: RunConfig) -> list[str]:
@@ -48,7 +56,7 @@ def check_sections(config: RunConfig) -> list[str]:
             f"base_batch_fraction is {config.base_batch_fraction} and sampling is shuffle-once, so "
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
-    problems += _check_scores(config)
+    problems += _check_scores(config) + _check_reports(config)
     asked = [k for k in config.auto_keys if k in ("eps", f"{method.zeroth}_lr")]
     if asked and config.zo_objective != "loss":
         problems.append(
@@ -66,12 +74,18 @@ def check_sections(config: RunConfig) -> list[str]:
     try:
         from transformers import SchedulerType
 
-        schedulers = [str(s.value) for s in SchedulerType]
+        kinds = [str(kind.value) for kind in SchedulerType]
+        schedulers = [kind for kind in kinds if kind not in _NEED_ARGUMENTS]
     except ImportError:
         schedulers = []
     if schedulers and config.scheduler not in schedulers:
         near = difflib.get_close_matches(config.scheduler, schedulers, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
+        if config.scheduler in _NEED_ARGUMENTS:
+            hint = (
+                "it needs arguments, which only HybridArguments has (lr_scheduler_kwargs) and the "
+                "configuration of a run does not; "
+            )
         problems.append(
             f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
         )
@@ -94,6 +108,31 @@ def _check_scores(config: RunConfig) -> list[str]:
             f"zo_objective is accuracy and task {name} has no candidates to choose from; choose "
             f"{remedy}"
         )
+    return problems
+
+
+def _check_reports(config: RunConfig) -> list[str]:
+    """A message for each name in `report_to` that Trainer does not know or lacks the package of."""
+    asked = set(config.report_to) - {"none", "all"}
+    if not asked:
+        return []
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    ready = integration_utils.get_available_reporting_integrations()
+    problems = []
+    for name in sorted(asked - {*ready}):
+        if name in known:
+            problems.append(
+                f"report_to names {name}, whose package is not installed; install it, or leave "
+                "the name out"
+            )
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            problems.append(
+                f"report_to names {name!r}; {hint}choose from {', '.join(sorted(known))}"
+            )
     return problems
 
 

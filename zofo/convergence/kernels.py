@@ -16,11 +16,13 @@ import numpy as np
 
 from zofo.convergence.problems.base import GROWING, LOGISTIC, QUADRATIC
 from zofo.noise import kernel_draws as noise
+from zofo.noise.kernel_cache import can_cache
 
+_CACHE = can_cache()
 _LINEAR, _EXPONENTIAL = 0, 1
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _law_value(law, z):
     kind, l0, a, p = law
     if kind == _LINEAR:
@@ -32,7 +34,7 @@ def _law_value(law, z):
     return 0.5 * l0 * z * z + a / p * abs(z) ** p
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _law_slope(law, z):
     kind, l0, a, p = law
     sign = 1.0 if z > 0 else (-1.0 if z < 0 else 0.0)
@@ -43,7 +45,7 @@ def _law_slope(law, z):
     return l0 * z + a * sign * abs(z) ** (p - 1)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _residual(params, row, w, d_x, projected, activation):
     """Forward pass of the network. It fills Vᵀ z and the activations."""
     hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
@@ -66,7 +68,7 @@ def _residual(params, row, w, d_x, projected, activation):
     return out - row[inputs]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def loss_of(kind, d_x, params, row, w, scratch):
     """f_i(w)."""
     d, total = w.size, 0.0
@@ -106,7 +108,7 @@ def loss_of(kind, d_x, params, row, w, scratch):
     return 0.5 * residual * residual + 0.5 * params[3] * x2 + 0.25 * params[4] * y2 * y2
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _squares(w, d_x):
     """‖x‖² and ‖y‖² of w = (x, y)."""
     x2, y2 = 0.0, 0.0
@@ -117,7 +119,7 @@ def _squares(w, d_x):
     return x2, y2
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def gradient_of(kind, d_x, params, row, w, scratch, begin, out):
     """Write ∇f_i(w) into out, from coordinate `begin` on, which is 0 or d_x."""
     d = w.size
@@ -147,7 +149,7 @@ def gradient_of(kind, d_x, params, row, w, scratch, begin, out):
         _network_gradient(d_x, params, row, w, scratch, begin, out)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _network_gradient(d_x, params, row, w, scratch, begin, out):
     hidden, inputs, rank = int(params[0]), int(params[1]), int(params[2])
     half, v = scratch.size // 2, d_x + hidden * rank
@@ -169,7 +171,7 @@ def _network_gradient(d_x, params, row, w, scratch, begin, out):
                 out[v + m * rank + r] += row[m] * back
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
     """Write ∇f(w) into out."""
     begin = np.int64(0)
@@ -183,7 +185,7 @@ def whole_gradient(kind, d_x, params, data, mean_row, w, scratch, part, out):
             out[j] += part[j] / len(data)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
     """Write ‖∇_x f‖² and ‖∇_y f‖² of every run that is not lost; mark new lost runs."""
     d = points.shape[2]
@@ -199,7 +201,7 @@ def measure(kind, d_x, params, data, mean_row, points, limit, lost, squares):
                 lost[q, s] = True
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def draw(out, words, values, seed, step, num_directions, is_gaussian):
     """Directions of one step: out [directions, d_x]; the other arrays are buffers of the noise."""
     zero, one = np.uint64(0), np.float64(1)
@@ -212,7 +214,7 @@ def draw(out, words, values, seed, step, num_directions, is_gaussian):
             noise.add_rademacher(out[k], words, 0, out.shape[1], one, seed, step, index, zero)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def move(problem, runs, how):
     """One epoch, in place: points [rates, seeds, d], order [seeds, n]."""
     kind, d_x, params, data = problem
@@ -246,7 +248,7 @@ def move(problem, runs, how):
                     w[j] = w[j] - lr_y[q] * gradient[j]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def move_quadratic(problem, runs, how):
     """`move` for quadratics with a zeroth-order base: the same numbers, inlined, 4 × faster."""
     _, d_x, params, data = problem
@@ -299,7 +301,7 @@ def move_quadratic(problem, runs, how):
                     points[q, s, j] = w[j] - lr_y[q] * gradient[j]
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=_CACHE, inline="always")
 def _quadratic(params, data, sample, w, coupling, shared, d_x):
     total, linear = 0.0, 0.0
     for j in range(w.size):
@@ -314,7 +316,7 @@ def _quadratic(params, data, sample, w, coupling, shared, d_x):
     return data[sample, 0] * total + linear
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def _along(problem, row, w, scratch, directions, how, away, lr, delta):
     """Write the base's step −(lr / K) Σ_k s_k v_k into delta."""
     kind, d_x, params, _ = problem
@@ -340,7 +342,7 @@ def _along(problem, row, w, scratch, directions, how, away, lr, delta):
             delta[j] += coefficient * v[j]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHE)
 def draw_many(num, d_x, seed, is_gaussian):
     """The first direction of `num` steps: [num, d_x]."""
     out = np.empty((num, 1, d_x))

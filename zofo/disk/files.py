@@ -1,23 +1,40 @@
-"""Files that are written whole or not at all, and never as pickles, which could run code."""
+"""Files that are written whole or not at all, and never as pickles, which could run code.
+
+What is read may come from anyone. Therefore only regular files up to a size limit are opened, and
+JSON is checked for depth, large integers and invalid text before anything else sees it.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
 
-_MAX_JSON_BYTES: Final = 1 << 24  # far larger than any JSON file of zofo
+MAX_TEXT_BYTES: Final = 1 << 24  # far larger than any text file of zofo but a log
+MAX_LOG_BYTES: Final = 1 << 26  # of the lines of a long run
+MAX_DEPTH: Final = 64  # of nested lists and objects; zofo's own files have at most 6
+_INTEGERS: Final = range(-(1 << 63), 1 << 64)
+_KINDS: Final = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @contextmanager
@@ -52,23 +69,80 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A rename is atomic only within a file system, so the temporary file lies beside `path`.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        name = temporary_prefix(path) + secrets.token_hex(4)
+        # Made without mkstemp, because its files are private whatever the umask allows.
+        handle = os.open(path.parent / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = path.parent / name
+        mode = os.fstat(handle).st_mode & 0o666
         os.close(handle)
-        temporary = Path(name)
         yield temporary
         # Without the flush, a power cut after the rename could leave an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read.
+        temporary.chmod(mode)  # safetensors replaces the file by a private one.
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
+        reason = reason_of_failed_write(error)
+        if reason is None:
+            raise
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; nothing was changed there. Free "
-            "space or choose a folder that can be written"
+            f"cannot write {path}: {reason}; nothing was changed there. Free space or choose a "
+            "folder that can be written"
         ) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # The file that stays is hidden.
+                temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of the temporary files of `path` begin; eight characters follow."""
+    # Shortened, because a name of the greatest length would leave no room for the characters.
+    return f".{path.name[:50]}."
+
+
+def reason_of_failed_write(error: Exception) -> str | None:
+    """The reason of a failed write, in words; None for an error of another kind."""
+    if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
+        return reason_of_failed_write(error.__cause__)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors, tokenizers and torch.save wrap the error of the system in errors of their own.
+    text = f"{type(error).__name__}: {error}"
+    if "No space left" in text or "os error 28" in text:
+        return os.strerror(errno.ENOSPC)
+    signs = ("SafetensorError", "PytorchStreamWriter", "iostream error", "unexpected pos", "I/O")
+    return text if any(sign in text for sign in signs) else None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it exists.
+
+    Raises:
+        UserError: if it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot remove {path}: {error.strerror or error}; make its folder writable, or remove "
+            "it by hand"
+        ) from error
+
+
+def problem_of_name(path: Path) -> str | None:
+    """Why no file can have this path; None if one can, whether or not it exists."""
+    try:
+        str(path).encode()
+        os.lstat(path)
+    except UnicodeEncodeError:
+        return f"{shown(str(path))} is no name in UTF-8; rename it"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # A ValueError means a zero byte.
+        reason = getattr(error, "strerror", None) or error
+        return f"{shown(str(path))} cannot be used ({reason}); choose another name"
+    return None
 
 
 def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
@@ -76,12 +150,17 @@ def problem_of_target(path: Path, *, is_folder: bool = False) -> str | None:
 
     Neither the path nor the folders above it need to exist.
     """
+    problem = problem_of_name(path)
+    if problem is not None:
+        return problem
     there = path
     try:
         if is_folder and path.is_file():
             return f"{path} is a file; name a folder"
         if not is_folder and path.is_dir():
             return f"{path} is a folder; name a file"
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist; remove the link"
         # The nearest existing folder is where a missing path would be made.
         candidates = [path.absolute(), *path.absolute().parents][0 if is_folder else 1 :]
         there = next(folder for folder in candidates if folder.exists())
@@ -102,7 +181,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as zofo writes it into files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -114,18 +198,122 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file by the standard, which has no NaN and no infinities.
+def require_regular(path: Path) -> int:
+    """Refuse what is no regular file: opening a pipe would wait, and a device may never end.
+
+    Returns:
+        The size of the file in bytes.
 
     Raises:
-        UserError: if it is missing, damaged, or larger than any JSON file of zofo.
+        UserError: if it does not exist or is anything else.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist; check the name, or copy it again") from None
+    except (OSError, ValueError) as error:  # a loop of links, or a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path!s:.300} cannot be read ({reason}); choose another file") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        raise UserError(f"{path} is {kind}; put a regular file in its place")
+    return found.st_size
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: the file.
+        max_bytes: limit of its size.
+        errors: "strict", or "replace" to read invalid bytes as �.
+
+    Raises:
+        UserError: if it is missing, no regular file, too large, unreadable or not UTF-8.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its access") from error
+    if len(content) > max_bytes:
+        raise UserError(f"{path} is damaged: it is larger than {max_bytes} bytes; copy it again")
+    try:
+        return content.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} cannot be read, because byte {error.start} is not UTF-8; save it as UTF-8, or "
+            "copy it again"
+        ) from None
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, has_nan: bool = False) -> Any:
+    """Read a JSON file with the limits of `parse_json`.
+
+    Raises:
+        UserError: if it is missing, no regular file, damaged, or beyond a limit.
+    """
+    text = read_text(path, max_bytes=max_bytes)
     with refusing(f"{path} is damaged"):
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return parse_json(text, has_nan=has_nan)
+
+
+def read_json_object(path: Path, **options: Any) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold an object.
+
+    Raises:
+        UserError: also if it holds anything else.
+    """
+    value = read_json(path, **options)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds {shown(value)}, no object; copy it again")
+    return value
+
+
+def parse_json(text: str, *, has_nan: bool = False) -> Any:
+    """Parse JSON and check it with `check_plain`.
+
+    Args:
+        text: the JSON.
+        has_nan: whether NaN and infinities are allowed, which the standard does not have and
+            transformers writes.
+
+    Raises:
+        ValueError: that says what is wrong.
+    """
+    try:
+        value = json.loads(text, parse_constant=None if has_nan else _refuse_constant)
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deeply") from None
+    check_plain(value)
+    return value
+
+
+def check_plain(value: Any) -> None:
+    """Refuse values that are valid JSON or YAML but that no later step could handle.
+
+    Raises:
+        ValueError: for deep nesting, an integer beyond 64 bits, and half a surrogate pair in a
+            text, which cannot be written.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for entry in level:
+            if isinstance(entry, str):
+                if not entry.isascii() and any("\ud800" <= sign <= "\udfff" for sign in entry):
+                    raise ValueError(f"the text {shown(entry)} holds half a surrogate pair")
+            elif isinstance(entry, dict):
+                inner += (*entry.keys(), *entry.values())
+            elif isinstance(entry, list | tuple):
+                inner += entry
+            elif isinstance(entry, int) and entry not in _INTEGERS:
+                raise ValueError(f"the number {shown(entry)} does not fit in 64 bits")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -139,6 +327,7 @@ def file_digest(path: Path) -> str:
         UserError: if it cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
+    require_regular(path)
     with refusing(f"{path} cannot be read"), path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -167,8 +356,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import safe_open
 
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    require_regular(path)
     with refusing(f"{path} is damaged"), safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
@@ -221,8 +409,7 @@ def open_tensors(*paths: Path) -> tuple[StoredTensors, dict[str, str]]:
     places: dict[str, tuple[Path, str]] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist")
+        require_regular(path)
         with refusing(f"{path} is damaged"), safe_open(path, framework="pt") as file:
             places |= {key: (path, key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}

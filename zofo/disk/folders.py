@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from zofo.disk.files import file_digest
+from zofo.disk.files import file_digest, reason_of_failed_write, temporary_prefix
+from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.errors import UserError
 
 LIST_FILE: Final = "zofo_files.json"  # lists name, size and digest of every other file
@@ -38,16 +39,19 @@ def writing_folder(
     Raises:
         UserError: if it cannot be written; a folder at `place` is then unchanged.
     """
-    hidden: Path | None = None
+    hidden, lock = None, None
     try:
         if not is_checkpoint:
             place.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(HIDDEN, f".{place.name}.", place.parent)
-        hidden = Path(name)
+        prefix = temporary_prefix(place)
+        remove_partial(place.parent, f"{glob.escape(prefix)}*")
+        hidden = Path(tempfile.mkdtemp(HIDDEN, prefix, place.parent))
+        lock = take_lock(hidden / LOCK_FILE)  # It shows others that this process is alive.
         # The inner folder has the final name, because Trainer writes to FOLDER/checkpoint-N.
         staged = hidden / place.name
         staged.mkdir()
         yield staged
+        share_files(staged)
         if is_checkpoint:
             _list_files(staged)
         # Everything is on the disk before the rename, so that a power cut leaves no partial folder.
@@ -58,13 +62,42 @@ def writing_folder(
         staged.replace(place)
         _flush(place.parent)  # The rename is an entry of the parent.
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of_failed_write(error)
         if reason is None:
             raise
         raise UserError(f"cannot write {place}: {reason}. {remedy}") from error
     finally:
+        if lock is not None:
+            lock.release()
         if hidden is not None:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_partial(parent: Path, pattern: str) -> None:
+    """Remove hidden folders of writers that were killed; those of living processes stay.
+
+    Args:
+        parent: the folder that holds them.
+        pattern: pattern for their names, without the ending.
+    """
+    for hidden in parent.glob(f"{pattern}{HIDDEN}"):
+        if hidden.is_dir() and not hidden.is_symlink():
+            with suppress(UserError):
+                lock = take_lock(hidden / LOCK_FILE)
+                if lock is not None:
+                    lock.release()
+                    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def share_files(folder: Path) -> None:
+    """Give every file below a folder the permissions of the folder, without that to execute.
+
+    The umask has decided on those of a new folder. safetensors makes files private whatever it is.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def discard(folder: Path) -> None:
@@ -97,17 +130,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: Exception) -> str | None:
-    """The reason of a failed write, in words; None for an error of another kind."""
-    if isinstance(error, UserError) and isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # safetensors and torch.save wrap the error of the system in errors of their own.
-    text = f"{type(error).__name__}: {error}"
-    if "No space left" in text or "os error 28" in text:
-        return os.strerror(errno.ENOSPC)
-    signs = ("SafetensorError", "PytorchStreamWriter", "iostream error", "unexpected pos", "I/O")
-    return text if any(sign in text for sign in signs) else None

@@ -6,10 +6,8 @@ the defaults of LoRA: r 8 and alpha 16, on query and value.
 
 from __future__ import annotations
 
-import json
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,13 +15,15 @@ import torch
 from torch import nn
 
 from zofo.console import quiet
-from zofo.disk.files import file_digest, read_tensors, refusing, write_tensors
+from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
+from zofo.models.adapter_files import config_from_file
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
+from zofo.models.fitting import new_modules
 from zofo.models.initial_values import set_initial_values, takes
+from zofo.models.limits import limited_memory
 from zofo.models.loading import Head
-from zofo.optim.blocks import split_parameters
-from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.optim.blocks import check_adapter_config, split_parameters
 
 _TASK_TYPES: Final = {
     "causal-lm": "CAUSAL_LM",
@@ -34,15 +34,6 @@ _PAPERS_TARGETS: Final = {  # for architectures that peft does not know
     "lora": ("q_proj", "v_proj"),  # as in the paper
     "ia3": ("k_proj", "v_proj", "down_proj"),  # as peft chooses for Llama
 }
-_PEFTS_ERRORS: Final = (  # raised by peft if an adapter does not suit a model
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    IndexError,
-    NotImplementedError,
-)
 
 
 def create_adapter(
@@ -88,9 +79,12 @@ def create_adapter(
     task = peft.TaskType(_TASK_TYPES[head])
     num = num_virtual_tokens or getattr(KINDS.get(type), "num_virtual_tokens", None) or 0
     if config_file is not None:
-        config = _config_from_file(Path(config_file), task)
-        if getattr(config, "target_modules", None):
-            _check_targets(model, config.target_modules)
+        config = config_from_file(Path(config_file), str(task.value), model)
+        check_adapter_config(config)
+        with refusing(
+            f"the target_modules of the adapter file {config_file} are wrong", "correct them"
+        ):
+            _check_targets(model, getattr(config, "target_modules", None) or "all-linear")
     elif type in ("lora", "dora", "rslora"):
         config = _lora_config(
             model, type, task, targets, r=r, lora_alpha=alpha, lora_dropout=dropout
@@ -103,23 +97,45 @@ def create_adapter(
         raise UserError(f"adapter type is {type!r}; choose one of {', '.join(ADAPTER_TYPES)}")
     if getattr(config, "is_prompt_learning", False):
         _require_cache(model, config)
+    # By itself, peft trains only these two modules of a new head and freezes the rest at random.
+    fresh = [name for name in new_modules(model) if name not in ("classifier", "score")]
+    if fresh:
+        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or ()), *fresh]
 
-    with torch.random.fork_rng(), quiet():
+    # Only a file can ask for initial values that change the base.
+    before = _digests(model) if config_file is not None else {}
+    problem = f"peft cannot attach {_kind_of(config)} to {model.__class__.__name__}"
+    with torch.random.fork_rng(), quiet(), refusing(problem, "choose another, such as lora"):
         torch.manual_seed(seed)
-        try:
+        with limited_memory(model, f"the adapter {_kind_of(config)}"):
             adapted = peft.get_peft_model(model, config)
-            if config_file is None and type in ("prefix", "prompt"):
-                set_initial_values(adapted, type, num, tokenizer=tokenizer, init_text=init_text)
-            if config.is_prompt_learning:
-                _try_out(adapted)
-        except UserError:
-            raise
-        except _PEFTS_ERRORS as error:
-            raise UserError(
-                f"peft cannot attach {_kind_of(config)} to {model.__class__.__name__}: {error}; "
-                "choose another adapter, such as lora"
-            ) from error
+        if config_file is None and type in ("prefix", "prompt"):
+            set_initial_values(adapted, type, num, tokenizer=tokenizer, init_text=init_text)
+        if config.is_prompt_learning or config_file is not None:
+            _try_out(adapted)
+    if before:
+        _check_unchanged(adapted, before, config_file)
     return adapted
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Name -> digest of each base weight that is not on the meta device."""
+    base = split_parameters(model).base
+    return {n: fingerprint({n: p}) for n, p in base.items() if p.device.type != "meta"}
+
+
+def _check_unchanged(
+    adapted: nn.Module, before: dict[str, str], config_file: str | Path | None
+) -> None:
+    """Refuse an adapter whose initial values changed the base, as those of PiSSA do."""
+    after = _digests(adapted)
+    changed = [name for name in before if after.get(name, before[name]) != before[name]]
+    if changed:
+        raise UserError(
+            f"peft changes {len(changed)} weights of the base when it makes the adapter of "
+            f"{config_file}, such as {changed[0]}, so a saved adapter would not fit the original "
+            "base; choose initial values that leave it as it is"
+        )
 
 
 def _kind_of(config: Any) -> str:
@@ -294,116 +310,3 @@ def _are_transposed(model: nn.Module, targets: Any) -> bool:
         isinstance(module, Conv1D) and any(_matches(name, t) for t in targets)
         for name, module in model.named_modules()
     )
-
-
-def _config_from_file(path: Path, task: Any) -> Any:
-    import yaml
-    from peft import get_peft_config
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the adapter file {path} cannot be read: {error.strerror}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"the adapter file {path} is not valid {path.suffix[1:]}: {error}"
-        ) from error
-    if not isinstance(values, dict) or "peft_type" not in values:
-        raise UserError(
-            f"the adapter file {path} has no peft_type; it must be a peft configuration, such as "
-            '{"peft_type": "LORA", "r": 8}'
-        )
-    values = {"task_type": str(task.value), **values, "inference_mode": False}
-    try:
-        return get_peft_config(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the adapter file {path} is no valid peft configuration: {error}"
-        ) from error
-
-
-def attach_adapter(model: nn.Module, folder: Path) -> Any:
-    """Attach a saved adapter to a model, as a `PeftModel`.
-
-    Raises:
-        UserError: if the files are damaged, lack tensors, or do not fit the model.
-    """
-    from peft import PeftModel
-
-    problem = f"the adapter in {folder} cannot be attached to this model"
-    with refusing(problem, "copy it again, and load the base that it was trained on"):
-        if not (folder / "adapter_config.json").is_file():
-            raise FileNotFoundError("adapter_config.json is missing")
-        with quiet():
-            # peft only warns of missing tensors and would keep initial values in their place.
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(model, str(folder))
-
-
-PROMPT_FILE = "prompt_encoder.safetensors"
-
-
-def is_peft(model: Any) -> bool:
-    """Whether peft wraps the model."""
-    return hasattr(model, "peft_config")
-
-
-def save_prompt_encoder(model: Any, folder: Path) -> None:
-    """Write the parameters of a prompt encoder; other adapters have none.
-
-    peft saves only the output of the encoder. To continue training, the encoder needs its own
-    parameters.
-    """
-    if is_peft(model) and hasattr(model, "prompt_encoder"):
-        write_tensors(folder / PROMPT_FILE, dict(split_parameters(model).adapter), {})
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Load the active adapter into its parameters in place.
-
-    Raises:
-        UserError: if its files are damaged, or do not belong to the trajectory beside them.
-    """
-    name = model.active_adapters[0]
-    if (folder / TRAJECTORY_FILE).exists():
-        check_adapter(folder, Trajectory.load(folder / TRAJECTORY_FILE)[1], name)
-    if (folder / PROMPT_FILE).exists():
-        saved, _ = read_tensors(folder / PROMPT_FILE)
-        with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
-            for key, parameter in split_parameters(model).adapter.items():
-                parameter.data.copy_(saved[key])
-        return
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    with refusing(f"the adapter in {folder} cannot be loaded"):
-        weights = load_peft_weights(str(adapter_folder(folder, name)), device="cpu")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-
-
-def adapter_folder(folder: Path, name: str) -> Path:
-    """The folder in which peft saves the adapter of that name."""
-    return folder if name == "default" else folder / name
-
-
-def adapter_digests(folder: Path, name: str) -> dict[str, str]:
-    """File -> digest, for each file that loading the adapter reads."""
-    adapter = adapter_folder(folder, name)
-    paths = [adapter / file for file in ("adapter_config.json", "adapter_model.safetensors")]
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in (*paths, folder / PROMPT_FILE)
-        if path.is_file()
-    }
-
-
-def check_adapter(folder: Path, header: Mapping[str, Any], name: str = "default") -> None:
-    """Refuse an adapter that is damaged or was not saved with the trajectory beside it."""
-    recorded = header.get("files")
-    for file, digest in adapter_digests(folder, name).items():
-        if not isinstance(recorded, dict) or recorded.get(file) != digest:
-            raise UserError(
-                f"{folder / file} is damaged or of another run than {TRAJECTORY_FILE} beside it; "
-                "copy the checkpoint again"
-            )

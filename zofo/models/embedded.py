@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from zofo.console import quiet
+from zofo.disk.folders import share_files
 from zofo.errors import UserError
 
 
@@ -108,7 +109,9 @@ def _convert(source: Path, target: Path, alias: str) -> None:
     print(f"converting {alias} into {target} (once, about half a minute)", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        hidden = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        temporary = hidden / target.name  # `hidden` is private, whatever the umask allows.
+        temporary.mkdir()
     except OSError as error:
         raise UserError(
             f"cannot write the cache folder {target.parent}: {error.strerror}; set ZOFO_CACHE to "
@@ -123,7 +126,7 @@ def _convert(source: Path, target: Path, alias: str) -> None:
             tokenizer = hf.AutoTokenizer.from_pretrained(folder, gguf_file=file)
             _without_quantizer(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
+        share_files(temporary)
         # If another process finished first, the rename fails and its equal copy stays.
         with contextlib.suppress(OSError):
             temporary.replace(target)
@@ -133,6 +136,6 @@ def _convert(source: Path, target: Path, alias: str) -> None:
             "ZOFO_CACHE"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     if not (target / "config.json").exists():
         raise UserError(f"{target} is not the converted model; remove it and try again")

@@ -18,8 +18,11 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
+from zofo.models.fitting import explained, load_fitting
+from zofo.models.limits import check_model_config
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
+ADAPTER_CONFIG: Final = "adapter_config.json"
 HEADS: Final[tuple[str, ...]] = get_args(Head)
 DTYPES: Final = {
     "float32": torch.float32,
@@ -39,11 +42,20 @@ def resolve(name: str) -> str:
         return str(embedded_folder(name, ALIASES[name]))
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / ADAPTER_CONFIG).exists():
+            raise UserError(
+                f"the folder {name} holds an adapter of peft, which is no model; give the model "
+                "that it was trained on, or merge both (peft's merge_and_unload) and save the sum"
+            )
         if not (path / "config.json").exists():
             raise UserError(f"the folder {name} holds no config.json, so no model; choose another")
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"the model folder {name} does not exist")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}, where a relative path begins"
+        raise UserError(
+            f"the model folder {name} does not exist{place}; correct the path, or start zofo where "
+            "it leads to the model"
+        )
     if "/" not in name:
         near = difflib.get_close_matches(name, ALIASES, n=1)
         if near:
@@ -78,7 +90,7 @@ def load_model(
         tokenizer: tokenizer of the model; None for the one in the model's folder.
 
     Raises:
-        UserError: if the model cannot be found or has no such head.
+        UserError: if the model cannot be found, has no such head, or its weights do not fit it.
     """
     import transformers as hf
 
@@ -89,15 +101,20 @@ def load_model(
     kwargs: dict[str, Any] = {**shared, "dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    with _hub_errors(name), quiet(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if tokenizer is None:
-            tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
-        if head == "classification":
-            kwargs["num_labels"] = num_labels
-        else:
-            _require_head(head, hf.AutoConfig.from_pretrained(source, **shared), name)
-        model = model_class(head).from_pretrained(source, **kwargs)
+    with _hub_errors(name, source), torch.random.fork_rng():
+        with quiet():
+            if tokenizer is None:
+                tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
+            config = hf.AutoConfig.from_pretrained(source, **shared)
+            check_model_config(config, name)
+            if head == "classification":
+                kwargs["num_labels"] = num_labels
+            else:
+                _require_head(head, config, name)
+        is_classifier = head == "classification"
+        model = load_fitting(
+            model_class(head), source, name=name, is_classifier=is_classifier, seed=seed, **kwargs
+        )
     prepare(model, tokenizer)
     return model, tokenizer
 
@@ -113,7 +130,7 @@ def load_tokenizer(
     import transformers as hf
 
     source = resolve(name)
-    with _hub_errors(name), quiet():
+    with _hub_errors(name, source), quiet():
         tokenizer = hf.AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -138,10 +155,11 @@ def empty_model(
     import transformers as hf
 
     source = resolve(name)
-    with _hub_errors(name), quiet(), torch.device("meta"):
+    with _hub_errors(name, source), quiet(), torch.device("meta"):
         config = hf.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+        check_model_config(config, name)
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels
@@ -248,7 +266,7 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
     import transformers as hf
 
     source = resolve(name)
-    with _hub_errors(name), quiet():
+    with _hub_errors(name, source), quiet():
         config = hf.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -279,7 +297,7 @@ def _is_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     if config.model_type not in CAUSAL:
-        return True
+        return "AutoModelForCausalLM" not in _own_code(config)
     # BERT and similar models are in both tables; they decode only if their configuration says so.
     return config.model_type in MASKED and not getattr(config, "is_decoder", False)
 
@@ -289,7 +307,13 @@ def _is_encoder_decoder(config: Any) -> bool:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN,
     )
 
-    return bool(getattr(config, "is_encoder_decoder", False)) and config.model_type in KNOWN
+    is_known = config.model_type in KNOWN or "AutoModelForSeq2SeqLM" in _own_code(config)
+    return bool(getattr(config, "is_encoder_decoder", False)) and is_known
+
+
+def _own_code(config: Any) -> Mapping[str, Any]:
+    """The classes that a model with code of its own brings: class of transformers -> its own."""
+    return getattr(config, "auto_map", None) or {}
 
 
 def _require_head(head: Head, config: Any, name: str) -> None:
@@ -314,20 +338,15 @@ def _require_head(head: Head, config: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def _hub_errors(name: str, source: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into a `UserError`."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            remedy = "pass trust_remote_code=true if you trust its authors"
-        else:
-            remedy = (
-                "give a hub id that this machine can reach or has cached, a folder, or one of "
-                + ", ".join(ALIASES)
-            )
+        remedy = explained(error, source, name, ALIASES)
         raise UserError(f"the model {name!r} cannot be loaded ({first}); {remedy}") from error
 
 

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from zofo.noise import kernel_draws, kernel_formats, philox
+from zofo.noise.kernel_cache import can_cache
 from zofo.noise.kernel_draws import (
     SIGN,
     add_gaussian,
@@ -266,7 +267,7 @@ def entry(stored, wide):
     text = "".join(map(inspect.getsource, (kernel_draws, kernel_formats, philox)))
     sources = zlib.crc32(text.encode())
 
-    @numba.cfunc(numba.types.void(numba.types.voidptr), cache=True)
+    @numba.cfunc(numba.types.void(numba.types.voidptr), cache=can_cache())
     def run(address):
         _ = sources  # makes it part of the closure
         call = numba.carray(address, (CALL_SIZE,), np.int64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,10 +13,23 @@ from zofo.perturb.compiled import WRAPPED_NAME
 
 ADAPTER_TENSORS_FROM: Final = 1 << 19
 """First tensor index of the adapter. Base indices lie below it, so no direction is shared."""
-_ADALORA_RANK: Final = "ranknum"
-"""AdaLoRA stores its current rank in a parameter of this name, which is never trained."""
+_NEVER_TRAINED: Final = (".ranknum.", ".frozen_embedding")
+"""Marks of what peft freezes inside an adapter: AdaLoRA's rank, CARTRIDGE's first tokens.
+
+Their flags would tell too, unless the adapter was loaded for inference and is frozen as a whole.
+"""
+_FROZEN: Final = "zofo_is_frozen"
+"""Attribute of a parameter that was frozen inside an adapter before a method set the flags."""
+_PLAIN_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva")
+"""The initial values of LoRA for which peft leaves the weights of the base as they are."""
 _MIXED_KINDS: Final = ("ADAPTION_PROMPT", "CPT")
 """Adapter kinds whose trained weights cannot be recognised by their names."""
+_UNUSUAL_KINDS: Final = {
+    "POLY": "the task_ids of the rows in every call",
+    "XLORA": "adapters that were trained before",
+    "MULTITASK_PROMPT_TUNING": "the task_ids of the rows in every call",
+}
+"""Adapter kinds that need more than a base and its batches."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,12 @@ class Blocks:
 def split_parameters(model: nn.Module) -> Blocks:
     """Split the parameters of a model into base and adapter.
 
-    In a `PeftModel`, the adapter is what peft added for the active adapters, whether or not it
-    requires a gradient now. Inactive adapters, such as the frozen reference of trl's DPO, belong to
-    no block. In any other model, the parameters that require a gradient are the adapter if only
-    some do; otherwise all parameters are base. Tied parameters count once, under their first name
-    in sorted order.
+    In a `PeftModel`, the adapter is what peft added for the active adapters and trains. If only
+    some of it requires a gradient, then the rest is frozen and belongs to no block; if none does,
+    the model was loaded for inference. Inactive adapters, such as the frozen reference of trl's
+    DPO, belong to no block either. In any other model, the parameters that require a gradient are
+    the adapter if only some do; otherwise all parameters are base. Tied parameters count once,
+    under their first name in sorted order.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -59,7 +74,7 @@ def split_parameters(model: nn.Module) -> Blocks:
     markers = _adapter_markers(model)
     if markers is None:
         # A quantized weight cannot require a gradient, so its flag says nothing about its block.
-        trainable = [p.requires_grad for p in parameters.values() if not _is_quantized(p)]
+        trainable = [p.requires_grad for p in parameters.values() if not is_quantized(p)]
         by_grad = any(trainable) and not all(trainable)
         is_adapter = {i: by_grad and parameters[i].requires_grad for i in parameters}
     else:
@@ -68,10 +83,12 @@ def split_parameters(model: nn.Module) -> Blocks:
             for i in parameters
         }
 
-    wrapper, inactive = _wrapper_prefix(model), _inactive_adapters(model)
+    wrapper, inactive = wrapper_prefix(model), _inactive_adapters(model)
     base, adapter, numbered = {}, {}, []
     for i, parameter in parameters.items():
-        if markers is not None and any(f".{_ADALORA_RANK}." in name for name in names[i]):
+        if markers is not None and any(
+            mark in f".{n}" for n in names[i] for mark in _NEVER_TRAINED
+        ):
             continue
         if is_adapter[i]:
             if not all(inactive & set(name.split(".")) for name in names[i]):
@@ -84,7 +101,31 @@ def split_parameters(model: nn.Module) -> Blocks:
         # peft stores the module that a trained copy replaced. The forward pass ignores it.
         if not all("original_module." in name for name in names[i]):
             base[canonical] = parameter
+    if markers is not None:
+        adapter = _trained_part(adapter)
     return Blocks(base, adapter, {name: rank for rank, name in enumerate(sorted(numbered))})
+
+
+def _trained_part(adapter: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter that peft trains."""
+    told = any(parameter.requires_grad for parameter in adapter.values())
+    return {
+        name: parameter
+        for name, parameter in adapter.items()
+        if not hasattr(parameter, _FROZEN) and (parameter.requires_grad or not told)
+    }
+
+
+def remember_frozen(model: nn.Module, blocks: Blocks) -> None:
+    """Note what is frozen inside the adapter, before a method changes `requires_grad`."""
+    markers = _adapter_markers(model)
+    trained = {id(parameter) for parameter in blocks.adapter.values()}
+    inactive = _inactive_adapters(model)
+    for name, parameter in model.named_parameters() if markers else ():
+        name = name.replace(WRAPPED_NAME, "")
+        is_marked = any(marker in f".{name}" for marker in markers or ())
+        if is_marked and id(parameter) not in trained and not inactive & set(name.split(".")):
+            setattr(parameter, _FROZEN, True)
 
 
 def canonical_name(name: str, wrapper: str = "") -> str:
@@ -100,32 +141,89 @@ def canonical_name(name: str, wrapper: str = "") -> str:
     return name
 
 
-def _wrapper_prefix(model: nn.Module) -> str:
+def wrapper_prefix(model: nn.Module) -> str:
     """The prefix of base names: tuners (LoRA, IA3) wrap the model twice, prompt learning once."""
-    if not hasattr(model, "peft_config"):
+    if not is_peft(model):
         return ""
     return "base_model.model." if hasattr(model.base_model, "prefix") else "base_model."
 
 
-def check_adapter_kinds(model: nn.Module) -> None:
-    """Refuse adapters that train base weights, or whose weights look like base weights."""
-    for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "bias", "none") != "none":
-            raise UserError(
-                f"adapter {name!r} has bias={config.bias!r}, which trains biases of the base "
-                "with the adapter, although the base has an order of its own; use bias='none'"
-            )
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind in _MIXED_KINDS:
-            raise UserError(
-                f"adapter {name!r} is of kind {kind}, whose weights zofo cannot distinguish from "
-                "the base; choose LoRA, prefix tuning, prompt tuning or another kind"
-            )
+def is_peft(model: nn.Module) -> bool:
+    """Whether the model is a `PeftModel`; a model without one does not import peft."""
+    kind = getattr(sys.modules.get("peft"), "PeftModel", None)
+    return kind is not None and isinstance(model, kind)
+
+
+def check_adapter_kinds(model: nn.Module, *, moves_base: bool = True) -> None:
+    """Refuse adapters that cannot be saved, that change the base, or that look like it.
+
+    Args:
+        model: the model.
+        moves_base: whether the method updates the base.
+    """
+    _check_wrapper(model)
+    for name, config in model.peft_config.items() if is_peft(model) else ():  # type: ignore[operator, union-attr]
+        check_adapter_config(config, name, moves_base=moves_base)
+
+
+def check_adapter_config(config: Any, name: str = "default", *, moves_base: bool = True) -> None:
+    """Refuse the configuration of an adapter that cannot be trained beside its base.
+
+    Args:
+        config: a `peft.PeftConfig`.
+        name: the name of the adapter.
+        moves_base: whether the method updates the base.
+    """
+    if getattr(config, "bias", "none") not in ("none", None):
+        raise UserError(
+            f"adapter {name!r} has bias={config.bias!r}, which trains biases of the base "
+            "with the adapter, although the base has an order of its own; use bias='none'"
+        )
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    remedy = "choose LoRA, prefix tuning, prompt tuning or another kind"
+    if kind in _MIXED_KINDS:
+        raise UserError(
+            f"adapter {name!r} is of kind {kind}, whose weights zofo cannot distinguish from "
+            f"the base; {remedy}"
+        )
+    if kind in _UNUSUAL_KINDS:
+        raise UserError(
+            f"adapter {name!r} is of kind {kind}, which needs {_UNUSUAL_KINDS[kind]}; {remedy}"
+        )
+    start = getattr(config, "init_lora_weights", None)
+    if moves_base and start not in _PLAIN_STARTS:
+        raise UserError(
+            f"adapter {name!r} has init_lora_weights={start!r}, and only true, false, "
+            f"{', '.join(s for s in _PLAIN_STARTS if isinstance(s, str))} leave the weights of the "
+            "base as they are, to which checkpoints return; use one of these"
+        )
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    """Refuse adapters that are not exactly one `PeftModel` around the base."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return
+    if is_peft(model) and any(is_peft(module) for module in model.modules() if module is not model):
+        raise UserError(
+            "the model is a PeftModel inside a PeftModel, and peft saves only the outer adapter; "
+            "merge the inner one first (merge_and_unload), or add the second adapter to the same "
+            "PeftModel with add_adapter(name, config)"
+        )
+    layer = peft.tuners.tuners_utils.BaseTunerLayer
+    if any(map(is_peft, model.modules())):
+        return
+    if any(isinstance(module, layer) for module in model.modules()):
+        raise UserError(
+            f"the model is a {type(model).__name__} with layers of an adapter and no PeftModel, as "
+            "after transformers' add_adapter, peft.inject_adapter_in_model or mixed=True; make it "
+            "with peft.get_peft_model(model, config), which checkpoints need"
+        )
 
 
 def check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method: str) -> None:
     """Refuse to update quantized base weights."""
-    quantized = [name for name, parameter in base.items() if _is_quantized(parameter)]
+    quantized = [name for name, parameter in base.items() if is_quantized(parameter)]
     quantized += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]  # GPTQ
     if quantized:
         raise UserError(
@@ -153,7 +251,8 @@ def keep_unpacked(model: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def _is_quantized(parameter: nn.Parameter) -> bool:
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds quantized weights."""
     # A floating dtype proves nothing: bitsandbytes may store 4 bits in one, torchao reports one.
     return (
         not parameter.is_floating_point()
@@ -164,7 +263,7 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
 
 def _adapter_markers(model: nn.Module) -> list[str] | None:
     """Substrings that mark the adapter's parameter names; None for a model without peft."""
-    if not hasattr(model, "peft_config"):
+    if not is_peft(model):
         return None
     tuner_prefix = getattr(getattr(model, "base_model", None), "prefix", "")
     markers = [".prompt_encoder.", ".modules_to_save.", ".trainable_tokens_"]
@@ -172,6 +271,6 @@ def _adapter_markers(model: nn.Module) -> list[str] | None:
 
 
 def _inactive_adapters(model: nn.Module) -> set[str]:
-    if not hasattr(model, "peft_config"):
+    if not is_peft(model):
         return set()
     return set(model.peft_config) - set(model.active_adapters)  # type: ignore[arg-type]

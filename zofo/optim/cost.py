@@ -5,7 +5,8 @@
 One unit is one forward pass of one micro-batch without gradients. A first-order pass costs
 `Method.forwards_per_gradient` units: 2 for the gradient of an adapter, 3 for that of all weights.
 A pass without a gradient evaluates the unperturbed loss and costs 1. A loss difference on a subset
-of a micro-batch costs that subset's share. Evaluations on dev and test rows do not count.
+of a micro-batch costs that subset's share. Evaluations on dev and test rows do not count, nor
+does the one that checks in the first step whether the loss repeats.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from zofo.optim.blocks import (
     check_adapter_kinds,
     check_not_quantized,
     keep_unpacked,
+    remember_frozen,
     split_parameters,
 )
 from zofo.perturb.compiled import WRAPPED_NAME
@@ -109,6 +110,7 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
             quantized weights; or if weights are packed so that their gradients are wrong.
     """
     chosen = get_method(method)
+    check_adapter_kinds(model, moves_base=chosen.base != "frozen")
     blocks = split_parameters(model)
     if chosen.needs_adapter and not blocks.adapter:
         raise UserError(
@@ -120,7 +122,7 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
             f"method {method!r} moves no adapter and the model has one; pass the model without "
             f"adapter, or choose {methods_that(lambda m: m.needs_adapter)}"
         )
-    check_adapter_kinds(model)
+    remember_frozen(model, blocks)
     if chosen.base != "frozen":
         check_not_quantized(model, blocks.base, method)
     keep_unpacked(model)

@@ -17,17 +17,22 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zofo.disk.files import fingerprint
 from zofo.errors import UserError
+from zofo.optim.blocks import split_parameters
+from zofo.optim.buffers import MovingBuffers
+from zofo.optim.closures import SCALED, check_repeats, check_unscaled
 from zofo.optim.estimator import forwards_per_direction, projected_gradients, unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
+from zofo.optim.moved import mark_moved
 from zofo.optim.options import (
     StepOptions,
     checked_options,
@@ -36,12 +41,12 @@ from zofo.optim.options import (
     step_values,
 )
 from zofo.optim.reports import Rates, StepLog, StepNumbers, StepReport
+from zofo.optim.state import StatefulOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
-from zofo.perturb.view import Perturbation
 
 
-class HybridOptimizer(Optimizer):
+class HybridOptimizer(StatefulOptimizer):
     """Update each parameter group by its order.
 
     Args:
@@ -83,7 +88,7 @@ class HybridOptimizer(Optimizer):
         )
         super().__init__([dict(group) for group in groups], {"weight_decay": 0.0})
         check_groups(self.param_groups, options.base_every)
-        self.seed, self.max_grad_norm = seed, max_grad_norm
+        self.model, self.seed, self.max_grad_norm = model, seed, max_grad_norm
         self._self_check = options.self_check
 
         # The inner optimizer shares the group dicts and the state, so that learning-rate schedulers
@@ -93,37 +98,33 @@ class HybridOptimizer(Optimizer):
             optimizer_class(optimizer)(first, **dict(optimizer_kwargs or {})) if first else None
         )
         self._share_state()
-
-        zeroth = self._groups("zeroth")
-        self.perturbation = (
-            Perturbation(
-                model,
-                [p for group in zeroth for p in group["params"]],
-                [t for group in zeroth for t in group["tensors"]],
-                seed=seed,
-                distribution=options.distribution,
-                overlap=options.overlap,
-            )
-            if zeroth
-            else None
-        )
+        if self.inner is not None:
+            self.defaults |= {k: v for k, v in self.inner.defaults.items() if k != "lr"}
+        self.perturbation = self._new_perturbation()
+        self.buffers = MovingBuffers(model)
         # Only the base has a trajectory: a checkpoint holds the adapter itself.
         recorded = tuple(
             GroupSpec(tuple(group["names"]), tuple(group["tensors"]))
-            for group in zeroth
+            for group in self._groups("zeroth")
             if group.get("block", "base") == "base"
         )
         self._log = StepLog(
             Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
         )
         self._reads_late = reads_late
-        self._has_stepped = False
+        self._has_stepped = self._ran_backward = self._has_moved_base = False
+        self.base_fingerprint = None
         self.step_count = 0
-        self.num_forwards: float = 0
-        self._loss: Tensor | None = None  # float64, []
-        self._scalars: Tensor | None = None  # float64, [directions]
-        self._num_forwards: float = 0
+        self.num_forwards = 0
         self.discard_measurements()
+        self._is_built = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether this optimizer unscales its gradients itself; `GradScaler.step` asks it first."""
+        if self._ran_backward or self._loss is None:
+            raise UserError(SCALED)
+        return False
 
     @property
     def last_step(self) -> StepReport | None:
@@ -151,6 +152,8 @@ class HybridOptimizer(Optimizer):
     @trajectory.setter
     def trajectory(self, trajectory: Trajectory) -> None:
         self._log.pending, self._log.trajectory = None, trajectory
+        self._has_moved_base = trajectory.moves_weights
+        mark_moved(self.model, has_moved=self._has_moved_base)
 
     @property
     def zeroth_is_due(self) -> bool:
@@ -162,6 +165,19 @@ class HybridOptimizer(Optimizer):
         """Whether perturbed losses are computed in gradient mode, as the first-order loss is."""
         is_compiled = self.perturbation is not None and self.perturbation.is_compiled
         return is_compiled and self.inner is not None
+
+    def before_pass(self) -> GeneratorState:
+        """Note the state that all evaluations of the coming micro-batch start from.
+
+        Returns:
+            The state of the generators, for `measure`.
+        """
+        self.buffers.note()
+        return GeneratorState.capture()
+
+    def unchanged_by(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, run with the buffers as `before_pass` found them; it leaves them as is."""
+        return self.buffers.unchanged_by(closure)
 
     def measure(
         self,
@@ -177,8 +193,12 @@ class HybridOptimizer(Optimizer):
         Args:
             closure: returns the loss of the micro-batch, scaled as `loss` is.
             loss: the unperturbed loss of the micro-batch, shape [].
-            generators: their state before `loss` was computed; None: do not replay masks.
+            generators: what `before_pass` returned before `loss` was computed; None: do not
+                replay masks.
             zeroth_loss: the loss to evaluate instead of `closure`; None: `closure`.
+
+        Raises:
+            UserError: in the first step, if the loss is another one when it is computed again.
         """
         # The sums change only after all evaluations, so an interrupted call has no effect.
         if self.perturbation is not None and self.zeroth_is_due:
@@ -186,12 +206,15 @@ class HybridOptimizer(Optimizer):
             options = self.options
             evaluations = options.num_directions * forwards_per_direction(options.estimator)
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
+            instead = replace(instead, closure=self.unchanged_by(instead.closure))
             reference, before = instead.loss, instead.cost_so_far()
             if zeroth_loss is not None and reference is None and options.estimator == "forward":
                 reference = unperturbed(
                     instead.closure, generators, with_graph=self.evaluates_with_graph
                 )
                 evaluations += 1
+            if self._self_check and generators is not None:
+                self._check_repeats(instead.closure, reference, generators)
             scalars = projected_gradients(
                 instead.closure,
                 self.perturbation,
@@ -209,8 +232,22 @@ class HybridOptimizer(Optimizer):
                 scalars = scalars.to(loss.device)
             self._scalars = scalars if self._scalars is None else self._scalars + scalars
             self._num_forwards += instead.cost_since(before, evaluations)
+            self.buffers.forget()
         if loss is not None:
             self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
+
+    def _check_repeats(
+        self,
+        closure: Callable[[], Tensor | float],
+        loss: Tensor | None,
+        generators: GeneratorState,
+    ) -> None:
+        """Compare the unperturbed loss with that of another evaluation, which is not counted."""
+        assert self.perturbation is not None
+        graph = self.evaluates_with_graph
+        known = unperturbed(closure, generators, with_graph=graph) if loss is None else loss
+        again = unperturbed(closure, generators, with_graph=graph)
+        check_repeats(known.detach(), again, self.perturbation.parameters)
 
     def accumulate(
         self,
@@ -228,7 +265,7 @@ class HybridOptimizer(Optimizer):
         Returns:
             The unperturbed loss, detached, shape [].
         """
-        generators = GeneratorState.capture() if self.zeroth_is_due else None
+        generators = self.before_pass() if self.zeroth_is_due else None
         try:
             with torch.set_grad_enabled(self.inner is not None):
                 loss = closure()
@@ -242,7 +279,10 @@ class HybridOptimizer(Optimizer):
                         "the closure's loss has no gradient for the first-order group; return the "
                         "loss tensor itself, not detached, and let the optimizer run backward"
                     )
+                if self._self_check:
+                    check_unscaled(loss)
                 loss.backward()
+                self._ran_backward = True
             is_asked = zeroth_loss is not None and self.zeroth_is_due
             self.measure(closure, loss, generators, zeroth_loss() if is_asked else None)  # type: ignore[misc]
         except RuntimeError as error:
@@ -304,7 +344,12 @@ class HybridOptimizer(Optimizer):
                 self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
             )
             numbers.note("adapter_norm", self._distance_from(before) if before else None)
-        for group in self._groups("zeroth") if numbers.moves_zeroth else ():
+        zeroth = self._groups("zeroth") if numbers.moves_zeroth else []
+        if not self._has_moved_base and any(
+            group["lr"] != 0 and group.get("block", "base") == "base" for group in zeroth
+        ):
+            self._note_first_move()
+        for group in zeroth:
             rates = float(group["lr"]), float(group["weight_decay"])
             Update(self.step_count, numbers.projected_grad, *rates).apply(
                 group["params"],
@@ -315,6 +360,28 @@ class HybridOptimizer(Optimizer):
             )
         self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
 
+    def original_fingerprint(self) -> str:
+        """Fingerprint of the base before training.
+
+        Raises:
+            UserError: if the base has moved and its fingerprint was not computed before.
+        """
+        if self.base_fingerprint is None and self._has_moved_base:
+            raise UserError(
+                "the fingerprint of the base before training is not known; restore the optimizer "
+                "with load_state_dict, or set base_fingerprint to that of the trajectory's header"
+            )
+        if self.base_fingerprint is None:
+            self.base_fingerprint = fingerprint(split_parameters(self.model).base)
+        return self.base_fingerprint
+
+    def _note_first_move(self) -> None:
+        """Note which base this run began with, and keep peft from saving an adapter alone."""
+        if hasattr(self.model, "peft_config"):
+            self.original_fingerprint()
+        mark_moved(self.model)
+        self._has_moved_base = True
+
     def _is_read_late(self) -> bool:
         """Whether to read later; never in the first step, which may create optimizer state."""
         has_small_first = all(g.get("block") == "adapter" for g in self._groups("first"))
@@ -323,47 +390,6 @@ class HybridOptimizer(Optimizer):
         if device is None or not self._has_stepped or not has_small_first:
             return False
         return device.type == "cuda" if self._reads_late is None else self._reads_late
-
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's optimizer state, and the step count that addresses the directions."""
-        return {
-            **super().state_dict(),
-            "zofo": {
-                "step_count": self.step_count,
-                "num_forwards": self.num_forwards,
-                **self._direction_keys(),
-                "last_measured": None if self.last_measured is None else asdict(self.last_measured),
-            },
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; weights and trajectory are restored separately.
-
-        Raises:
-            UserError: if the state was saved with other directions.
-        """
-        own = state_dict["zofo"]
-        for key, value in self._direction_keys().items():
-            if own[key] != value:
-                raise UserError(
-                    f"the state was saved with {key} {own[key]!r}, but this optimizer has "
-                    f"{value!r}; its directions would differ, so use the saved value"
-                )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
-        self._share_state()
-        self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
-        measured = own.get("last_measured")
-        self._log.pending = None
-        self._log.last_measured = None if measured is None else StepReport(**measured)
-        self.discard_measurements()
-
-    def _direction_keys(self) -> dict[str, Any]:
-        """The options that determine the directions, apart from the step count."""
-        return {
-            "seed": self.seed,
-            "distribution": self.options.distribution,
-            "num_directions": self.options.num_directions,
-        }
 
     def _rates(self) -> Rates:
         return tuple(
@@ -388,15 +414,3 @@ class HybridOptimizer(Optimizer):
         if self.max_grad_norm is None or self.inner is None:
             return None
         return nn.utils.clip_grad_norm_(self._first_parameters(), self.max_grad_norm)
-
-    def _groups(self, order: str) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["order"] == order]
-
-    def _share_state(self) -> None:
-        if self.inner is not None:
-            self.inner.state = self.state
-            self.inner.param_groups = self._groups("first")
-
-    def discard_measurements(self) -> None:
-        """Discard the losses and scalars of the current step, so that it starts again."""
-        self._loss, self._scalars, self._num_forwards = None, None, 0

@@ -26,7 +26,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, read_tensors, refusing, write_tensors
+from zofo.disk.files import (
+    fingerprint,
+    parse_json,
+    read_tensors,
+    refusing,
+    require_regular,
+    write_tensors,
+)
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
@@ -37,6 +44,9 @@ DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
 _REPLAY_BLOCK = 4096
 """Updates per pass, few enough that their scalars are small beside a chunk of weights."""
+MAX_UPDATES: Final = 1 << 22
+"""Steps times parameter groups that a trajectory can hold, in half a GiB of memory."""
+_MAX_BYTES: Final = 1 << 30  # of the file
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class GroupSpec:
     tensors: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # A long run keeps millions.
 class Update:
     """One step of one parameter group."""
 
@@ -125,6 +135,11 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.updates)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether some update has a learning rate above 0."""
+        return any(update.lr != 0 for row in self.updates for update in row)
 
     def replay(
         self,
@@ -217,9 +232,11 @@ class Trajectory:
         Raises:
             UserError: if the file is missing, damaged, or of another version.
         """
+        if require_regular(path) > _MAX_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes, so damaged; copy it again")
         tensors, metadata = read_tensors(path)
         with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
-            header = json.loads(metadata["zofo"])
+            header = parse_json(metadata["zofo"])
             versions = {
                 "format": FORMAT_VERSION,
                 "noise_version": NOISE_VERSION,
@@ -271,6 +288,7 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     seed, eps = header["seed"], header["eps"]
     sound = {
         "num_steps": header["num_steps"] == num_steps,
+        "groups": num_steps * max(1, len(groups)) <= MAX_UPDATES,
         "names": all(type(name) is str for name in names) and len(set(names)) == len(names),
         "tensors": all(type(i) is int and 0 <= i < MAX_TENSORS for i in indices)
         and all(len(group.names) == len(group.tensors) for group in groups),

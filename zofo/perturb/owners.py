@@ -1,7 +1,8 @@
 """Which module owns which weights: the calls of the owner swap them.
 
 The owner of a weight is the nearest enclosing module that is called. A module that reads the
-weights of its children without calling them owns its whole subtree. Such modules are those of
+weights of its children without calling them owns its whole subtree. The parent of a depthwise
+convolution owns the convolution. Such modules are those of
 `zofo.perturb.view.ATOMIC`, peft's DoRA layers and compiled modules. If the forward of a model was
 replaced, the model owns its head, because the fused losses of trl and Liger read the head's weight.
 """
@@ -117,7 +118,7 @@ def find_owners(
                     owner.ties.append((slot, first))
         read = children_read.get(type(module).__name__, ())
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", holder, fixed or name in read)
+            visit(child, f"{path}{name}.", holder, fixed or name in read or _is_depthwise(child))
 
     seen: set[tuple[nn.Module, nn.Module | None]] = set()
     heads: set[nn.Module] = set()
@@ -145,6 +146,11 @@ def take_small(owners: Sequence[Owner]) -> list[Slot]:
 
 def _is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    # Mixers of Mamba's kind (Qwen3-Next, Bamba, LFM2) pass this small weight to a fused kernel.
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
 
 
 def _reads_children(module: nn.Module) -> bool:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from zofo.errors import UserError
 from zofo.perturb.owners import Owner
 
 
-class SelfCheckError(RuntimeError):
+class SelfCheckError(UserError, RuntimeError):
     """A weight is read outside its module's call, so the read misses the perturbation."""
 
 
@@ -75,7 +76,7 @@ class ReadWatch(TorchDispatchMode):
                             f"the weight {slot.path} of {type(slot.module).__name__} is read by "
                             f"{func} outside its module's call, so its zeroth-order estimate would "
                             "be wrong. Freeze it (a base_lr map of patterns that leaves it out), "
-                            "or add the class of the module that reads it to "
-                            "zofo.perturb.view.ATOMIC"
+                            "choose another kind of adapter if an adapter reads it, or add the "
+                            "class of the module that reads it to zofo.perturb.view.ATOMIC"
                         )
         return func(*args, **(kwargs or {}))

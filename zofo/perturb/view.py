@@ -111,6 +111,11 @@ class Perturbation:
         return bool(self._compiled)
 
     @property
+    def parameters(self) -> Collection[nn.Parameter]:
+        """The perturbed weights."""
+        return self._tensors.keys()
+
+    @property
     def num_weights(self) -> int:
         """Number of perturbed weights."""
         return sum(p.numel() for p in self._tensors)

@@ -7,7 +7,6 @@ row with the reason.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from zofo.disk.files import json_digest, read_json
+from zofo.disk.files import (
+    MAX_LOG_BYTES,
+    json_digest,
+    parse_json,
+    problem_of_name,
+    read_json,
+    read_text,
+)
+from zofo.disk.recorded import alterations, read_digests
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "run.yaml"
 STUDY_FILE: Final = "study.json"
+RECORDED: Final = (CONFIG_FILE, "metrics.jsonl", "result.json", STUDY_FILE)
+"""Files of a run that its study records, because tables are made from them."""
 COLUMNS: Final[dict[str, str]] = {
     "run": "name of the run, unique in the table",
     "folder": "path of the run folder",
@@ -141,10 +150,14 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
         raise UserError("no runs are named; name run folders, or a study's folder")
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
+        problem = problem_of_name(path)
+        if problem is not None:
+            raise UserError(problem)
         folder = path.expanduser()
         if not folder.is_dir():
             raise UserError(f"{path} is no folder; name run folders, or a study's folder")
         inside = [folder] if _is_run(folder) else [*_runs_in(folder / "runs"), *_runs_in(folder)]
+        inside += _lost_runs(folder)
         if not inside:
             raise UserError(
                 f"{path} is no run folder (no {CONFIG_FILE}), and neither it nor {path}/runs holds "
@@ -159,6 +172,21 @@ def _runs_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [f for f in sorted(folder.iterdir()) if f.is_dir() and _is_run(f)]
+
+
+def _lost_runs(folder: Path) -> list[Path]:
+    """Places of runs that the study in a folder has recorded, and that hold no run any more."""
+    study = folder.absolute().parent if folder.name == "runs" else folder
+    places = {Path(name).parent for name in read_digests(study) if name.startswith("runs/")}
+    return [study / place for place in sorted(places) if not _is_run(study / place)]
+
+
+def _alterations(folder: Path) -> list[str]:
+    """How the files of a run differ from those that its study has recorded."""
+    place = folder.absolute()
+    if place.parent.name != "runs":
+        return []
+    return alterations(place.parents[1], [place / name for name in RECORDED])
 
 
 def _is_run(folder: Path) -> bool:
@@ -182,6 +210,11 @@ def _read_run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The row of a run, and its evaluations."""
     study = _mapping(folder / STUDY_FILE)
+    altered = _alterations(folder)
+    if altered:
+        error = "; ".join(altered)
+        row = {"study": _text(study.get("study")), "stage": "final", "chosen": False}
+        return {**row, "status": "damaged", "error": error, **_what_ran(config, study)}, []
     is_chosen = study.get("chosen") is True
     result = _mapping(folder / "result.json")
     log = list(_log_lines(folder / "metrics.jsonl"))
@@ -306,13 +339,13 @@ def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a log that can be read; the last may be incomplete."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_text(path, max_bytes=MAX_LOG_BYTES, errors="replace").splitlines()
+    except UserError:
         return
     for line in lines:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):  # an incomplete line, or absurdly deep brackets
+            entry = parse_json(line, has_nan=True)
+        except ValueError:  # an incomplete line, or one that zofo did not write
             continue
         if isinstance(entry, dict):
             yield entry

@@ -22,6 +22,7 @@ from zofo.run.cost import forward_equivalents
 from zofo.run.prepare import num_steps
 from zofo.saved.source import base_of
 from zofo.tasks.encode import Encoded, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 
 _ACTIVATION_BYTES = 34 / 2  # bytes that a layer keeps per hidden value, over the bytes of a value
@@ -50,11 +51,11 @@ def make_plan(config: RunConfig) -> Plan:
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
     model: Any = base.empty()
     config_of_model = model.config
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer)
+    rows, notes = encode_parts(encoder, splits, model)
     steps = num_steps(config, len(rows["train"]))
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(
@@ -66,7 +67,7 @@ def make_plan(config: RunConfig) -> Plan:
         memory_bytes=_memory(model, config, config_of_model, rows["train"]),
         num_rows={part: len(encoded) for part, encoded in rows.items()},
         max_tokens=max(row.length for part in rows.values() for row in part),
-        notes=(*splits.notes, *_of_auto(config, len(rows["train"]))),
+        notes=(*splits.notes, *notes, *_of_auto(config, len(rows["train"]))),
     )
 
 

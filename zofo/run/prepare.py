@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import fingerprint, problem_of_target
+from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
@@ -18,6 +21,7 @@ from zofo.saved.artifact import BaseSpec
 from zofo.saved.source import base_of
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits
 
@@ -64,7 +68,8 @@ def prepare(
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows = {part: [encoder(row) for row in splits.part(part)] for part in ("train", "dev", "test")}
+    rows, notes = encode_parts(encoder, splits, model)
+    splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
         model,
@@ -84,27 +89,93 @@ def num_steps(config: RunConfig, num_rows: int) -> int:
     return max(1, round(float(config.epochs or 1) * per_epoch))
 
 
-def new_folder(config: RunConfig) -> Path:
-    """The path of the run folder: the configured one, or a default name with a number.
+def check_folder(config: RunConfig) -> None:
+    """Check the configured run folder, or the folder `runs` of the default names.
 
     Raises:
-        UserError: if the configured folder is not empty, or cannot be written.
+        UserError: if a run cannot be written there.
     """
-    if config.output_dir is not None:
-        folder = Path(config.output_dir).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"output_dir {folder} exists and is not empty; choose another, remove it, or "
-                f"continue it with 'zofo train --resume {folder}'"
-            )
-        problem = problem_of_target(folder, is_folder=True)
+    if config.output_dir is None:
+        problem = problem_of_target(Path("runs"), is_folder=True)
         if problem is not None:
-            raise UserError(f"output_dir {problem}")
-        return folder
-    name = f"{config.task.name}-{config.method}"
-    if config.adapter.label != "none":
-        name += f"-{config.adapter.label}"
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
+            raise UserError(f"{problem}, or name one by output_dir=FOLDER")
+        return
+    folder = Path(config.output_dir).expanduser()
+    problem = problem_of_target(folder, is_folder=True)
+    if problem is not None:
+        raise UserError(f"output_dir {problem}")
+    if folder.exists() and not _is_empty(folder):
+        raise UserError(
+            f"output_dir {folder} exists and is not empty; choose another, remove it, or "
+            f"continue it with 'zofo train --resume {folder}'"
+        )
+
+
+@contextmanager
+def run_folder(
+    config: RunConfig, resume: Path | None = None, *, name: str | None = None
+) -> Iterator[Path]:
+    """A run folder that no other process uses until the block ends.
+
+    A folder into which nothing was written is removed at the end.
+
+    Args:
+        config: names the folder, or else the default name.
+        resume: a run folder to continue, instead.
+        name: default name in `runs`, to which a number may be added; None for that of a run.
+
+    Raises:
+        UserError: if the folder is in use, is not empty or cannot be written.
+    """
+    made: list[Path] = []
+    folder = resume
+    if folder is None:
+        check_folder(config)
+        folder, made = _make_folder(config, name or default_name(config))
+    lock = take_lock(folder / LOCK_FILE)
+    if lock is None:
+        raise UserError(
+            f"{folder} is in use: another process trains in it; wait until it has ended, or begin "
+            "another run with another output_dir"
+        )
+    with lock:
+        try:
+            if resume is None:  # Another run may have ended there since the first check.
+                check_folder(config.model_copy(update={"output_dir": str(folder)}))
+            yield folder
+        finally:
+            if resume is None and _is_empty(folder):
+                with suppress(OSError):
+                    (folder / LOCK_FILE).unlink()
+                    for path in made:
+                        path.rmdir()
+
+
+def default_name(config: RunConfig) -> str:
+    """The default name of a run folder: task, method and adapter."""
+    parts = (config.task.name, config.method, config.adapter.label)
+    return "-".join(part for part in parts if part != "none")
+
+
+def _make_folder(config: RunConfig, name: str) -> tuple[Path, list[Path]]:
+    """Make the run folder; return it and the folders that were made, the innermost first."""
+    given = config.output_dir
+    for number in itertools.count(1):
+        numbered = name if number == 1 else f"{name}-{number}"
+        folder = Path("runs") / numbered if given is None else Path(given).expanduser()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            # Of two runs that begin together, the system lets one make the folder.
+            folder.mkdir(parents=True, exist_ok=given is not None)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and given is None and folder.exists():
+                continue
+            reason = error.strerror or error
+            raise UserError(f"cannot make {folder} ({reason}); choose another folder") from error
+        return folder, made
+    raise AssertionError
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but a lock."""
+    return folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from zofo.config.load import load_config
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
-from zofo.disk.files import read_json
+from zofo.disk.files import problem_of_name, read_json
 from zofo.errors import UserError
 from zofo.saved.checkpoint_folders import newest_whole
 from zofo.saved.layout import ADVICE_FILE, CONFIG_FILE, RESULT_FILE
@@ -47,6 +47,9 @@ def resumed_config(
         UserError: if the folder is no run folder, or if a difference would change the result.
     """
     saved_path = folder / CONFIG_FILE
+    problem = problem_of_name(folder)
+    if problem is not None:
+        raise UserError(problem)
     if not saved_path.is_file():
         raise UserError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder")
     saved = load_config(saved_path)
@@ -88,10 +91,11 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has ended, which a readable result shows."""
+    """Whether a run has ended, which a readable result with scores shows."""
     try:
-        return isinstance(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+        result = read_json(folder / RESULT_FILE)
+        return isinstance(result["cost"], dict) and "loss" in result["dev"]["after"]
+    except (UserError, KeyError, TypeError):
         return False
 
 

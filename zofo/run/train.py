@@ -27,13 +27,14 @@ from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.console import new_progress
-from zofo.disk.files import write_json, write_text
+from zofo.disk.files import remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
+from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
-from zofo.run.prepare import Prepared, new_folder, num_steps, prepare
+from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
 from zofo.run.resume import newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
@@ -90,15 +91,37 @@ def train(
         TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
         UserError: before training, for anything wrong with the configuration, data or folders.
     """
+    with run_folder(config, resume) as folder:
+        return train_in(
+            folder,
+            config,
+            is_resumed=resume is not None,
+            console=console,
+            on_start=on_start,
+            stop=stop,
+            watchers=watchers,
+        )
+
+
+def train_in(
+    folder: Path,
+    config: RunConfig,
+    *,
+    is_resumed: bool,
+    console: Console | None = None,
+    on_start: Callable[[Path], None] | None = None,
+    stop: StopOnSignal | None = None,
+    watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
+) -> Result:
+    """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
     console = console or Console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     resolve_device(config.device)  # An absent device is reported before any work.
-    folder = resume or new_folder(config)
-    checkpoint = None if resume is None else _checkpoint(folder, console)
+    checkpoint = _checkpoint(folder, console) if is_resumed else None
     prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
-    for note in prepared.splits.notes:
+    for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
     trainer = build_trainer(
@@ -203,6 +226,7 @@ def _save_artifact(
         task=config.task.model_dump(),
         labels=prepared.splits.labels,
         rows=RowDigests.of(prepared.splits),
+        buffers=trainer.moved_buffers,
     )
 
 
@@ -317,7 +341,7 @@ def _note(console: Console, text: str) -> None:
 
 def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
     remove_leftovers(folder)
-    (folder / STOPPED_FILE).unlink(missing_ok=True)
+    remove_file(folder / STOPPED_FILE)
     write_text(folder / CONFIG_FILE, config.to_yaml())
     write_base(folder, prepared.base, prepared.splits.labels)
     write_json(folder / ENVIRONMENT_FILE, environment())

@@ -12,19 +12,23 @@ peft would attach the adapter to the original base, with which it was not traine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint
+from zofo.disk.files import fingerprint, reason_of_failed_write
+from zofo.disk.folders import share_files
 from zofo.errors import UserError
+from zofo.models.saved_adapters import sort_sets
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
+from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved import hub
+from zofo.saved.buffers import save_buffers
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
@@ -74,6 +78,7 @@ def save_artifact(
     task: dict[str, Any] | None = None,
     labels: tuple[str, ...] = (),
     rows: RowDigests | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an artefact.
 
@@ -88,6 +93,8 @@ def save_artifact(
         task: options of the task.
         labels: names of the classes.
         rows: digests of the task's rows, by which they are found again in changed data.
+        buffers: buffers that training has changed (`moved_buffers` of a trainer), for methods
+            whose artefact does not hold the whole model.
 
     Raises:
         UserError: if the folder cannot be written, or an argument that the method needs is missing.
@@ -107,14 +114,24 @@ def save_artifact(
             model.save_pretrained(folder / MODEL_FOLDER)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / MODEL_FOLDER)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        for part in (ADAPTER_FOLDER, MODEL_FOLDER):
+            if (folder / part).is_dir():
+                share_files(folder / part)
+    except Exception as error:
+        reason = reason_of_failed_write(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {folder}: {reason}; free space, or make the folder writable"
+        ) from error
     if trajectory is not None:
         trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
     if rows is None:
         (folder / ROWS_FILE).unlink(missing_ok=True)  # of an earlier artefact
     else:
         rows.save(folder)
+    if orders.base != "first":
+        save_buffers(folder, buffers or {})
     values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
     # The header goes last, because it records the digests of the other files.
     write_header(folder, {**values, "task": task, "labels": list(labels)})
@@ -122,11 +139,14 @@ def save_artifact(
 
 
 def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
-    """Write the adapter of a `PeftModel`, with `base_name` as the base that it belongs to."""
+    """Write the active adapters of a `PeftModel`, with `base_name` as the base they belong to."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     # zofo's adapters leave the vocabulary as it is. Without this option, peft would ask the hub.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    active = list(model.active_adapters)
+    with saving_adapter(model):
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
+    sort_sets(model, folder)
     # The card of peft shows how to attach the adapter to the original base, which would be wrong.
     (folder / CARD_FILE).unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@
     adapter       The adapter belongs to the trajectory and fits the base.
     fingerprint   The base is the one that training began with.
     replay        The recorded updates apply to the base.
+    buffers       The buffers that training has changed belong to the base.
     whole         The model that was saved as a whole loads.
     finite        Every weight is finite.
 
@@ -25,13 +26,25 @@ from torch import nn
 
 from zofo.disk.files import refusing
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter, check_adapter
 from zofo.models.loading import load_model
+from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
 from zofo.optim.blocks import split_parameters
+from zofo.optim.moved import mark_moved
 from zofo.optim.trajectory import Trajectory, check_base
+from zofo.saved.buffers import load_buffers
 from zofo.saved.manifest import BaseSpec, check_files
 
-STEPS: Final = ("files", "history", "base", "adapter", "fingerprint", "replay", "whole", "finite")
+STEPS: Final = (
+    "files",
+    "history",
+    "base",
+    "adapter",
+    "fingerprint",
+    "replay",
+    "buffers",
+    "whole",
+    "finite",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +128,12 @@ class Assembly:
             return None
         # In a checkpoint, the trajectory lies beside the adapter and records its digest. In an
         # artefact, `zofo.json` records the digests of both.
+        header = None
         if trajectory is not None and trajectory.parent == folder:
-            check_adapter(folder, self._record)
-        self.model = attach_adapter(self.model, folder)
+            header = self._record
+            for name in names_in(folder):
+                check_adapter(folder, header, name)
+        self.model = attach_adapter(self.model, folder, header)
         return f"{len(split_parameters(self.model).adapter)} tensors attached"
 
     def fingerprint(self) -> str | None:
@@ -136,7 +152,18 @@ class Assembly:
             return None
         base = split_parameters(self.model).base
         self._trajectory.replay(base, stop=self._stop, progress=self._progress)
+        mark_moved(self.model, has_moved=self._trajectory.moves_weights)
         return "every update was applied"
+
+    def buffers(self) -> str | None:
+        """Set the buffers that training has changed. An earlier point of the run has no record."""
+        at_end = self._trajectory is None or self._stop in (None, len(self._trajectory))
+        if self.model is None or not at_end:
+            return None
+        # An artefact has the digest in its header, which `files` compares.
+        record = self._record if self._record and self.parts.header is None else None
+        num = load_buffers(self.parts.folder, self.model, record)
+        return f"{num} buffers were set" if num else None
 
     def whole(self) -> str | None:
         """Load the model that was saved as a whole, in place of a replayed one."""

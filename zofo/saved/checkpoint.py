@@ -1,17 +1,95 @@
-"""Loads a checkpoint of `HybridTrainer` for a base that the caller has loaded."""
+"""A checkpoint of an adapter and of the base's history, in one folder.
+
+    adapter_model.safetensors       written by peft
+    prompt_encoder.safetensors      the parameters of the encoder, with prompt learning only
+    base_trajectory.safetensors     all updates of the base since the original
+    base_buffers.safetensors        buffers that training has changed, in models that have any
+
+`PeftModel.from_pretrained` would combine the adapter with a base that it was not trained with. A
+mark in adapter_config.json makes peft warn; `load_checkpoint` restores both parts.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any, Final
 
 from torch import nn
 
+from zofo.disk.files import read_json_object, write_json
+from zofo.errors import UserError
+from zofo.models.saved_adapters import (
+    ACTIVE_KEY,
+    adapter_digests,
+    adapter_folder,
+    save_prompt_encoder,
+    sort_sets,
+)
+from zofo.optim.blocks import is_peft
+from zofo.optim.moved import saving_adapter
+from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.saved.assemble import Assembly, Parts
+from zofo.saved.buffers import save_buffers
+
+MARK: Final = "zofo_load_with"
+"""Key in adapter_config.json. Peft does not know it and warns."""
+
+
+def save_checkpoint(folder: str | Path, model: Any, optimizer: HybridOptimizer) -> Path:
+    """Save a model that a loop of your own trains; `load_checkpoint` loads it.
+
+    Args:
+        folder: the folder; it is created if it does not exist.
+        model: the `PeftModel`.
+        optimizer: its optimizer, which holds the updates of the base.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if the model has no adapter, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not is_peft(model):
+        raise UserError(
+            f"{type(model).__name__} has no adapter of peft, so model.save_pretrained(folder) "
+            "holds all of its weights; call that"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with saving_adapter(model), warnings.catch_warnings():
+            # The copy of the embeddings that peft then writes is not read: the base has a record.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+            model.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    sort_sets(model, folder)
+    save_prompt_encoder(model, folder)
+    save_history(folder, model, optimizer)
+    return folder
+
+
+def save_history(folder: Path, model: Any, optimizer: HybridOptimizer) -> None:
+    """Mark the saved adapter as incomplete, and write what belongs to it beside it."""
+    digests = save_buffers(folder, optimizer.buffers.moved() if is_peft(model) else {})
+    for name in getattr(model, "peft_config", {}):
+        path = adapter_folder(folder, name) / "adapter_config.json"
+        if not path.exists():
+            continue
+        config = read_json_object(path)
+        write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
+        digests |= adapter_digests(folder, name)
+    active = {ACTIVE_KEY: list(model.active_adapters)} if is_peft(model) else {}
+    base_fingerprint = optimizer.original_fingerprint()
+    optimizer.trajectory.save(
+        folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint, files=digests, **active
+    )
 
 
 def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
-    """Load a checkpoint, or a folder that `HybridTrainer.save_model` wrote.
+    """Load a checkpoint, or a folder that `HybridTrainer.save_model` or `save_checkpoint` wrote.
 
     Args:
         base: the model that training began with, without adapter; it is changed in place.

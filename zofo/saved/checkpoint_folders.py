@@ -7,27 +7,33 @@ power cut therefore leaves the older checkpoints intact, and the digests reveal 
 
 from __future__ import annotations
 
-import json
-import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zofo.disk.files import file_digest, read_tensors
-from zofo.disk.folders import HIDDEN, LIST_FILE, discard
-from zofo.errors import UserError
+from zofo.disk.files import (
+    MAX_LOG_BYTES,
+    file_digest,
+    read_json,
+    read_json_object,
+    read_tensors,
+    temporary_prefix,
+)
+from zofo.disk.folders import LIST_FILE, discard, remove_partial
+from zofo.errors import UserError, shown
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
 
 
 def remove_leftovers(run_folder: Path) -> None:
     """Remove the temporary files and folders of a run that was killed."""
-    for path in run_folder.glob(f".{CHECKPOINT_PREFIX}*{HIDDEN}"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN_WHOLE:  # `zofo.disk.files.replacing` gives temporary files these names.
-        for path in run_folder.glob(f".{name}.????????"):
-            path.unlink(missing_ok=True)
+    remove_partial(run_folder, f".{CHECKPOINT_PREFIX}*")
+    for name in WRITTEN_WHOLE:  # `zofo.disk.files.replacing` writes them.
+        for path in run_folder.glob(f"{temporary_prefix(Path(name))}????????"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def step_of(folder: Path) -> int | None:
@@ -73,17 +79,21 @@ def newest_whole(run_folder: Path, report: Callable[[str], Any] | None = None) -
     return None
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of Trainer in a checkpoint.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    return read_json_object(folder / STATE_FILE, max_bytes=MAX_LOG_BYTES, has_nan=True)
+
+
 def find_damage(folder: Path) -> str | None:
     """The first fault of a checkpoint, in words; None if it is whole."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if state["global_step"] != step_of(folder):
-            return f"{STATE_FILE} belongs to step {state['global_step']}"
-    except FileNotFoundError:
-        return f"{STATE_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"{STATE_FILE} cannot be read ({error!r})"
-    try:
+        step = read_state(folder).get("global_step")
+        if step != step_of(folder):
+            return f"{STATE_FILE} belongs to step {shown(step)}"
         return _differences_from_list(folder) or _find_unreadable(folder)
     except UserError as error:
         return str(error)
@@ -96,9 +106,9 @@ def _differences_from_list(folder: Path) -> str | None:
     if not path.exists():  # Trainer writes no list when it saves on several devices.
         return None
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_json(path)["files"]
         listed = {str(name): (f["bytes"], f["blake2b"]) for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         return f"{LIST_FILE} cannot be read ({error!r})"
     for name, (size, digest) in listed.items():
         file = folder / name

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from zofo.console import quiet
+from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter, is_peft
+from zofo.models.limits import check_model_config
 from zofo.models.loading import DTYPES, model_class
-from zofo.optim.blocks import split_parameters
+from zofo.models.saved_adapters import attach_adapter
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.saved.artifact import save_adapter
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (
@@ -101,7 +103,10 @@ def check_target(to: str | Path, dtype: str | None, max_shard_size: str) -> Path
         UserError: if the folder is in use, or the dtype or the size is invalid.
     """
     path = Path(to).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    problem = problem_of_target(path, is_folder=True)
+    if problem is not None:
+        raise UserError(problem)
+    if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} exists and is not empty; choose another folder or remove it")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -142,8 +147,6 @@ def write_folder(
             usage(to, source.base.head, is_merged=content.adapter is None),
         )
         describe(exported, source, content.step, temporary)
-        for path in temporary.rglob("*"):  # A temporary folder is private at first.
-            path.chmod(0o755 if path.is_dir() else 0o644)
     return exported
 
 
@@ -192,6 +195,8 @@ def load_plain(
     import transformers as hf
 
     with quiet():
+        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_model_config(config, str(folder))
         model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer

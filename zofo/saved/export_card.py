@@ -5,12 +5,15 @@ Neither names local files, because the folder may be published.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from zofo.disk.files import write_json, write_text
-from zofo.models.loading import HEAD_NAMES
+import pydantic
+
+from zofo.disk.files import read_json, refusing, write_json, write_text
+from zofo.models.loading import HEAD_NAMES, HEADS
 from zofo.saved.card import LOCAL_MODEL, front_matter, public_name
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source
@@ -46,6 +49,30 @@ class Exported:
     def size_bytes(self) -> int:
         """Size of the folder."""
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+
+class Record(pydantic.BaseModel):
+    """What `zofo_export.json` says that reading an export needs."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+
+    method: str
+    base: str
+    head: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(HEADS)})$")]
+    task: str | None
+    step: int | None
+    is_merged: bool
+
+
+def read_record(folder: Path) -> Record:
+    """Read the record of an export.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    values = read_json(folder / EXPORT_FILE)
+    with refusing(f"{folder / EXPORT_FILE} is damaged", "export again"):
+        return Record.model_validate_json(json.dumps(values))
 
 
 def usage(folder: Path, head: str, *, is_merged: bool) -> str:

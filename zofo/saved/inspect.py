@@ -8,17 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
+
+import pydantic
 
 from zofo.config.load import load_config
-from zofo.disk.files import read_json, refusing
-from zofo.errors import UserError
+from zofo.disk.files import open_tensors, read_json_object, refusing
+from zofo.errors import UserError, shown
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.checkpoint_folders import checkpoints, find_damage
-from zofo.saved.export_card import EXPORT_FILE
-from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, RESULT_FILE, STATE_FILE
+from zofo.saved.checkpoint_folders import checkpoints, find_damage, read_state
+from zofo.saved.export_card import EXPORT_FILE, read_record
+from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, RESULT_FILE
 from zofo.saved.manifest import ADAPTER_FOLDER, HEADER_FILE, check_files, read_header
 from zofo.saved.source import is_checkpoint, read_base
+
+_Number = Annotated[float, pydantic.Field(strict=True)]
+
+
+class _Scores(pydantic.BaseModel):
+    """The scores of `result.json` that are shown; others are kept as they are."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    num_rows: Annotated[int, pydantic.Field(strict=True)]
+    f1: _Number | None = None
+    exact_match: _Number | None = None
+    accuracy: _Number | None = None
+    auc: _Number | None = None
+    loss: _Number | None = None
+    perplexity: _Number | None = None
+
+
+_SCORES: Final = pydantic.TypeAdapter(dict[str, _Scores])
 
 
 @dataclass
@@ -105,44 +126,48 @@ def _read_history(info: Info, folder: Path) -> None:
 def _read_adapter(info: Info, folder: Path) -> None:
     path = folder / "adapter_config.json"
     if path.is_file():
-        config = read_json(path)
-        info.adapter = str(config.get("peft_type")) if isinstance(config, dict) else None
+        info.adapter = str(read_json_object(path).get("peft_type"))
 
 
 def _read_export(info: Info) -> None:
-    record = read_json(info.path / EXPORT_FILE)
-    with refusing(f"{info.path / EXPORT_FILE} is damaged"):
-        info.method, info.base, info.task = record["method"], record["base"], record["task"]
-        info.step, is_merged = record["step"], record["is_merged"]
-    if not is_merged:
+    record = read_record(info.path)
+    info.method, info.base, info.task = record.method, record.base, record.task
+    info.step = record.step
+    if not record.is_merged:
         _read_adapter(info, info.path / ADAPTER_FOLDER)
-    check_export_files(info.path, is_merged)
+    check_export_files(info.path, record.is_merged)
 
 
 def check_export_files(folder: Path, is_merged: bool) -> None:
     """Check that every file that loading needs exists and has a readable header.
 
     Raises:
-        UserError: if a file is missing or truncated.
+        UserError: if a file is missing or truncated, or the index names one outside the folder.
     """
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
-    if index.is_file():
-        with refusing(f"{index} is damaged"):
-            names = set(read_json(index)["weight_map"].values())
+    if index.exists():
+        places = read_json_object(index).get("weight_map")
+        files = list(places.values()) if isinstance(places, dict) else [None]
+        wrong = [file for file in files if not _is_name(file)]
+        if wrong:
+            raise UserError(
+                f"{index} is damaged: it names {shown(wrong[0])}, which is no file of this folder; "
+                "export again"
+            )
+        names = set(files)
     if not is_merged:
         names |= {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
     for name in sorted(names | {"config.json", "tokenizer_config.json"}):
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}; export again")
         if name.endswith(".safetensors"):
-            with (
-                refusing(f"{folder / name} is damaged", "export again"),
-                safe_open(folder / name, framework="pt"),
-            ):
-                pass
+            open_tensors(folder / name)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether the value names a file without naming a folder."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def _read_checkpoint(info: Info) -> None:
@@ -152,7 +177,7 @@ def _read_checkpoint(info: Info) -> None:
     damage = find_damage(info.path)
     if damage is not None:
         raise UserError(damage)
-    info.step = read_json(info.path / STATE_FILE)["global_step"]
+    info.step = read_state(info.path)["global_step"]
     _read_adapter(info, info.path)
     _read_history(info, info.path)
 
@@ -171,8 +196,10 @@ def _read_run(info: Info) -> None:
         step: find_damage(path) is None for step, path in checkpoints(info.path).items()
     }
     if (info.path / RESULT_FILE).is_file():
-        with refusing(f"{info.path / RESULT_FILE} is damaged"):
-            info.scores = read_json(info.path / RESULT_FILE).get("test")
+        scores = read_json_object(info.path / RESULT_FILE).get("test")
+        with refusing(f"{info.path / RESULT_FILE} is damaged", "copy it again"):
+            _SCORES.validate_python(scores or {})
+        info.scores = scores
     if not (info.path / ARTIFACT_FOLDER / HEADER_FILE).is_file():
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it again"

@@ -21,6 +21,8 @@ CHECKPOINT_PREFIX: Final = "checkpoint-"
 STATE_FILE: Final = "trainer_state.json"
 ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
 SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
+BUFFERS_FILE: Final = "base_buffers.safetensors"
+"""Buffers that training has changed, in a checkpoint or an artefact."""
 BASE_COPIES: Final = (ORIGINAL_BASE_FILE, SNAPSHOT_FILE)
 """Copies of the base that a run keeps until it ends."""
 

@@ -26,7 +26,7 @@ from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
-from zofo.saved.layout import ARTIFACT_FOLDER
+from zofo.saved.layout import ARTIFACT_FOLDER, BUFFERS_FILE
 from zofo.tasks.digests import ROWS_FILE
 from zofo.tasks.spec import TaskSpec
 
@@ -35,7 +35,7 @@ HEADER_FILE: Final = "zofo.json"
 CARD_FILE: Final = "README.md"
 ADAPTER_FOLDER: Final = "adapter"
 MODEL_FOLDER: Final = "model"
-SINGLE_FILES: Final = (TRAJECTORY_FILE, ROWS_FILE)
+SINGLE_FILES: Final = (TRAJECTORY_FILE, ROWS_FILE, BUFFERS_FILE)
 """Files beside the header that loading reads."""
 _MAX_LABELS: Final = 1 << 16
 _STRICT: Final = pydantic.ConfigDict(extra="forbid", strict=True)

@@ -152,7 +152,7 @@ def plain_base(
     `Source.load_start` must have checked the base.
     """
     assembly = Assembly(source, stop=stop, progress=progress)
-    model: nn.Module = assembly.run("history", "base", "replay", "finite").model
+    model: nn.Module = assembly.run("history", "base", "replay", "buffers", "finite").model
     return model
 
 

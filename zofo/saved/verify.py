@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from zofo.disk.files import read_json, refusing
+from zofo.disk.files import refusing
 from zofo.errors import UserError
-from zofo.models.adapters import attach_adapter
+from zofo.models.saved_adapters import attach_adapter
 from zofo.saved.assemble import STEPS, Assembly, require_finite
 from zofo.saved.export import load_plain
-from zofo.saved.export_card import EXPORT_FILE
+from zofo.saved.export_card import Record, read_record
 from zofo.saved.export_check import Samples, logits_of
 from zofo.saved.inspect import check_export_files, kind_of
 from zofo.saved.manifest import ADAPTER_FOLDER
@@ -90,19 +89,19 @@ def _export_steps(
     folder: Path, trust_remote_code: bool
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """Name and action of each check of an export."""
-    record: dict[str, Any] = {}  # filled by `header`, which runs first
+    opened: list[Record] = []  # filled by `header`, which runs first
 
     def header() -> str:
-        record.update(read_json(folder / EXPORT_FILE))
-        return f"export of method {record['method']} on {record['base']}"
+        opened.append(read_record(folder))
+        return f"export of method {opened[0].method} on {opened[0].base}"
 
     def files() -> str:
-        check_export_files(folder, record["is_merged"])
+        check_export_files(folder, opened[0].is_merged)
         return "every file exists, with a readable header"
 
     def load() -> str:
-        model, _ = load_plain(folder, record["head"], trust_remote_code=trust_remote_code)
-        if not record["is_merged"]:
+        model, _ = load_plain(folder, opened[0].head, trust_remote_code=trust_remote_code)
+        if not opened[0].is_merged:
             model = attach_adapter(model, folder / ADAPTER_FOLDER)
         require_finite(model, folder)
         return "the model loads with plain transformers and its weights are finite"

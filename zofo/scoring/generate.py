@@ -46,11 +46,13 @@ class Writer:
         tokenizer: the model's tokenizer.
         max_new_tokens: most tokens of a text.
         one_line: a text ends at a line break, and surrounding blanks are removed.
+        ends: tokens that end a text, besides the end tokens of tokenizer and model.
     """
 
     tokenizer: Any
     max_new_tokens: int
     one_line: bool = False
+    ends: tuple[int, ...] = ()
 
     @torch.no_grad()
     def __call__(
@@ -124,7 +126,7 @@ class Writer:
         # Chat models may have several end tokens, of which the tokenizer knows only one.
         known = getattr(model.generation_config, "eos_token_id", None)
         known = known if isinstance(known, list) else [known]
-        found = [self.tokenizer.eos_token_id, *known]
+        found = [self.tokenizer.eos_token_id, *known, *self.ends]
         return list(dict.fromkeys(int(token) for token in found if token is not None))
 
     def _text(self, ids: list[int], ends: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from zofo.scoring.generate import Writer
 from zofo.tasks.answers import Answers
 from zofo.tasks.classify import DEFAULT_TEMPLATE, candidates_of, fill, template_columns
 from zofo.tasks.encode import Collator, encoder_for
+from zofo.tasks.encode_rows import check_limits
 from zofo.tasks.families.family import examples as builtin_examples
 from zofo.tasks.families.passages import answers_in, require_passage_columns
 from zofo.tasks.families.table import BUILTIN
-from zofo.tasks.generate import answer_in, checked_messages
+from zofo.tasks.generate import answer_in, chat_in, rendered, turn_ends
 from zofo.tasks.load import writes_answers, writes_text
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
 from zofo.tasks.spec import Example, TaskSpec
@@ -78,9 +80,11 @@ def predict(
     labels = _labels(artifact, spec)
     examples = _examples(spec, table, labels)
     encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
+    rows = [encoder(example) for example in examples]
+    _check_limits(artifact, [ids for row in rows for ids in (*row.rows, *row.outputs)])
     scores = predict_scores(
         artifact.model,
-        [encoder(example) for example in examples],
+        rows,
         Collator(artifact.tokenizer.pad_token_id),
         batch_size=batch_size,
         progress=progress,
@@ -95,6 +99,15 @@ def predict(
             details = {"scores": values.tolist()}
         prediction = labels[best] if labels else example.candidates[best].strip()
         yield {"row": example.row, "prediction": prediction, **details}
+
+
+def _check_limits(
+    artifact: Artifact, sequences: Sequence[Sequence[int]], max_new_tokens: int = 0
+) -> None:
+    for note in check_limits(
+        artifact.model, artifact.tokenizer, sequences, max_new_tokens=max_new_tokens
+    ):
+        warnings.warn(note, stacklevel=3)
 
 
 def _template(spec: TaskSpec) -> str:
@@ -164,14 +177,17 @@ def _write(
     def ids_of(prompt: str) -> Sequence[int]:
         if is_answer:  # shortened as in training
             return encoder.prompt(prompt)
-        special = spec.name != "chat"  # a chat template has already written the special tokens
-        ids: Sequence[int] = artifact.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        return ids
+        if spec.name == "chat":  # the chat template has already written the special tokens
+            return encoder.whole.ids(prompt, special=False)
+        is_read_by_encoder = artifact.base.head == "seq2seq"
+        return encoder.whole.ids(prompt) if is_read_by_encoder else encoder.whole.open_ids(prompt)
 
-    writer = Writer(artifact.tokenizer, max_new_tokens, one_line=is_answer)
-    written = writer(
-        artifact.model, [ids_of(p) for p in prompts], batch_size=batch_size, progress=progress
-    )
+    sequences = [ids_of(prompt) for prompt in prompts]
+    is_continued = artifact.base.head == "causal-lm"
+    _check_limits(artifact, sequences, max_new_tokens if is_continued else 0)
+    ends = turn_ends(artifact.tokenizer) if spec.name == "chat" else ()
+    writer = Writer(artifact.tokenizer, max_new_tokens, one_line=is_answer, ends=ends)
+    written = writer(artifact.model, sequences, batch_size=batch_size, progress=progress)
     for (number, row), text in zip(table.rows, written.texts, strict=True):
         answers = _answers(spec, row) if is_answer else None
         entry = {"row": number, "prediction": text}
@@ -197,13 +213,13 @@ def _chat_prompts(artifact: Artifact, spec: TaskSpec, table: Table) -> list[str]
         raise UserError(f"the tokenizer of {artifact.base.name} has no chat template")
 
     def convert(number: int, row: dict[str, Any]) -> str:
-        messages = checked_messages(row[column], column, must_end_with_answer=False)
+        chat = chat_in(row, column, source=table.source, must_end_with_answer=False)
+        messages = list(chat.messages)
         # Drop the answer that the model shall write itself.
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise ValueError(f"{column!r} holds no message to answer")
-        options = {"tokenize": False, "add_generation_prompt": True}
-        return str(tokenizer.apply_chat_template(messages, **options))
+        return rendered(messages, tokenizer, chat.tools, opened=True)
 
     return convert_rows(table, convert)

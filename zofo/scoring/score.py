@@ -10,6 +10,7 @@ from zofo.saved.artifact import Artifact
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.tasks.encode import Collator, encoder_for
+from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.leakage import check_rows, check_tasks, has_same_rows
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits, TaskSpec
@@ -70,9 +71,12 @@ def evaluate_artifact(
             digests=artifact.rows,
         )
     encoder = encoder_for(artifact.tokenizer, artifact.base.head, task)
+    rows, notes = encode_parts(encoder, splits, artifact.model, [part])
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return evaluate(
         artifact.model,
-        [encoder(row) for row in splits.part(part)],
+        rows[part],
         Collator(artifact.tokenizer.pad_token_id),
         kind=splits.kind,
         batch_size=batch_size,

@@ -28,9 +28,9 @@ from zofo.disk.files import write_json, write_text
 from zofo.errors import UserError
 from zofo.optim.methods import apply_method
 from zofo.perturb.view import Perturbation
-from zofo.run.prepare import Prepared, prepare
+from zofo.run.prepare import Prepared, default_name, prepare, run_folder
 from zofo.run.resume import is_finished
-from zofo.run.train import train
+from zofo.run.train import train_in
 from zofo.smoothness.blocks import Block, blocks_of
 from zofo.smoothness.directional import directional_curvature
 from zofo.smoothness.majoriser import check_majoriser
@@ -279,36 +279,37 @@ def measure_run(
     if options.points and options.lanczos_steps:
         import zofo.smoothness.hessian  # noqa: F401  fails now if a dependency is missing
     console = console or Console(stderr=True)
-    folder = resume or new_folder(config)
-    config = config.model_copy(update={"output_dir": str(folder)})
-    records = Records(folder / RECORDS_FILE)  # a new folder has none yet
-    start = time.monotonic()
+    with run_folder(config, resume, name=f"{default_name(config)}-smoothness") as folder:
+        config = config.model_copy(update={"output_dir": str(folder)})
+        records = Records(folder / RECORDS_FILE)  # a new folder has none yet
+        start = time.monotonic()
 
-    def say(text: str) -> None:
-        line = f"{time.monotonic() - start:6.0f} s  {text}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        def say(text: str) -> None:
+            line = f"{time.monotonic() - start:6.0f} s  {text}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def began(folder: Path) -> None:
-        values = {**config.model_dump(), SECTION: options.model_dump()}
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        write_text(folder / OPTIONS_FILE, text)
-        if on_start is not None:
-            on_start(folder)
+        def began(folder: Path) -> None:
+            values = {**config.model_dump(), SECTION: options.model_dump()}
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            write_text(folder / OPTIONS_FILE, text)
+            if on_start is not None:
+                on_start(folder)
 
-    if not options.train:
-        _measure_start(config, options, records, say, lambda: began(folder))
-    elif resume is None or not is_finished(folder):
-        train(
-            config,
-            resume=resume,
-            console=console,
-            on_start=began,
-            stop=stop,
-            watchers=lambda trainer: _recorders(trainer, options, records, say, stop),
-        )
-    found = summarise(records.all(), config.model_dump(), options.model_dump())
-    write_json(folder / FILE, finite(found))
-    write_page(folder / FILE, folder / PAGE_FILE)
+        if not options.train:
+            _measure_start(config, options, records, say, lambda: began(folder))
+        elif resume is None or not is_finished(folder):
+            train_in(
+                folder,
+                config,
+                is_resumed=resume is not None,
+                console=console,
+                on_start=began,
+                stop=stop,
+                watchers=lambda trainer: _recorders(trainer, options, records, say, stop),
+            )
+        found = summarise(records.all(), config.model_dump(), options.model_dump())
+        write_json(folder / FILE, finite(found))
+        write_page(folder / FILE, folder / PAGE_FILE)
     return folder
 
 
@@ -388,24 +389,6 @@ def objective_of_rows(
         [{k: v.to(device) for k, v in prepared.collator(rows).items()} for rows in parts],
         [len(rows) for rows in parts],
     )
-
-
-def new_folder(config: RunConfig) -> Path:
-    """The configured folder, or a new folder in `runs` with a default name.
-
-    Raises:
-        UserError: if the configured folder is not empty.
-    """
-    from zofo.run.prepare import new_folder as configured
-
-    if config.output_dir is not None:
-        return configured(config)
-    parts = [config.task.name, config.method, config.adapter.label, "smoothness"]
-    name = "-".join(p for p in parts if p != "none")
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
 
 
 def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:

@@ -65,10 +65,11 @@ class Records:
             ) from error
 
     def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = files.read_text(path, max_bytes=files.MAX_LOG_BYTES, errors="replace")
+        lines = text.splitlines()
         for i, line in enumerate(lines):
             try:
-                record = json.loads(line)
+                record = files.parse_json(line)
                 key = _key(record)
             except (ValueError, TypeError, KeyError):
                 if i == len(lines) - 1:

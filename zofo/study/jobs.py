@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zofo.disk.files import read_json
+from zofo.disk.files import read_json_object
 from zofo.errors import UserError
 from zofo.study.grid import Cell, Grid, Run
 from zofo.study.records import StudyFolder
@@ -110,6 +110,6 @@ def start_error(task: Task, folder: StudyFolder) -> str | None:
     """Why a start has failed; None if it has scores, or has not been tried."""
     path = start_file(task, folder).with_name(START_ERROR_FILE)
     try:
-        return str(read_json(path)["error"]) if path.exists() else None
+        return str(read_json_object(path).get("error")) if path.exists() else None
     except UserError as error:  # the file is damaged, which is a failure too
         return str(error)

@@ -17,7 +17,8 @@ import torch
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
-from zofo.disk.files import read_json, write_json
+from zofo.disk.files import read_json_object, write_json
+from zofo.disk.recorded import alterations, write_recorded
 from zofo.environment import resolve_device
 from zofo.errors import UserError
 from zofo.saved.artifact import Artifact, load
@@ -25,6 +26,7 @@ from zofo.saved.layout import CONFIG_FILE, RESULT_FILE
 from zofo.saved.source import base_of
 from zofo.scoring.evaluate import Metrics
 from zofo.scoring.score import evaluate_artifact
+from zofo.study.spec import SPEC_FILE
 from zofo.tasks.load import load_splits
 
 
@@ -42,7 +44,7 @@ def measure_start(config_file: Path, output: Path) -> None:
     model.to(device)
     model.eval()
     scores = _scores(Artifact(model, tokenizer, base, "none", None, ()), config)
-    write_json(output, scores.as_dict())
+    _write(output.absolute(), output.absolute().parents[2], scores.as_dict())
 
 
 def measure_run(folder: Path, start: Path) -> None:
@@ -51,13 +53,26 @@ def measure_run(folder: Path, start: Path) -> None:
     Raises:
         UserError: if the artefact or its base is missing.
     """
+    folder, start = folder.absolute(), start.absolute()
     config = load_config(folder / CONFIG_FILE)
-    result: dict[str, Any] = read_json(folder / RESULT_FILE)
+    study = folder.parents[1]
+    result, before = read_json_object(folder / RESULT_FILE), read_json_object(start)
+    problems = alterations(study, [start]) if start.is_relative_to(study) else []
+    if problems:
+        raise UserError(f"{problems[0]}; remove it, and the study measures it again")
     trusted = config.model.trust_remote_code
     artifact = load(folder, device=_device(config), trust_remote_code=trusted)
     after = _scores(artifact, config)
-    result["test"] = {"before": read_json(start), "after": after.as_dict()}
-    write_json(folder / RESULT_FILE, result)
+    result["test"] = {"before": before, "after": after.as_dict()}
+    _write(folder / RESULT_FILE, study, result)
+
+
+def _write(path: Path, study: Path, value: dict[str, Any]) -> None:
+    """Write a file, and record its digest if its folder is part of a study."""
+    if (study / SPEC_FILE).is_file():
+        write_recorded(study, path, value)
+    else:
+        write_json(path, value)
 
 
 def _device(config: RunConfig) -> str:

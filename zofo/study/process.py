@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
+from zofo.disk.locks import lock_problem
+from zofo.errors import UserError
+
 _NUM_LINES: Final = 5
 _NUM_CHARACTERS: Final = 500
 """Limits of a failed process's last output that its record keeps (choice)."""
@@ -25,22 +28,31 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 class Lock:
-    """A lock that this process and the children that inherit its file descriptor hold."""
+    """A lock that this process and the children that inherit its file descriptor hold.
+
+    The library filelock would end the lock for the children as well when this process releases it.
+    """
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self.handle = path, handle
 
     @classmethod
-    def take(cls, path: Path, *, wait: bool = False) -> Lock | None:
+    def take(cls, path: Path) -> Lock | None:
         """Take the lock of a file, which is created if it is missing.
 
-        Returns None if another process holds the lock, unless `wait` is set.
+        Returns None if another process holds the lock.
+
+        Raises:
+            UserError: if the file cannot be opened.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # O_CLOEXEC: only a child that names the descriptor in `pass_fds` inherits the lock.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # O_CLOEXEC: only a child that names the descriptor in `pass_fds` inherits the lock.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(lock_problem(path, error)) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             return None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from zofo.disk.files import write_text
+from zofo.disk.files import refusing, remove_file, write_text
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ HEARTBEAT_S: Final = 20
 GRACE_S: Final = 120
 """Choice: a worker without a heartbeat for two minutes has died or lost the database."""
 _TASK, _WORKER = "task", "worker"
+_MAX_NAME: Final = 512  # characters of a study's name, as optuna's table allows
+_NO_DAMAGE: Final = ("locked", "full", "unable to open", "readonly", "I/O")
+"""Words of SQLite's errors after which the file may still be whole."""
 _BUSY_TIMEOUT_S: Final = 60
 """Time that a connection waits for SQLite's write lock (choice)."""
 
@@ -65,6 +68,8 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._states = optuna, optuna.trial.TrialState
         self._finished_error = optuna.exceptions.UpdateFinishedTrialError
+        # Without rows that it expects, optuna raises a KeyError or an AssertionError.
+        lost = (KeyError, AssertionError, optuna.exceptions.OptunaError)
         process = psutil.Process()
         host, since = socket.gethostname(), process.create_time()
         self.worker = {"host": host, "pid": process.pid, "since": since}
@@ -87,20 +92,56 @@ class Queue:
             self._study = optuna.create_study(
                 storage=self._storage, study_name=name, load_if_exists=True
             )
-        except (SQLAlchemyError, ImportError, RuntimeError) as error:
+        except (*lost, SQLAlchemyError, ImportError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [repr(error)])[0]
             raise UserError(
                 f"the queue's database {_without_password(url)} cannot be used ({first}); start "
                 "it, correct storage, or leave it out for a file in the study folder. A damaged "
                 f"{DATABASE_FILE} can be removed: it is filled again from the runs"
             ) from error
-        self._id = self._study._study_id
-        self.errors = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
+        self._id, self._name = self._study._study_id, name
+        self._url, self._file = _without_password(url), self._identity()
+        self.errors = (*lost, SQLAlchemyError)
 
     def close(self) -> None:
         """Close all connections to the database."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+    def loss(self) -> str | None:
+        """How the database was lost, in words; None if it is there or may come back.
+
+        A server that does not answer may come back. Tables, rows and files that are gone do not.
+        """
+        from sqlalchemy import exc, text
+
+        if self._identity() != self._file:
+            return "its file was removed or replaced"
+        try:
+            with self._storage.engine.connect() as connection:
+                query = text("SELECT study_name FROM studies WHERE study_id = :id")
+                row = connection.execute(query, {"id": self._id}).first()
+                connection.execute(text("SELECT 1 FROM trials, trial_user_attributes LIMIT 1"))
+                connection.execute(text("SELECT 1 FROM trial_heartbeats, trial_values LIMIT 1"))
+        except exc.SQLAlchemyError as error:
+            said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            is_away = isinstance(error, exc.OperationalError | exc.InterfaceError)
+            if self._file is not None:
+                is_away = "locked" in said
+            return None if is_away and "does not exist" not in said else said
+        is_same = row is not None and row[0] == self._name
+        return None if is_same else "it no longer holds this study"
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Device and inode of SQLite's file; None for a server, and (0, 0) without a file."""
+        path = self._storage.engine.url.database
+        if self._storage.engine.dialect.name != "sqlite" or not path:
+            return None
+        try:
+            found = Path(path).stat()
+        except OSError:
+            return 0, 0
+        return found.st_dev, found.st_ino
 
     def fill(self, tasks: Iterable[str]) -> None:
         """Add the tasks that neither wait nor run.
@@ -186,8 +227,19 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     name = folder / _NAME_FILE
     if not name.exists():
         write_text(name, f"{spec.name} {uuid.uuid4()}\n")
-    url = spec.storage or f"sqlite:///{folder / DATABASE_FILE}"
-    return Queue(url, name.read_text(encoding="utf-8").strip(), **options)
+    with refusing(f"{name} is damaged", "remove it, and the queue is filled again from the runs"):
+        text = name.read_text(encoding="utf-8").strip()
+        if not (text.isprintable() and 0 < len(text) <= _MAX_NAME):
+            raise ValueError("it must hold one line of text")
+    file = folder / DATABASE_FILE
+    try:
+        return Queue(spec.storage or f"sqlite:///{file}", text, **options)
+    except UserError as error:
+        is_damaged = file.is_file() and not any(word in str(error) for word in _NO_DAMAGE)
+        if spec.storage is not None or not is_damaged:
+            raise
+    remove_file(file)  # It is filled again from the runs.
+    return Queue(f"sqlite:///{file}", text, **options)
 
 
 def _is_gone(worker: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@
     runs/RUN.log          output of a run
     untrained/START/      test scores of the untrained model for a task and seed
     locks/                locks of the running tasks
+    zofo_digests.json     digests of the files that tables are made from
     selection.json        the choice of every cell, and the dev scores behind it
     results.json          one entry per run
 
@@ -17,19 +18,40 @@ not read that file.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from zofo.disk.files import read_json, write_json, write_text
+import pydantic
+
+from zofo.disk.files import read_json_object, refusing, remove_file, write_json, write_text
+from zofo.disk.recorded import alterations, forget_files, record_files, write_recorded
+from zofo.errors import UserError
+from zofo.results.table import RECORDED, STUDY_FILE
 from zofo.saved.checkpoint_folders import checkpoints
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_COPIES, RESULT_FILE
 from zofo.study.grid import Cell, Grid, Run, as_json
 from zofo.study.select import Choice, DevScore, choose
 from zofo.study.spec import SPEC_FILE
 
-RECORD_FILE: Final = "study.json"
+RECORD_FILE: Final = STUDY_FILE
 Record = dict[str, Any]
+_REMEDY: Final = "put the file back, or remove the folder of the run and the study repeats it"
+
+
+class _Form(pydantic.BaseModel):
+    """The keys of a record that are read; more may follow."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    cell: dict[str, Any]
+    chosen: bool
+    status: Literal["done", "failed", "stopped"]
+    error: str | None
+    dev: dict[str, Any] | None
+    cost: dict[str, Any]
+    test_error: str | None
 
 
 class StudyFolder:
@@ -69,17 +91,36 @@ class StudyFolder:
     def record(self, run: Run) -> Record | None:
         """The record of a run; None if it has not ended."""
         if run.id not in self._records:
-            path = self.run_folder(run) / RECORD_FILE
+            folder = self.run_folder(run)
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(
+                    f"{folder} is no folder, so the files of this run are lost; remove it, and the "
+                    "study repeats the run"
+                )
+            path = folder / RECORD_FILE
             if not path.exists():
                 return None
-            self._records[run.id] = read_json(path)
+            self._check(run)
+            record = read_json_object(path)
+            with refusing(f"{path} is damaged", _REMEDY):
+                _Form.model_validate(record)
+            self._records[run.id] = record
         return self._records[run.id]
+
+    def _check(self, run: Run) -> None:
+        """Compare the files of an ended run with their digests."""
+        folder = self.run_folder(run)
+        problems = alterations(self.path, [folder / name for name in RECORDED])
+        if problems:
+            raise UserError(
+                f"{' and '.join(problems)}, of a run in the cell {run.cell.name}; {_REMEDY}"
+            )
 
     def write_record(self, run: Run, record: Record) -> None:
         """Write the record of a run."""
         # A run that failed at its start has no folder yet.
         self.run_folder(run).mkdir(parents=True, exist_ok=True)
-        write_json(self.run_folder(run) / RECORD_FILE, record)
+        write_recorded(self.path, self.run_folder(run) / RECORD_FILE, record)
         self._records[run.id] = record
 
     def has_failed(self, run: Run) -> bool:
@@ -96,11 +137,13 @@ class StudyFolder:
         is_done = record is not None and record["status"] == "done"
         if is_done and not (folder / ARTIFACT_FOLDER).exists():
             shutil.rmtree(folder)
+            forget_files(self.path, folder)
             self._records.pop(run.id)
 
     def forget(self, run: Run) -> None:
         """Delete the record of a failed run, so that it continues from its last checkpoint."""
-        (self.run_folder(run) / RECORD_FILE).unlink(missing_ok=True)
+        remove_file(self.run_folder(run) / RECORD_FILE)
+        forget_files(self.path, self.run_folder(run))
         self._records.pop(run.id, None)
         self._choices.pop(run.cell, None)
 
@@ -143,7 +186,7 @@ class StudyFolder:
         if record is None:
             return False
         is_over = record["status"] != "done" or record["test_error"] is not None
-        if is_over or "test" in read_json(self.run_folder(run) / RESULT_FILE):
+        if is_over or "test" in read_json_object(self.run_folder(run) / RESULT_FILE):
             self._measured.add(run.id)  # remembered, so that the file is read only once
         return run.id in self._measured
 
@@ -157,7 +200,7 @@ class StudyFolder:
     def ended(self, run: Run, status: str, error: str | None, is_final: bool) -> Record:
         """Record the end of a run, and delete files that are only needed to resume it."""
         folder = self.run_folder(run)
-        result = read_json(folder / RESULT_FILE) if status == "done" else {}
+        result = read_json_object(folder / RESULT_FILE) if status == "done" else {}
         record = {
             "study": self.grid.spec.name,
             **as_json(run),
@@ -175,6 +218,8 @@ class StudyFolder:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             for name in BASE_COPIES:
                 (folder / name).unlink(missing_ok=True)
+        files = [folder / name for name in RECORDED if name != RECORD_FILE]
+        record_files(self.path, [path for path in files if path.is_file()])
         self.write_record(run, record)
         return record
 
@@ -198,7 +243,7 @@ class StudyFolder:
             cost = record["cost"]
             entry |= {k: cost.get(k) for k in ("steps", "forward_equivalents")}
             has_result = record["status"] == "done"
-            result = read_json(self.run_folder(run) / RESULT_FILE) if has_result else {}
+            result = read_json_object(self.run_folder(run) / RESULT_FILE) if has_result else {}
             runs.append({**entry, "test": result.get("test")})
             timings[run.id] = {k: v for k, v in cost.items() if k not in entry}
         # Timings differ between repetitions of a study, so they stand apart from the results.

@@ -11,14 +11,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TypeVar
 
 from zofo.disk.files import write_json, write_text
+from zofo.disk.locks import take_lock
 from zofo.errors import UserError
 from zofo.run.resume import is_finished
 from zofo.run.stopping import stop_reason
@@ -82,6 +83,7 @@ class Worker:
         self.tasks = all_tasks(grid)
         self.jobs: list[Job] = []
         self.signum: int | None = None
+        self.loss: str | None = None  # how the queue's database was lost
         self._num_signals = 0
         self._queue_options = queue_options
 
@@ -92,7 +94,8 @@ class Worker:
             retry_failed: try failed runs and measurements again.
 
         Raises:
-            UserError: if the folder holds another study or other files, or the queue fails.
+            UserError: if the folder holds another study or other files, if files of its runs were
+                altered, or if the queue fails or is lost.
         """
         self._begin(retry_failed)
         previous = self._handle_signals()
@@ -103,13 +106,14 @@ class Worker:
                 self._send_signals()
                 ended = [job for job in list(self.jobs) if self._has_ended(job)]
                 # After a signal nothing new is claimed; only the running children are awaited.
-                if self.signum is not None and not self.jobs:
+                if self._is_ending and not self.jobs:
                     break
                 now = time.monotonic()
-                if self.signum is None and (ended or now - refreshed >= _REFRESH_S):
+                if not self._is_ending and (ended or now - refreshed >= _REFRESH_S):
                     refreshed = now
                     self.folder.choices()
                     self._fill_slots()
+                    self._look_after_queue()
                     if not self.jobs and self._is_done():
                         break
                     self._report("refreshed")
@@ -127,6 +131,21 @@ class Worker:
             self.queue.close()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+        if self.loss is not None:
+            raise UserError(
+                f"the queue's database was lost ({self.loss}), so this worker has ended; its runs "
+                "have written checkpoints. Start the study again: the queue is filled from the runs"
+            )
+
+    @property
+    def _is_ending(self) -> bool:
+        return self.signum is not None or self.loss is not None
+
+    def _look_after_queue(self) -> None:
+        """End this worker if the database was lost, because a lost one does not come back."""
+        self.loss = self.queue.loss()
+        if self.loss is not None:
+            self._num_signals += 1  # The running children write checkpoints and end.
 
     def stop(self, signum: int) -> None:
         """Let every run write a checkpoint and end. A second call ends them at once."""
@@ -155,8 +174,10 @@ class Worker:
                         + "\nLeave these as they were, or begin another with another output"
                     )
             self.folder.begin()
-            self.queue = queue_of(self.grid.spec, **self._queue_options)
             self.folder.choices()
+            for run in self.folder.known_runs():
+                self.folder.record(run)  # Altered files are reported before any work.
+            self.queue = queue_of(self.grid.spec, **self._queue_options)
             if retry_failed:
                 self._forget_failures()
             self.queue.recover()
@@ -257,8 +278,8 @@ class Worker:
         failure = self._failure(job, code)
         if failure is None:
             self._release(job.lock, job.trial, self._record_end(job.task, job.run))
-        elif was_stopped(code) and (self.signum is not None or self._goes_on(job)):
-            if self.signum is not None:  # this worker ends, so another one may continue the run
+        elif was_stopped(code) and (self._is_ending or self._goes_on(job)):
+            if self._is_ending:  # this worker ends, so another one may continue the run
                 job.lock.release()
                 self._tell(self.queue.give_back, job.trial)
             return True
@@ -328,7 +349,7 @@ class Worker:
             if self._tell(self.queue.beat, job.trial) is False:
                 self.jobs.remove(job)
                 self._drop(job)
-        if self.signum is None:
+        if not self._is_ending:
             with locked(self.folder.path / "locks" / "begin"):
                 self._tell(self.queue.recover)
                 # An idle worker also restores a database that was lost.
@@ -374,12 +395,8 @@ class Worker:
         }
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> AbstractContextManager[Any]:
     """Wait for a lock and hold it, so that only one process at a time runs the block."""
-    lock = Lock.take(path, wait=True)
+    lock = take_lock(path, wait=True)
     assert lock is not None
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock

@@ -7,14 +7,18 @@
 Logits are computed only at scored positions, and converted to float32 there. Rows are padded on the
 right, so that the scores of a row do not depend on the other rows of the batch.
 
+A sequence has the tokens of its whole text (`zofo.tasks.whole_text`). A sequence that is too long
+loses tokens after its leading special ones; a conversation loses its first turns.
+
 An encoder-decoder reads the prompt in the encoder. Its decoder scores the candidate and its end
 token, so that a score is minus transformers' loss with that candidate as labels.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +26,13 @@ from torch import Tensor
 
 from zofo.errors import UserError
 from zofo.tasks.answers import Answers
+from zofo.tasks.generate import rendered, segments_of
 from zofo.tasks.spec import Completion, Example, TaskSpec
+from zofo.tasks.whole_text import WholeText, common
+
+
+class NothingToLearnError(UserError):
+    """A row has nothing that the model could learn; the other rows are not affected."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Encoded:
         prompt: token ids after which the model generates an answer; empty for other tasks.
         answers: the gold answers to compare the generated one with.
         outputs: token ids of the decoder's output for each row of an encoder-decoder.
+        is_shortened: the first turns of a conversation are missing.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -46,6 +57,7 @@ class Encoded:
     prompt: tuple[int, ...] = ()
     answers: Answers | None = None
     outputs: tuple[tuple[int, ...], ...] = ()
+    is_shortened: bool = False
 
     @property
     def length(self) -> int:
@@ -59,8 +71,8 @@ class Encoder:
     Args:
         tokenizer: the model's tokenizer.
         head: "causal-lm", "seq2seq" or "classification".
-        max_length: most tokens of a sequence. A long prompt loses its beginning, the text of an
-            encoder its end.
+        max_length: most tokens of a sequence. A long prompt loses its beginning, a conversation its
+            first turns, the text of an encoder its end.
         max_new_tokens: tokens of `max_length` that stay free for a generated answer.
     """
 
@@ -74,12 +86,15 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.head = tokenizer, head
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.whole = WholeText(tokenizer)
+        self._unknown: dict[str, bool] = {}
 
     def __call__(self, example: Example | Completion) -> Encoded:
         """Encode one row.
 
         Raises:
-            UserError: if its candidate or completion alone is longer than `max_length`.
+            NothingToLearnError: if its candidate or completion alone is longer than `max_length`.
+            UserError: if two candidates have the same tokens, or one is unknown to the tokenizer.
         """
         if self.head == "classification":
             if isinstance(example, Completion):
@@ -101,11 +116,10 @@ class Encoder:
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt after which the model generates an answer."""
-        ids = self._ids(text) or self._start()
-        return tuple(ids[-max(1, self.max_length - self.max_new_tokens) :])
-
-    def _ids(self, text: str, special: bool = True) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if self.head == "seq2seq":  # the encoder reads it, and the decoder has room of its own
+            return tuple(self.whole.cut(self.whole.ids(text) or self._start(), self.max_length))
+        ids = self.whole.open_ids(text) or self._start()
+        return tuple(self.whole.cut(ids, max(1, self.max_length - self.max_new_tokens)))
 
     def _start(self) -> list[int]:
         """The token before the first target token if there is no prompt."""
@@ -113,11 +127,10 @@ class Encoder:
         return [self.tokenizer.eos_token_id if start is None else start]
 
     def _candidates(self, example: Example) -> Encoded:
-        # A tokenizer may join the end of the prompt and the beginning of a candidate in one token,
-        # so whole texts are encoded, and a candidate begins where they differ from the prompt.
-        prompt = self._ids(example.prompt)
-        full = [self._ids(example.prompt + candidate) for candidate in example.candidates]
-        shared = min(_common(prompt, ids) for ids in full)
+        joined = [self.whole.joined(example.prompt, text) for text in example.candidates]
+        full = [ids for ids, _ in joined]
+        # All candidates are scored from the first token that belongs to one of them.
+        shared = min(min(begin, common(full[0], ids)) for ids, begin in joined)
         if shared == 0:  # the first token needs a token before it whose logits score it
             full = [self._start() + ids for ids in full]
             shared = 1
@@ -127,6 +140,7 @@ class Encoder:
                 "token to the prompt; write it out in task.verbalizers"
             )
         tails = [ids[shared:] for ids in full]
+        self._require_different(example, tails)
         head = self._shorten(full[0][:shared], max(map(len, tails)), example.row)
         # The logits after the prompt score all candidates of one token, so one sequence suffices.
         if all(len(tail) == 1 for tail in tails):
@@ -136,13 +150,13 @@ class Encoder:
 
     def _endings(self, example: Example) -> Encoded:
         """Encode one sequence per candidate and score the ending that all sequences share."""
-        before = [self._ids(example.prompt + candidate) for candidate in example.candidates]
-        full = [
-            self._ids(example.prompt + candidate + example.ending)
+        joined = [
+            self.whole.joined(example.prompt + candidate, example.ending)
             for candidate in example.candidates
         ]
-        tails = [ids[_common(start, ids) :] for start, ids in zip(before, full, strict=True)]
-        num = min(_common(tails[0][::-1], tail[::-1]) for tail in tails)
+        full, tails = [ids for ids, _ in joined], [ids[begin:] for ids, begin in joined]
+        self._require_different(example, full)
+        num = min(common(tails[0][::-1], tail[::-1]) for tail in tails)
         if num == 0:
             raise UserError(
                 f"row {example.row}: {example.ending!r} has other tokens after each candidate; "
@@ -154,30 +168,71 @@ class Encoder:
         return _continued(heads, [full[0][-num:]] * len(heads), example.gold)
 
     def _completion(self, example: Completion) -> Encoded:
-        ids: list[int] = []
-        learnt: list[bool] = []
-        for text, is_target in example.segments:
-            part = self._ids(text, special=not ids and not example.is_rendered and not is_target)
-            ids += part
-            learnt += [is_target] * len(part)
-        if not example.is_rendered and self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-            learnt.append(True)
-        if learnt[0]:
-            ids, learnt = self._start() + ids, [False, *learnt]
-        # A long row loses its beginning, but never a target token.
+        ids, learnt = self._learnt(example)
+        is_shortened = example.chat is not None and len(ids) > self.max_length
+        if is_shortened:
+            ids, learnt = self._learnt(self._without_first_turns(example))
         excess = max(0, len(ids) - self.max_length)
-        ids, learnt = ids[excess:], learnt[excess:]
+        if excess:
+            lead = self.whole.num_leading(ids)
+            ids, rest = self.whole.cut(ids, self.max_length), learnt[lead + excess :]
+            # The rest of an answer whose beginning is lost is not learnt.
+            num_lost = next((i for i, is_learnt in enumerate(rest) if not is_learnt), len(rest))
+            learnt = [*learnt[:lead], *[False] * num_lost, *rest[num_lost:]]
         # The logits at position i - 1 predict token i.
         targets = tuple((0, i - 1, ids[i]) for i in range(1, len(ids)) if learnt[i])
-        if not targets or (excess and learnt[0]):
-            raise UserError(
+        if not targets:
+            raise NothingToLearnError(
                 f"row {example.row}: its completion is longer than max_length {self.max_length}; "
                 "raise task.max_length or shorten the row"
             )
         prompt = () if example.answers is None else self.prompt(example.segments[0][0])
         rows = (tuple(ids[: targets[-1][1] + 1]),)  # no logits are needed after the last target
-        return Encoded(rows, (targets,), 0, prompt=prompt, answers=example.answers)
+        return Encoded(
+            rows, (targets,), 0, prompt=prompt, answers=example.answers, is_shortened=is_shortened
+        )
+
+    def _learnt(self, example: Completion) -> tuple[list[int], list[bool]]:
+        """Token ids up to the last one that the model learns, and which of them it learns."""
+        ids, learnt = self.whole.learnt(example.segments, special=not example.is_rendered)
+        end = self.tokenizer.eos_token_id
+        if not example.is_rendered and end is not None and ids[-1:] != [end]:
+            ids, learnt = [*ids, end], [*learnt, True]
+        if not any(learnt):
+            raise NothingToLearnError(
+                f"row {example.row}: all of its answers have weight 0; remove the row"
+            )
+        num = len(learnt) - learnt[::-1].index(True)
+        if learnt[0]:
+            return self._start() + ids[:num], [False, *learnt[:num]]
+        return ids[:num], learnt[:num]
+
+    def _without_first_turns(self, example: Completion) -> Completion:
+        """A conversation without as many first turns as it takes to fit, but with its last turn."""
+        assert example.chat is not None
+        learnt = [
+            i
+            for i, message in enumerate(example.chat.messages)
+            if message["role"] == "assistant" and message.get("weight") != 0
+        ]
+        # What follows the last answer that is learnt needs no room.
+        chat = replace(example.chat, messages=example.chat.messages[: learnt[-1] + 1])
+        numbers = range(len(chat.turns))
+        if not numbers:
+            return example
+
+        def fits(num: int) -> bool:
+            shorter = chat.without_turns(num)
+            text = rendered(shorter.messages, self.tokenizer, shorter.tools)
+            return len(self.whole.ids(text, special=False)) <= self.max_length
+
+        try:
+            # Fewer turns have fewer tokens, so the number is found by bisection.
+            num = min(bisect.bisect_left(numbers, True, key=fits), len(numbers) - 1)
+            segments = segments_of(chat.without_turns(num), self.tokenizer)
+        except ValueError:  # the template needs the first turns, so only tokens can be dropped
+            return example
+        return replace(example, segments=segments)
 
     def _outputs(self, example: Example | Completion) -> Encoded:
         if isinstance(example, Completion):
@@ -197,9 +252,9 @@ class Encoder:
                 texts = [example.ending.lstrip()] * len(texts)
         # A candidate's leading blank joins it to a prompt; the decoder has no prompt before it.
         outputs = tuple(tuple(self._output(text, example.row)) for text in texts)
-        rows = tuple(
-            tuple(self._ids(text)[-self.max_length :]) or tuple(self._start()) for text in inputs
-        )
+        if isinstance(example, Example) and not example.ending:
+            self._require_different(example, outputs)
+        rows = tuple(tuple(self.prompt(text)) for text in inputs)
         targets = tuple(
             tuple((i, place, token) for place, token in enumerate(output))
             for i, output in enumerate(outputs)
@@ -212,7 +267,7 @@ class Encoder:
         if end is not None and ids[-1:] != [end]:
             ids.append(end)
         if len(ids) > self.max_length:
-            raise UserError(
+            raise NothingToLearnError(
                 f"row {row}: what is to be written has {len(ids)} tokens and max_length is "
                 f"{self.max_length}; raise task.max_length or shorten the row"
             )
@@ -222,11 +277,41 @@ class Encoder:
         # + 1 because the last token of a tail is predicted, but is no input.
         room = self.max_length - longest_tail + 1
         if room < 1:
-            raise UserError(
+            raise NothingToLearnError(
                 f"row {row}: a candidate of {longest_tail} tokens does not fit into max_length "
                 f"{self.max_length}; raise task.max_length"
             )
-        return prompt[-room:]
+        return self.whole.cut(prompt, room)
+
+    def _require_different(self, example: Example, tokens: Sequence[Sequence[int]]) -> None:
+        """Refuse candidates that no score can tell apart."""
+        remedy = "give other words in task.verbalizers, or choose another model"
+        unknown = [text for text in example.candidates if self._is_unknown(text)]
+        if unknown:
+            raise UserError(
+                f"row {example.row}: the tokenizer of this model does not know "
+                f"{' and '.join(map(repr, unknown))}, which become {self.tokenizer.unk_token!r}; "
+                f"{remedy}"
+            )
+        first: dict[tuple[int, ...], str] = {}
+        for text, ids in zip(example.candidates, tokens, strict=True):
+            other = first.setdefault(tuple(ids), text)
+            if other != text:
+                raise UserError(
+                    f"row {example.row}: {other!r} and {text!r} have the same tokens for this "
+                    f"model, so no score tells them apart; {remedy}"
+                )
+
+    def _is_unknown(self, text: str) -> bool:
+        """Whether the tokenizer knows no letter of a text; remembered, as rows share candidates."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is None:
+            return False
+        if text not in self._unknown:
+            ids = self.whole.ids(text, special=False)
+            words = self.tokenizer.decode(ids, skip_special_tokens=True)
+            self._unknown[text] = unknown in ids and not words.strip()
+        return self._unknown[text]
 
 
 def encoder_for(tokenizer: Any, head: str, spec: TaskSpec) -> Encoder:
@@ -234,12 +319,6 @@ def encoder_for(tokenizer: Any, head: str, spec: TaskSpec) -> Encoder:
     return Encoder(
         tokenizer, head=head, max_length=spec.max_length, max_new_tokens=spec.max_new_tokens
     )
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _continued(heads: Sequence[list[int]], tails: Sequence[list[int]], gold: int) -> Encoded:

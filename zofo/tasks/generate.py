@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
 from zofo.tasks.answers import Answers
 from zofo.tasks.rows import Table, convert_rows, require_columns, text_in
-from zofo.tasks.spec import Completion
+from zofo.tasks.spec import Chat, Completion
+from zofo.tasks.whole_text import Segments, WholeText
 
 _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 
@@ -53,6 +56,9 @@ def answer_in(row: dict[str, Any], column: str) -> Answers:
 def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Completion]:
     """One conversation per row, in the chat template; the model learns the assistant turns.
 
+    The column `tools`, if there is one, describes the tools that the assistant may call. The model
+    does not learn a message with `weight` 0.
+
     Raises:
         UserError: for a missing column, bad rows, or a tokenizer without a chat template.
     """
@@ -64,67 +70,158 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
         )
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
-        messages = checked_messages(row[messages_column], messages_column)
-        text = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
-        return Completion(_segments(messages, tokenizer), text, number, is_rendered=True)
+        chat = chat_in(row, messages_column, source=table.source)
+        text = "\n".join(f"{m['role']}: {m['content']}" for m in chat.messages)
+        segments = segments_of(chat, tokenizer)
+        return Completion(segments, text, number, is_rendered=True, chat=chat)
 
-    return convert_rows(table, convert)
+    rows = convert_rows(table, convert)
+    tools = next((row.chat.tools for row in rows if row.chat and row.chat.tools), None)
+    if tools and "tools" not in _template(tokenizer, tools):
+        warnings.warn(
+            f"{table.source} has a column 'tools', which the chat template does not show to the "
+            "model",
+            stacklevel=2,
+        )
+    return rows
 
 
-def checked_messages(
-    value: Any, column: str, *, must_end_with_answer: bool = True
-) -> list[dict[str, str]]:
-    """The messages of a row; raises ValueError if they are malformed."""
-    if hasattr(value, "tolist"):  # parquet gives arrays
-        value = value.tolist()
-    if not isinstance(value, list) or not value:
+def chat_in(
+    row: Mapping[str, Any], column: str, *, source: str, must_end_with_answer: bool = True
+) -> Chat:
+    """The conversation of a row; raises ValueError if it is malformed."""
+    # Tables of columns fill missing keys with None, while a null in a JSON file was written there.
+    keeps_nulls = source.lower().endswith((".jsonl", ".ndjson", ".json"))
+    messages = _plain(row.get(column), keeps_nulls)
+    if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column!r} must be a list of messages, each with role and content")
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"message {i + 1} must be an object with role and content")
-        if message.get("role") not in _ROLES:
-            raise ValueError(
-                f"message {i + 1} has role {message.get('role')!r}; use one of {', '.join(_ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i + 1} has content {message.get('content')!r}, not a text")
-    if must_end_with_answer and value[-1]["role"] != "assistant":
+    found = [_checked_message(i, message) for i, message in enumerate(messages, start=1)]
+    if must_end_with_answer and found[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's: it is what the model learns")
-    return [dict(message) for message in value]
+    tools = _plain(row.get("tools"), keeps_nulls)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is not valid JSON ({error}); give a list") from error
+    if not tools or tools != tools:  # pandas reads a missing value as NaN
+        return Chat(found)
+    if not isinstance(tools, list):
+        raise ValueError(f"'tools' is {shown(tools)}; give a list with a description of each tool")
+    return Chat(found, tools)
 
 
-def _segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """Alternating context and assistant turns.
+def _plain(value: Any, keeps_nulls: bool) -> Any:
+    """The value with lists in place of arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if keeps_nulls or v is not None}
+        return {str(k): _plain(v, keeps_nulls) for k, v in kept.items()}
+    return [_plain(v, keeps_nulls) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _checked_message(number: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message {number} must be an object with role and content")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise ValueError(f"message {number} has role {role!r}; use one of {', '.join(_ROLES)}")
+    # Templates ask which keys there are, and a null stands for a key that is not there.
+    found = {key: value for key, value in message.items() if value is not None}
+    if "content" not in found and found.get("tool_calls"):
+        found["content"] = ""
+    if not isinstance(found.get("content"), str):
+        raise ValueError(
+            f"message {number} has content {shown(found.get('content'))}, not a text; write it as "
+            "one text (only a message with tool_calls needs none)"
+        )
+    if found.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"message {number} has weight {found['weight']!r}; use 1 for what the model learns and "
+            "0 for what it does not"
+        )
+    return found
+
+
+def rendered(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    tools: Sequence[Any] | None = None,
+    *,
+    opened: bool = False,
+) -> str:
+    """Messages in the chat template, `opened` for the next answer; raises ValueError."""
+    known = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opened}
+    if tools:
+        options["tools"] = list(tools)
+    if any(m.get("tool_calls") for m in known) and "tool_calls" not in _template(tokenizer, tools):
+        raise ValueError(
+            "the chat template does not write tool_calls; choose a model whose template does, or "
+            "write them as content"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(known, **options))
+    except Exception as error:  # a template raises jinja's errors to refuse messages
+        raise ValueError(
+            f"the chat template refuses the messages: {error}; change them, or choose a model "
+            "whose template takes them"
+        ) from error
+
+
+def _template(tokenizer: Any, tools: Any) -> str:
+    return str(tokenizer.get_chat_template(tools=tools))
+
+
+def turn_ends(tokenizer: Any) -> tuple[int, ...]:
+    """The special token with which the chat template ends an assistant turn, if there is one."""
+    answer = "An answer."
+    turn = ({"role": "user", "content": "A question."}, {"role": "assistant", "content": answer})
+    try:
+        text = rendered(turn, tokenizer)
+    except ValueError:
+        return ()
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    _, found, tail = text.rpartition(answer)
+    for token in WholeText(tokenizer).ids(tail, special=False) if found else ():
+        if token in special:
+            return (token,)
+        if tokenizer.decode([token]).strip():  # words, which are no token of their own
+            return ()
+    return ()
+
+
+def segments_of(chat: Chat, tokenizer: Any) -> Segments:
+    """Alternating context and assistant turns; raises ValueError.
 
     Some templates rewrite earlier turns, for example to drop their reasoning. The model then learns
     only the last turn, because the earlier text is not a prefix of the whole.
     """
-
-    def render(part: Sequence[dict[str, str]], opened: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": opened}
-        try:
-            return str(tokenizer.apply_chat_template(list(part), **options))
-        except Exception as error:  # a template raises jinja's errors to refuse messages
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
-
-    whole = render(messages, False)
+    messages = chat.messages
+    whole = rendered(messages, tokenizer, chat.tools)
     segments: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
-        before, after = render(messages[:i], True), render(messages[: i + 1], False)
+        if i == 0:
+            raise ValueError(
+                "the conversation begins with the assistant, so the first answer has no question; "
+                "put a message of the user or the system before it, or give it weight 0"
+            )
+        before = rendered(messages[:i], tokenizer, chat.tools, opened=True)
+        after = rendered(messages[: i + 1], tokenizer, chat.tools)
         # Each text must continue the previous one, or the turns cannot be cut from the whole.
         if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
             break
         segments += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     else:
-        return tuple(segments)
-    before = render(messages[:-1], True)
+        return (*segments, (whole[len(done) :], False)) if done != whole else tuple(segments)
+    before = rendered(messages[:-1], tokenizer, chat.tools, opened=True)
     if not whole.startswith(before):
         raise ValueError(
             "the chat template does not write the last answer after its generation prompt; use "
             "task completion with the text as the model expects it"
         )
-    return (before, False), (whole[len(before) :], True)
+    return (before, False), (whole[len(before) :], messages[-1].get("weight") != 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -53,8 +54,8 @@ class TaskSpec(BaseModel):
     max_length: int = Field(
         256,
         ge=8,
-        description="tokens of prompt and candidate; longer prompts lose their beginning (squad, "
-        "drop: 1024)",
+        description="tokens of a row; a longer prompt loses its beginning, a longer chat its first "
+        "turns (squad, drop: 1024)",
     )
     objective: Objective = Field(
         "candidates",
@@ -83,6 +84,30 @@ class TaskSpec(BaseModel):
         if not isinstance(value, dict):
             return value
         return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+        messages: each with role and content; the model does not learn those of `weight` 0.
+        tools: descriptions of the tools that the assistant may call.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None = None
+
+    @property
+    def turns(self) -> list[int]:
+        """Indices of the user's messages, with each of which a turn begins."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
+    def without_turns(self, num: int) -> Chat:
+        """The conversation without its first turns, but with its system message."""
+        kept = self.messages[self.turns[num] :]
+        is_system = self.messages[0]["role"] in ("system", "developer")
+        return replace(self, messages=[*self.messages[: int(is_system)], *kept])
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class Completion:
             adds the tokenizer's and an end token.
         answers: gold answers after the first segment; None: no answer is generated.
         group: as for `Example`.
+        chat: the messages that the segments were written from, to shorten a long conversation.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -129,6 +155,7 @@ class Completion:
     is_rendered: bool = False
     answers: Answers | None = None
     group: str = ""
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)

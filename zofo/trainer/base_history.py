@@ -1,22 +1,14 @@
 """Save the moved base of a model in a checkpoint, and restore it.
 
-    adapter_model.safetensors       written by peft
-    prompt_encoder.safetensors      the parameters of the encoder, with prompt learning only
-    base_trajectory.safetensors     all updates of the base since the original
-
-A checkpoint does not hold the trained base itself. Restoring starts from the original base and
-replays the trajectory. Within one run the base has already changed, so the original must be at
-hand: it comes from the user, or from a copy that exists only during training. A run may also write
-newer copies of the moved base (`BaseSnapshot`), which shorten the replay.
-
-`PeftModel.from_pretrained` would combine the adapter with a base that it was not trained with. A
-mark in adapter_config.json makes peft warn; `load_checkpoint` restores both parts.
+A checkpoint (`zofo.saved.checkpoint`) does not hold the trained base itself. Restoring starts from
+the original base and replays the trajectory. Within one run the base has already changed, so the
+original must be at hand: it comes from the user, or from a copy that exists only during training. A
+run may also write newer copies of the moved base (`BaseSnapshot`), which shorten the replay.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,16 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo.disk.files import fingerprint, open_tensors, write_json, write_tensors
+from zofo.disk.files import fingerprint, open_tensors, write_tensors
 from zofo.errors import UserError
-from zofo.models.adapters import adapter_digests, adapter_folder, is_peft
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
 from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
-
-MARK = "zofo_load_with"
-"""Key in adapter_config.json. Peft does not know it and warns."""
 
 
 class BaseHistory:
@@ -59,10 +47,15 @@ class BaseHistory:
     ) -> None:
         self.model, self.optimizer, self.original = model, optimizer, original
         self.base = split_parameters(model).base
-        self.fingerprint: str | None = fingerprint(self.base)
+        self.optimizer.original_fingerprint()
         self._file = folder / ORIGINAL_BASE_FILE
         self._num_updates_in_copy: int | None = None  # None while there is no copy
         self._snapshot = BaseSnapshot(folder, snapshot_every)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the base before training."""
+        return self.optimizer.base_fingerprint
 
     def keep_original(self) -> None:
         """Write a copy of the base for later restores, unless there is a source already."""
@@ -82,20 +75,6 @@ class BaseHistory:
             self._file.unlink(missing_ok=True)
             self._num_updates_in_copy = None
 
-    def save(self, folder: Path) -> None:
-        """Mark the adapter as incomplete, and write the trajectory that belongs to it."""
-        digests: dict[str, str] = {}
-        for name in getattr(self.model, "peft_config", {}):
-            path = adapter_folder(folder, name) / "adapter_config.json"
-            if not path.exists():
-                continue
-            config = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**config, MARK: "zofo.load_checkpoint(base, folder)"})
-            digests |= adapter_digests(folder, name)
-        self.optimizer.trajectory.save(
-            folder / TRAJECTORY_FILE, base_fingerprint=self.fingerprint, files=digests
-        )
-
     def go_to(self, folder: Path) -> None:
         """Set the base to the end of the trajectory in a checkpoint.
 
@@ -105,7 +84,7 @@ class BaseHistory:
         """
         target, header = Trajectory.load(folder / TRAJECTORY_FILE)
         present = self.optimizer.trajectory
-        for key in ("seed", "distribution", "groups"):
+        for key in ("seed", "distribution", "groups", "eps", "estimator"):
             if getattr(target, key) != getattr(present, key):
                 raise UserError(
                     f"{folder} was trained with another {key} of the base; resume with the options "
@@ -120,7 +99,7 @@ class BaseHistory:
                 check_base(self.base, original, str(folder))
                 start = self._snapshot.restore(self.base, target, original)
             target.replay(self.base, start=start)
-        self.fingerprint = header.get("base_fingerprint")
+        self.optimizer.base_fingerprint = header.get("base_fingerprint")
         self.optimizer.trajectory = target
 
     def _restore_original(self) -> int:

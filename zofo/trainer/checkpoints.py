@@ -7,23 +7,70 @@ it resumes. Trainer writes it into a hidden folder, which is renamed once it is 
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME, safe_globals
 
-from zofo.disk.files import write_json
+from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
-from zofo.models.adapters import is_peft, load_adapter, save_prompt_encoder
+from zofo.errors import UserError
 from zofo.models.loading import copy_weights
+from zofo.models.saved_adapters import load_adapter, save_prompt_encoder, sort_sets
+from zofo.optim.blocks import is_peft
+from zofo.optim.moved import saving_adapter
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.saved.buffers import load_buffers, save_buffers
+from zofo.saved.checkpoint import save_history
 from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.checks import is_sharded
 from zofo.trainer.trainer_mixin import TrainerMixin
 
 ACCOUNTS_FILE: Final = "zofo_accounts.json"
+
+
+@contextmanager
+def naming_damage(folder: str | Path | None) -> Iterator[None]:
+    """Turn an error of reading Trainer's own files, which are pickles, into one `UserError`.
+
+    Torch reads only tensors, numbers and containers from them, and runs no code.
+
+    Raises:
+        UserError: for any `Exception`; it names the file that cannot be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        files = sorted(
+            p for end in ("pt", "pth", "bin") for p in Path(folder or "").glob(f"*.{end}")
+        )
+        bad = next((file for file in files if not _is_readable(file)), None)
+        if bad is None:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problem = f"{folder} cannot be restored ({said})"
+        else:
+            problem = f"{bad} is damaged, or holds objects other than tensors and numbers"
+        raise UserError(f"{problem}; resume from another checkpoint") from error
+
+
+def _is_readable(file: Path) -> bool:
+    if file.name == TRAINING_ARGS_NAME:  # Nobody reads it.
+        return True
+    try:
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 class RestoreAccounts(TrainerCallback):
@@ -62,13 +109,33 @@ class CheckpointMixin(TrainerMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model) and the trajectory, if the base has one."""
-        super().save_model(output_dir, _internal_call)
+        with saving_adapter(self.model), warnings.catch_warnings():
+            # The copy of the embeddings that peft then writes is not read: the base has a record.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+            super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._output_folder)
+        if is_peft(self.model):
+            sort_sets(self.model, folder)
         save_prompt_encoder(self.model, folder)
         if self._history is not None:
-            self._history.save(folder)
+            save_history(folder, self.model, self._history.optimizer)
+        elif is_peft(self.model):
+            save_buffers(folder, self.moved_buffers)
+
+    @property
+    def moved_buffers(self) -> dict[str, Tensor]:
+        """The buffers that training has changed: name without adapter -> value."""
+        return {} if self._hybrid is None else self._hybrid.buffers.moved()
+
+    def _load_buffers(self, folder: Path) -> None:
+        """Set the buffers of a checkpoint; the file of a model without adapter holds them."""
+        if is_peft(self.model) and not is_sharded(self):
+            path = folder / TRAJECTORY_FILE
+            record = Trajectory.load(path)[1] if path.exists() else None
+            self.hybrid_optimizer.buffers.restore_original()
+            load_buffers(folder, self.model, record)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoints_folder or super()._get_output_dir(trial))
@@ -139,7 +206,12 @@ class CheckpointMixin(TrainerMixin):
         elif is_sharded(self) or not copy_weights(
             Path(resume_from_checkpoint), self.model if model is None else model
         ):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with naming_damage(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming_damage(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -147,10 +219,13 @@ class CheckpointMixin(TrainerMixin):
             self._name_best(self._output_folder)
             accounts = Path(checkpoint) / ACCOUNTS_FILE
             if accounts.exists():
-                self._resumed_accounts = json.loads(accounts.read_text(encoding="utf-8"))
+                self._resumed_accounts = read_json_object(accounts, has_nan=True)
         if checkpoint is not None and self._history is not None:
             self._history.go_to(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_buffers(Path(checkpoint))
+        with naming_damage(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._hybrid
         if optimizer is not None and len(optimizer.trajectory):
             # With save_only_model there is no optimizer state. The trajectory knows the step.
@@ -165,3 +240,4 @@ class CheckpointMixin(TrainerMixin):
             super()._load_best_model()
         if self._history is not None:
             self._history.go_to(best)
+        self._load_buffers(best)

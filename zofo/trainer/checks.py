@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from zofo.errors import UserError
 from zofo.optim.batch_part import check_fraction
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import is_peft, is_quantized, split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.trajectory import MAX_UPDATES
 from zofo.perturb.compiled import is_wrapper
+from zofo.trainer.options import read_rates
 
 
 def check_setup(trainer: Any, options: Any) -> None:
@@ -21,7 +27,8 @@ def check_setup(trainer: Any, options: Any) -> None:
             "the model is or contains the result of torch.compile(module), so its checkpoints "
             "would have other names; pass torch_compile=True, or compile in place: module.compile()"
         )
-    apply_method(trainer.model, method)
+    blocks = apply_method(trainer.model, method)
+    _warn_of_random(trainer.model, blocks.base)
     args = trainer.args
     if trainer.optimizer is not None and not isinstance(trainer.optimizer, HybridOptimizer):
         raise UserError(
@@ -61,10 +68,35 @@ def check_setup(trainer: Any, options: Any) -> None:
             "the reference model would change, because it is this base: pass "
             "precompute_ref_log_probs=True, or a separate ref_model"
         )
+    rates = read_rates(options.base_lr)
+    num_groups = len(rates) if isinstance(rates, dict) else 1
+    if base and num_groups * args.max_steps > MAX_UPDATES:
+        wrong.append(
+            f"{args.max_steps} steps with {num_groups} learning rates of the base are more than "
+            f"the {MAX_UPDATES} updates that a trajectory can hold: lower either"
+        )
     if fraction < 1:
         wrong += _no_random_rows(trainer, options, fraction)
     if wrong:
         raise UserError(f"method {method!r} cannot train here: " + "; ".join(wrong))
+
+
+def _warn_of_random(model: Any, base: Mapping[str, nn.Parameter]) -> None:
+    """Warn of weights of a new head that peft freezes, because it does not know their names."""
+    if not is_peft(model) or getattr(model, "is_quantized", False):
+        return
+    embeddings = model.get_input_embeddings().weight  # It is new after a change of the vocabulary.
+    # transformers marks the weights that it loaded.
+    is_loaded = {name: hasattr(p, "_is_hf_initialized") for name, p in base.items()}
+    new = [n for n, loaded in is_loaded.items() if not loaded and base[n] is not embeddings]
+    if new and any(is_loaded.values()):
+        modules = sorted({name.rpartition(".")[0] for name in new})
+        warnings.warn(
+            f"{len(new)} weights of the base are new and random, such as {new[0]}, because the "
+            "model's folder lacks them, and the adapter does not train them; make the adapter with "
+            f"modules_to_save={modules[:3]}",
+            stacklevel=5,
+        )
 
 
 def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
@@ -93,6 +125,13 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
             "several samples into one row: set it to 1, or switch them off"
         )
     return wrong
+
+
+def can_be_hashed(trainer: Any) -> bool:
+    """Whether the base is whole, in memory and not quantized, so that its bits can be read."""
+    weights = split_parameters(trainer.model).base.values()
+    is_whole = trainer.args.world_size == 1 and not is_sharded(trainer)
+    return is_whole and not any(p.is_meta or is_quantized(p) for p in weights)
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -21,15 +21,15 @@ from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
+from zofo.optim.blocks import is_peft
 from zofo.optim.cost import forward_equivalents
-from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import ReshufflingSampler
 from zofo.optim.trajectory import Trajectory
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
-from zofo.trainer.checks import check_setup
+from zofo.trainer.checks import can_be_hashed, check_setup
 from zofo.trainer.losses import BatchLossMixin, metrics_set_aside
 from zofo.trainer.options import HybridArguments as HybridArguments
 from zofo.trainer.options import HybridOptions, read_rates
@@ -51,6 +51,16 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         UserError: if the method does not fit the model, the arguments or the hardware.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(HybridMixin):
+            other = next(base for base in cls.__bases__ if issubclass(base, Trainer)).__name__
+            raise UserError(
+                f"class {cls.__name__} lists {other} before HybridMixin, so Trainer's own steps "
+                f"would run; write class {cls.__name__}(HybridMixin, {other})"
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -62,7 +72,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._given_options, self._original_base = hybrid, original_base
         self._hybrid = self._history = None
         self._measured_step: int | None = None
-        self._loss_is_checked = False
+        self._parts_are_checked = False
         self._base_lr: float | None = None
         self._checkpoints_folder = self._resumed_accounts = None
         super().__init__(*args, **kwargs)
@@ -97,7 +107,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create one `HybridOptimizer` for both blocks; Trainer calls this."""
-        self._measured_step, self._loss_is_checked = None, False
+        self._measured_step, self._parts_are_checked = None, False
         if self.optimizer is None:
             self._hybrid = self._history = None
             self.optimizer = self._new_optimizer(self.model if model is None else model)
@@ -111,6 +121,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                     self._original_base,
                     self.hybrid_options.snapshot_every,
                 )
+            elif is_peft(self.model) and can_be_hashed(self):
+                optimizer.original_fingerprint()  # so that a resume refuses another base
         if self._history is not None and self.args.load_best_model_at_end:
             self._history.keep_original()
         return self.optimizer
@@ -143,7 +155,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         if view is not None and model is not view.model:
             view.follow(model)  # accelerate has wrapped the model.
         # With the state before the pass, the perturbed evaluations repeat its dropout masks.
-        generators = GeneratorState.capture()
+        generators = optimizer.before_pass()
         if optimizer.inner is not None:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
         else:
@@ -154,10 +166,11 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         with metrics_set_aside(self):
             # Unless the masks are replayed, dropout makes two evaluations differ.
             is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
-            if is_wanted and not self._loss_is_checked:
-                parts = None if instead is None or rest is None else (instead, rest)
-                self._check_losses(loss, model, inputs, num_items_in_batch, generators, parts)
-            self._loss_is_checked = True
+            if is_wanted and not self._parts_are_checked and instead and rest:
+                whole = self.whole_batch(model, inputs, num_items_in_batch)
+                known = None if self.has_zeroth_loss else loss
+                self._check_parts(known, whole, instead, rest, generators)
+            self._parts_are_checked = True
             optimizer.measure(closure, loss, generators, instead)
         return loss
 

@@ -1,0 +1,157 @@
+"""The state of `HybridOptimizer`: saving, restoring and copying it.
+
+The inner optimizer shares its state and its group dicts with the outer one. The perturbation
+belongs to the weights at their addresses. Both are joined anew whenever the state changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zofo.disk.files import refusing
+from zofo.errors import UserError
+from zofo.optim.buffers import MovingBuffers
+from zofo.optim.options import StepOptions
+from zofo.optim.reports import StepLog, StepReport
+from zofo.perturb.view import Perturbation
+
+_COPIED: Final = (
+    "model", "options", "seed", "max_grad_norm", "inner", "step_count", "num_forwards",
+    "base_fingerprint", "_self_check", "buffers", "_log", "_reads_late", "_has_stepped",
+    "_is_built", "_ran_backward", "_has_moved_base", "_loss", "_scalars", "_num_forwards",
+)  # fmt: skip
+"""Attributes that a copy or a pickle of the optimizer keeps, beside torch's own."""
+
+
+class StatefulOptimizer(Optimizer):
+    """What `HybridOptimizer` saves, restores and copies; its constructor sets the attributes."""
+
+    model: nn.Module
+    options: StepOptions
+    seed: int
+    inner: Optimizer | None
+    perturbation: Perturbation | None
+    base_fingerprint: str | None
+    step_count: int
+    num_forwards: float
+    _log: StepLog
+    buffers: MovingBuffers
+    _is_built: bool = False
+    _ran_backward: bool  # whether `accumulate` has run a backward pass in this step
+    _loss: Tensor | None  # of this step, float64, []
+    _scalars: Tensor | None  # of this step, float64, [directions]
+    _num_forwards: float  # of this step
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that was not given to the constructor, which calls this for its groups.
+
+        Raises:
+            UserError: after construction.
+        """
+        if self._is_built:
+            raise UserError(
+                "add_param_group: the perturbation, the trajectory and the inner optimizer are "
+                "made for the groups that HybridOptimizer is given; make a new one with all groups"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._log.read_pending()
+        return super().__getstate__() | {name: getattr(self, name) for name in _COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A perturbation holds addresses of the weights, so that of a copy is made anew.
+        self.perturbation = self._new_perturbation()
+        self._share_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's optimizer state, and the step count that addresses the directions."""
+        self._log.read_pending()
+        measured = self._log.last_measured
+        return {
+            **super().state_dict(),
+            "zofo": {
+                "step_count": self.step_count,
+                "num_forwards": self.num_forwards,
+                "base_fingerprint": self.base_fingerprint,
+                **self._fixed_options(),
+                "last_measured": None if measured is None else asdict(measured),
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; weights and trajectory are restored separately.
+
+        Raises:
+            UserError: if another optimizer saved the state, or one with other step options.
+        """
+        own = state_dict.get("zofo")
+        if own is None:
+            raise UserError(
+                "the state is not that of a HybridOptimizer, because it has no entry 'zofo'; load "
+                "what HybridOptimizer.state_dict returned, or begin with a new optimizer"
+            )
+        for key, value in self._fixed_options().items():
+            if own.get(key, value) != value:
+                raise UserError(
+                    f"the state was saved with {key} {own[key]!r}, but this optimizer has "
+                    f"{value!r}, and a run keeps its step options; use the saved value"
+                )
+        saved = own.get("base_fingerprint")
+        if None not in (saved, self.base_fingerprint) and saved != self.base_fingerprint:
+            raise UserError(
+                f"the state belongs to a base with fingerprint {saved}, but this base had "
+                f"{self.base_fingerprint} before training; load the base that the run began with"
+            )
+        fits = "load it into an optimizer with the same groups and the same inner optimizer"
+        with refusing("the state does not fit this optimizer", fits):
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
+        self._share_state()
+        self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
+        self.base_fingerprint = saved or self.base_fingerprint
+        measured = own.get("last_measured")
+        self._log.pending = None
+        self._log.last_measured = None if measured is None else StepReport(**measured)
+        self.discard_measurements()
+
+    def _fixed_options(self) -> dict[str, Any]:
+        """The seed, and the options that a run cannot change, because its record has one value."""
+        fixed = ("distribution", "num_directions", "eps", "estimator")
+        return {"seed": self.seed, **{key: getattr(self.options, key) for key in fixed}}
+
+    def _new_perturbation(self) -> Perturbation | None:
+        zeroth = self._groups("zeroth")
+        if not zeroth:
+            return None
+        return Perturbation(
+            self.model,
+            [p for group in zeroth for p in group["params"]],
+            [t for group in zeroth for t in group["tensors"]],
+            seed=self.seed,
+            distribution=self.options.distribution,
+            overlap=self.options.overlap,
+        )
+
+    def _groups(self, order: str) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["order"] == order]
+
+    def _share_state(self) -> None:
+        if self.inner is not None:
+            self.inner.state = self.state
+            self.inner.param_groups = self._groups("first")
+            # Schedulers such as OneCycleLR change the momentum of every group, and the zeroth-order
+            # groups ignore it.
+            for key in self.inner.defaults.keys() & {"momentum", "betas"}:
+                for group in self._groups("zeroth"):
+                    group.setdefault(key, self.inner.defaults[key])
+
+    def discard_measurements(self) -> None:
+        """Discard the losses and scalars of the current step, so that it starts again."""
+        self._loss, self._scalars, self._num_forwards = None, None, 0
+        self._ran_backward = False
+        self.buffers.forget()

@@ -1,0 +1,102 @@
+"""Encodes all rows of a task, and checks that the model can read them.
+
+A row that has nothing to learn is left out, with a note. Token ids and positions beyond the tables
+of a model would end a run with an error of torch, and on a GPU without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from zofo.errors import UserError
+from zofo.models.sequence_limits import limits_of
+from zofo.tasks.encode import Encoded, Encoder, NothingToLearnError
+from zofo.tasks.spec import Splits
+
+
+def encode_parts(
+    encoder: Encoder, splits: Splits, model: Any, parts: Sequence[str] = ("train", "dev", "test")
+) -> tuple[dict[str, list[Encoded]], tuple[str, ...]]:
+    """Encode parts of a task's rows.
+
+    Args:
+        encoder: encodes a row.
+        splits: the rows.
+        model: the model with its adapter.
+        parts: names of the parts.
+
+    Returns:
+        Part -> encoded rows. Notes on rows that were left out or shortened, or are longer than
+        those the model was trained on.
+
+    Raises:
+        UserError: if no row of a part is left, or if the model cannot read a row.
+    """
+    encoded: dict[str, list[Encoded]] = {}
+    left_out: list[str] = []
+    for part in parts:
+        encoded[part], problems = [], []
+        for row in splits.part(part):
+            try:
+                encoded[part].append(encoder(row))
+            except NothingToLearnError as error:
+                problems.append(str(error))
+        if not encoded[part]:
+            raise UserError(f"nothing can be learnt from the {part} rows: {problems[0]}")
+        left_out += [f"{part} {problem}" for problem in problems]
+    rows = [row for part in parts for row in encoded[part]]
+    notes = []
+    if left_out:
+        notes.append(f"rows left out: {len(left_out)}. The first: {left_out[0]}")
+    num_short = sum(row.is_shortened for row in rows)
+    if num_short:
+        notes.append(
+            f"{num_short} of {len(rows)} conversations are longer than task.max_length "
+            f"({encoder.max_length} tokens) and lose their first turns"
+        )
+    sequences = [ids for row in rows for ids in (*row.rows, *row.outputs)]
+    return encoded, (*notes, *check_limits(model, encoder.tokenizer, sequences))
+
+
+def check_limits(
+    model: Any, tokenizer: Any, sequences: Iterable[Sequence[int]], *, max_new_tokens: int = 0
+) -> list[str]:
+    """Compare sequences of token ids with the limits of a model.
+
+    Args:
+        model: the model with its adapter.
+        tokenizer: its tokenizer.
+        sequences: token ids of each sequence.
+        max_new_tokens: tokens that are generated after each.
+
+    Returns:
+        A note if the sequences are longer than those the model was trained on.
+
+    Raises:
+        UserError: if the model cannot read them.
+    """
+    limits, known = limits_of(model), list(sequences)
+    highest = max(max(ids, default=0) for ids in [*known, [tokenizer.pad_token_id]])
+    if limits.num_tokens is not None and highest >= limits.num_tokens:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"the tokenizer gives {token!r} the id {highest}, and the model has embeddings for ids "
+            f"below {limits.num_tokens} only: call model.resize_token_embeddings(len(tokenizer)) "
+            "and save both, or use the tokenizer without the added tokens"
+        )
+    longest = max(map(len, known)) + max_new_tokens + limits.virtual
+    if limits.positions is None or longest <= limits.positions:
+        return []
+    what = f"the longest row has {longest} tokens"
+    if limits.virtual:
+        what += f", of them {limits.virtual} virtual ones of the adapter"
+    if max_new_tokens:
+        what += f" with {max_new_tokens} to be written"
+    if limits.is_hard:
+        room = limits.positions - limits.virtual - max_new_tokens
+        remedy = f"set task.max_length={room}" if room >= 8 else "choose another model"
+        if max_new_tokens:
+            remedy = "shorten it, or lower max_new_tokens (--max-new-tokens)"
+        raise UserError(f"{what}, and the model has {limits.positions} positions; {remedy}")
+    return [f"{what}, and the model was made for {limits.positions} positions"]
