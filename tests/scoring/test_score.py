@@ -29,8 +29,8 @@ def trained(folder, model, *options):
             *options,
             "method=fo-peft",
             "adapter_lr=0.02",
-            "steps=4",
-            "eval_every=4",
+            "steps=1",
+            "eval_every=1",
             "device=cpu",
             f"output_dir={folder}",
         ]
