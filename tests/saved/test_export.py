@@ -327,7 +327,7 @@ def test_an_empty_folder_is_filled_and_a_file_in_the_way_is_reported(tmp_path, t
     (tmp_path / "empty").mkdir()
     export_model(trained(), tmp_path / "empty")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written, because .*file is a file"):
+    with pytest.raises(UserError, match=r"cannot be written, because .*file is a file"):
         export_model(trained(), tmp_path / "file" / "plain")
 
 

@@ -213,8 +213,8 @@ def _read_run(
     altered = _alterations(folder)
     if altered:
         error = "; ".join(altered)
-        row = {"study": _text(study.get("study")), "stage": "final", "chosen": False}
-        return {**row, "status": "damaged", "error": error, **_what_ran(config, study)}, []
+        known = {"study": _text(study.get("study")), "stage": "final", "chosen": False}
+        return {**known, "status": "damaged", "error": error, **_what_ran(config, study)}, []
     is_chosen = study.get("chosen") is True
     result = _mapping(folder / "result.json")
     log = list(_log_lines(folder / "metrics.jsonl"))
