@@ -128,7 +128,7 @@ def test_what_draws_with_a_generator_is_counted_too(tmp_path):
     for kind, values in {
         "FOURIERFT": {"n_frequency": 8},
         "VERA": {"r": 4},
-        "LORA": {"r": 2, "init_lora_weights": "pissa"},
+        "LORA": {"r": 2, "init_lora_weights": "orthogonal"},
     }.items():
         path = tmp_path / f"{kind}.json"
         path.write_text(json.dumps({"peft_type": kind, "target_modules": ["q_proj"], **values}))
