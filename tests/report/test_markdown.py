@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from tests.support.run_folders import write_run, write_study
 from zofo.cli.app import app
 from zofo.errors import UserError
-from zofo.report.markdown import escape, render_markdown, write_markdown
+from zofo.report.markdown import MARK, escape, render_markdown, write_markdown
 from zofo.report.page import make_report
 from zofo.report.tables import group_table
 
@@ -27,7 +27,7 @@ def rows_under(text: str, title: str) -> list[list[str]]:
 def test_the_command_writes_verdict_and_every_row(tmp_path):
     study = write_study(tmp_path / "study")
     to = tmp_path / "results.md"
-    to.write_text("What stood here before is replaced.")
+    to.write_text(f"{MARK}\nWhat stood here before is replaced.")
     done = run("report", study, "--to", tmp_path / "page.html", "--markdown", to)
     assert done.exit_code == 0, done.output
     text = to.read_text()
