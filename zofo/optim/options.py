@@ -45,7 +45,12 @@ class StepOptions:
     replay_dropout: Annotated[
         bool, Field(description="same dropout masks in all evaluations of a step")
     ] = True
-    self_check: Annotated[bool, Field(description="check the first perturbed forward pass")] = True
+    self_check: Annotated[
+        bool,
+        Field(
+            description="check in the first step that the loss repeats, and each read of a weight"
+        ),
+    ] = True
     # Off by default: it has no timing on a GPU yet, and it needs the scratch of one more layer.
     overlap: Annotated[
         bool,
