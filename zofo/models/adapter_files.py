@@ -45,7 +45,8 @@ def config_from_file(path: Path, task: str, model: nn.Module) -> Any:
         # peft accepts any text for some fields and then behaves as if the field were not there.
         for key, hint in typing.get_type_hints(type(config)).items():
             for kind in (hint, *typing.get_args(hint)):
-                if key in values and isinstance(kind, enum.EnumMeta):
+                is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+                if key in values and is_enum:
                     _check_choice(path, key, values[key], kind)
     return config
 
