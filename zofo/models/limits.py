@@ -135,7 +135,8 @@ def _choices(parsed: Any, *, is_repeated: bool = False) -> tuple[int, float]:
     """
     num, factor = 0, 1.0
     for kind, argument in parsed:
-        name, inner = str(kind), []
+        name = str(kind)
+        inner: list[Any] = []
         if name in _REPEATS:
             low, high, body = argument
             most = min(int(high), max(_NAME_LENGTH, int(low)))
