@@ -34,7 +34,7 @@ def new_weights(model: nn.Module) -> frozenset[str]:
     The names are those in the model without an adapter. It is empty for models that
     `zofo.models.loading.load_model` did not load.
     """
-    return getattr(model, _NEW, frozenset())  # type: ignore[return-value]
+    return getattr(model, _NEW, frozenset())
 
 
 def notes_on_new(model: nn.Module) -> list[str]:
@@ -50,7 +50,8 @@ def new_modules(model: nn.Module) -> list[str]:
         UserError: if a new weight lies beside weights that were loaded, so an adapter cannot train
             it.
     """
-    new, found = new_weights(model), []
+    new = new_weights(model)
+    found: list[str] = []
     for name, module in model.named_modules():
         inside = {f"{name}.{inner}" for inner, _ in module.named_parameters()}
         if name and inside and inside <= new and not name.startswith(tuple(f"{f}." for f in found)):

@@ -115,11 +115,11 @@ def _active_in(
 @contextlib.contextmanager
 def _keeping_embeddings(model: Any, folder: Path, names: Collection[str]) -> Iterator[None]:
     """Put the embeddings of the base back if the files of an adapter hold copies of them."""
-    layers = []
+    layers: list[Any] = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
             layers.append(getattr(model, get)())
-    weights = {layer.weight for layer in layers if isinstance(layer, nn.Module)}
+    weights: set[Any] = {layer.weight for layer in layers if layer is not None}
     ends = tuple(
         f"{name}.{inserted}weight"
         for name, module in model.named_modules()
