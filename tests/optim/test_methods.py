@@ -403,13 +403,11 @@ def wrapped_by_transformers():
 
 
 def injected():
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
-    return peft.inject_adapter_in_model(config, build("llama", None))
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, **QV), build("llama", None))
 
 
 def mixed():
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
-    return peft.get_peft_model(build("llama", None), config, mixed=True)
+    return peft.get_peft_model(build("llama", None), peft.LoraConfig(r=2, **QV), mixed=True)
 
 
 @pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-ft"])

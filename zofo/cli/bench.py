@@ -24,9 +24,7 @@ _PLAIN_WIDTH = 160  # Without a terminal, as many columns show every cell in ful
 def bench(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Values that override CONFIG of --whole-run."
-        ),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that override CONFIG."),
     ] = None,
     model: Annotated[
         str, typer.Option(help="Hub id, folder, alias, random:llama-135m or random:llama-1b.")
@@ -34,24 +32,16 @@ def bench(
     adapter: Annotated[str, typer.Option(help="Kind of adapter, such as lora or prompt.")] = "lora",
     batch: Annotated[int, typer.Option(help="Number of rows in the batch.")] = 8,
     length: Annotated[int, typer.Option(help="Number of tokens per row.")] = 32,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the base: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[
         str | None,
         typer.Option(help="CPU threads. 1,2 measures with 1 and with 2. Default: torch's number."),
     ] = None,
-    distribution: Annotated[
-        str, typer.Option(help="Distribution of zofo's directions: rademacher or gaussian.")
-    ] = "rademacher",
+    distribution: Annotated[str, typer.Option(help="rademacher or gaussian.")] = "rademacher",
     rounds: Annotated[int, typer.Option(help="Number of samples of each contender.")] = 7,
-    only: Annotated[
-        str | None, typer.Option(help="Contenders, separated by commas. Default: all.")
-    ] = None,
-    elements: Annotated[
-        int, typer.Option(help="Size of the weight that the noise kernels work on.")
-    ] = 1 << 25,
+    only: Annotated[str | None, typer.Option(help="Contenders, with commas. Default: all.")] = None,
+    elements: Annotated[int, typer.Option(help="Size of the noise kernels' weight.")] = 1 << 25,
     noise_only: Annotated[
         bool, typer.Option("--noise-only", help="Measure only the noise kernels.")
     ] = False,

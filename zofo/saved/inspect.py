@@ -148,7 +148,7 @@ def check_export_files(folder: Path, is_merged: bool) -> None:
     names = {"model.safetensors"}
     if index.exists():
         places = read_json_object(index).get("weight_map")
-        files = list(places.values()) if isinstance(places, dict) else [None]
+        files: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
         wrong = [file for file in files if not _is_name(file)]
         if wrong:
             raise UserError(
