@@ -45,7 +45,7 @@ def config(tmp_path, decoder_folder, *more):
     )
 
 
-@pytest.mark.filterwarnings("ignore:step 3. loss nan")
+@pytest.mark.filterwarnings("ignore:step 3 was not applied")
 def test_a_run_stops_at_a_loss_that_is_not_finite(tmp_path, decoder_folder, poisoned):
     with pytest.raises(TrainingStoppedError, match="stopped at step 4"):
         train(config(tmp_path, decoder_folder), console=QUIET)
@@ -57,7 +57,7 @@ def test_a_run_stops_at_a_loss_that_is_not_finite(tmp_path, decoder_folder, pois
     assert [row[0].step for row in trajectory.updates] == [0, 1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:step 3. loss nan")
+@pytest.mark.filterwarnings("ignore:step 3 was not applied")
 def test_a_run_that_skips_goes_on(tmp_path, decoder_folder, poisoned):
     result = train(config(tmp_path, decoder_folder, "on_non_finite=skip"), console=QUIET)
     assert result.cost["steps"] == 6

@@ -3,11 +3,11 @@
 import itertools
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from tests.support.tiny_study import spec_of, write_rows
+from zofo.errors import UserError
 from zofo.study.grid import Pair, Run, expand
 from zofo.study.records import StudyFolder
 from zofo.study.select import DevScore, choose
@@ -95,22 +95,24 @@ def test_test_scores_cannot_change_a_choice(tmp_path, grid, monkeypatch):
         dev = 0.3 if run.rates == LOW else 0.4
         write_run(folder, run, dev, test={"after": {"loss": 1 - dev, "accuracy": dev}})
     folder.start_folder("tiny", "reviews", 0).mkdir(parents=True)
-    real, opened = Path.read_text, []
+    real, parsed = json.loads, []
 
-    def read_text(self, *args, **kwargs):
-        opened.append(self.name)
-        return real(self, *args, **kwargs)
+    def loads(text, **options):
+        parsed.append(text)
+        return real(text, **options)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(json, "loads", loads)
     assert StudyFolder(grid).choices()[cell].rates == LOW
-    assert set(opened) == {"study.json"}  # These files contain no test scores.
+    assert parsed
+    assert not any('"test"' in text for text in parsed)  # Only result.json holds test scores.
     monkeypatch.undo()
     for run in grid.search:
         record = json.loads((folder.run_folder(run) / "study.json").read_text())
         assert record.pop("test_error") is None
         assert "test" not in json.dumps(record)
-        (folder.run_folder(run) / "result.json").write_text("no JSON")
-    assert StudyFolder(grid).choices()[cell].rates == LOW
+    (folder.run_folder(run) / "result.json").write_text("no JSON")
+    with pytest.raises(UserError, match=r"result\.json was altered"):
+        StudyFolder(grid).choices()
 
 
 def test_a_choice_names_the_runs_of_the_other_seeds(tmp_path, grid):

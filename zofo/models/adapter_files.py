@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from zofo.console import quiet
-from zofo.disk.files import read_json, refusing
+from zofo.disk.files import parse_json, read_text, refusing
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError, shown
 from zofo.models.limits import check_adapter_values
@@ -56,9 +56,11 @@ def _read(path: Path) -> Any:
     if path.suffix != ".json":
         return read_yaml(path, name)
     try:
-        return read_json(path)
+        text = read_text(path)
     except UserError as error:
         raise UserError(f"{name} {error}") from error
+    with refusing(f"{name} {path} is not valid json", "correct it"):
+        return parse_json(text)
 
 
 def _check_choice(path: Path, key: str, value: Any, kind: type[enum.Enum]) -> None:

@@ -151,7 +151,12 @@ def wrapper_prefix(model: nn.Module) -> str:
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is a `PeftModel`; a model without one does not import peft."""
     kind = getattr(sys.modules.get("peft"), "PeftModel", None)
-    return kind is not None and isinstance(model, kind)
+    return kind is not None and isinstance(_without_compile(model), kind)
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that `torch.compile(model)` returns, or the model itself."""
+    return model._modules.get(WRAPPED_NAME.rstrip(".")) or model
 
 
 def check_adapter_kinds(model: nn.Module, *, moves_base: bool = True) -> None:
@@ -204,6 +209,7 @@ def _check_wrapper(model: nn.Module) -> None:
     peft = sys.modules.get("peft")
     if peft is None:
         return
+    model = _without_compile(model)
     if is_peft(model) and any(is_peft(module) for module in model.modules() if module is not model):
         raise UserError(
             "the model is a PeftModel inside a PeftModel, and peft saves only the outer adapter; "

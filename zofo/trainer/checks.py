@@ -85,7 +85,9 @@ def _warn_of_random(model: Any, base: Mapping[str, nn.Parameter]) -> None:
     """Warn of weights of a new head that peft freezes, because it does not know their names."""
     if not is_peft(model) or getattr(model, "is_quantized", False):
         return
-    embeddings = model.get_input_embeddings().weight  # It is new after a change of the vocabulary.
+    # The embeddings are new after a change of the vocabulary.
+    get = getattr(model, "get_input_embeddings", None)
+    embeddings = None if get is None else get().weight
     # transformers marks the weights that it loaded.
     is_loaded = {name: hasattr(p, "_is_hf_initialized") for name, p in base.items()}
     new = [n for n, loaded in is_loaded.items() if not loaded and base[n] is not embeddings]
