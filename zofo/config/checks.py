@@ -71,25 +71,28 @@ def check_sections(config: RunConfig) -> list[str]:
         if isinstance(rate, float) and not 0 <= rate < float("inf"):
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
             problems.append(f"{name} is {rate}; a learning rate is a finite number of at least 0")
-    try:
-        from transformers import SchedulerType
-
-        kinds = [str(kind.value) for kind in SchedulerType]
-        schedulers = [kind for kind in kinds if kind not in _NEED_ARGUMENTS]
-    except ImportError:
-        schedulers = []
-    if schedulers and config.scheduler not in schedulers:
-        near = difflib.get_close_matches(config.scheduler, schedulers, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        if config.scheduler in _NEED_ARGUMENTS:
-            hint = (
-                "it needs arguments, which only HybridArguments has (lr_scheduler_kwargs) and the "
-                "configuration of a run does not; "
-            )
-        problems.append(
-            f"scheduler is {config.scheduler!r}; {hint}choose one of {', '.join(schedulers)}"
-        )
+    problems += _check_scheduler(config.scheduler)
     return problems
+
+
+def _check_scheduler(scheduler: str) -> list[str]:
+    """A message if the schedule is none of transformers, or one that needs arguments."""
+    if scheduler == RunConfig.model_fields["scheduler"].default:
+        return []  # Most configurations are then checked without the seconds of the import.
+    from transformers import SchedulerType
+
+    kinds = [str(kind.value) for kind in SchedulerType]
+    known = [kind for kind in kinds if kind not in _NEED_ARGUMENTS]
+    if scheduler in known:
+        return []
+    near = difflib.get_close_matches(scheduler, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    if scheduler in _NEED_ARGUMENTS:
+        hint = (
+            "it needs arguments, which only HybridArguments has (lr_scheduler_kwargs) and the "
+            "configuration of a run does not; "
+        )
+    return [f"scheduler is {scheduler!r}; {hint}choose one of {', '.join(known)}"]
 
 
 def _check_scores(config: RunConfig) -> list[str]:
