@@ -314,6 +314,7 @@ def test_code_of_the_base_is_run_only_when_the_reader_says_so(made, tmp_path):
         done = CliRunner().invoke(app, ["predict", str(artefact), "film"])
         assert done.exit_code == 2, done.output
         assert done.stderr.startswith("error: ")
+        assert not marker.exists()
 
 
 def test_a_refused_artefact_leaves_the_whole_one_as_it_was(made, artefact):
