@@ -18,7 +18,6 @@ from zofo.errors import UserError
 from zofo.study.queue import Queue
 
 
-
 def binaries():
     """Return the folder of PostgreSQL's programs, or None if it is not installed."""
     found = shutil.which("initdb")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import peft
 import torch
@@ -88,7 +88,7 @@ def build(
     return copy.deepcopy(_build(architecture, adapter, seed, dtype, lora_dropout))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(
     architecture: str, adapter: str | None, seed: int, dtype: torch.dtype, lora_dropout: float
 ) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -182,7 +182,7 @@ def bare(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return copy.deepcopy(_bare(architecture, seed, dtype))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bare(architecture: str, seed: int, dtype: torch.dtype) -> nn.Module:
     kinds: dict[str, Any] = {
         "causal-lm": hf.AutoModelForCausalLM,
