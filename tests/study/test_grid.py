@@ -61,7 +61,7 @@ def test_one_rate_is_a_grid(write, rate):
 
 @pytest.mark.parametrize(
     ("rate", "message"),
-    [("auto", "auto"), ("fast", "valid number"), (-1, "at least 0"), (True, "valid list")],
+    [("auto", "auto"), ("fast", "valid number"), (-1, "at least 0"), (True, "must be a number")],
 )
 def test_rates_that_are_none(write, rate, message):
     with pytest.raises(UserError, match=message):

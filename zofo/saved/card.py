@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from zofo.disk.files import write_text
+from zofo.disk.yaml import yaml_text
 from zofo.environment import environment
 from zofo.models.embedded import ALIASES
 from zofo.models.loading import HEAD_NAMES
@@ -53,7 +52,7 @@ def write_card(
 def front_matter(values: Mapping[str, Any]) -> str:
     """The YAML block at the beginning of a model card, without the keys that have no value."""
     known = {key: value for key, value in values.items() if value}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n\n"
+    return f"---\n{yaml_text(known)}---\n\n"
 
 
 def _body(

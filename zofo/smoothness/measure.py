@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import TrainerCallback
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import write_json, write_text
+from zofo.disk.yaml import yaml_text
 from zofo.errors import UserError
 from zofo.optim.methods import apply_method
 from zofo.perturb.view import Perturbation
@@ -290,8 +290,7 @@ def measure_run(
 
         def began(folder: Path) -> None:
             values = {**config.model_dump(), SECTION: options.model_dump()}
-            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            write_text(folder / OPTIONS_FILE, text)
+            write_text(folder / OPTIONS_FILE, yaml_text(values))
             if on_start is not None:
                 on_start(folder)
 

@@ -18,14 +18,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from zofo.config.checks import PATHS
 from zofo.config.load import apply_override, describe_problem, join_problems
 from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
-from zofo.disk.yaml import read_yaml
+from zofo.disk.yaml import read_yaml, yaml_text
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS, MethodName
+from zofo.sections import MAX_THREADS, Section
 from zofo.tasks.spec import TaskSpec
 
 SPEC_FILE: Final = "study.yaml"
@@ -61,11 +62,7 @@ Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Where(_Strict):
+class Where(Section):
     """Selects cells by patterns for their labels; an omitted key matches every label."""
 
     models: Pattern = "*"
@@ -104,7 +101,7 @@ class Rates(Where):
         return value
 
 
-class StudySpec(_Strict):
+class StudySpec(Section):
     """A study."""
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="name of the study")
@@ -139,7 +136,7 @@ class StudySpec(_Strict):
     early_stopping: float | None = Field(
         1.0, ge=0, description="early_stopping of every run; null: never stop early"
     )
-    num_threads: int = Field(1, ge=1, description="CPU threads of each run")
+    num_threads: int = Field(1, ge=1, le=MAX_THREADS, description="CPU threads of each run")
     keep: Literal["chosen", "all"] = Field(
         "chosen",
         description="files that stay; chosen: only the artefacts of runs at the chosen rates",
@@ -174,7 +171,7 @@ class StudySpec(_Strict):
         for part in (*values["rates"], *values["exclude"]):
             for key in [k for k, v in part.items() if v is None or v == "*"]:
                 del part[key]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml_text(values)
 
 
 def presets() -> dict[str, Path]:
@@ -363,14 +360,6 @@ def label_of(entry: Entry, key: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.rstrip("/").split("/")[-1])
 
 
-_FILES: Final = {
-    "model": ("name",),
-    "task": ("train", "dev", "test", "data_dir"),
-    "adapter": ("config_file",),
-}
-"""Options that may be paths."""
-
-
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:
     """Make paths absolute, because workers may run in other working directories."""
     update: dict[str, Any] = {"output": str(Path(spec.output).expanduser().absolute())}
@@ -386,7 +375,7 @@ def _absolute(entry: Entry, section: str) -> Entry:
 
     key = SECTIONS[section]
     values = {key: entry} if isinstance(entry, str) else dict(entry)
-    for name in _FILES[section]:
+    for name in PATHS[section]:
         value = values.get(name)
         if not isinstance(value, str) or value in ALIASES:
             continue

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from zofo.disk.plain import unique_keys
 from zofo.errors import UserError
 
 Rows = list[tuple[int, dict[str, Any]]]
@@ -63,8 +64,8 @@ def _read_jsonl(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=unique_keys)
+        except ValueError as error:
             raise UserError(
                 f"{path}, row {number}: not valid JSON ({error}); a jsonl file has one object a "
                 "line, and a list of objects belongs into a .json file"
@@ -81,8 +82,8 @@ def _read_jsonl(path: Path) -> Rows:
 def _read_json(path: Path) -> Rows:
     remedy = "must be a list of objects; for one object a line name the file .jsonl"
     try:
-        value = json.loads(_text_of(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(_text_of(path), object_pairs_hook=unique_keys)
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); it {remedy}") from error
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise UserError(f"{path} {remedy}")
