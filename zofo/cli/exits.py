@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
+from zofo.console import say
 from zofo.errors import TrainingStoppedError, UserError, shown
 
 EXIT_STOPPED: Final = 1
@@ -56,17 +56,17 @@ def reports_errors(command: F) -> F:
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except (UserError, TrainingStoppedError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", stderr=True)
             is_stopped = isinstance(error, TrainingStoppedError)
             raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
         except (OSError, UnicodeEncodeError) as error:
             message = _problem_of_path(error)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            say("interrupted", stderr=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
@@ -87,7 +87,7 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on one line, without the file and line of code that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", stderr=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.console import plain_console, printable_json, say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,17 +57,17 @@ def evaluate(
             report=notes.append,
         )
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", stderr=True)
     values = metrics.as_dict()
     if as_json:
-        print(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
+        say(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
         return
-    print(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
+    say(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
     for name in ("f1", "exact_match", "accuracy", "auc", "majority", "loss", "perplexity"):
         if name in values:
             low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
             interval = "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
-            print(f"  {name:<11}{values[name]:.4f}{interval}")
+            say(f"  {name:<11}{values[name]:.4f}{interval}")
 
 
 @app.command()
@@ -128,10 +128,10 @@ def predict(
         lines = [json.dumps(prediction, ensure_ascii=False) for prediction in found]
     text = "".join(f"{line}\n" for line in lines)
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable_json(text))
     else:
         write_text(output, text)
-        print(f"{len(lines)} predictions in {output}", file=sys.stderr)
+        say(f"{len(lines)} predictions in {output}", stderr=True)
 
 
 _PREDICT_TAKES = ("task", "model", "device", "eval_batch_size", "seed")

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
-from zofo.console import new_progress
+from zofo.console import new_progress, plain_console
 from zofo.disk.files import remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError
@@ -114,7 +114,7 @@ def train_in(
     watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
 ) -> Result:
     """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
