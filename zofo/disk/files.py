@@ -319,8 +319,12 @@ def file_digest(path: Path) -> str:
 
 def json_digest(value: Any) -> str:
     """BLAKE2b digest of a JSON value, independent of the order of its keys: 32 hex digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return bytes_digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def bytes_digest(content: bytes) -> str:
+    """BLAKE2b digest of the content of a file, as `file_digest` computes it: 32 hex digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

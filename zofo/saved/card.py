@@ -13,10 +13,9 @@ from typing import Any, Final
 from zofo.disk.files import write_text
 from zofo.disk.yaml import yaml_text
 from zofo.environment import environment
-from zofo.models.embedded import ALIASES
 from zofo.models.loading import HEAD_NAMES
 from zofo.optim.methods import METHODS
-from zofo.saved.hub import looks_like_hub_id
+from zofo.saved.hub import looks_like_hub_id, public_name
 from zofo.saved.manifest import CARD_FILE, BaseSpec
 from zofo.tasks.families.table import BUILTIN
 
@@ -154,13 +153,6 @@ def _table(header: tuple[str, ...], rows: Any) -> str:
 
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in lines) + "\n"
-
-
-def public_name(name: str) -> str | None:
-    """The hub id of a model; None for a local folder, whose name must not be published."""
-    if name in ALIASES:
-        return ALIASES[name].origin
-    return name if looks_like_hub_id(name) and not Path(name).exists() else None
 
 
 def _datasets(task: Mapping[str, Any]) -> list[str] | None:

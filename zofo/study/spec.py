@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -53,6 +55,12 @@ _AXES: Final = {
 }
 """Keys of a study -> keys of `base` that give their value if they are omitted."""
 _SCALARS: Final = ("steps", "num_threads", "early_stopping")
+_STORAGE_OPTIONS: Final = (
+    *("host", "port", "user", "dbname", "unix_socket", "options", "application_name"),
+    *("connect_timeout", "target_session_attrs", "sslmode", "sslrootcert", "sslcert", "sslkey"),
+    *("charset", "timeout", "mode", "cache", "uri"),
+)
+"""Options of a database's URL that hold no password."""
 _NO_AUTO: Final = (
     "cannot be auto: a study compares runs with equal values, and auto chooses other values for "
     "each seed; list the rates, or compare with auto by benchmarks/advisor.py"
@@ -323,14 +331,32 @@ def _check(spec: StudySpec) -> list[str]:
         problems.append(f"select_seeds {more} are not among the seeds; add them there")
     for key in _SECTION_TYPES:
         problems += _check_entries(spec, key)
-    # A URL gives a password as user:password@host, or as a parameter of that name.
-    storage = spec.storage or ""
-    if "password" in storage or ":" in storage.partition("://")[2].rpartition("@")[0]:
-        problems.append(
-            "storage holds a password, which would be written into the study folder; leave it out "
-            "and set PGPASSWORD, or ~/.pgpass"
-        )
+    problems += _check_storage(spec.storage)
     return problems
+
+
+def _check_storage(url: str | None) -> list[str]:
+    """A message if a URL is none, or could hold a password in any spelling."""
+    if url is None:
+        return []
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parts = make_url(url)
+    except (ArgumentError, ValueError):  # The message must not repeat a password.
+        return ["storage is no URL of a database, such as postgresql://me@db.example.org/zofo"]
+    remedy = "which would be written into the study folder; leave it out and set PGPASSWORD, or "
+    remedy += "write ~/.pgpass"
+    login = unquote(unquote(re.split("[/?]", url.partition("://")[2])[0])).rpartition("@")[0]
+    if parts.password is not None or ":" in login:
+        return [f"storage holds a password, {remedy}"]
+    if set(parts.query) <= set(_STORAGE_OPTIONS):
+        return []
+    return [
+        f"storage has options other than {', '.join(_STORAGE_OPTIONS)}: they may hold a password, "
+        f"{remedy}"
+    ]
 
 
 def _check_entries(spec: StudySpec, axis: str) -> list[str]:
