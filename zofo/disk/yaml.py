@@ -15,6 +15,7 @@ from zofo.errors import UserError, shown
 
 _MAX_BYTES: Final = 1 << 20  # PyYAML takes some ten seconds for this much
 _TAG: Final = "tag:yaml.org,2002:"
+_STRUCTURE: Final = (f"{_TAG}str", f"{_TAG}seq", f"{_TAG}map", None)  # None: every other tag
 _FLOAT: Final = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _SPECIAL_FLOAT: Final = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _SCALARS: Final[dict[str, tuple[str, str, Callable[[str], Any]]]] = {
@@ -43,8 +44,10 @@ class _Loader(yaml.SafeLoader):
     It also stops at deep nesting, before PyYAML needs a minute for a few thousand brackets.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-    yaml_constructors: ClassVar[dict[Any, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  An instance variable in its types.
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: build for tag, build in yaml.SafeLoader.yaml_constructors.items() if tag in _STRUCTURE
+    }
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -108,9 +111,6 @@ for _kind, (_pattern, _first, _) in _SCALARS.items():
         _starts = [*_first, ""] if _kind == "null" else list(_first)
         _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern})$"), _starts)
     _Loader.add_constructor(_TAG + _kind, _constructor(_kind))
-for _kind in ("str", "seq", "map"):
-    _Loader.add_constructor(_TAG + _kind, getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:
