@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 import pydantic
 
-from zofo.config.load import load_config
+from zofo.config.load import read_config
 from zofo.disk.files import open_tensors, read_json_object, refusing
 from zofo.errors import UserError, shown
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
@@ -183,7 +183,7 @@ def _read_checkpoint(info: Info) -> None:
 
 
 def _read_config(info: Info, run: Path) -> None:
-    config = load_config(run / CONFIG_FILE)
+    config = read_config(run / CONFIG_FILE)
     info.method, info.base, info.seed = config.method, config.model.name, config.seed
     info.task = config.task.name
     if (run / BASE_FILE).is_file():

@@ -23,6 +23,7 @@ from zofo.console import quiet
 from zofo.disk.files import read_json, refusing, write_json
 from zofo.errors import UserError
 from zofo.models.loading import head_of, resolve
+from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.assemble import Assembly, Parts, has_tokenizer
@@ -106,16 +107,22 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
         trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
     Raises:
-        UserError: if the folder is none of these, or a file is damaged.
+        UserError: if the folder is none of these, or a file is damaged, or it needs code that is
+            not allowed.
     """
     path = Path(path).expanduser()
-    source = _checkpoint(path) if is_checkpoint(path) else _artifact(find_artifact(path))
-    if source.base.runs_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{path} needs code from the repository of {source.base.name}; pass "
-            "trust_remote_code=True (zofo eval and predict: model.trust_remote_code=true) if you "
-            "trust its authors"
-        )
+    if is_checkpoint(path):
+        source = _checkpoint(path, trust_remote_code)
+    else:
+        source = _artifact(find_artifact(path))
+    base = source.base
+    require_trust(
+        path,
+        base.name,
+        wishes_code=base.trust_remote_code,
+        attention=base.attn_implementation,
+        is_allowed=trust_remote_code,
+    )
     return source
 
 
@@ -165,7 +172,7 @@ def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None
         parameter.data = parameter.data.new_empty(0)
 
 
-def _checkpoint(folder: Path) -> Source:
+def _checkpoint(folder: Path, trust_remote_code: bool) -> Source:
     run = folder.resolve().parent
     if not (run / CONFIG_FILE).is_file():
         raise UserError(
@@ -175,8 +182,8 @@ def _checkpoint(folder: Path) -> Source:
     damage = find_damage(folder)
     if damage is not None:
         raise UserError(f"{folder} is damaged: {damage}; choose another checkpoint")
-    config = load_config(run / CONFIG_FILE)
-    base, labels = read_base(run)
+    config = load_config(run / CONFIG_FILE, trust_remote_code=trust_remote_code)
+    base, labels = read_base(run, trust_remote_code=trust_remote_code)
     method = METHODS[config.method]
     return Source(
         kind="checkpoint",
@@ -205,14 +212,18 @@ def write_base(run: Path, base: BaseSpec, labels: Sequence[str]) -> None:
     write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels)})
 
 
-def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
+def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, tuple[str, ...]]:
     """The base that a run began with, and the names of the classes.
 
     Runs of older versions have no `base.json`. Their artefact records both. If there is none, they
-    follow from the configuration and the data.
+    follow from the configuration, the data and the model.
+
+    Args:
+        run: the run folder.
+        trust_remote_code: whether code from the model's repository may run to find the head.
 
     Raises:
-        UserError: if the file is damaged, or the data cannot be read.
+        UserError: if the file is damaged, the data cannot be read, or code is not allowed.
     """
     if (run / BASE_FILE).is_file():
         values = read_json(run / BASE_FILE)
@@ -224,7 +235,7 @@ def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
         return BaseSpec(**header["base"]), tuple(header["labels"])
     from zofo.tasks.load import load_splits
 
-    config = load_config(run / CONFIG_FILE)
+    config = load_config(run / CONFIG_FILE, trust_remote_code=trust_remote_code)
     tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     return base_of(config, splits), splits.labels
