@@ -26,8 +26,9 @@ from zofo.models.loading import head_of, resolve
 from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.results.belonging import mixed_up
 from zofo.saved.assemble import Assembly, Parts, has_tokenizer
-from zofo.saved.checkpoint_folders import find_damage
+from zofo.saved.checkpoint_folders import find_damage, find_misfit
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, STATE_FILE
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
@@ -114,7 +115,11 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
     if is_checkpoint(path):
         source = _checkpoint(path, trust_remote_code)
     else:
-        source = _artifact(find_artifact(path))
+        folder = find_artifact(path)
+        mixed = mixed_up(folder.absolute().parent) if folder.name == ARTIFACT_FOLDER else None
+        if mixed is not None:
+            raise UserError(mixed)
+        source = _artifact(folder)
     base = source.base
     require_trust(
         path,
@@ -183,6 +188,9 @@ def _checkpoint(folder: Path, trust_remote_code: bool) -> Source:
     if damage is not None:
         raise UserError(f"{folder} is damaged: {damage}; choose another checkpoint")
     config = load_config(run / CONFIG_FILE, trust_remote_code=trust_remote_code)
+    misfit = find_misfit(folder, config.method, run_id_of(run))
+    if misfit is not None:
+        raise UserError(misfit)
     base, labels = read_base(run, trust_remote_code=trust_remote_code)
     method = METHODS[config.method]
     return Source(
@@ -205,11 +213,27 @@ class _BaseFile(pydantic.BaseModel):
 
     base: BaseSpec
     labels: list[str]
+    run: str | None = None
 
 
-def write_base(run: Path, base: BaseSpec, labels: Sequence[str]) -> None:
+def write_base(run: Path, base: BaseSpec, labels: Sequence[str], run_id: str | None) -> None:
     """Write `base.json`, so that a checkpoint of the run loads without the data of the task."""
-    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels)})
+    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels), "run": run_id})
+
+
+def _read_base_file(run: Path) -> _BaseFile:
+    values = read_json(run / BASE_FILE)
+    with refusing(f"{run / BASE_FILE} is damaged"):
+        return _BaseFile.model_validate_json(json.dumps(values))
+
+
+def run_id_of(run: Path) -> str | None:
+    """The identifier of a run, which its checkpoints name; None in folders of older versions.
+
+    Raises:
+        UserError: if `base.json` is damaged.
+    """
+    return _read_base_file(run).run if (run / BASE_FILE).is_file() else None
 
 
 def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, tuple[str, ...]]:
@@ -226,9 +250,7 @@ def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, 
         UserError: if the file is damaged, the data cannot be read, or code is not allowed.
     """
     if (run / BASE_FILE).is_file():
-        values = read_json(run / BASE_FILE)
-        with refusing(f"{run / BASE_FILE} is damaged"):
-            found = _BaseFile.model_validate_json(json.dumps(values))
+        found = _read_base_file(run)
         return found.base, tuple(found.labels)
     if (run / ARTIFACT_FOLDER / HEADER_FILE).is_file():
         header = read_header(run / ARTIFACT_FOLDER)

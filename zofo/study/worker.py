@@ -274,14 +274,14 @@ class Worker:
             write_text(config_file, self._start_config(task))
             return [*measure, "start", str(config_file), str(output)], output.parent / "log"
         folder, log = self.folder.run_folder(run), self.folder.log_file(run.id)
-        trusting = self._permission(run)
+        trusting, config_file = self._permission(run), self.folder.config_file(run)
         if task.kind == "test":
             return [*measure, "run", str(folder), str(start_file(start_of(task), self.folder))], log
         if (folder / CONFIG_FILE).is_file():
-            return ["zofo", "train", "--resume", str(folder), *trusting], log
+            # The child compares the file with run.yaml, which may be of another run.
+            return ["zofo", "train", "--resume", str(folder), str(config_file), *trusting], log
         # A run that was killed before it wrote its configuration cannot resume; it starts anew.
         shutil.rmtree(folder, ignore_errors=True)
-        config_file = self.folder.config_file(run)
         return ["zofo", "train", str(config_file), f"output_dir={folder}", *trusting], log
 
     def _permission(self, run: Run) -> list[str]:
