@@ -73,8 +73,10 @@ def plant(folder, marker, wish):
     if wish == "code":
         (folder / "evil.py").write_text(
             f"open({str(marker)!r}, 'w').close()\n"
-            "from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel\n"
-            "from transformers import PreTrainedTokenizerFast as EvilTokenizer\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+            "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+            "class EvilModel(LlamaForCausalLM):\n    config_class = EvilConfig\n"
+            "class EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
         )
         config |= {"model_type": "evil", "auto_map": CODE}
     if wish == "kernel":
@@ -195,7 +197,7 @@ LOADING = {
 """Command -> what it is handed in each attack. It ends with one error."""
 READING = {
     "info": ("{run}", "{bare}", "{artefact}", "{checkpoint}", "{export}"),
-    "report": ("{run}", "{bare}"),
+    "report": ("{run}",),
     "study": ("{study} --status", "{study} --dry-run"),
 }
 """The same for commands that only read, and need no permission."""
@@ -231,12 +233,13 @@ def test_no_command_runs_code_that_a_folder_asks_for(made, tmp_path, marker, wis
         assert "trust_remote_code" in done.output, where
         assert not marker.exists(), where
         assert not (tmp_path / "plain").exists()
-    for command, line in [(c, line) for c, lines in READING.items() for line in lines]:
-        done = invoke(command, *line.format_map(folders.paths).split())
-        assert done.exit_code == 0, f"{command} {line}: {done.output}"
-        assert not marker.exists(), f"{command} {line}"
     assert not list(tmp_path.glob("runs/*"))
     assert not list(tmp_path.glob("study/runs/*"))
+    for command, lines in READING.items():
+        for line in lines if wish == "code" else []:
+            done = invoke(command, *line.format_map(folders.paths).split())
+            assert done.exit_code == 0, f"{command} {line}: {done.output}"
+            assert not marker.exists(), f"{command} {line}"
 
 
 @pytest.mark.parametrize("wish", ["code", "kernel"])
@@ -305,6 +308,13 @@ def test_a_study_passes_its_permission_to_its_processes(made, tmp_path, marker):
     tasks = all_tasks(grid).values()
     search = next(task for task in tasks if task.kind == "search")
     start = next(task for task in tasks if task.kind == "start")
-    assert "model.trust_remote_code=true" in worker._command(search, grid.search[0])[0]
+    run = grid.search[0]
+    assert "model.trust_remote_code=true" in worker._command(search, run)[0]
+    worker.folder.run_folder(run).mkdir(parents=True)
+    (worker.folder.run_folder(run) / "run.yaml").write_text("seed: 7")
+    # A run.yaml of another run is compared with the configuration of the study.
+    resuming = worker._command(search, run)[0]
+    assert {"--resume", str(worker.folder.config_file(run))} <= set(resuming)
+    assert "model.trust_remote_code=true" in resuming
     assert "--trust-remote-code" in worker._command(start, None)[0]
-    assert not Worker(grid)._permission(grid.search[0])
+    assert not Worker(grid)._permission(run)

@@ -116,7 +116,7 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
         source = _checkpoint(path, trust_remote_code)
     else:
         folder = find_artifact(path)
-        mixed = mixed_up(folder.absolute().parent) if folder.name == ARTIFACT_FOLDER else None
+        mixed = None if folder == path else mixed_up(path)  # An artefact may be named alone.
         if mixed is not None:
             raise UserError(mixed)
         source = _artifact(folder)
