@@ -132,7 +132,7 @@ def _measure_whole_run(
     from zofo.disk.files import write_json
 
     if part is not None:  # This process was started by `whole_run.measure`.
-        say(json.dumps(whole_run.measure_here(config, part)))
+        say(json.dumps(whole_run.measure_here(config, part, overrides)))
         return
     found = whole_run.measure(load_config(config, overrides=overrides), plain_console(stderr=True))
     whole_run.show(found, plain_console())

@@ -44,6 +44,9 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
+]
 
 
 def reports_errors(command: F) -> F:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
+from zofo.cli.exits import EXIT_USER_ERROR, TrustRemoteCode, app, reports_errors
 from zofo.cli.output import one_line
 from zofo.console import plain_console, say
 
@@ -22,9 +22,6 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the dtype of the base.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size limit of one safetensors file.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
-]
 
 
 @app.command()

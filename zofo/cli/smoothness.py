@@ -45,9 +45,13 @@ def smoothness(
 
     path, overrides = split_arguments(arguments)
     if resume is not None:
-        if path is not None or overrides:
-            raise UserError("--resume uses the options of the folder; remove all other arguments")
-        _measure(*saved_options(resume), resume)
+        others = [o for o in overrides if not o.startswith("model.trust_remote_code=")]
+        if path is not None or others:
+            raise UserError(
+                "--resume uses the options of the folder; remove all other arguments but "
+                "model.trust_remote_code=true"
+            )
+        _measure(*saved_options(resume, overrides), resume)
         return
     config, options = load_smoothness(path, overrides)
     if dry_run:
