@@ -175,7 +175,7 @@ def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     """Prepare with the rows and the classes that the run began with."""
     run = checkpoint.parent
     # Runs of older versions may have neither file.
-    labels = read_base(run)[1] if (run / BASE_FILE).is_file() else ()
+    labels = read_base(run)[1] if (run / BASE_FILE).exists() else ()
     return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
 
 

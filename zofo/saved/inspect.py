@@ -124,7 +124,7 @@ def _read_artifact(info: Info, folder: Path | None = None) -> None:
 
 
 def _read_history(info: Info, folder: Path) -> None:
-    if (folder / TRAJECTORY_FILE).is_file():
+    if (folder / TRAJECTORY_FILE).exists():
         trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
         info.num_recorded_steps, info.seed = len(trajectory), trajectory.seed
         info.base_fingerprint = info.base_fingerprint or header.get("base_fingerprint")
@@ -132,7 +132,7 @@ def _read_history(info: Info, folder: Path) -> None:
 
 def _read_adapter(info: Info, folder: Path) -> None:
     path = folder / "adapter_config.json"
-    if path.is_file():
+    if path.exists():
         info.adapter = str(read_json_object(path).get("peft_type"))
 
 
@@ -187,7 +187,7 @@ def _read_config(info: Info, run: Path) -> None:
     config = load_config(run / CONFIG_FILE)
     info.method, info.base, info.seed = config.method, config.model.name, config.seed
     info.task = config.task.name
-    if (run / BASE_FILE).is_file():
+    if (run / BASE_FILE).exists():
         info.base = read_base(run)[0].name
 
 
@@ -196,7 +196,7 @@ def _read_run(info: Info) -> None:
     info.checkpoints = {
         step: find_damage(path) is None for step, path in checkpoints(info.path).items()
     }
-    if (info.path / RESULT_FILE).is_file():
+    if (info.path / RESULT_FILE).exists():
         scores = read_json_object(info.path / RESULT_FILE).get("test")
         with refusing(f"{info.path / RESULT_FILE} is damaged", "copy it again"):
             _SCORES.validate_python(scores or {})

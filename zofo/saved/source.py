@@ -214,12 +214,12 @@ def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
     Raises:
         UserError: if the file is damaged, or the data cannot be read.
     """
-    if (run / BASE_FILE).is_file():
+    if (run / BASE_FILE).exists():
         values = read_json(run / BASE_FILE)
         with refusing(f"{run / BASE_FILE} is damaged"):
             found = _BaseFile.model_validate_json(json.dumps(values))
         return found.base, tuple(found.labels)
-    if (run / ARTIFACT_FOLDER / HEADER_FILE).is_file():
+    if (run / ARTIFACT_FOLDER / HEADER_FILE).exists():
         header = read_header(run / ARTIFACT_FOLDER)
         return BaseSpec(**header["base"]), tuple(header["labels"])
     from zofo.tasks.load import load_splits
