@@ -1,4 +1,4 @@
-"""What is no regular file, in place of any file of a saved folder, is refused before it is opened."""
+"""Pipes and devices in place of any file of a saved folder are refused before they are opened."""
 
 from __future__ import annotations
 

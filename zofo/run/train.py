@@ -34,7 +34,7 @@ from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
-from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
+from zofo.run.prepare import Prepared, num_steps, prepare, require_kept, run_folder
 from zofo.run.resume import newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
@@ -157,6 +157,7 @@ def train_in(
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = _measured(prepared, config, console, "test after") if config.measure_test else None
 
+    require_kept(folder)
     artifact = _save_artifact(folder, config, prepared, trainer)
     cost = {
         "steps": trainer.state.global_step,
@@ -167,6 +168,7 @@ def train_in(
         "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
     }
     result = Result(folder, before, after, cost)
+    require_kept(folder)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
 
