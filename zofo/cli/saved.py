@@ -145,6 +145,7 @@ def _show_info(found: Info) -> None:
         "step": found.step,
         "recorded": None if num is None else f"{num} updates of the base",
         "checkpoints": checkpoints or None,
+        "note": found.note,
         "size": f"{found.size_bytes / 2**20:.2f} MiB",
     }
     for name, value in rows.items():

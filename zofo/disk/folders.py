@@ -9,10 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
-from zofo.disk.files import file_digest, reason_of_failed_write, temporary_prefix
+from zofo.disk.files import (
+    file_digest,
+    read_json,
+    reason_of_failed_write,
+    require_regular,
+    temporary_prefix,
+)
 from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.errors import UserError
 
@@ -33,8 +39,8 @@ def writing_folder(
     Args:
         place: path of the finished folder.
         remedy: end of the message about a failed write.
-        is_checkpoint: whether to list the files with their digests and to replace a folder at
-            `place`. If not, `place` must be empty or not exist, and its parents are created.
+        is_checkpoint: whether to replace a folder at `place`, and whether files may be added to it
+            later. If not, `place` must be empty or not exist, and its parents are created.
 
     Raises:
         UserError: if it cannot be written; a folder at `place` is then unchanged.
@@ -52,8 +58,7 @@ def writing_folder(
         staged.mkdir()
         yield staged
         share_files(staged)
-        if is_checkpoint:
-            _list_files(staged)
+        _list_files(staged, is_complete=not is_checkpoint)
         # Everything is on the disk before the rename, so that a power cut leaves no partial folder.
         for path in (*staged.rglob("*"), staged):
             _flush(path)
@@ -109,17 +114,64 @@ def discard(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _list_files(folder: Path) -> None:
-    listed = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "blake2b": file_digest(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+def files_below(folder: Path) -> dict[str, Path]:
+    """Name in the folder -> path of everything below it that is no folder, sorted by path.
+
+    Pipes, devices and links to nothing count, so that whoever opens a file finds and refuses them.
+    """
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def difference_from_list(folder: Path) -> str | None:
+    """The first difference between a folder and the list of its files, in words.
+
+    The names in the list are never opened, because it may come from anyone. To a checkpoint, files
+    may be added. In an export, files that no loader reads may differ: hidden ones, those without an
+    ending such as LICENSE, and the model card.
+
+    Returns:
+        None if there is no difference, or no list, as in folders of older versions.
+
+    Raises:
+        UserError: if the list, or a file in the folder, cannot be read.
+    """
+    if not os.path.lexists(folder / LIST_FILE):
+        return None
+    content = read_json(folder / LIST_FILE)
+    try:
+        files = content["files"].items()
+        listed = {str(name): (f["bytes"], f["blake2b"]) for name, f in files}
+        is_complete = content.get("is_complete", False)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{LIST_FILE} cannot be read ({error!r})"
+    present = files_below(folder)
+    for name, (size, digest) in listed.items():
+        if is_complete and not _is_loaded(name):
+            continue
+        if name not in present:
+            return f"{name} is missing"
+        # Comparing the sizes first finds a truncated file without reading it.
+        file = present[name]
+        if require_regular(file) != size or file_digest(file) != digest:
+            return f"{name} is damaged (its digest differs from the recorded one)"
+    foreign = [name for name in present if name not in listed and _is_loaded(name)]
+    return f"{foreign[0]} does not belong to it" if is_complete and foreign else None
+
+
+def _is_loaded(name: str) -> bool:
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and path.suffix not in ("", ".md") and name != LIST_FILE
+
+
+def _list_files(folder: Path, *, is_complete: bool) -> None:
+    files = {
+        name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
+        for name, path in files_below(folder).items()
     }
-    target = folder / LIST_FILE
-    target.write_text(json.dumps({"format": 1, "files": listed}, indent=2) + "\n", encoding="utf-8")
+    listed = {"format": 1, "is_complete": is_complete, "files": files}
+    (folder / LIST_FILE).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush(path: Path) -> None:

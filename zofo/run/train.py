@@ -35,7 +35,7 @@ from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.results.belonging import digests_of
-from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
+from zofo.run.prepare import Prepared, num_steps, prepare, require_kept, run_folder
 from zofo.run.resume import FREE, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
@@ -160,6 +160,7 @@ def train_in(
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = _measured(prepared, config, console, "test after") if config.measure_test else None
 
+    require_kept(folder)
     artifact = _save_artifact(folder, config, prepared, trainer)
     cost = {
         "steps": trainer.state.global_step,
@@ -170,6 +171,7 @@ def train_in(
         "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
     }
     result = Result(folder, before, after, cost)
+    require_kept(folder)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
 
@@ -178,7 +180,7 @@ def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     """Prepare with the rows and the classes that the run began with."""
     run = checkpoint.parent
     # Runs of older versions may have neither file.
-    labels = read_base(run)[1] if (run / BASE_FILE).is_file() else ()
+    labels = read_base(run)[1] if (run / BASE_FILE).exists() else ()
     return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
 
 

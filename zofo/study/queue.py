@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from zofo.disk.files import refusing, remove_file, write_text
+from zofo.disk.files import read_text, refusing, remove_file, write_text
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     if not name.exists():
         write_text(name, f"{spec.name} {uuid.uuid4()}\n")
     with refusing(f"{name} is damaged", "remove it, and the queue is filled again from the runs"):
-        text = name.read_text(encoding="utf-8").strip()
+        text = read_text(name).strip()
         if not (text.isprintable() and 0 < len(text) <= _MAX_NAME):
             raise ValueError("it must hold one line of text")
     file = folder / DATABASE_FILE
