@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_small_weights"),
     # The hooks of the evaluation that finds the reads are on layers that peft passes by.
     pytest.mark.filterwarnings("ignore:One of the base layers adapted with"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
 ]
 
 

@@ -110,7 +110,7 @@ def find_owners(
         compiled = is_compiled(module)
         if not fixed and (compiled or _is_called(module)):
             holder = module
-        # A shared module may have several holders, such as the layers that read one bank of vectors.
+        # A shared module may have several holders, such as layers that read one bank of vectors.
         place = (module, holder, fixed)
         if place in seen:
             return

@@ -2,7 +2,7 @@
 
 It watches every tensor operation for reads of an unperturbed weight. So it finds a weight that some
 module reads without calling the weight's own module, and the innermost running module that contains
-both. The view can swap the weight for the call of that module (`zofo.perturb.view.Perturbation.checked`).
+both. The view can then swap the weight for the call of that module (`Perturbation.checked`).
 """
 
 from __future__ import annotations
