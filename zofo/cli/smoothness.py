@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table as RichTable
 
-from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
+from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
 from zofo.cli.output import (
-    exit_code_of,
     plain_console,
     rich_table,
     stdout_console,

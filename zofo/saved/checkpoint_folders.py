@@ -21,7 +21,7 @@ from zofo.disk.files import (
     read_tensors,
     temporary_prefix,
 )
-from zofo.disk.folders import LIST_FILE, discard, remove_partial
+from zofo.disk.folders import LIST_FILE, discard, remove_partial, restore
 from zofo.errors import UserError, shown
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
@@ -45,6 +45,7 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, whether damaged or not."""
+    restore(run_folder)  # A kill may have come between the two renames that replace a checkpoint.
     found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
