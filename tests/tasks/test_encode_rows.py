@@ -44,8 +44,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(decoder_folder):
         "rows left out: 1. The first: train row 30: its completion is longer"
     )
     parts = splits([completion(1, 1)], [completion(2, 30)], [completion(3, 1)])
-    with pytest.raises(UserError, match="nothing can be learnt from the dev rows: row 2"):
+    with pytest.raises(UserError, match=r"none of the 1 dev rows .*: row 2.*task\.dev"):
         encode_parts(encoder, parts, model)
+    assert encode_parts(encoder, parts, model, may_be_empty=["dev"])[0]["dev"] == []
     assert encode_parts(encoder, parts, model, ["train", "test"])[1] == ()
 
 

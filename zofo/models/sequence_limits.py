@@ -86,7 +86,7 @@ def _tables(model: nn.Module, declared: int) -> list[int]:
     """
     sizes = []
     for name, module in model.named_modules():
-        table = getattr(module, "weight", None)
+        table: Any = getattr(module, "weight", None)
         is_table = hasattr(module, "padding_idx") and isinstance(table, torch.Tensor)
         if is_table and _POSITIONS.match(name.rpartition(".")[2]):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -7,16 +7,29 @@ of a model would end a run with an error of torch, and on a GPU without a messag
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from zofo.errors import UserError
 from zofo.models.sequence_limits import can_read, limits_of
 from zofo.tasks.encode import Encoded, Encoder, NothingToLearnError
 from zofo.tasks.spec import Splits
 
+_NEED: Final = {
+    "train": "Without them nothing can be learnt",
+    "dev": "They choose the best step; give other rows as task.dev, or more by task.num_dev",
+    "test": "They measure the result; give other rows as task.test, more by task.num_test, or set "
+    "measure_test=false",
+}
+"""Part -> what its rows are for, and what to do without them."""
+
 
 def encode_parts(
-    encoder: Encoder, splits: Splits, model: Any, parts: Sequence[str] = ("train", "dev", "test")
+    encoder: Encoder,
+    splits: Splits,
+    model: Any,
+    parts: Sequence[str] = ("train", "dev", "test"),
+    *,
+    may_be_empty: Sequence[str] = (),
 ) -> tuple[dict[str, list[Encoded]], tuple[str, ...]]:
     """Encode parts of a task's rows.
 
@@ -25,13 +38,14 @@ def encode_parts(
         splits: the rows.
         model: the model with its adapter.
         parts: names of the parts.
+        may_be_empty: parts that nothing will read.
 
     Returns:
         Part -> encoded rows. Notes on rows that were left out or shortened, or are longer than
         those the model was trained on.
 
     Raises:
-        UserError: if no row of a part is left, or if the model cannot read a row.
+        UserError: if no row of a part that is needed is left, or if the model cannot read a row.
     """
     encoded: dict[str, list[Encoded]] = {}
     left_out: list[str] = []
@@ -42,8 +56,10 @@ def encode_parts(
                 encoded[part].append(encoder(row))
             except NothingToLearnError as error:
                 problems.append(str(error))
-        if not encoded[part]:
-            raise UserError(f"nothing can be learnt from the {part} rows: {problems[0]}")
+        if not encoded[part] and part not in may_be_empty:
+            raise UserError(
+                f"none of the {len(problems)} {part} rows can be used: {problems[0]}. {_NEED[part]}"
+            )
         left_out += [f"{part} {problem}" for problem in problems]
     rows = [row for part in parts for row in encoded[part]]
     notes = []
