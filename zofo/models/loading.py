@@ -18,7 +18,7 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
-from zofo.models.fitting import explained, load_fitting
+from zofo.models.fitting import explained, load_fitting, mark_new
 from zofo.models.limits import check_model_config
 from zofo.models.model_folders import check_digests, check_model_folder
 from zofo.models.trust import check_kernels
@@ -205,6 +205,8 @@ def empty_model(
         else:
             _require_head(head, config, name)
         model: nn.Module = model_class(head).from_config(config, **kwargs)
+    if head == "classification":
+        mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
     return model
 
 

@@ -71,7 +71,9 @@ def prepare(
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows, notes = encode_parts(encoder, splits, model)
+    rows, notes = encode_parts(
+        encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
+    )
     splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,

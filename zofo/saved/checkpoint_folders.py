@@ -20,7 +20,7 @@ from zofo.disk.files import (
     require_regular,
     temporary_prefix,
 )
-from zofo.disk.folders import LIST_FILE, difference_from_list, discard, remove_partial
+from zofo.disk.folders import LIST_FILE, difference_from_list, discard, remove_partial, restore
 from zofo.errors import UserError, shown
 from zofo.models.saved_adapters import names_in
 from zofo.optim.methods import METHODS
@@ -52,6 +52,7 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, whether damaged or not."""
+    restore(run_folder)  # A kill may have come between the two renames that replace a checkpoint.
     found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
