@@ -6,7 +6,6 @@ They cover ends, failures, signals, kills, and two workers at once.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.forks import context
 from tests.support.tiny_study import num_ended, results, spec_of, write_rows
 from zofo.errors import UserError
 from zofo.study.grid import expand
@@ -29,8 +29,6 @@ from zofo.study.records import StudyFolder
 from zofo.study.worker import Worker
 
 FAKE = (sys.executable, "-S", "-E", str(Path(__file__).with_name("fake_run.py")))
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 LARGE = {
     "seeds": [0, 1, 2],
     "methods": ["hybrid", "fo-peft", "zo-ft"],
@@ -90,7 +88,7 @@ def _work(grid, num_slots, step_s, options):
 
 
 def start(grid, num_slots=2, step_s=0.01, **options):
-    process = _context.Process(target=_work, args=(grid, num_slots, step_s, options))
+    process = context().Process(target=_work, args=(grid, num_slots, step_s, options))
     process.start()
     return process
 
