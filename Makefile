@@ -44,8 +44,9 @@ demo: env
 	"x = m(**t(\"a fine film It was\", return_tensors=\"pt\")).logits[0, -1];" \
 	"print({word: x[t(word)[\"input_ids\"][0]].item() for word in (\" terrible\", \" great\")})'"
 
+# Python keeps the compiled tests and sources, even where the environment says otherwise.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 # The fuzz tests of `make test` with new examples each time, for an hour. Seconds: FUZZ_SECONDS=600.
 fuzz: env

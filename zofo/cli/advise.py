@@ -113,7 +113,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
         del values["adapter"]
     if values["steps"] is None:
         del values["steps"]
-    return load_config(values=values)
+    return load_config(values=values, trust_remote_code=config.model.trust_remote_code)
 
 
 def _show(advice: Advice, seconds: float) -> None:

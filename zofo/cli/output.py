@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from zofo.cli.exits import EXIT_INTERRUPTED
 from zofo.console import plain_console, printable, say
 
 if TYPE_CHECKING:
@@ -45,10 +44,3 @@ def warn_of_idle_options(config: RunConfig) -> None:
 
     for message in idle_options(config):
         say(f"warning: {message}", stderr=True)
-
-
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after the signal that stopped a training run, or else after Ctrl-C."""
-    from zofo.trainer.interrupt import TrainingInterrupt
-
-    return error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
+from zofo.cli.exits import EXIT_USER_ERROR, TrustRemoteCode, app, reports_errors
 from zofo.cli.output import one_line
 from zofo.console import plain_console, say
 
@@ -22,9 +22,6 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the dtype of the base.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size limit of one safetensors file.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
-]
 
 
 @app.command()
@@ -148,6 +145,7 @@ def _show_info(found: Info) -> None:
         "step": found.step,
         "recorded": None if num is None else f"{num} updates of the base",
         "checkpoints": checkpoints or None,
+        "note": found.note,
         "size": f"{found.size_bytes / 2**20:.2f} MiB",
     }
     for name, value in rows.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from zofo.cli.exits import app, reports_errors
+from zofo.cli.exits import TrustRemoteCode, app, reports_errors
 from zofo.cli.output import one_line, stdout_console
 from zofo.console import plain_console, say
 from zofo.errors import UserError
@@ -50,6 +50,7 @@ def study(
     status: Annotated[
         bool, typer.Option("--status", help="Show the progress of the study.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a grid of methods, learning rates and seeds.
 
@@ -65,11 +66,16 @@ def study(
     elif status:
         _show_status(name, given)
     else:
-        _start(name, given, workers, join, retry_failed)
+        _start(name, given, workers, join, retry_failed, trust_remote_code)
 
 
 def _start(
-    name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
+    name: str,
+    overrides: Sequence[str],
+    num_workers: int,
+    join: bool,
+    retry_failed: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Run a study to its end. The exit code is 1 if a run failed."""
     from zofo.study.grid import expand
@@ -86,7 +92,7 @@ def _start(
     for reason, num in grid.dropped.items():
         console.print(f"left out: {num} cells, {reason}", highlight=False, soft_wrap=True)
     display = StudyDisplay(grid, console)
-    worker = Worker(grid, num_workers, display)
+    worker = Worker(grid, num_workers, display, trust_remote_code=trust_remote_code)
     try:
         worker.run(retry_failed=retry_failed)
     finally:

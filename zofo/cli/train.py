@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import exit_code_of, warn_of_idle_options
+from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
+from zofo.cli.output import warn_of_idle_options
 from zofo.console import plain_console, say
+from zofo.errors import UserError
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
@@ -63,6 +65,11 @@ def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
     if is_finished(folder):
         say(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
         return
+    if os.path.lexists(folder / RESULT_FILE):
+        raise UserError(
+            f"{folder / RESULT_FILE} is damaged, so the run's scores are lost; remove it, and the "
+            "run continues from its newest checkpoint"
+        )
     _run(config, folder)
 
 

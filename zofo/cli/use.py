@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from zofo.cli.exits import app, reports_errors
 from zofo.console import plain_console, printable_json, say
@@ -70,7 +72,22 @@ def evaluate(
             say(f"  {name:<11}{values[name]:.4f}{interval}")
 
 
-@app.command()
+class _TakesTexts(TyperCommand):
+    """A command whose error for a text that begins with - says where such a text stands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        texts = " ".join(shlex.quote(text) for text in args if text.startswith("-"))
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # typer brings its own copy of click in some versions, so its class has two homes.
+            if type(error).__name__ == "NoSuchOption":
+                hint = f"A text that begins with - stands after --: predict RUN -- {texts}"
+                error.message += f". {hint}"  # type: ignore[attr-defined]
+            raise
+
+
+@app.command(cls=_TakesTexts)
 @reports_errors
 def predict(
     target: Target,

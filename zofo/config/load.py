@@ -16,6 +16,7 @@ from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunC
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
@@ -35,16 +36,46 @@ def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> RunConfig:
-    """Read, check and complete a configuration.
+    """Read, check and complete a configuration by which a model may be loaded.
 
     Args:
         path: the YAML file; None for the defaults.
         overrides: "key=value" with a YAML value and a dotted key, such as "task.num_train=500".
         values: a mapping that replaces the file.
+        trust_remote_code: whether code from the model's repository may run. An override of
+            `model.trust_remote_code` allows it too, and the file cannot.
 
     Raises:
-        UserError: with every problem found.
+        UserError: with every problem found, or if the file asks for code that is not allowed.
+    """
+    config = read_config(path, overrides, values)
+    own: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(own, override)
+    typed = own.get("model")
+    typed = typed if isinstance(typed, dict) else {}
+    model = config.model
+    require_trust(
+        "the configuration" if path is None else path,
+        model.name,
+        wishes_code=model.trust_remote_code,
+        attention=None if "attn_implementation" in typed else model.attn_implementation,
+        is_allowed=trust_remote_code or typed.get("trust_remote_code") is True,
+    )
+    return config
+
+
+def read_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """As `load_config`, for a configuration that is only shown or compared.
+
+    Nothing may be loaded by it, because the file may ask for code that nobody has allowed.
     """
     given: dict[str, Any] = dict(values or {})
     where = "the configuration"

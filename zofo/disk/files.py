@@ -228,6 +228,28 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Read a regular file of at most `max_bytes`.
+
+    Raises:
+        UserError: if it is missing, no regular file, too large or unreadable.
+    """
+    size = require_regular(path)
+    if size <= max_bytes:
+        try:
+            with path.open("rb") as file:  # Files of the system may hold more than their size.
+                content = file.read(max_bytes + 1)
+        except OSError as error:
+            reason = f"{path} cannot be read ({error.strerror}); check its access"
+            raise UserError(reason) from error
+        if len(content) <= max_bytes:
+            return content
+    raise UserError(
+        f"{path} is larger than {max_bytes} bytes, which is the limit for such a file; copy it "
+        "again, or choose another"
+    )
+
+
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a text file in UTF-8.
 
@@ -239,16 +261,8 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, errors: str = "str
     Raises:
         UserError: if it is missing, no regular file, too large, unreadable or not UTF-8.
     """
-    require_regular(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its access") from error
-    if len(content) > max_bytes:
-        raise UserError(f"{path} is damaged: it is larger than {max_bytes} bytes; copy it again")
-    try:
-        return content.decode("utf-8", errors)
+        return read_bytes(path, max_bytes=max_bytes).decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} cannot be read, because byte {error.start} is not UTF-8; save it as UTF-8, or "

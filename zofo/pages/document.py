@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from zofo.disk.files import problem_of_name, problem_of_target
+from zofo.disk.files import problem_of_name, problem_of_target, require_regular
 from zofo.errors import UserError
 from zofo.pages.text import isolated
 
@@ -77,6 +77,7 @@ def check_target(path: Path, mark: str, option: str = "--to", name: str = "repor
         raise UserError(problem)
     if not path.exists():
         return
+    require_regular(path)
     with path.open("rb") as file:
         if mark.encode() not in file.read(4096):
             raise UserError(f"{path} exists and is no report of zofo; choose another {option}")

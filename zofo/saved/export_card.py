@@ -21,6 +21,7 @@ from zofo.saved.source import Source
 
 EXPORT_FILE: Final = "zofo_export.json"
 """The record of the export. Loaders ignore it."""
+_FORMAT: Final = 2  # Format 1 has no digests of the files beside it.
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,18 @@ class Record(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True)
 
+    format: int
     method: str
     base: str
     head: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(HEADS)})$")]
     task: str | None
     step: int | None
     is_merged: bool
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether a list with digests of all files belongs to the export."""
+        return self.format >= _FORMAT
 
 
 def read_record(folder: Path) -> Record:
@@ -101,7 +108,7 @@ def describe(exported: Exported, source: Source, step: int | None, folder: Path)
 
     origin = public_name(source.base.name)
     record = {
-        "format": 1,
+        "format": _FORMAT,
         "zofo_version": __version__,
         "method": source.method,
         "base": origin or LOCAL_MODEL,

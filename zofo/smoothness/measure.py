@@ -13,7 +13,7 @@ all measurements, because the continued run is the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -391,8 +391,10 @@ def objective_of_rows(
     )
 
 
-def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
-    """The configuration and the options that a folder was started with.
+def saved_options(
+    folder: Path, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, SmoothnessOptions]:
+    """The configuration and the options that a folder was started with, with overrides.
 
     Raises:
         UserError: if it is not a folder of `zofo smoothness`.
@@ -402,4 +404,4 @@ def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
         raise UserError(f"{folder} does not exist; name a folder of zofo smoothness to continue")
     if not path.is_file():
         raise UserError(f"{folder} holds no {OPTIONS_FILE}, so there is nothing to continue")
-    return load_smoothness(path)
+    return load_smoothness(path, overrides)

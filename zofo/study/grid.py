@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from zofo.config.load import load_config
+from zofo.config.load import read_config
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError, shown
 from zofo.optim.methods import METHODS, Method
@@ -203,7 +203,7 @@ def config_of(
     if cell.optimizer != NONE:
         values["optimizer"] = cell.optimizer
     values |= {key: rate for key, rate in rates._asdict().items() if rate is not None}
-    config = load_config(values=values)
+    config = read_config(values=values)
     steps = spec.steps if spec.budget is None else steps_within(config, spec.budget)
     assert steps is not None
     update: dict[str, Any] = {"steps": steps}
