@@ -91,10 +91,7 @@ def read_config(
     except ValidationError as error:
         found = error.errors()
         # pydantic reports a wrong entry of a map of rates twice, the second time for the whole map.
-        inner = [
-            e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
-        ]
-        found = inner or found
+        found = [e for e in found if not _is_whole_map(e)] or found
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
         # Without the wrong keys, the checks between sections can run and report their problems too.
         for e in found:
@@ -106,6 +103,11 @@ def read_config(
     if problems:
         raise UserError(join_problems(where, problems))
     return _complete(config)
+
+
+def _is_whole_map(error: Any) -> bool:
+    is_map = error["loc"][0] == "base_lr" and isinstance(error["input"], dict)
+    return is_map and error["type"] != "value_error"
 
 
 def join_problems(where: str, problems: Sequence[str]) -> str:
@@ -130,6 +132,8 @@ def apply_override(given: dict[str, Any], override: str) -> list[str]:
         return [f"{override!r} is not of the form key=value"]
     try:
         value = parse_yaml(text)
+    except yaml.constructor.ConstructorError as error:
+        return [f"{key.strip()}: {' '.join(str(error).split())}; correct it, or put it in quotes"]
     except yaml.YAMLError:
         value = text  # A text such as "[x" need not be YAML.
     path = key.strip().split(".")
@@ -174,7 +178,7 @@ def describe_problem(error: Any) -> str:
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {shown(error['input'])}; it takes keys and values of its own"
-    if path[0] == "base_lr":
+    if path[0] == "base_lr" and error["type"] != "value_error":
         return f"{key} is {shown(error['input'])}; it must be a number" + (
             "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
         )

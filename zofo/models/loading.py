@@ -18,8 +18,9 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
-from zofo.models.fitting import explained, load_fitting
+from zofo.models.fitting import explained, load_fitting, mark_new
 from zofo.models.limits import check_model_config
+from zofo.models.model_folders import check_digests, check_model_folder
 from zofo.models.trust import check_kernels
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
@@ -37,7 +38,8 @@ def resolve(name: str) -> str:
     """The folder of an alias, or else the given folder or hub id.
 
     Raises:
-        UserError: if an alias lacks its package, a folder holds no model, or a name is unknown.
+        UserError: if an alias lacks its package, a folder holds no model or a file that cannot be
+            read safely, or a name is unknown.
     """
     if name in ALIASES:
         return str(embedded_folder(name, ALIASES[name]))
@@ -50,6 +52,7 @@ def resolve(name: str) -> str:
             )
         if not (path / "config.json").exists():
             raise UserError(f"the folder {name} holds no config.json, so no model; choose another")
+        check_model_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         place = "" if path.is_absolute() else f" in {Path.cwd()}, where a relative path begins"
@@ -98,6 +101,8 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = resolve(name)
+    if Path(source).is_dir():
+        check_digests(Path(source))
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     kwargs: dict[str, Any] = {**shared, "dtype": DTYPES[dtype]}
     if attn_implementation is not None:
@@ -200,6 +205,8 @@ def empty_model(
         else:
             _require_head(head, config, name)
         model: nn.Module = model_class(head).from_config(config, **kwargs)
+    if head == "classification":
+        mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
     return model
 
 

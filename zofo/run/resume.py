@@ -73,7 +73,7 @@ def resumed_config(
 def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
     """Replace each `auto` by the number that the run has measured for it, if there is one."""
     asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
-    if not asked or not (folder / ADVICE_FILE).is_file():
+    if not asked or not (folder / ADVICE_FILE).exists():
         return config
     found = read_json(folder / ADVICE_FILE)
     advised = found.get("advised", {}) if isinstance(found, dict) else {}

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
-from zofo.console import new_progress
+from zofo.console import new_progress, plain_console
 from zofo.disk.files import json_digest, remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
 from zofo.errors import TrainingStoppedError, UserError
@@ -35,7 +35,7 @@ from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.results.belonging import digests_of
-from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
+from zofo.run.prepare import Prepared, num_steps, prepare, require_kept, run_folder
 from zofo.run.resume import FREE, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
@@ -115,7 +115,7 @@ def train_in(
     watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
 ) -> Result:
     """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -160,6 +160,7 @@ def train_in(
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = _measured(prepared, config, console, "test after") if config.measure_test else None
 
+    require_kept(folder)
     artifact = _save_artifact(folder, config, prepared, trainer)
     cost = {
         "steps": trainer.state.global_step,
@@ -170,6 +171,7 @@ def train_in(
         "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
     }
     result = Result(folder, before, after, cost)
+    require_kept(folder)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
 
@@ -178,7 +180,7 @@ def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     """Prepare with the rows and the classes that the run began with."""
     run = checkpoint.parent
     # Runs of older versions may have neither file.
-    labels = read_base(run)[1] if (run / BASE_FILE).is_file() else ()
+    labels = read_base(run)[1] if (run / BASE_FILE).exists() else ()
     return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
 
 

@@ -15,14 +15,12 @@ from typing import Any
 
 from zofo.disk.files import (
     MAX_LOG_BYTES,
-    file_digest,
-    read_json,
     read_json_object,
     read_tensors,
     require_regular,
     temporary_prefix,
 )
-from zofo.disk.folders import LIST_FILE, discard, remove_partial
+from zofo.disk.folders import LIST_FILE, difference_from_list, discard, remove_partial, restore
 from zofo.errors import UserError, shown
 from zofo.models.saved_adapters import names_in
 from zofo.optim.methods import METHODS
@@ -54,6 +52,7 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, whether damaged or not."""
+    restore(run_folder)  # A kill may have come between the two renames that replace a checkpoint.
     found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
@@ -103,7 +102,7 @@ def find_damage(folder: Path) -> str | None:
         step = read_state(folder).get("global_step")
         if step != step_of(folder):
             return f"{STATE_FILE} belongs to step {shown(step)}"
-        return _differences_from_list(folder) or _find_unreadable(folder)
+        return difference_from_list(folder) or _find_unreadable(folder)
     except UserError as error:
         return str(error)
     except OSError as error:
@@ -156,25 +155,6 @@ def find_bad_pickle(folder: Path) -> Path | None:
                 torch.load(file, map_location="cpu", weights_only=True)
         except Exception:
             return file
-    return None
-
-
-def _differences_from_list(folder: Path) -> str | None:
-    path = folder / LIST_FILE
-    if not path.exists():  # Trainer writes no list when it saves on several devices.
-        return None
-    try:
-        files = read_json(path)["files"]
-        listed = {str(name): (f["bytes"], f["blake2b"]) for name, f in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"{LIST_FILE} cannot be read ({error!r})"
-    for name, (size, digest) in listed.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        # Comparing the sizes first finds a truncated file without reading it.
-        if file.stat().st_size != size or file_digest(file) != digest:
-            return f"{name} is damaged (its digest differs from the recorded one)"
     return None
 
 

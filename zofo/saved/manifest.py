@@ -23,6 +23,7 @@ import pydantic
 from torch import nn
 
 from zofo.disk.files import file_digest, json_digest, read_json, refusing, write_json
+from zofo.disk.folders import files_below
 from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
@@ -173,12 +174,12 @@ def required_files(method: str) -> set[str]:
 
 def _parts(folder: Path) -> dict[str, Path]:
     """Name -> path of every file that loading may read; users may edit the model card."""
-    paths = [
-        *(folder / ADAPTER_FOLDER).rglob("*"),
-        *(folder / MODEL_FOLDER).rglob("*"),
-        *(folder / name for name in SINGLE_FILES),
-    ]
-    return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}
+    first = (ADAPTER_FOLDER, MODEL_FOLDER)
+    return {
+        name: path
+        for name, path in files_below(folder).items()
+        if name in SINGLE_FILES or name.partition("/")[0] in first
+    }
 
 
 def find_artifact(folder: str | Path) -> Path:

@@ -233,7 +233,7 @@ def run_id_of(run: Path) -> str | None:
     Raises:
         UserError: if `base.json` is damaged.
     """
-    return _read_base_file(run).run if (run / BASE_FILE).is_file() else None
+    return _read_base_file(run).run if (run / BASE_FILE).exists() else None
 
 
 def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, tuple[str, ...]]:
@@ -249,10 +249,10 @@ def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, 
     Raises:
         UserError: if the file is damaged, the data cannot be read, or code is not allowed.
     """
-    if (run / BASE_FILE).is_file():
+    if (run / BASE_FILE).exists():
         found = _read_base_file(run)
         return found.base, tuple(found.labels)
-    if (run / ARTIFACT_FOLDER / HEADER_FILE).is_file():
+    if (run / ARTIFACT_FOLDER / HEADER_FILE).exists():
         header = read_header(run / ARTIFACT_FOLDER)
         return BaseSpec(**header["base"]), tuple(header["labels"])
     from zofo.tasks.load import load_splits

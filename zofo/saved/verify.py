@@ -110,8 +110,8 @@ def _export_steps(
         return f"export of method {opened[0].method} on {opened[0].base}"
 
     def files() -> str:
-        check_export_files(folder, opened[0].is_merged)
-        return "every file exists, with a readable header"
+        note = check_export_files(folder, opened[0])
+        return note or "every file has the recorded digest"
 
     def load() -> str:
         model, _ = load_plain(folder, opened[0].head, trust_remote_code=trust_remote_code)

@@ -20,11 +20,12 @@ from typing import Any, Final, NamedTuple
 
 from zofo.config.load import read_config
 from zofo.config.schema import RunConfig
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
 from zofo.optim.methods import METHODS, Method
 from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
 
 NONE: Final = "none"
+_MAX_NAME_BYTES: Final = 240  # File systems allow 255, with a suffix.
 
 
 class Cell(NamedTuple):
@@ -150,6 +151,12 @@ def expand(spec: StudySpec) -> Grid:
             continue
         cells[cell], lacking = _pairs(spec, cell)
         problems += lacking
+        ids = [Run(cell, pair, 2**32 - 1).id for pair in cells[cell]]
+        if any(len(name.encode()) > _MAX_NAME_BYTES for name in ids):
+            problems.append(
+                f"the runs of {shown(cell.name)} have names of more than {_MAX_NAME_BYTES} bytes, "
+                "too long for a folder; give its model, task or adapter a short label"
+            )
     for where, is_used in zip(spec.exclude, used, strict=True):
         if not is_used:
             given = {key: value for key, value in where.model_dump().items() if value != "*"}

@@ -17,6 +17,7 @@ import torch
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
+from zofo.console import say
 from zofo.disk.files import read_json_object, write_json
 from zofo.disk.recorded import alterations, write_recorded
 from zofo.environment import resolve_device
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> int:
     try:
         command(Path(given), Path(other), trust_remote_code=is_trusted)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     return 0
 

@@ -231,9 +231,11 @@ class Worker:
         if len(self.jobs) >= self.num_slots:
             return
         for name, trial in (self._tell(self.queue.waiting) or {}).items():
-            task = self.tasks.get(name)  # None if this worker's study lacks it
-            state = "ended" if task is None else state_of(task, self.folder)
-            if task is None or state == "ended":
+            task = self.tasks.get(name)
+            if task is None:  # Another worker's study has it, for instance of another version.
+                continue
+            state = state_of(task, self.folder)
+            if state == "ended":
                 self._tell(self.queue.finish, trial)
             elif state == "ready":
                 self._claim(task, trial)
