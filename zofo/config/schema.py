@@ -51,7 +51,9 @@ class ModelConfig(Section):
         "float32", description="of the base; peft keeps adapters in float32"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub id")
-    trust_remote_code: bool = Field(False, description="run code from the model's repository")
+    trust_remote_code: bool = Field(
+        False, description="run code from the model's repository; a file can ask, but not allow it"
+    )
     attn_implementation: str | None = Field(None, description="as in transformers")
 
     def tokenizer(self) -> Any:
