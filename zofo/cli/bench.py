@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
+from zofo.cli.exits import app, exit_code_of, reports_errors
 from zofo.cli.output import plain_console
 from zofo.errors import UserError
 
@@ -113,8 +113,8 @@ def _measure(settings: Settings, json_file: Path | None) -> None:
     code = 0
     try:
         measure(settings, results, plain_console(stderr=True))
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        code = exit_code_of(error)
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     show(results, plain_console(width=width))
     if json_file is not None:

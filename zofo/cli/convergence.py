@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
+from zofo.cli.exits import app, exit_code_of, reports_errors
 from zofo.cli.output import plain_console, printable, stdout_console
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def convergence(
         return
     try:
         found = run(plan, plain_console(stderr=True))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; finished cells are kept, and the same command goes on", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(exit_code_of(error)) from None
     _show(found, console)
     print(f"values: {to / JSON_NAME}")
     print(f"page: {to / PAGE_NAME}")

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from zofo.cli.exits import EXIT_INTERRUPTED
-
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.pages.tables import Table
@@ -58,10 +56,3 @@ def warn_of_idle_options(config: RunConfig) -> None:
 
     for message in idle_options(config):
         print(f"warning: {message}", file=sys.stderr)
-
-
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after the signal that stopped a training run, or else after Ctrl-C."""
-    from zofo.trainer.interrupt import TrainingInterrupt
-
-    return error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table as RichTable
 
-from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import (
-    exit_code_of,
-    plain_console,
-    rich_table,
-    stdout_console,
-    warn_of_idle_options,
-)
+from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
+from zofo.cli.output import plain_console, rich_table, stdout_console, warn_of_idle_options
 from zofo.errors import UserError
 
 if TYPE_CHECKING:

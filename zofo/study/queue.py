@@ -264,7 +264,10 @@ def _with_driver(url: str) -> str:
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
-    return {"pool_pre_ping": True}  # a server may have closed an idle connection
+    # A database in the encoding SQL_ASCII would otherwise answer in bytes.
+    encoding = {"client_encoding": "utf8"} if url.startswith("postgres") else {}
+    # A server may have closed an idle connection.
+    return {"pool_pre_ping": True, "connect_args": encoding}
 
 
 def _begin_immediately(engine: Any) -> None:
