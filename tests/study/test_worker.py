@@ -24,6 +24,7 @@ from zofo.study.grid import expand
 from zofo.study.jobs import all_tasks
 from zofo.study.process import Child
 from zofo.study.progress import Costs, summarize
+from zofo.study.queue import queue_of
 from zofo.study.records import StudyFolder
 from zofo.study.worker import Worker
 
@@ -299,6 +300,17 @@ def test_a_study_that_another_worker_begins_or_did_not_come_to_begin(make, tmp_p
     (place / "locks" / "begin").touch()
     Worker(make(), 2).run()
     assert results(tmp_path / "one") == results(whole)
+
+
+def test_a_task_that_the_study_lacks_is_left_to_others(make):
+    grid = make(methods=["fo-peft"], rates=[{"adapter_lr": [1e-3]}])
+    folder = StudyFolder(grid)
+    folder.begin()
+    queue = queue_of(grid.spec)
+    queue.fill(["search of another study"])
+    Worker(grid, 2).run()
+    assert list(queue.waiting()) == ["search of another study"]
+    queue.close()
 
 
 def test_three_workers_begin_at_once_and_one_is_killed(make, tmp_path, whole):

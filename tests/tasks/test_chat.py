@@ -76,6 +76,19 @@ def tooled(i):
     }
 
 
+def test_chats_that_call_other_tools_are_no_duplicates(tmp_path, tokenizer):
+    def chat(name, **arguments):
+        calls = called(name, **arguments)
+        return {"messages": [user("weather?"), assistant("", tool_calls=calls)]}
+
+    different = [chat("weather", day=str(i)) for i in range(4)] + [chat("rain", day="0"), chat("x")]
+    different.append({"messages": [user("weather?"), assistant("")]})
+    same = [chat("x"), chat("rain", day="0"), chat("weather", day="3")]
+    rows = read(tmp_path / "a.jsonl", [*different, *same], tokenizer)
+    assert len(rows) == len(different)
+    assert len({row.text for row in rows.values()}) == len(different)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_tools_are_shown_and_a_missing_value_is_no_value(tmp_path, tokenizer, suffix):
     rows = read(tmp_path / f"a{suffix}", [tooled(i) for i in range(6)], tokenizer)
@@ -145,6 +158,26 @@ def test_messages_that_are_wrong_name_a_remedy(tmp_path, tokenizer, message, wor
     rows = [{"messages": [user(f"{i}"), assistant("a")]} for i in range(6)]
     rows[2]["messages"][1] = message
     with pytest.raises(UserError, match=f"row 3: message 2 has {words}"):
+        read(tmp_path / "a.jsonl", rows, tokenizer)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({}, {"text": "a"}, {"messages": None}, {"messages": []}, {"messages": [[[1]]]}),
+        {"messages": {"role": "user"}},
+        {"messages": [{"role": {"a": ["user"]}, "content": "a"}]},
+        {"messages": [user("a"), {"role": "assistant", "content": {"a": [1]}}]},
+        {"messages": [user("a"), assistant("a", weight=[1])]},
+        {"messages": [user("a"), assistant("a")], "tools": "[" * 100_000},
+    ],
+    ids=lambda values: str(values)[:60],
+)
+def test_rows_without_messages_and_nested_values_are_one_error(tmp_path, tokenizer, values, row):
+    rows = [{"messages": [user(f"{i}"), assistant("a")]} for i in range(6)]
+    rows[row] = values
+    with pytest.raises(UserError, match=f"row {row + 1}: |has no column 'messages'"):
         read(tmp_path / "a.jsonl", rows, tokenizer)
 
 

@@ -1,14 +1,16 @@
 """Files that could be read in two ways are refused, with the line and the remedy."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tests.support.damage import make_special, refused
 from zofo.errors import UserError
-from zofo.tasks.files import READERS
+from zofo.tasks.files import MAX_BYTES, READERS
 from zofo.tasks.load import load_splits
 from zofo.tasks.rows import read_table
 from zofo.tasks.spec import TaskSpec
@@ -72,6 +74,9 @@ def test_other_encodings_are_refused_with_the_line_and_a_command(tmp_path, suffi
         ("a.csv", 'text,label\nx,a\n"Great" film,b\n', "line 3: .*double each mark"),
         ("a.csv", 'text,label\n"a \\"great\\" film",b\n', "line 2: .*double each mark"),
         ("a.csv", 'text,label\n"never closed,b\nx,a\n', "line 2: unexpected end of data"),
+        ("a.csv", 'text,label\n"Oh,a\nfine,b\nend",a\nx,a\ny,b\n', "row 1: .* of 3 lines"),
+        ("a.csv", 'label,text\nx,1\na,"Oh\nb,fine\na,end"\na,x\nb,y\n', "row 2: .* of 3 lines"),
+        ("a.csv", 'id,text,label\n1,"Oh,a\n2,end",b\n3,x,a\n4,y,b\n', "row 1: .* of 2 lines"),
         ("a.csv", "text,label,label\nx,a,b\n", "'label' names two columns"),
         ("a.csv", "text;label\nx;a\n", "separated by semicolons; a .csv file has commas"),
         ("a.csv", "text\tlabel\nx\ta\n", "separated by tabs"),
@@ -82,7 +87,7 @@ def test_other_encodings_are_refused_with_the_line_and_a_command(tmp_path, suffi
         ("a.json", '{"text": "x"}', "name the file .jsonl"),
         ("a.jsonl", '[{"text": "x"}]\n', "a list of objects belongs into a .json file"),
         ("a.jsonl", '[\n{"text": "x"}\n]', "row 1: .*belongs into a .json file"),
-        ("a.json", "[" * 100_000, "cannot be read .RecursionError.*write it again"),
+        ("a.json", "[" * 100_000, "not valid JSON .maximum recursion depth.*list of objects"),
     ],
 )
 def test_what_is_wrong_names_its_line_and_the_remedy(tmp_path, name, text, words):
@@ -142,3 +147,44 @@ def test_a_value_that_is_no_text_is_refused_where_text_is_expected(tmp_path, val
         options = {"prompt": columns[0], "completion": columns[1]} if name == "completion" else {}
         with pytest.raises(UserError, match=r"row 7: 'text' is .*, not a text"):
             load_splits(TaskSpec(name=name, train=str(path), **options))
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "dangling", "folder"])
+def test_only_regular_files_are_opened(tmp_path, suffix, kind):
+    path = tmp_path / f"a{suffix}"
+    make_special(path, kind)
+    assert "the data file" in refused(lambda: read_table(str(path)))
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)  # without any blocks on the disk
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("read"))
+    words = "cannot be read" if suffix == ".parquet" else f"larger than {MAX_BYTES} bytes"
+    refused(lambda: read_table(str(path)), words)
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ROWS"])
+def test_a_small_parquet_file_of_many_rows(tmp_path, monkeypatch, limit):
+    pd.DataFrame({"text": ["a"] * 5000}).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(f"zofo.tasks.files.{limit}", 100)
+    monkeypatch.setattr("pandas.read_parquet", lambda _: pytest.fail("read"))
+    refused(lambda: read_table(str(tmp_path / "a.parquet")), "split it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'text,label\n"a, b\nc, d\ne",a\nx,a\ny,b\n',  # lines with commas, and no labels
+        'text,label\n"one\ntwo",a\nx,a\n',
+        'text,label\n"Oh,a\nfine\nend",a\nx,a\n',  # a line without a label
+        'id,text\n1,"Oh\n2,end"\n3,x\n',  # nothing tells numbers of rows from text
+        'text\n"one\ntwo"\nx\n',
+    ],
+)
+def test_texts_with_line_breaks_are_read(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    assert any("\n" in value for value in read_table(str(tmp_path / "a.csv")).rows[0][1].values())

@@ -94,13 +94,14 @@ class Probe:
         masks: GeneratorState,
     ) -> tuple[float, np.ndarray]:
         """`batch_loss` at x + scale · v with given dropout masks."""
-        with masks.replayed():
-            if scale == 0:
+
+        def evaluate() -> tuple[float, np.ndarray]:
+            with masks.replayed():
                 return self.batch_loss(indices)
-            # Using the direction's number as the step gives each direction fresh noise. The run's
-            # noise differs, because its seed differs.
-            with view.at(scale, step=direction):
-                return self.batch_loss(indices)
+
+        # Using the direction's number as the step gives each direction fresh noise. The run's noise
+        # differs, because its seed differs.
+        return evaluate() if scale == 0 else view.value_at(evaluate, scale, step=direction)
 
     def backward(self, indices: Sequence[int], *, is_full: bool, share: float = 1.0) -> float:
         """Run forward and backward of share · loss. Gradients accumulate in the parameters.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import sys
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,20 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
+from zofo.console import say
 from zofo.errors import TrainingStoppedError, UserError, shown
 
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. A command then ends as after Ctrl-C, with the exit code of SIGTERM."""
+
+    exit_code: Final = EXIT_TERMINATED
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,30 +54,33 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
+]
 
 
 def reports_errors(command: F) -> F:
-    """Turn bad input and Ctrl-C into a message and an exit code."""
+    """Turn bad input, Ctrl-C and SIGTERM into a message and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with warnings.catch_warnings(), _bitsandbytes_errors_only():
+            with warnings.catch_warnings(), _bitsandbytes_errors_only(), _ending_on_sigterm():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except (UserError, TrainingStoppedError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", stderr=True)
             is_stopped = isinstance(error, TrainingStoppedError)
             raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
         except (OSError, UnicodeEncodeError) as error:
             message = _problem_of_path(error)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            say("interrupted; what was not finished is removed", stderr=True)
+            raise typer.Exit(exit_code_of(error)) from None
 
     return wrapped  # type: ignore[return-value]
 
@@ -85,9 +98,36 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
     return f"{where}{error.strerror}; choose another name or folder, or correct its permissions"
 
 
+def exit_code_of(error: KeyboardInterrupt) -> int:
+    """The exit code after the signal that stopped a command; that of Ctrl-C if none is known."""
+    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a command removes what is incomplete.
+
+    A training loop and a study handle the signal themselves meanwhile.
+    """
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # Whoever has set another handler, or ignores the signal, keeps it.
+    is_ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on one line, without the file and line of code that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", stderr=True)
 
 
 @contextmanager
