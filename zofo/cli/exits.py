@@ -10,7 +10,6 @@ import errno
 import functools
 import logging
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,18 +19,13 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
+from zofo.console import say
 from zofo.errors import TrainingStoppedError, UserError, shown
 
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. A command then ends as after Ctrl-C, with the exit code of SIGTERM."""
-
-    exit_code: Final = 128 + signal.SIGTERM
-
+EXIT_TERMINATED: Final = 143  # 128 + SIGTERM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,10 +47,13 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
+]
 
 
 def reports_errors(command: F) -> F:
-    """Turn bad input, Ctrl-C and SIGTERM into a message and an exit code."""
+    """Turn bad input and Ctrl-C into a message and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -65,20 +62,50 @@ def reports_errors(command: F) -> F:
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except (UserError, TrainingStoppedError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", stderr=True)
             is_stopped = isinstance(error, TrainingStoppedError)
             raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
         except (OSError, UnicodeEncodeError) as error:
             message = _problem_of_path(error)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt as error:
-            print("interrupted; what was not finished is removed", file=sys.stderr)
+            say("interrupted; what was not finished is removed", stderr=True)
             raise typer.Exit(exit_code_of(error)) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, and nothing handles it but the blocks that it ends."""
+
+    exit_code: Final = EXIT_TERMINATED
+
+
+def exit_code_of(error: KeyboardInterrupt) -> int:
+    """The exit code after the signal that ended a command."""
+    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that nothing half-written stays."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise Terminated("SIGTERM")
+
+    # Python allows handlers in the main thread only, and a parent may have chosen to ignore it.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
@@ -94,36 +121,9 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
     return f"{where}{error.strerror}; choose another name or folder, or correct its permissions"
 
 
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after the signal that stopped a command; that of Ctrl-C if none is known."""
-    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a command removes what is incomplete.
-
-    A training loop and a study handle the signal themselves meanwhile.
-    """
-
-    def end(*_: Any) -> None:
-        raise Terminated
-
-    is_main = threading.current_thread() is threading.main_thread()
-    # Whoever has set another handler, or ignores the signal, keeps it.
-    is_ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if is_ours:
-        signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on one line, without the file and line of code that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", stderr=True)
 
 
 @contextmanager

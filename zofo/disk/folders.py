@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -24,6 +24,7 @@ from zofo.errors import UserError
 
 LIST_FILE: Final = "zofo_files.json"  # lists name, size and digest of every other file
 HIDDEN: Final = ".partial"  # ending of folders that are incomplete or about to be removed
+_SET_ASIDE: Final = "replaced"  # holds the folder that a new one is about to replace
 _REMEDY: Final = (
     "Older checkpoints are as they were: free space or make the folder writable again, and "
     "continue from the newest"
@@ -62,10 +63,9 @@ def writing_folder(
         # Everything is on the disk before the rename, so that a power cut leaves no partial folder.
         for path in (*staged.rglob("*"), staged):
             _flush(path)
-        if is_checkpoint and place.exists():
-            discard(place)
-        staged.replace(place)
-        _flush(place.parent)  # The rename is an entry of the parent.
+        with _set_aside(place, hidden) if is_checkpoint and place.exists() else nullcontext():
+            staged.replace(place)
+            _flush(place.parent)  # The rename is an entry of the parent.
     except Exception as error:
         reason = reason_of_failed_write(error)
         if reason is None:
@@ -78,6 +78,32 @@ def writing_folder(
             shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextmanager
+def _set_aside(place: Path, hidden: Path) -> Iterator[None]:
+    """Keep the folder at `place` until its successor is there; `restore` brings it back if not."""
+    old = hidden / _SET_ASIDE / place.name
+    old.parent.mkdir()
+    place.replace(old)
+    try:
+        yield
+    except BaseException:
+        if not place.exists():
+            old.replace(place)
+        raise
+
+
+def restore(parent: Path) -> None:
+    """Bring back the folders in `parent` whose writers were killed before they were replaced."""
+    for old in parent.glob(f".*{HIDDEN}/{_SET_ASIDE}/*"):
+        place, lock_file = parent / old.name, old.parents[1] / LOCK_FILE
+        if not place.exists():
+            with suppress(OSError, UserError):  # The folder may be read-only.
+                lock = take_lock(lock_file)
+                if lock is not None:  # The writer has ended.
+                    with lock:
+                        old.replace(place)
+
+
 def remove_partial(parent: Path, pattern: str) -> None:
     """Remove hidden folders of writers that were killed; those of living processes stay.
 
@@ -85,6 +111,7 @@ def remove_partial(parent: Path, pattern: str) -> None:
         parent: the folder that holds them.
         pattern: pattern for their names, without the ending.
     """
+    restore(parent)
     for hidden in parent.glob(f"{pattern}{HIDDEN}"):
         if hidden.is_dir() and not hidden.is_symlink():
             with suppress(UserError):

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from zofo.errors import UserError, problem_in_words
 from zofo.noise.combine import Distribution
+from zofo.noise.philox import MAX_DIRECTIONS
 from zofo.optim.estimator import Estimator
 
 Radius = Annotated[
@@ -34,7 +35,9 @@ class StepOptions:
     estimator: Annotated[
         Estimator, Field(description="forward (paper): 1 extra forward; central: 2")
     ] = "forward"
-    num_directions: Annotated[int, Field(ge=1, description="directions per step (paper: 1)")] = 1
+    num_directions: Annotated[
+        int, Field(ge=1, lt=MAX_DIRECTIONS, description="directions per step (paper: 1)")
+    ] = 1
     # Rademacher is our choice: it is unbiased, as the Gaussian is, and faster to draw.
     distribution: Annotated[
         Distribution, Field(description="distribution of the directions (paper: gaussian)")

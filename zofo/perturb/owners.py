@@ -9,6 +9,7 @@ replaced, the model owns its head, because the fused losses of trl and Liger rea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -87,25 +88,34 @@ def find_owners(
         model: the module whose forward is perturbed.
         tensors: parameter -> tensor index of its directions.
         atomic: classes that read the weights of their children directly.
-        children_read: class name -> names of the children whose weights it reads directly.
+        children_read: class name -> paths of the modules below it whose weights it reads directly.
     """
     owners: dict[nn.Module, Owner] = {}
 
     # `holder` owns the weights that are found. `fixed` keeps it the owner of the whole subtree.
-    def visit(module: nn.Module, path: str, holder: nn.Module, fixed: bool) -> None:
-        # A shared module may lie in a subtree that is swapped whole, and elsewhere too.
-        place = (module, holder if fixed else None)
-        if place in seen:
-            return
-        seen.add(place)
+    # `reads` maps modules to the module around them whose call swaps their weights.
+    def visit(
+        module: nn.Module,
+        path: str,
+        holder: nn.Module,
+        fixed: bool,
+        reads: Mapping[nn.Module, nn.Module],
+    ) -> None:
         if module in heads:
             # peft calls the replaced forward without hooks, so only the model's own call is sure.
             holder, fixed = model, True
-        heads.update(_head_read_by(module))
+        elif module in reads:
+            holder, fixed = reads[module], True
         # A container without a forward is never called, so its holder reads its weights.
         compiled = is_compiled(module)
         if not fixed and (compiled or _is_called(module)):
             holder = module
+        # A shared module may have several holders, such as layers that read one bank of vectors.
+        place = (module, holder, fixed)
+        if place in seen:
+            return
+        seen.add(place)
+        heads.update(_head_read_by(module))
         fixed = fixed or compiled or isinstance(module, atomic) or _reads_children(module)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in tensors:
@@ -116,13 +126,15 @@ def find_owners(
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
-        read = children_read.get(type(module).__name__, ())
+        for read in children_read.get(type(module).__name__, ()):
+            with contextlib.suppress(AttributeError):  # Not every instance has every child.
+                reads = {module.get_submodule(read): holder, **reads}
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", holder, fixed or name in read or _is_depthwise(child))
+            visit(child, f"{path}{name}.", holder, fixed or _is_depthwise(child), reads)
 
-    seen: set[tuple[nn.Module, nn.Module | None]] = set()
+    seen: set[tuple[nn.Module, nn.Module, bool]] = set()
     heads: set[nn.Module] = set()
-    visit(model, "", model, False)
+    visit(model, "", model, False, {})
     return list(owners.values())
 
 

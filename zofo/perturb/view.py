@@ -9,7 +9,8 @@ as norms and biases, are computed together before the forward, into scratch of t
 A module that reads a child's weight without calling the child would see the unperturbed weight.
 Known modules of this kind (`ATOMIC`, and those that `zofo.perturb.owners` finds) swap their whole
 subtree during their call. Modules in `CHILDREN_READ` swap only the named children. The self-check
-(`zofo.perturb.self_check`) finds and names any other.
+(`zofo.perturb.self_check`) finds any other, such as the layers of many adapters, and
+`Perturbation.checked` treats them as those in `CHILDREN_READ`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ CHILDREN_READ: dict[str, tuple[str, ...]] = {
     "DebertaV2Encoder": ("rel_embeddings",),
     **dict.fromkeys(_MIXERS, _MAMBA),
 }
-"""Class name -> names of the children whose own weights its forward reads directly."""
+"""Class name -> paths of the modules below it whose own weights its forward reads directly."""
+
+_T = TypeVar("_T")
 
 
 class Perturbation:
@@ -83,13 +86,15 @@ class Perturbation:
         self._point: tuple[float, int, int] | None = None
         self._ahead: Overlap | None = None
         self._watch: ReadWatch | None = None
+        self._children_read = dict(CHILDREN_READ)
+        self._is_checked = False
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
-        owners = find_owners(model, self._tensors, ATOMIC, CHILDREN_READ)
+        owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         self._small = Owner(model, take_small(owners))
         self._owners = [owner for owner in owners if owner.slots]
         self._scratch.forget_owners()
@@ -140,7 +145,7 @@ class Perturbation:
             self_check: watch for reads of unperturbed weights.
 
         Raises:
-            SelfCheckError: at such a read; it names the weight and its module.
+            SelfCheckError: after such a read; it names the weight and its module.
         """
         if self._point is not None:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
@@ -150,7 +155,8 @@ class Perturbation:
         ahead = self._overlap()
         self._entered.clear()
         handles: list[Any] = []
-        self._watch = ReadWatch([*self._owners, self._small]) if self_check else None
+        owners = [*self._owners, self._small]
+        self._watch = ReadWatch(owners, self._children_read) if self_check else None
         self._point = (scale, step, direction)
         is_whole = False
         try:
@@ -163,6 +169,7 @@ class Perturbation:
             else:
                 with running_eagerly(), self._watch:
                     yield
+                self._watch.check()
             is_whole = True
         finally:
             for handle in handles:
@@ -174,6 +181,53 @@ class Perturbation:
             self._watch = self._point = None
             if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
+
+    def value_at(
+        self, function: Callable[[], _T], scale: float, *, step: int, direction: int = 0
+    ) -> _T:
+        """The value of a function at w + scale · v; the first call checks itself (`checked`).
+
+        Args:
+            function: runs the model; may be called repeatedly.
+            scale: as for `at`, and so are `step` and `direction`.
+            step: the optimizer step.
+            direction: index of the direction.
+
+        Raises:
+            SelfCheckError: as `checked`.
+        """
+        # The check would run compiled parts without their graphs, which rounds differently.
+        is_wanted = not self._is_checked and not self.is_compiled
+
+        def evaluate() -> _T:
+            with self.at(scale, step=step, direction=direction, self_check=is_wanted):
+                return function()
+
+        value = self.checked(evaluate)
+        self._is_checked = True
+        return value
+
+    def checked(self, evaluate: Callable[[], _T]) -> _T:
+        """Evaluate with the self-check, again if a module is found to read another's weights.
+
+        Such weights are swapped for the calls of the module that reads them, from then on.
+
+        Args:
+            evaluate: runs the model inside `at(..., self_check=True)`; may be called repeatedly.
+
+        Raises:
+            SelfCheckError: if a weight is read unperturbed nevertheless.
+        """
+        while True:
+            try:
+                return evaluate()
+            except SelfCheckError as error:
+                if not error.readers:
+                    raise
+                for name, paths in error.readers.items():
+                    known = self._children_read.get(name, ())
+                    self._children_read[name] = (*known, *paths)
+            self.follow(self._model)
 
     @property
     def largest_layer_bytes(self) -> int:

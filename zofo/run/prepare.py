@@ -21,6 +21,7 @@ from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
+from zofo.sections import MAX_COUNT
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
 from zofo.tasks.encode_rows import encode_parts
@@ -70,7 +71,9 @@ def prepare(
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows, notes = encode_parts(encoder, splits, model)
+    rows, notes = encode_parts(
+        encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
+    )
     splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
@@ -84,11 +87,21 @@ def prepare(
 
 
 def num_steps(config: RunConfig, num_rows: int) -> int:
-    """The number of optimizer steps of a run on that many training rows."""
+    """The number of optimizer steps of a run on that many training rows.
+
+    Raises:
+        UserError: if they are more than the counters of the directions hold.
+    """
     if config.steps is not None:
         return config.steps
     per_epoch = -(-num_rows // (config.batch_size * config.accumulation))  # rounded up
-    return max(1, round(float(config.epochs or 1) * per_epoch))
+    steps = max(1, round(float(config.epochs or 1) * per_epoch))
+    if steps > MAX_COUNT:
+        raise UserError(
+            f"epochs is {config.epochs:g}, which means {steps} steps of {num_rows} rows; the "
+            "number must be less than 2^32. Give fewer epochs"
+        )
+    return steps
 
 
 def check_folder(config: RunConfig) -> None:

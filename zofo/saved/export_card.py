@@ -14,7 +14,8 @@ import pydantic
 
 from zofo.disk.files import read_json, refusing, write_json, write_text
 from zofo.models.loading import HEAD_NAMES, HEADS
-from zofo.saved.card import LOCAL_MODEL, front_matter, public_name
+from zofo.saved.card import LOCAL_MODEL, front_matter
+from zofo.saved.hub import public_name
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source
 

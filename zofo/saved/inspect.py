@@ -12,17 +12,18 @@ from typing import Annotated, Any, Final
 
 import pydantic
 
-from zofo.config.load import load_config
+from zofo.config.load import read_config
 from zofo.disk.files import open_tensors, read_json_object, refusing
 from zofo.disk.folders import LIST_FILE
 from zofo.errors import UserError
 from zofo.models.model_folders import check_digests, check_model_folder, files_in_index
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.checkpoint_folders import checkpoints, find_damage, read_state
+from zofo.results.belonging import mixed_up
+from zofo.saved.checkpoint_folders import checkpoints, find_damage, find_misfit, read_state
 from zofo.saved.export_card import EXPORT_FILE, Record, read_record
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, RESULT_FILE
 from zofo.saved.manifest import ADAPTER_FOLDER, HEADER_FILE, check_files, read_header
-from zofo.saved.source import is_checkpoint, read_base
+from zofo.saved.source import is_checkpoint, read_base, run_id_of
 
 _WITHOUT_DIGESTS: Final = (
     "an older zofo wrote this export without digests, so altered weights are not noticed; export "
@@ -176,6 +177,8 @@ def _read_checkpoint(info: Info) -> None:
     if (run / CONFIG_FILE).is_file():
         _read_config(info, run)
     damage = find_damage(info.path)
+    if damage is None and info.method is not None:
+        damage = find_misfit(info.path, info.method, run_id_of(run))
     if damage is not None:
         raise UserError(damage)
     info.step = read_state(info.path)["global_step"]
@@ -184,7 +187,7 @@ def _read_checkpoint(info: Info) -> None:
 
 
 def _read_config(info: Info, run: Path) -> None:
-    config = load_config(run / CONFIG_FILE)
+    config = read_config(run / CONFIG_FILE)
     info.method, info.base, info.seed = config.method, config.model.name, config.seed
     info.task = config.task.name
     if (run / BASE_FILE).exists():
@@ -193,8 +196,10 @@ def _read_config(info: Info, run: Path) -> None:
 
 def _read_run(info: Info) -> None:
     _read_config(info, info.path)
+    method, run_id = str(info.method), run_id_of(info.path)
     info.checkpoints = {
-        step: find_damage(path) is None for step, path in checkpoints(info.path).items()
+        step: (find_damage(path) or find_misfit(path, method, run_id)) is None
+        for step, path in checkpoints(info.path).items()
     }
     if (info.path / RESULT_FILE).exists():
         scores = read_json_object(info.path / RESULT_FILE).get("test")
@@ -205,4 +210,7 @@ def _read_run(info: Info) -> None:
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it again"
         raise UserError(f"the run has not ended; {remedy}")
+    mixed = mixed_up(info.path)
+    if mixed is not None:
+        raise UserError(mixed)
     _read_artifact(info, info.path / ARTIFACT_FOLDER)

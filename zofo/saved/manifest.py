@@ -8,7 +8,8 @@
 
 The digests detect damage and mixed-up files. They are not a signature, because anyone can write an
 artefact with valid digests. Therefore the values are checked like any input, and the names in
-`files` are compared with the folder but never opened. The user decides whether remote code may run.
+`files` are compared with the folder but never opened. `trust_remote_code` is a wish, which only the
+user can grant (`zofo.models.trust`).
 """
 
 from __future__ import annotations
@@ -67,12 +68,6 @@ class BaseSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
-
-    @property
-    def runs_remote_code(self) -> bool:
-        """Whether loading the base runs code from a repository."""
-        # An attention implementation with a slash names a repository of kernels.
-        return self.trust_remote_code or "/" in (self.attn_implementation or "")
 
     def load(self) -> tuple[nn.Module, Any]:
         """Load the base as it was before training, and its tokenizer."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zofo.disk.files import read_bytes, require_regular
+from zofo.disk.plain import unique_keys
 from zofo.errors import UserError
 
 MAX_BYTES: Final = 1 << 31
@@ -70,7 +71,7 @@ def _read_jsonl(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, row {number}: not valid JSON ({error}); a jsonl file has one object a "
@@ -89,7 +90,7 @@ def _read_json(path: Path) -> Rows:
     remedy = "must be a list of objects; for one object a line name the file .jsonl"
     text = _text_of(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); it {remedy}") from error
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
