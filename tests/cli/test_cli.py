@@ -196,7 +196,7 @@ def test_info_replay_and_verify(trained, tmp_path):
     done = run("verify", tmp_path / "base")
     assert done.exit_code == 2
     assert "FAILED" in done.stdout
-    assert "lacks model.safetensors" in done.stdout
+    assert "model.safetensors is missing" in done.stdout
     assert "NOT whole" in run("info", tmp_path / "base").stdout
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def _run(asked):
     os.environ.clear()
     os.environ.update(asked["environment"])
     module, *sys.argv[1:] = asked["arguments"]
+    # The server has imported more than a new process would have.
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -11,8 +11,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -110,7 +110,18 @@ class Worker:
         """
         self._check_trust()
         self._begin(retry_failed)
-        previous = self._handle_signals()
+        try:
+            with self._handling_signals():
+                self._work()
+        finally:
+            self.queue.close()
+        if self.loss is not None:
+            raise UserError(
+                f"the queue's database was lost ({self.loss}), so this worker has ended; its runs "
+                "have written checkpoints. Start the study again: the queue is filled from the runs"
+            )
+
+    def _work(self) -> None:
         refreshed = beaten = -math.inf
         try:
             while True:
@@ -140,14 +151,6 @@ class Worker:
             # Each worker writes what is there when it ends, so the last one writes all results.
             with locked(self.folder.path / "locks" / "results"):
                 self.folder.write_results()
-            self.queue.close()
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-        if self.loss is not None:
-            raise UserError(
-                f"the queue's database was lost ({self.loss}), so this worker has ended; its runs "
-                "have written checkpoints. Start the study again: the queue is filled from the runs"
-            )
 
     @property
     def _is_ending(self) -> bool:
@@ -415,18 +418,25 @@ class Worker:
                 job.num_signals += 1
                 job.child.send(signal.SIGTERM if job.num_signals <= 2 else signal.SIGKILL)
 
-    def _handle_signals(self) -> dict[int, Any]:
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            return {}  # Python allows signal handlers only in the main thread
+            yield  # Python allows signal handlers only in the main thread
+            return
 
         def handle(signum: int, frame: FrameType | None) -> None:
             self.stop(signum)
 
-        return {
+        previous = {
             signum: signal.signal(signum, handle)
             for signum in SIGNALS
             if signal.getsignal(signum) is not signal.SIG_IGN
         }
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
 
 def locked(path: Path) -> AbstractContextManager[Any]:
