@@ -126,10 +126,15 @@ def find_owners(
     return list(owners.values())
 
 
-def take_small(owners: Sequence[Owner]) -> list[Slot]:
-    """Remove the slots of small weights from their owners, and return them."""
+def take_small(owners: Sequence[Owner], largest: int) -> list[Slot]:
+    """Remove the slots of small weights from their owners, and return them.
+
+    Args:
+        owners: of the perturbed weights.
+        largest: size of the largest layer in bytes.
+    """
     hooked = [owner for owner in owners if not owner.is_lookup]
-    room = max((owner.num_bytes for owner in hooked), default=0) // _SMALL_SHARE
+    room = largest // _SMALL_SHARE
     taken = []
     for owner in hooked:
         tied = [slot for _, slot in owner.ties]

@@ -6,6 +6,10 @@ is never written, so after an exception or Ctrl-C no weight has to be restored. 
 another uses the same scratch, so the extra memory is that of the largest layer. Small weights, such
 as norms and biases, are computed together before the forward, into scratch of their own.
 
+Under the distribution "rank-one", plain linear layers and embeddings need no perturbed weight: a
+path beside the layer adds to its output (`zofo.perturb.side_path`). The other weights have
+independent signs as above, one direction for the whole batch.
+
 A module that reads a child's weight without calling the child would see the unperturbed weight.
 Known modules of this kind (`ATOMIC`, and those that `zofo.perturb.owners` finds) swap their whole
 subtree during their call. Modules in `CHILDREN_READ` swap only the named children. The self-check
@@ -30,6 +34,7 @@ from zofo.perturb.owners import Owner, Slot, find_owners, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
+from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 ATOMIC: tuple[type[nn.Module], ...] = (
@@ -60,7 +65,7 @@ class Perturbation:
         parameters: the perturbed weights.
         tensors: their tensor indices, which address directions, as in `Blocks.base_index`.
         seed: seed of the run, in [0, 2^64).
-        distribution: "rademacher" or "gaussian".
+        distribution: "rademacher", "gaussian" or "rank-one".
         overlap: on CUDA, compute the next layer's weights while a layer runs, into a second
             scratch buffer. The bits are the same. Off by default: it has not been timed on a GPU.
     """
@@ -77,7 +82,13 @@ class Perturbation:
     ) -> None:
         self.seed, self.distribution, self.overlap = seed, distribution, overlap
         self._tensors = dict(zip(parameters, tensors, strict=True))
-        self._scratch = Scratch(seed, distribution)
+        # What has no rank-one direction has independent signs.
+        self._dense: Distribution = "rademacher" if distribution == "rank-one" else distribution
+        self._scratch = Scratch(seed, self._dense)
+        self._not_by_rows: set[int] = set()  # tensor indices
+        self._paths: dict[Owner, SidePath] = {}
+        self._directions = RowDirections()
+        self._unfit: dict[int, tuple[Slot, Sequence[int]]] = {}  # of this evaluation
         self._entered: dict[Owner, None] = {}
         self._stack: list[Owner] = []
         self._point: tuple[float, int, int] | None = None
@@ -90,7 +101,10 @@ class Perturbation:
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
         owners = find_owners(model, self._tensors, ATOMIC, CHILDREN_READ)
-        self._small = Owner(model, take_small(owners))
+        largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
+        if self.distribution == "rank-one":
+            self._paths = take_matrices(owners, self.seed, self._not_by_rows)
+        self._small = Owner(model, take_small(owners, largest))
         self._owners = [owner for owner in owners if owner.slots]
         self._scratch.forget_owners()
         self._ahead = None
@@ -127,9 +141,27 @@ class Perturbation:
         """The module whose forward is perturbed."""
         return self._model
 
+    @property
+    def rank_one(self) -> frozenset[int]:
+        """Tensor indices of the weights whose directions are rank-one."""
+        return frozenset(path.slot.tensor for path in self._paths.values())
+
+    def only_rank_one(self, tensors: Collection[int]) -> None:
+        """Give independent signs to all weights whose tensor index is not among `tensors`."""
+        others = self.rank_one.difference(tensors)
+        if others:
+            self._not_by_rows |= others
+            self.follow(self._model)
+
     @contextmanager
     def at(
-        self, scale: float, *, step: int, direction: int = 0, self_check: bool = False
+        self,
+        scale: float,
+        *,
+        step: int,
+        direction: int = 0,
+        self_check: bool = False,
+        directions: RowDirections | None = None,
     ) -> Iterator[None]:
         """Inside the context, the model computes with w + scale · v[step, direction].
 
@@ -138,9 +170,12 @@ class Perturbation:
             step: the optimizer step.
             direction: index of the direction.
             self_check: watch for reads of unperturbed weights.
+            directions: those of the rows, for the distribution "rank-one"; None: `direction` for
+                all rows.
 
         Raises:
             SelfCheckError: at such a read; it names the weight and its module.
+            NotByRows: if a layer cannot tell the rows apart; `only_rank_one` can leave it out.
         """
         if self._point is not None:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
@@ -150,12 +185,18 @@ class Perturbation:
         ahead = self._overlap()
         self._entered.clear()
         handles: list[Any] = []
-        self._watch = ReadWatch([*self._owners, self._small]) if self_check else None
+        served = [Owner(path.owner.module, [path.slot]) for path in self._paths.values()]
+        watched = [*self._owners, self._small, *served]
+        self._watch = ReadWatch(watched) if self_check else None
         self._point = (scale, step, direction)
+        self._directions = directions or RowDirections(direction)
+        self._unfit.clear()
         is_whole = False
         try:
             # Layers begin at level 1, so no layer reuses the buffer of the small weights.
             self._swap_in(self._small, level=0)
+            for owner, path in self._paths.items():
+                handles += self._hook_path(owner, path)
             for owner in self._owners:
                 handles += self._hooks(owner)
             if self._watch is None:
@@ -163,6 +204,8 @@ class Perturbation:
             else:
                 with running_eagerly(), self._watch:
                     yield
+            if self._unfit:
+                raise NotByRows(self._unfit)
             is_whole = True
         finally:
             for handle in handles:
@@ -236,6 +279,24 @@ class Perturbation:
             module.register_forward_hook(lambda _, args, output: leave(output), always_call=True),
         ]
 
+    def _hook_path(self, owner: Owner, path: SidePath) -> list[Any]:
+        """Hook the layer of a side path, ahead of hooks that add to its output."""
+
+        def add(_: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            assert self._point is not None
+            scale, step, _ = self._point
+            self._note(owner)
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not path.fits(x, self._directions):
+                self._unfit[path.slot.tensor] = path.slot, x.shape
+                return output
+            with self._paused():
+                return path.add(x, output, scale, step, self._directions)
+
+        module = owner.module
+        hook = module.register_forward_hook(add, prepend=True, with_kwargs=True)
+        return [hook, *(self._watch.pause_during(module) if self._watch is not None else ())]
+
     def _enter(self, owner: Owner) -> None:
         owner.calls += 1
         if owner.calls > 1:
@@ -281,7 +342,7 @@ class Perturbation:
                 step=step,
                 tensor=slot.tensor,
                 first_direction=direction,
-                distribution=self.distribution,
+                distribution=self._dense,
             )
             return table.view(*ids.shape, -1)  # [..., width], from [rows, width]
 
@@ -349,7 +410,7 @@ class Perturbation:
                 slot.tensor,
                 scratch[slot.parameter.dtype],
                 seed=self.seed,
-                distribution=self.distribution,
+                distribution=self._dense,
             )
         return scratch
 
