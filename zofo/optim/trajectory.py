@@ -6,7 +6,7 @@ s_{t,k} is the projected gradient of direction k in step t, and v_{t,k} is that 
 rank-one directions, each has rows of its own, and s_{t,k} is their share of the loss difference:
 
     matrices    w_{t+1} = round((1 − lr_t · weight_decay) · w_t − lr_t Σ_k s_{t,k} a_{t,k} b_{t,k}ᵀ)
-    all others   the first equation with one direction for the batch, and s_t = Σ_k s_{t,k}
+    all others  the first equation with one direction for the batch, and s_t = Σ_k s_{t,k}
 
 Directions and stochastic rounding are pure functions of their address (seed, step, tensor,
 element). The recorded scalars and learning rates therefore turn the original base into the trained

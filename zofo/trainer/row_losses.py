@@ -50,8 +50,9 @@ def row_shares(
         )
     labels = labels.to(logits.device)
     if labels.ndim == 2:
-        # Virtual tokens stand before the input's places.
-        logits = logits[:, logits.shape[1] - labels.shape[1] :]
+        # Virtual tokens stand before the input's places, and the last one predicts the first label.
+        num_virtual = logits.shape[1] - labels.shape[1]
+        labels = functional.pad(labels, (num_virtual, 0), value=_IGNORED)
         if _is_causal(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
     losses = functional.cross_entropy(
