@@ -10,7 +10,7 @@ from tests.support.models import batch_for, build
 from zofo.errors import UserError
 from zofo.trainer.mixin import HybridArguments, HybridTrainer
 
-ROWS = 12
+ROWS = 24
 
 
 def rows_for(architecture):
