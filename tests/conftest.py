@@ -12,10 +12,25 @@ import jinja2
 import pytest
 import torch
 
+# Importing makes no garbage to speak of, so the modules of the tests are imported without searches
+# for it.
+gc.disable()
+
 
 @pytest.fixture(autouse=True)
 def _known_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeding_formats_no_stack():
+    """Seed as `zofo.optim.generators.seed_generators` does wherever a test or a library seeds."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.manual_seed", torch.default_generator.manual_seed)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,6 +76,7 @@ def _garbage_is_collected_once_a_module():
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
     if memory := sys.modules.get("accelerate.utils.memory"):
         memory.clear_device_cache = lambda garbage_collection=False: None
 

@@ -1,21 +1,72 @@
-"""Quiet mode and progress bars for the terminal."""
+"""What the terminal shows: lines, progress bars, and nothing of transformers in quiet mode.
+
+Anyone may have chosen the names in a file. All text for the terminal therefore goes through `say`
+or a `plain_console`, which show a character that could move the cursor or reorder a line as �.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.segment import Segment
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_UNSAFE: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, surrogates, separators
+_KEPT: Final = "\n\t\u200c\u200d"  # Scripts and emoji join their signs with the last two.
+
+
+def printable(text: str) -> str:
+    """The text with � for each character that could move the cursor or reorder the line."""
+    return _with_unsafe(text, lambda sign: "\N{REPLACEMENT CHARACTER}")
+
+
+def printable_json(text: str) -> str:
+    """The same JSON with an escape for each character that `printable` replaces."""
+    return _with_unsafe(text, lambda sign: json.dumps(sign)[1:-1])
+
+
+def _with_unsafe(text: str, other: Callable[[str], str]) -> str:
+    if text.isprintable():
+        return text
+    is_safe = {c: c in _KEPT or unicodedata.category(c) not in _UNSAFE for c in {*text}}
+    return "".join(c if is_safe[c] else other(c) for c in text)
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print text on standard output, or on standard error."""
+    print(printable(text), file=sys.stderr if stderr else sys.stdout)
+
+
+class _PlainConsole(Console):
+    """A console that styles text itself, and in which no text can style anything."""
+
+    def render(self, *args: Any, **options: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def plain_console(
+    *, stderr: bool = False, width: int | None = None, soft_wrap: bool = False
+) -> Console:
+    """A console that prints every name as it is, because [x] in a path is no markup."""
+    return _PlainConsole(
+        stderr=stderr,
+        width=width,
+        soft_wrap=soft_wrap,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 @contextlib.contextmanager
@@ -39,6 +90,14 @@ def quiet() -> Iterator[None]:
 
 def new_progress(console: Console, unit: str) -> Progress:
     """A progress bar with a count, the remaining time and the text of its task."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),

@@ -135,7 +135,7 @@ def test_a_groups_bend_is_that_of_its_share_of_the_scalar(num_directions):
     eigenvalues, gradient = np.array([curvature, 0, 0, 0]), np.array([1.0, 0, 0, 0])
     names = [f"g{i}" for i in range(num_groups)]
     found = split_rates(
-        {n: moments(measured(eigenvalues, gradient, 1e-9, num=20_000, seed=1)) for n in names},
+        dict.fromkeys(names, moments(measured(eigenvalues, gradient, 1e-9, num=20_000, seed=1))),
         {n: [f"{n}.weight"] for n in names},
         batch_rows=8,
         rate=1e-3,

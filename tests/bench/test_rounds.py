@@ -10,13 +10,16 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from tests.support.forks import in_forks
 from zofo.bench.memory import measure, measure_here
 from zofo.bench.noise import kernels
 from zofo.bench.report import show
 from zofo.bench.results import Memory, NoiseTimes, Ratio, Results, Row, StepTimes, ratios_of
 from zofo.bench.settings import CONTENDERS, Settings, settings_from
 from zofo.bench.timing import time_rounds, warm_up
+from zofo.cli.app import app
 from zofo.errors import UserError
 from zofo.noise.combine import direction
 
@@ -159,7 +162,19 @@ def test_parts_of_the_memory_add_up_to_its_peak():
     assert row["optimizer_state"] > 0
 
 
-def test_a_contender_is_measured_in_a_process_of_its_own():
+def forked(command, **options):
+    """Run `python -m zofo` in a fork of this process, which has imported everything."""
+
+    def call():
+        done = CliRunner().invoke(app, command[3:])
+        return done.exit_code, done.stdout, done.stderr
+
+    (found,) = in_forks((call,))
+    return subprocess.CompletedProcess(command, *found)
+
+
+def test_a_contender_is_measured_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr("zofo.bench.memory.subprocess.run", forked)
     memory, told = Memory(), []
     settings = Settings(
         "random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,), only=("forward",)

@@ -50,6 +50,18 @@ def trained(tmp_path_factory, decoder_folder):
     return folder, done.output
 
 
+@pytest.mark.parametrize("text", ["-5 stars", "-", "--- a film ---", "-x"])
+def test_a_text_that_begins_with_a_minus(trained, text):
+    folder = trained[0] / "run"
+    if text != "-":  # which is no option
+        done = run("predict", folder, text)
+        assert done.exit_code == 2
+        assert "stands after --: predict RUN -- " in re.sub(r"[\s│]+", " ", done.output)
+    done = run("predict", folder, "--", text)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["prediction"] in ("good", "bad")
+
+
 def test_train_ends_with_a_table_and_where_the_result_lies(trained):
     folder, output = trained
     assert "20 held-out rows" in output

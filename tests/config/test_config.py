@@ -97,7 +97,7 @@ def test_all_problems_come_in_one_error():
         (["method=zo-ft", "adapter=lora"], "moves no adapter"),
         (["adapter=none"], r"adapter\.type is none"),
         (["base_lr=-1e-5"], "at least 0"),
-        (["base_lr={'*q*': .inf}"], "at least 0"),
+        (["base_lr={'*q*': .inf}"], "must be finite"),
         (["task=classification"], "needs train"),
         (["model=3"], "model is 3"),
     ],

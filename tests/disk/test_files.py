@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tests.support.damage import refused
+from tests.support.damage import make_special, refused
 from tests.support.forks import in_forks
 from zofo.disk.files import (
     file_digest,
@@ -82,15 +82,6 @@ def test_nan_in_json_is_read_only_where_transformers_writes_it(tmp_path, text):
     (tmp_path / "file").write_text(text)
     assert "is no JSON" in refused(lambda: read_json(tmp_path / "file"))
     assert read_json(tmp_path / "file", has_nan=True) is not None
-
-
-def make_special(path, kind):
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind != "nothing":
-        path.symlink_to({"device": "/dev/zero", "loop": path, "dangling": "nowhere"}[kind])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop", "dangling", "nothing"])

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from tests.fuzz.conftest import FUZZ_SECONDS
 from zofo.cli.app import app
+from zofo.console import printable
 
 LIMIT_CPU_S = 20  # of one command, far above what any takes
 LIMIT_WALL_S = 180  # for a command that waits; other processes may slow down this one
 LIMIT_BYTES = 1 << 30  # by which one command may raise the peak memory of the process
 EXIT_CODES = (0, 1, 2, 130, 143)
-NUM_TESTS = 7  # which share FUZZ_SECONDS
-QUICK_CPU_S = 3.0  # of each test in `make test`
+NUM_TESTS = 8  # which share FUZZ_SECONDS
+QUICK_CPU_S = 2.6  # of each test in `make test`
 
 
 class TooSlowError(BaseException):
@@ -63,6 +64,7 @@ def run(*arguments: str) -> str:
     assert "Traceback" not in said, (arguments, said)
     assert done.exit_code == 0 or said.strip(), (arguments, "said nothing")
     assert len(said) < 50_000, (arguments, len(said))
+    assert said == printable(said), (arguments, said)
     assert peak_bytes() - before < LIMIT_BYTES, (arguments, "took too much memory")
     return said
 

@@ -26,6 +26,7 @@ from zofo.tasks.spec import TaskSpec
 pytestmark = pytest.mark.filterwarnings("default")
 
 RUNS = ("lora-float32", "lora-float32-interrupted", "fo-ft", "p-tuning")
+INTERRUPTED = ("lora-float32-interrupted", "p-tuning-interrupted")
 DRY = ("train", "plan.yaml", "--dry-run")
 ADAPTERS = (
     {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]},
@@ -118,6 +119,22 @@ def test_verify_and_predict_on_damaged_folders():
         run("predict", path.parts[0], "a film")
 
     on_files((*RUNS, "base"), commands, quick=10)
+
+
+def test_damaged_runs_are_resumed_or_refused():
+    """A resumed run writes into its folder, so each example gets a copy."""
+
+    def check(drawn):
+        path, change = drawn
+        copy = Path("copies", path.parts[0])
+        shutil.copytree(path.parts[0], copy)
+        try:
+            damage(Path("copies", path), change)
+            run("train", "--resume", str(copy))
+        finally:
+            shutil.rmtree("copies")
+
+    explore(st.tuples(some_file(*INTERRUPTED), DAMAGE), check, quick=2)
 
 
 def test_artefacts_whose_digests_fit_the_damage():

@@ -1,23 +1,24 @@
 """A run that is killed or interrupted and then resumed ends with the bits of an undisturbed run.
 
-Every run is a process of its own. A server that has imported everything once forks these processes.
+Every run is a process of its own, which is forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.forks import context
 from tests.support.models import assert_same_bits
 from tests.support.trainers import untimed_metrics
 from zofo.optim.blocks import split_parameters
@@ -27,10 +28,6 @@ from zofo.saved.artifact import load
 
 STEPS = 24
 ADAPTER = "adapter_model.safetensors"
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["zofo.run.train", "zofo.cli.train", "peft", "tests.support.trainers"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +74,15 @@ def _begin(arguments, stderr):
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    warnings.resetwarnings()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     from zofo.cli.app import main
 
     main()
 
 
 def start(arguments, stderr):
-    process = _context.Process(target=_begin, args=(list(map(str, arguments)), str(stderr)))
+    process = context().Process(target=_begin, args=(list(map(str, arguments)), str(stderr)))
     process.start()
     return process
 

@@ -14,7 +14,7 @@ from tests.support.hub_folders import make_tokenizer
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
 from zofo.models.fitting import explained, new_weights, notes_on_new
-from zofo.models.loading import head_of, load_model, resolve
+from zofo.models.loading import empty_model, head_of, load_model, resolve
 from zofo.optim.blocks import split_parameters
 
 WEIGHTS = "model.safetensors"
@@ -233,6 +233,7 @@ def test_every_new_weight_belongs_to_the_adapter(tmp_path, architecture):
     tokenizer.save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), head="classification")
     new = new_weights(model)
+    assert new_weights(empty_model(str(tmp_path), head="classification")) == new  # for --dry-run
     blocks = split_parameters(
         create_adapter(model, "lora", head="classification", targets="all-linear", r=2)
     )

@@ -166,7 +166,16 @@ def test_generators_know_whether_something_was_drawn():
 
 @pytest.mark.parametrize(
     ("fraction", "num_rows", "expected"),
-    [(0.5, 8, 4), (0.5, 7, 4), (0.25, 3, 1), (0.7, 10, 7), (0.01, 5, 1), (1.0, 5, 5), (0.3, 10, 3)],
+    [
+        (0.5, 8, 4),
+        (0.5, 7, 4),
+        (1e-38, 8, 1),
+        (0.25, 3, 1),
+        (0.7, 10, 7),
+        (0.01, 5, 1),
+        (1.0, 5, 5),
+        (0.3, 10, 3),
+    ],
 )
 def test_rows_of_a_fraction(fraction, num_rows, expected):
     assert num_rows_of(fraction, num_rows) == expected

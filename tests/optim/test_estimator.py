@@ -15,7 +15,7 @@ from zofo.optim.generators import GeneratorState
 from zofo.perturb.view import Perturbation
 
 SEED, STEP = 20_260_601, 4
-NUM_DIRECTIONS = 1500
+NUM_DIRECTIONS = 600
 FALSE_ALARM = 1e-3
 """Probability that a correct estimator fails one test of a mean, over random seeds."""
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.support.pages import read_page
 from tests.support.run_folders import write_run, write_study
 from zofo.cli.app import app
-from zofo.cli.output import printable
+from zofo.cli.output import one_line
 from zofo.cli.report import show
 from zofo.config.load import load_config
 from zofo.report.page import make_report
@@ -98,7 +98,7 @@ def test_names_do_not_move_a_terminals_cursor(tmp_path):
     text = console.export_text()
     assert "[red]x\ufffd[2J\ufffd" in text
     assert "\x1b" not in text
-    assert printable("a\nb\u202ec").plain == "a\ufffdb\ufffdc"
+    assert one_line("a\nb\u202ec").plain == "a\ufffdb\ufffdc"
 
 
 @pytest.mark.parametrize("runs", [["nowhere"], ["notes"], ["notes.txt"]])

@@ -173,3 +173,18 @@ def test_a_working_folder_that_cannot_be_written():
         (said,) = in_forks((without_rights, folder))
     assert "Permission denied" in said
     assert "output_dir=FOLDER" in said
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_preparation_leaves_no_folder(monkeypatch, tmp_path, signum, code):
+    def prepare(*_, **__):
+        assert (tmp_path / "in" / "run").is_dir()
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
+
+    monkeypatch.setattr("zofo.run.train.prepare", prepare)
+    before = signal.getsignal(signal.SIGTERM)
+    found = invoke("train", "task=sst2", f"output_dir={tmp_path / 'in' / 'run'}")
+    assert (found[0], "before anything was written" in found[1]) == (code, True)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

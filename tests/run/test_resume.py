@@ -242,4 +242,33 @@ def test_a_run_folder_that_vanishes_is_one_error(run, monkeypatch):
     monkeypatch.setattr(zofo.run.task_trainer.TaskTrainer, "compute_loss", compute_loss)
     done = invoke("train", "--resume", run)
     assert done.exit_code == 2
-    assert "metrics.jsonl: No such file" in done.stderr
+    assert f"{run} was removed during the run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("moment", "is_begun_again"),
+    [("evaluate", False), ("save_artifact", False), ("write_card", True)],
+)
+def test_a_run_folder_that_vanishes_beside_training_is_one_error(
+    run, monkeypatch, moment, is_begun_again
+):
+    import zofo.run.train
+
+    real = getattr(zofo.run.train, moment)
+
+    def vanish(*args, **kwargs):
+        found = real(*args, **kwargs)
+        shutil.rmtree(run, ignore_errors=True)
+        if is_begun_again:  # by another process, which writes its own files
+            run.mkdir()
+            for name in (".lock", "run.yaml", "metrics.jsonl"):
+                (run / name).write_text("of another run")
+        return found
+
+    monkeypatch.setattr(zofo.run.train, moment, vanish)
+    done = invoke("train", "--resume", run)
+    assert done.exit_code == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{run} was removed during the run" in error
+    if not is_begun_again:
+        assert not (run / "result.json").exists()

@@ -48,6 +48,54 @@ def test_a_saved_checkpoint_is_whole_and_lists_its_files(run):
     assert newest_whole(run) == run / "checkpoint-6"
 
 
+@pytest.mark.parametrize("kept", [2, 6])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(run, monkeypatch, kept):
+    """The old folder comes back if the process ended between the two renames."""
+    place = run / f"checkpoint-{kept}"
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    replace, moves = type(place).replace, []
+
+    def replace_once(self, target):
+        moves.append(target)
+        if len(moves) > 1:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    def save():
+        with writing_folder(place) as staged:
+            (staged / "new").touch()
+            monkeypatch.setattr(type(place), "replace", replace_once)
+            monkeypatch.setattr("zofo.disk.folders.shutil.rmtree", lambda *_, **__: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    monkeypatch.undo()
+    assert not place.exists()
+    assert list(checkpoints(run)) == [2, 4, 6]
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert newest_whole(run) == run / "checkpoint-6"
+    remove_leftovers(run)
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_a_failed_replacement_leaves_the_old_checkpoint(run, monkeypatch, error):
+    place = run / "checkpoint-6"
+    before = every_file(place)
+    replace = type(place).replace
+
+    def fail(self, target):
+        if self.parent.name.endswith(".partial") and target == place:
+            raise error
+        return replace(self, target)
+
+    monkeypatch.setattr(type(place), "replace", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)), writing_folder(place) as staged:
+        (staged / "new").touch()
+    assert every_file(place) == before
+    assert not list(run.glob(".*"))
+
+
 def every_file(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != LIST_FILE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +10,15 @@ import huggingface_hub
 import pytest
 
 import zofo
+from tests.support.damage import edit, seal
 from tests.support.models import build
 from zofo.errors import UserError
 from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.saved.artifact import BaseSpec, load, save_artifact
 from zofo.saved.hub import looks_like_hub_id
+from zofo.saved.manifest import check_files, read_header
 from zofo.tasks.digests import RowDigests
+from zofo.tasks.spec import TaskSpec
 
 ROWS = RowDigests({"train": ((1, 2), (3, 4)), "dev": ((5, -6),), "test": ()})
 
@@ -33,14 +36,12 @@ def hub(tmp_path, monkeypatch):
             calls.append(("create", repo_id, private, exist_ok))
             (root / repo_id).mkdir(parents=True, exist_ok=True)
 
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-            files = [p for p in Path(folder_path).rglob("*") if p.is_file()]
-            names = [p.relative_to(folder_path).as_posix() for p in files]
-            kept = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)
-            for name in kept:
-                target = root / repo_id / name
+        def create_commit(self, repo_id, operations, *, commit_message):
+            for operation in operations:
+                target = root / repo_id / operation.path_in_repo
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(Path(folder_path) / name, target)
+                with operation.as_file() as file:
+                    target.write_bytes(file.read())
             return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
 
     def snapshot_download(repo_id, *, revision, token, allow_patterns):
@@ -66,7 +67,8 @@ def artefact(tmp_path, decoder_folder):
     return save_artifact(folder, model, base=base, method="fo-peft", rows=ROWS)
 
 
-def test_there_and_back(hub, artefact):
+def test_there_and_back(hub, artefact, decoder_folder, monkeypatch):
+    monkeypatch.chdir(Path(decoder_folder).parent)  # The artefact finds its base by its name.
     (artefact / "notes.txt").write_text("mine")
     address = zofo.push_to_hub(artefact, "me/model", private=True, token="hf_x")
     assert address == "hub/me/model/commit/1"
@@ -76,6 +78,48 @@ def test_there_and_back(hub, artefact):
     assert loaded.rows == ROWS
     assert hub[-1] == ("download", "me/model", "v1")
     assert not (artefact.parent / "hub/me/model/notes.txt").exists()
+
+
+@pytest.mark.parametrize("base", ["/home/me/bases/mine", "../mine", "~/x/mine", "C:\\\\me\\mine"])
+def test_local_paths_are_not_uploaded(hub, artefact, base):
+    def change(header):
+        header["base"]["name"] = base
+        header["task"] = TaskSpec(
+            name="classification",
+            train="/home/me/secret/rows.csv",
+            dev="validation",
+            test="a/b.csv",
+            data_dir="secret/rows",
+        ).model_dump()
+
+    path = artefact / "adapter" / "adapter_config.json"
+    values = {"base_model_name_or_path": base, "tokenizer_name_or_path": base, "revision": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    edit(artefact, change)
+    seal(artefact)
+    zofo.push_to_hub(artefact, "me/model")
+    pushed = artefact.parent / "hub/me/model"
+    header = read_header(pushed)
+    check_files(pushed, header)
+    assert header["base"]["name"] == "mine"
+    keys = ("train", "dev", "test", "data_dir")
+    assert [header["task"][key] for key in keys] == ["rows.csv", "validation", "b.csv", "rows"]
+    adapter = json.loads((pushed / "adapter" / "adapter_config.json").read_text())
+    assert [adapter[key] for key in values] == ["mine", "mine", None]
+    for file in pushed.rglob("*"):
+        assert file.is_dir() or b"secret" not in file.read_bytes()
+    assert read_header(artefact)["base"]["name"] == base
+
+
+def test_names_of_the_hub_are_uploaded_as_they_are(hub, artefact):
+    def change(header):
+        header["base"]["name"] = "me/base"
+        header["task"] = TaskSpec(name="classification", train="me/rows", dev="dev").model_dump()
+
+    edit(artefact, change)
+    zofo.push_to_hub(artefact, "me/model")
+    pushed = read_header(artefact.parent / "hub/me/model")
+    assert {**pushed, "files": 0, "digest": 0} == {**read_header(artefact), "files": 0, "digest": 0}
 
 
 def test_a_damaged_artefact_is_not_pushed(hub, artefact):

@@ -17,10 +17,11 @@ from tests.support.damage import refused
 from zofo.cli.app import app
 from zofo.disk.files import read_tensors, write_tensors
 from zofo.errors import UserError
+from zofo.models.loading import resolve
 from zofo.optim.trajectory import MAX_UPDATES, GroupSpec, Trajectory, Update, _digest
 from zofo.results.table import read_runs
 from zofo.saved.checkpoint_folders import find_damage
-from zofo.saved.inspect import check_export_files, inspect
+from zofo.saved.inspect import inspect
 
 FILES = Path(__file__).parents[1] / "fixtures" / "written_by_50fe18a"
 DEEP, ZEROS = "[" * 100_000, "\0" * 100_000
@@ -124,9 +125,9 @@ INDICES = (
 
 @pytest.mark.parametrize("weight_map", INDICES, ids=str)
 def test_an_index_that_names_no_files_of_the_folder(tmp_path, weight_map):
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": weight_map}))
-    refused(lambda: check_export_files(tmp_path, True), "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(lambda: resolve(str(tmp_path)), "model.safetensors.index.json is damaged")
 
 
 @pytest.mark.parametrize("content", ["3", "[]", "{}", DEEP, '{"method": 1}'])

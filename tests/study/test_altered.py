@@ -125,6 +125,16 @@ def test_what_was_altered_is_named_and_counts_no_more(study, alter, name):
     assert json.loads((study / "results.json").read_text())["runs"] == (json.loads(results)["runs"])
 
 
+def test_the_record_of_another_run_names_its_owner(study):
+    """A study of an older version has no digests, but every record names its run."""
+    run = next((study / "runs").glob("*_s0")).name
+    (study / "zofo_digests.json").unlink()
+    anothers_record(study, run)
+    assert read_runs([study / "runs" / run]).table["status"][0] == "damaged"
+    with pytest.raises(UserError, match=f"study.json belongs to the run .*, and not to {run}; put"):
+        again(study)
+
+
 def test_a_run_whose_folder_became_a_file(study):
     run = next((study / "runs").glob("*_s0"))
     shutil.rmtree(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import context
 from zofo.errors import UserError
 from zofo.study.queue import Queue
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 
 
 def binaries():
@@ -106,9 +103,9 @@ def _take_all(url, name, answers):
 def test_every_task_goes_to_one_worker(url, open_queue, request):
     names = [f"task {i}" for i in range(12)]
     open_queue().fill(names)
-    answers = _context.Queue()
+    answers = context().Queue()
     arguments = (url, request.node.name, answers)
-    workers = [_context.Process(target=_take_all, args=arguments) for _ in range(3)]
+    workers = [context().Process(target=_take_all, args=arguments) for _ in range(3)]
     for worker in workers:
         worker.start()
     got = [answers.get(timeout=120) for _ in range(6)]
@@ -168,7 +165,7 @@ def _claim_and_die(url, name):
 def test_a_killed_worker_of_this_machine_is_missed_at_once(url, open_queue, request):
     queue = open_queue()
     queue.fill(["a", "b"])
-    worker = _context.Process(target=_claim_and_die, args=(url, request.node.name))
+    worker = context().Process(target=_claim_and_die, args=(url, request.node.name))
     worker.start()
     worker.join(120)
     assert worker.exitcode == -signal.SIGKILL

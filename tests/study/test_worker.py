@@ -6,7 +6,6 @@ They cover ends, failures, signals, kills, and two workers at once.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,18 +17,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.forks import context
 from tests.support.tiny_study import num_ended, results, spec_of, write_rows
 from zofo.errors import UserError
 from zofo.study.grid import expand
 from zofo.study.jobs import all_tasks
 from zofo.study.process import Child
 from zofo.study.progress import Costs, summarize
+from zofo.study.queue import queue_of
 from zofo.study.records import StudyFolder
 from zofo.study.worker import Worker
 
 FAKE = (sys.executable, "-S", "-E", str(Path(__file__).with_name("fake_run.py")))
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["zofo.run.train", "tests.support.warm"])
 LARGE = {
     "seeds": [0, 1, 2],
     "methods": ["hybrid", "fo-peft", "zo-ft"],
@@ -89,7 +88,7 @@ def _work(grid, num_slots, step_s, options):
 
 
 def start(grid, num_slots=2, step_s=0.01, **options):
-    process = _context.Process(target=_work, args=(grid, num_slots, step_s, options))
+    process = context().Process(target=_work, args=(grid, num_slots, step_s, options))
     process.start()
     return process
 
@@ -301,6 +300,17 @@ def test_a_study_that_another_worker_begins_or_did_not_come_to_begin(make, tmp_p
     (place / "locks" / "begin").touch()
     Worker(make(), 2).run()
     assert results(tmp_path / "one") == results(whole)
+
+
+def test_a_task_that_the_study_lacks_is_left_to_others(make):
+    grid = make(methods=["fo-peft"], rates=[{"adapter_lr": [1e-3]}])
+    folder = StudyFolder(grid)
+    folder.begin()
+    queue = queue_of(grid.spec)
+    queue.fill(["search of another study"])
+    Worker(grid, 2).run()
+    assert list(queue.waiting()) == ["search of another study"]
+    queue.close()
 
 
 def test_three_workers_begin_at_once_and_one_is_killed(make, tmp_path, whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def damage(path, kind):
         place = random.Random(f"{path.name} {kind}").randrange(8 * len(content))
         content[place // 8] ^= 1 << place % 8
     path.write_bytes(content)
+
+
+def make_special(path, kind):
+    """Make a pipe, a folder, or a link to a device, to itself or to nothing, at the path."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "nothing":
+        path.symlink_to({"device": "/dev/zero", "loop": path, "dangling": "nowhere"}[kind])
 
 
 def edit(artefact, change):

@@ -15,19 +15,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def context():
+    """Return the context of `multiprocessing` whose processes need not import anything.
+
+    They are forks of this process. Where there is a GPU, a fork of a process that has computed
+    gradients cannot compute any, so there a server is forked that imports everything again.
+    """
+    import multiprocessing
+
+    import torch
+
+    import tests.support.warm  # noqa: F401
+
+    if not torch.cuda.is_available():
+        return multiprocessing.get_context("fork")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.support.warm"])
+    return found
+
+
 @contextmanager
 def server(folder):
     """Run the server, and yield the replacement for `(sys.executable, "-m")` in a command."""
-    import multiprocessing
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
     path = str(folder / "forks")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         program = (sys.executable, "-S", "-E", __file__, path)
-        process = context.Process(target=_serve, args=(listener, program))
+        process = context().Process(target=_serve, args=(listener, program))
         process.start()
         try:
             yield program

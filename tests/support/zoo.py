@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -177,6 +179,11 @@ def bare(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
     Its weights are larger than usual, so that all of them matter.
     """
+    return copy.deepcopy(_bare(architecture, seed, dtype))
+
+
+@cache
+def _bare(architecture: str, seed: int, dtype: torch.dtype) -> nn.Module:
     kinds: dict[str, Any] = {
         "causal-lm": hf.AutoModelForCausalLM,
         "classification": hf.AutoModelForSequenceClassification,

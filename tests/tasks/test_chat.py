@@ -76,6 +76,19 @@ def tooled(i):
     }
 
 
+def test_chats_that_call_other_tools_are_no_duplicates(tmp_path, tokenizer):
+    def chat(name, **arguments):
+        calls = called(name, **arguments)
+        return {"messages": [user("weather?"), assistant("", tool_calls=calls)]}
+
+    different = [chat("weather", day=str(i)) for i in range(4)] + [chat("rain", day="0"), chat("x")]
+    different.append({"messages": [user("weather?"), assistant("")]})
+    same = [chat("x"), chat("rain", day="0"), chat("weather", day="3")]
+    rows = read(tmp_path / "a.jsonl", [*different, *same], tokenizer)
+    assert len(rows) == len(different)
+    assert len({row.text for row in rows.values()}) == len(different)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_tools_are_shown_and_a_missing_value_is_no_value(tmp_path, tokenizer, suffix):
     rows = read(tmp_path / f"a{suffix}", [tooled(i) for i in range(6)], tokenizer)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from tests.support import zoo
 from tests.support.hub_folders import make_tokenizer
@@ -43,8 +44,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(decoder_folder):
         "rows left out: 1. The first: train row 30: its completion is longer"
     )
     parts = splits([completion(1, 1)], [completion(2, 30)], [completion(3, 1)])
-    with pytest.raises(UserError, match="nothing can be learnt from the dev rows: row 2"):
+    with pytest.raises(UserError, match=r"none of the 1 dev rows .*: row 2.*task\.dev"):
         encode_parts(encoder, parts, model)
+    assert encode_parts(encoder, parts, model, may_be_empty=["dev"])[0]["dev"] == []
     assert encode_parts(encoder, parts, model, ["train", "test"])[1] == ()
 
 
@@ -66,6 +68,49 @@ def test_a_model_breaks_beyond_its_limit(architecture):
     model(input_ids=torch.full((1, limits.positions), 3), **more)
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, limits.positions + 1), 3), **more)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+UNUSUAL = {  # positions that no embedding of a module holds, or that are counted in another way
+    "mpt": hf.MptConfig(vocab_size=99, d_model=16, n_heads=2, n_layers=1, max_seq_len=32),
+    "ctrl": hf.CTRLConfig(vocab_size=99, n_embd=16, dff=24, n_layer=1, n_head=2, n_positions=32),
+    "ibert": hf.IBertConfig(vocab_size=99, **{**TINY, "max_position_embeddings": 34}),
+    "canine": hf.CanineConfig(
+        **TINY,
+        num_hash_buckets=64,
+        num_hash_functions=2,
+        local_transformer_stride=8,
+        downsampling_rate=2,
+    ),
+    "nystromformer": hf.NystromformerConfig(vocab_size=99, **TINY),
+}
+
+
+@pytest.mark.parametrize("architecture", UNUSUAL)
+def test_positions_that_are_no_table(architecture):
+    config, tokenizer = UNUSUAL[architecture], make_tokenizer()
+    kind = "CausalLM" if architecture in ("mpt", "ctrl") else "SequenceClassification"
+    model = getattr(hf, f"AutoModelFor{kind}").from_config(config).eval()
+    tokenizer.pad_token = "<eos>"
+    assert check_limits(model, tokenizer, [[1] * 32]) == []
+    with pytest.raises(UserError, match=r"has 33 tokens, .* 32 positions; set task.max_length=32"):
+        check_limits(model, tokenizer, [[1] * 33])
+
+
+def test_an_encoder_that_reads_more_than_it_has_positions():
+    sides = {f"num_{s}_layers": 1 for s in ("encoder", "decoder")}
+    sides |= {f"num_{s}_attention_heads": 2 for s in ("encoder", "decoder")}
+    sides |= {f"{s}_ffn_dim": 24 for s in ("encoder", "decoder")}
+    model = hf.ProphetNetForConditionalGeneration(
+        hf.ProphetNetConfig(vocab_size=99, hidden_size=16, max_position_embeddings=32, **sides)
+    ).eval()
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    (note,) = check_limits(model, tokenizer, [[1] * 60], outputs=[[1] * 9])
+    assert note.startswith("the longest row has 60 tokens")
+    with pytest.raises(UserError, match="the longest row has 60 tokens"):
+        check_limits(model, tokenizer, [[1] * 9], outputs=[[1] * 60])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])

@@ -1,14 +1,16 @@
 """Files that could be read in two ways are refused, with the line and the remedy."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tests.support.damage import make_special, refused
 from zofo.errors import UserError
-from zofo.tasks.files import READERS
+from zofo.tasks.files import MAX_BYTES, READERS
 from zofo.tasks.load import load_splits
 from zofo.tasks.rows import read_table
 from zofo.tasks.spec import TaskSpec
@@ -82,7 +84,7 @@ def test_other_encodings_are_refused_with_the_line_and_a_command(tmp_path, suffi
         ("a.json", '{"text": "x"}', "name the file .jsonl"),
         ("a.jsonl", '[{"text": "x"}]\n', "a list of objects belongs into a .json file"),
         ("a.jsonl", '[\n{"text": "x"}\n]', "row 1: .*belongs into a .json file"),
-        ("a.json", "[" * 100_000, "cannot be read .RecursionError.*write it again"),
+        ("a.json", "[" * 100_000, "not valid JSON .maximum recursion depth.*list of objects"),
     ],
 )
 def test_what_is_wrong_names_its_line_and_the_remedy(tmp_path, name, text, words):
@@ -142,3 +144,29 @@ def test_a_value_that_is_no_text_is_refused_where_text_is_expected(tmp_path, val
         options = {"prompt": columns[0], "completion": columns[1]} if name == "completion" else {}
         with pytest.raises(UserError, match=r"row 7: 'text' is .*, not a text"):
             load_splits(TaskSpec(name=name, train=str(path), **options))
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "dangling", "folder"])
+def test_only_regular_files_are_opened(tmp_path, suffix, kind):
+    path = tmp_path / f"a{suffix}"
+    make_special(path, kind)
+    assert "the data file" in refused(lambda: read_table(str(path)))
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)  # without any blocks on the disk
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("read"))
+    words = "cannot be read" if suffix == ".parquet" else f"larger than {MAX_BYTES} bytes"
+    refused(lambda: read_table(str(path)), words)
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_ROWS"])
+def test_a_small_parquet_file_of_many_rows(tmp_path, monkeypatch, limit):
+    pd.DataFrame({"text": ["a"] * 5000}).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(f"zofo.tasks.files.{limit}", 100)
+    monkeypatch.setattr("pandas.read_parquet", lambda _: pytest.fail("read"))
+    refused(lambda: read_table(str(tmp_path / "a.parquet")), "split it")

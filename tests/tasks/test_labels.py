@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from decimal import Decimal
 
 import datasets
@@ -171,3 +174,35 @@ def test_verbalizers_follow_the_rule():
     assert candidates_of(("0", "1"), {"true": " Yes", "0.0": " No"}) == (" No", " Yes")
     with pytest.raises(UserError, match="names the label '1' twice"):
         candidates_of(("0", "1"), {"true": " Yes", "0": " No", "1": " Yea"})
+
+
+def test_the_classes_do_not_depend_on_the_hash_seed():
+    script = """
+import math, sys
+from decimal import Decimal
+from zofo.errors import UserError
+from zofo.tasks.labels import class_names
+from zofo.tasks.rows import Table
+
+half = [1.0, "0", 1, "1", 0.0, Decimal(1), "1.0", -0.0, "+1"], [True, False, 1, 0, "true"]
+words = [f"label {n}" for n in range(9)] * 2 + [1, 1.0, "one", 10**20, float(2**53)] * 2
+lost = [1, 1.0, math.nan, float("nan"), "a"] * 2, ["A", "a", "b", "B"] * 2, [1, "01", "1."] * 2
+for labels in (*half, words, *lost):
+    table = Table([(n, {"label": label}) for n, label in enumerate(labels)], "rows", {})
+    try:
+        print(class_names([table], "label"))
+    except UserError as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+    said = set()
+    for seed in "012":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", script]
+        said.add(subprocess.check_output(command, env=environment, text=True))
+    lines = said.pop().splitlines()
+    assert not said
+    assert lines[:2] == ["('0', '1')"] * 2
+    assert eval(lines[2])[:3] == ("1", str(10**20), str(2**53))
+    assert sum("differ only in" in line for line in lines) == 2
+    assert any("is empty" in line for line in lines)

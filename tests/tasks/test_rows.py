@@ -7,7 +7,7 @@ import pytest
 from zofo.errors import UserError
 from zofo.tasks.labels import label_in
 from zofo.tasks.load import load_splits
-from zofo.tasks.rows import convert_rows, read_table, text_in
+from zofo.tasks.rows import MAX_TEXT, convert_rows, read_table, text_in
 from zofo.tasks.spec import TaskSpec
 
 ROWS = [{"text": f'words, "quoted" {i}', "label": i % 2} for i in range(6)]
@@ -49,6 +49,28 @@ def test_files_that_are_wrong(tmp_path, name, text, words):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(UserError, match=words):
+        read_table(str(path))
+
+
+def nested(depth):
+    return {"text": "x", "inner": json.loads("[" * depth + "]" * depth)}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_deep_rows_and_long_texts_are_named(tmp_path, suffix):
+    long = {"text": "x", "inner": [["a" * (MAX_TEXT + 1)]]}
+    for row, words in ((nested(70), "nested more than 64 deep"), (long, f"{MAX_TEXT} are the lim")):
+        table = write(tmp_path / f"a{suffix}", [{"text": "x", "inner": [["b"]]}, row])
+        with pytest.raises(UserError, match=rf"(?s)row 2: 'inner' .*{words}"):
+            read_table(table)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000], ids=["deep", "number"])
+@pytest.mark.parametrize("form", ['{"a": %s', '[{"a": %s'], ids=["jsonl", "json"])
+def test_json_that_cannot_be_parsed(tmp_path, form, text):
+    path = tmp_path / ("a.json" if form.startswith("[") else "a.jsonl")
+    path.write_text(form % text)
+    with pytest.raises(UserError, match="not valid JSON"):
         read_table(str(path))
 
 

@@ -41,6 +41,13 @@ def layers_of(model):
     return model.get_base_model().model.layers
 
 
+def one_layer(adapter="lora", **options):
+    """Return a decoder of one layer. Tracing a layer takes a second."""
+    model = build("llama", adapter, **options)
+    del layers_of(model)[1:]
+    return model
+
+
 def wrapped(model, backend):
     return torch.compile(model, backend=backend)
 
@@ -93,7 +100,7 @@ WAYS = [wrapped, in_place, by_layer, *map(rarely, MORE)]
 )
 def test_a_perturbed_compiled_forward_is_that_of_a_perturbed_copy(way, adapter):
     """The bits agree, because the backend `aot_eager` runs the kernels of eager mode."""
-    model = build("llama", adapter).eval()
+    model = (build("llama", adapter) if way is by_layer else one_layer(adapter)).eval()
     batch, before = batch_for("llama"), bits(model)
     twin = really_perturbed(model, 1e-2, step=3)
     compiled = way(model, "aot_eager")
@@ -113,7 +120,7 @@ def test_a_perturbed_compiled_forward_is_that_of_a_perturbed_copy(way, adapter):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_hybrid_steps_of_a_compiled_model_are_those_of_the_eager_one(way):
-    model, twin = (build("llama", "lora", lora_dropout=0.3) for _ in range(2))
+    model, twin = (one_layer(lora_dropout=0.3) for _ in range(2))
     runs = []
     for each in (twin, way(model, "aot_eager")):
         torch.manual_seed(5)
@@ -206,7 +213,7 @@ def compiled_loss(model):
     ],
 )
 def test_a_graph_that_the_optimizer_does_not_know_of_is_refused(make, method, evaluated_before):
-    model = build("llama", "lora")
+    model = one_layer()
     optimizer = HybridOptimizer(param_groups(model, method), model)
     loss, batch, before = make(model), batch_for("llama"), bits(model)
     if evaluated_before:
@@ -241,7 +248,7 @@ def test_both_losses_of_every_step_come_from_the_graphs(way):
 
 
 def test_a_model_compiled_as_a_whole_warns_of_its_copy_once():
-    model = in_place(build("llama", "lora"), "eager")
+    model = in_place(one_layer(), "eager")
     with pytest.warns(UserWarning, match=r"layer\.compile\(\)"):
         optimizer = HybridOptimizer(param_groups(model, "hybrid"), model)
     layered = by_layer(build("llama", "lora"), "eager")
@@ -256,10 +263,10 @@ def test_a_model_compiled_as_a_whole_warns_of_its_copy_once():
 @pytest.mark.parametrize("method", ["hybrid", rarely("zo-peft")])
 def test_trainers_torch_compile_is_followed(tmp_path, method):
     shared = {"method": method, "max_steps": 3, "learning_rate": 1e-3}
-    eager = trainer_for(tmp_path / "a", build("llama", "lora", lora_dropout=0.3), **shared)
+    eager = trainer_for(tmp_path / "a", one_layer(lora_dropout=0.3), **shared)
     compiled = trainer_for(
         tmp_path / "b",
-        build("llama", "lora", lora_dropout=0.3),
+        one_layer(lora_dropout=0.3),
         torch_compile=True,
         torch_compile_backend="aot_eager",
         **shared,

@@ -45,6 +45,7 @@ from zofo.advice.short_trainings import (
 from zofo.errors import UserError
 from zofo.noise.combine import Distribution
 from zofo.optim.cost import num_moves
+from zofo.optim.generators import seed_generators
 from zofo.optim.methods import METHODS, param_groups
 from zofo.perturb.view import Perturbation
 from zofo.statistics.resampling import Interval
@@ -314,7 +315,7 @@ class _Advisor:
         # The same rows and dropout masks at every call, so that only the weights differ.
         def gradient() -> None:
             for batch in rows:
-                torch.manual_seed(self.seed % 2**63)
+                seed_generators(self.seed % 2**63)
                 self.probe.backward(batch, is_full=is_full, share=1 / len(rows))
 
         is_sign = setting.optimizer == "adamw"

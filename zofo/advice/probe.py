@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zofo.optim.generators import GeneratorState
+from zofo.optim.generators import GeneratorState, seed_generators
 from zofo.perturb.view import Perturbation
 
 LossAndRows = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -74,7 +74,7 @@ class Probe:
 
     def masks(self, direction: int) -> GeneratorState:
         """The generator state that fixes the dropout masks of all evaluations along a direction."""
-        torch.manual_seed(self.seed % 2**63 + direction)
+        seed_generators(self.seed % 2**63 + direction)
         return GeneratorState.capture()
 
     @torch.no_grad()
@@ -94,13 +94,14 @@ class Probe:
         masks: GeneratorState,
     ) -> tuple[float, np.ndarray]:
         """`batch_loss` at x + scale · v with given dropout masks."""
-        with masks.replayed():
-            if scale == 0:
+
+        def evaluate() -> tuple[float, np.ndarray]:
+            with masks.replayed():
                 return self.batch_loss(indices)
-            # Using the direction's number as the step gives each direction fresh noise. The run's
-            # noise differs, because its seed differs.
-            with view.at(scale, step=direction):
-                return self.batch_loss(indices)
+
+        # Using the direction's number as the step gives each direction fresh noise. The run's noise
+        # differs, because its seed differs.
+        return evaluate() if scale == 0 else view.value_at(evaluate, scale, step=direction)
 
     def backward(self, indices: Sequence[int], *, is_full: bool, share: float = 1.0) -> float:
         """Run forward and backward of share · loss. Gradients accumulate in the parameters.
@@ -133,7 +134,7 @@ def untouched(model: nn.Module, moved: Sequence[nn.Parameter], *, seed: int) -> 
     held: list[tuple[Tensor, Tensor]] = [(p, p.detach().clone()) for p in moved]
     held += [(b, b.detach().clone()) for b in model.buffers()]
     try:
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
     finally:
         with torch.no_grad():

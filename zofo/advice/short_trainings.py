@@ -37,11 +37,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from zofo.advice.probe import Probe
+from zofo.optim.generators import seed_generators
 
 RATIO: Final = 10**0.5
 MAX_RATES: Final = 5
@@ -279,7 +279,7 @@ def num_virtual_steps(horizon: int) -> int:
 
 def _seed_masks(seed: int, step: int) -> None:
     """Give a step the same dropout masks at every rate and at the start."""
-    torch.manual_seed((seed + step) % 2**63)
+    seed_generators((seed + step) % 2**63)
 
 
 def _held(probe: Probe) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from zofo.disk.files import problem_of_target
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import ADAPTER_TYPES
+from zofo.sections import MAX_THREADS
 
 CONTENDERS: Final = (
     "forward",
@@ -33,7 +34,6 @@ _LIMITS: Final = {
     "rounds": (1, 1 << 20),
     "elements": (1, 1 << 32),
 }
-_MAX_THREADS: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def _numbers(threads: str | None, problems: list[str]) -> tuple[int, ...]:
     if threads is None:
         return ()
     words = [word.strip() for word in threads.split(",")]
-    if not all(word.isdecimal() and 1 <= int(word) <= _MAX_THREADS for word in words):
+    if not all(word.isdecimal() and 1 <= int(word) <= MAX_THREADS for word in words):
         problems.append(
-            f"threads is {threads!r}; give numbers from 1 to {_MAX_THREADS}, such as 1 or 1,2"
+            f"threads is {threads!r}; give numbers from 1 to {MAX_THREADS}, such as 1 or 1,2"
         )
         return ()
     return tuple(dict.fromkeys(map(int, words)))

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -91,12 +91,13 @@ class PhasePeaks:
         reset_peak(_CPU)
 
 
-def measure_here(run: str, what: str) -> dict[str, Any]:
+def measure_here(run: str, what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train a configuration, verify a run or export it in this process.
 
     Args:
         run: the run folder. The file `run`.yaml beside it holds the configuration.
         what: a name in `METHODS_COMPARED`, "verify" or "export".
+        overrides: options of the configuration, such as the permission to run code.
 
     Returns:
         "phases": phase -> peak resident bytes; "kernels_bytes": resident code of the noise kernels.
@@ -112,18 +113,23 @@ def measure_here(run: str, what: str) -> dict[str, Any]:
     from zofo.saved.verify import verify
 
     peaks, before = PhasePeaks(), used_bytes(_CPU)
-    config = load_config(f"{run}.yaml")
+    config = load_config(f"{run}.yaml", overrides)
+    is_trusted = config.model.trust_remote_code
     if METHODS[config.method].base == "zeroth":
         load_kernels(config.model.dtype, config.distribution)
     kernels = used_bytes(_CPU) - before
     if what == "verify":
         with peaks.phase(what):
-            wrong = [check.detail for check in verify(run) if not check.is_sound]
+            wrong = [
+                check.detail
+                for check in verify(run, trust_remote_code=is_trusted)
+                if not check.is_sound
+            ]
         if wrong:
             raise UserError(f"the run that was measured cannot be loaded: {wrong[0]}")
     elif what == "export":
         with peaks.phase(what):
-            export_model(run, f"{run}-plain")
+            export_model(run, f"{run}-plain", trust_remote_code=is_trusted)
     else:
         for place in PHASES:
             peaks.wrap(*place)
@@ -149,14 +155,16 @@ def measure(config: RunConfig, console: Console) -> dict[str, Any]:
             found[method] = {"phases": {}}
             for what in (method, "verify", "export"):
                 console.print(f"{method}: {'train' if what == method else what}", highlight=False)
-                row = _in_a_process(run, what)
+                row = _in_a_process(run, what, config.model.trust_remote_code)
                 found[method]["phases"] |= row["phases"]
                 found[method]["kernels_bytes"] = row["kernels_bytes"]
     return found
 
 
-def _in_a_process(run: Path, what: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "zofo", "bench", "--whole-run", str(run), "--memory-of", what]
+def _in_a_process(run: Path, what: str, is_trusted: bool) -> dict[str, Any]:
+    trusting = ["model.trust_remote_code=true"] if is_trusted else []
+    asked = ["--whole-run", str(run), "--memory-of", what, *trusting]
+    command = [sys.executable, "-m", "zofo", "bench", *asked]
     # By default, glibc keeps an amount of freed memory that depends on the order of the frees.
     # These settings make it return large blocks at once, so that the methods can be compared.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import plain_console, stdout_console, warn_of_idle_options
+from zofo.cli.output import stdout_console, warn_of_idle_options
+from zofo.console import plain_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _everything_auto(config: RunConfig) -> RunConfig:
         del values["adapter"]
     if values["steps"] is None:
         del values["steps"]
-    return load_config(values=values)
+    return load_config(values=values, trust_remote_code=config.model.trust_remote_code)
 
 
 def _show(advice: Advice, seconds: float) -> None:

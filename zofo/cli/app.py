@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from zofo.cli.exits import app
+from zofo.console import say
 
 # isort: off
 # A module registers its commands when it is imported; the help lists them in this order.
@@ -29,7 +30,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from zofo.version import __version__
 
-        print(f"zofo {__version__}")
+        say(f"zofo {__version__}")
         raise typer.Exit
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.cli.exits import app, exit_code_of, reports_errors
+from zofo.console import plain_console, say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def bench(
     else:  # This process was started by `zofo.bench.memory.measure`.
         from zofo.bench.memory import measure_here
 
-        print(json.dumps(measure_here(settings, memory_of)))
+        say(json.dumps(measure_here(settings, memory_of)))
 
 
 def _measure(settings: Settings, json_file: Path | None) -> None:
@@ -113,13 +113,13 @@ def _measure(settings: Settings, json_file: Path | None) -> None:
     code = 0
     try:
         measure(settings, results, plain_console(stderr=True))
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        code = exit_code_of(error)
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     show(results, plain_console(width=width))
     if json_file is not None:
         write_json(json_file, results.as_dict())
-        print(f"samples, ratios and environment in {json_file}", file=sys.stderr)
+        say(f"samples, ratios and environment in {json_file}", stderr=True)
     if code:
         raise typer.Exit(code)
 
@@ -132,7 +132,7 @@ def _measure_whole_run(
     from zofo.disk.files import write_json
 
     if part is not None:  # This process was started by `whole_run.measure`.
-        print(json.dumps(whole_run.measure_here(config, part)))
+        say(json.dumps(whole_run.measure_here(config, part, overrides)))
         return
     found = whole_run.measure(load_config(config, overrides=overrides), plain_console(stderr=True))
     whole_run.show(found, plain_console())

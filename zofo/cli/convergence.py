@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zofo.cli.exits import EXIT_INTERRUPTED, app, reports_errors
-from zofo.cli.output import plain_console, printable, stdout_console
+from zofo.cli.exits import app, exit_code_of, reports_errors
+from zofo.cli.output import one_line, stdout_console
+from zofo.console import plain_console, say
 
 if TYPE_CHECKING:
     from zofo.convergence.claims import Finding
@@ -57,12 +57,12 @@ def convergence(
         return
     try:
         found = run(plan, plain_console(stderr=True))
-    except KeyboardInterrupt:
-        print("interrupted; finished cells are kept, and the same command goes on", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        say("interrupted; finished cells are kept, and the same command goes on", stderr=True)
+        raise typer.Exit(exit_code_of(error)) from None
     _show(found, console)
-    print(f"values: {to / JSON_NAME}")
-    print(f"page: {to / PAGE_NAME}")
+    say(f"values: {to / JSON_NAME}")
+    say(f"page: {to / PAGE_NAME}")
 
 
 def _show(found: Sequence[Finding], console: Console) -> None:
@@ -75,11 +75,11 @@ def _show(found: Sequence[Finding], console: Console) -> None:
         table.add_column(title, justify="right" if title.startswith("measured") else "left")
     for finding in found:
         table.add_row(
-            printable(finding.claim.statement),
-            printable(claimed_text(finding)),
-            printable(measured_text(finding)),
+            one_line(finding.claim.statement),
+            one_line(claimed_text(finding)),
+            one_line(measured_text(finding)),
             Text(finding.outcome, styles.get(finding.outcome, "yellow")),
-            printable(finding.reason),
+            one_line(finding.reason),
         )
     console.print(table)
     counts = Counter(finding.outcome for finding in found)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.console import plain_console
 from zofo.errors import UserError
 
 if TYPE_CHECKING:

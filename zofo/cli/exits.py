@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import sys
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
+from zofo.console import say
 from zofo.errors import TrainingStoppedError, UserError, shown
 
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
+EXIT_TERMINATED: Final = 143  # 128 + SIGTERM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +47,9 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
+]
 
 
 def reports_errors(command: F) -> F:
@@ -52,24 +58,54 @@ def reports_errors(command: F) -> F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with warnings.catch_warnings(), _bitsandbytes_errors_only():
+            with warnings.catch_warnings(), _bitsandbytes_errors_only(), _ending_on_sigterm():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except (UserError, TrainingStoppedError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", stderr=True)
             is_stopped = isinstance(error, TrainingStoppedError)
             raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
         except (OSError, UnicodeEncodeError) as error:
             message = _problem_of_path(error)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            say("interrupted", stderr=True)
+            raise typer.Exit(exit_code_of(error)) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, and nothing handles it but the blocks that it ends."""
+
+    exit_code: Final = EXIT_TERMINATED
+
+
+def exit_code_of(error: KeyboardInterrupt) -> int:
+    """The exit code after the signal that ended a command."""
+    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that nothing half-written stays."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise Terminated("SIGTERM")
+
+    # Python allows handlers in the main thread only, and a parent may have chosen to ignore it.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
@@ -87,7 +123,7 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on one line, without the file and line of code that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", stderr=True)
 
 
 @contextmanager

@@ -10,25 +10,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from zofo.cli.exits import EXIT_INTERRUPTED
+from zofo.console import plain_console, printable, say
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.pages.tables import Table
-
-
-def plain_console(
-    *, stderr: bool = False, width: int | None = None, soft_wrap: bool = False
-) -> Console:
-    """A console that prints every name as it is, because [x] in a path is no markup."""
-    return Console(
-        stderr=stderr,
-        width=width,
-        soft_wrap=soft_wrap,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
 
 
 def stdout_console(plain_width: int = 160) -> Console:
@@ -36,9 +22,9 @@ def stdout_console(plain_width: int = 160) -> Console:
     return plain_console(width=None if sys.stdout.isatty() else plain_width)
 
 
-def printable(text: str) -> Text:
-    """Text without markup or control characters, with which a name could move the cursor."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+def one_line(text: str) -> Text:
+    """Text without markup, and without line breaks, with which a name could forge a line."""
+    return Text(printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}"))
 
 
 def rich_table(table: Table, hidden: Collection[str] = (), title: str | None = None) -> RichTable:
@@ -46,9 +32,9 @@ def rich_table(table: Table, hidden: Collection[str] = (), title: str | None = N
     shown = RichTable(box=None, pad_edge=False, title=title, title_justify="left")
     kept = [i for i, column in enumerate(table.columns) if column.key not in hidden]
     for column in (table.columns[i] for i in kept):
-        shown.add_column(printable(column.title), justify="right" if column.is_number else "left")
+        shown.add_column(one_line(column.title), justify="right" if column.is_number else "left")
     for row in table.rows:
-        shown.add_row(*(printable(f"{row[i].text} {row[i].aside}".strip()) for i in kept))
+        shown.add_row(*(one_line(f"{row[i].text} {row[i].aside}".strip()) for i in kept))
     return shown
 
 
@@ -57,11 +43,4 @@ def warn_of_idle_options(config: RunConfig) -> None:
     from zofo.config.checks import idle_options
 
     for message in idle_options(config):
-        print(f"warning: {message}", file=sys.stderr)
-
-
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after the signal that stopped a training run, or else after Ctrl-C."""
-    from zofo.trainer.interrupt import TrainingInterrupt
-
-    return error.exit_code if isinstance(error, TrainingInterrupt) else EXIT_INTERRUPTED
+        say(f"warning: {message}", stderr=True)

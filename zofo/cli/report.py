@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import printable, rich_table, stdout_console
+from zofo.cli.output import one_line, rich_table, stdout_console
+from zofo.console import say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def report(
     if markdown is not None:
         write_markdown(found, markdown)
     show(found, stdout_console())
-    print(f"page: {to}")
+    say(f"page: {to}")
     if markdown is not None:
-        print(f"Markdown: {markdown}")
+        say(f"Markdown: {markdown}")
 
 
 def show(report: Report, console: Console) -> None:
@@ -61,15 +62,15 @@ def show(report: Report, console: Console) -> None:
     if table.rows:
         if table.common:
             common = ", ".join(f"{title} {text}" for title, text in table.common.items())
-            console.print(printable(f"all of {common}"))
+            console.print(one_line(f"all of {common}"))
         console.print(rich_table(table, _PAGE_ONLY))
-    console.print(printable(report.verdict.sentence), style="bold")
+    console.print(one_line(report.verdict.sentence), style="bold")
     for note in report.verdict.notes:
-        console.print(printable(note))
+        console.print(one_line(note))
     statuses = Counter(str(status) for status in report.runs.table["status"])
     num = sum(statuses.values())
     parts = ", ".join(f"{count} {status}" for status, count in statuses.items())
-    console.print(printable(f"{num} run{'s' if num != 1 else ''}: {parts}"))
+    console.print(one_line(f"{num} run{'s' if num != 1 else ''}: {parts}"))
     damaged = report.runs.table[report.runs.table["status"] == "damaged"]
     for name, error in zip(damaged["run"], damaged["error"], strict=True):
-        console.print(printable(f"damaged: {name}: {error}"), soft_wrap=True)
+        console.print(one_line(f"damaged: {name}: {error}"), soft_wrap=True)

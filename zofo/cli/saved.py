@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zofo.cli.exits import EXIT_USER_ERROR, app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.cli.exits import EXIT_USER_ERROR, TrustRemoteCode, app, reports_errors
+from zofo.cli.output import one_line
+from zofo.console import plain_console, say
 
 if TYPE_CHECKING:
     from zofo.saved.inspect import Info
@@ -21,9 +22,6 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the dtype of the base.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size limit of one safetensors file.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository.")
-]
 
 
 @app.command()
@@ -70,7 +68,7 @@ def info(
 
     found = inspect(path)
     if as_json:
-        print(json.dumps(found.as_dict()))
+        say(json.dumps(found.as_dict()))
     else:
         _show_info(found)
 
@@ -120,7 +118,8 @@ def verify(
     is_sound = True
     for check in checks_of(path, trust_remote_code=trust_remote_code):
         word = {True: "ok", False: "FAILED", None: "-"}[check.is_sound]
-        console.print(f"{check.name:<12}{word:<8}{check.detail}")
+        detail = " ".join(check.detail.splitlines())
+        console.print(one_line(f"{check.name:<12}{word:<8}{detail}"))
         is_sound &= check.is_sound is True
     console.print(f"{path} is {'sound' if is_sound else 'NOT sound'}")
     if not is_sound:
@@ -129,8 +128,9 @@ def verify(
 
 def _show_info(found: Info) -> None:
     console = plain_console(soft_wrap=True)
-    whole = "whole" if found.is_whole else f"NOT whole: {found.problem}"
-    console.print(f"{found.path}: {found.kind}, {whole}")
+    problem = " ".join((found.problem or "").splitlines())
+    whole = "whole" if found.is_whole else f"NOT whole: {problem}"
+    console.print(one_line(f"{found.path}: {found.kind}, {whole}"))
     checkpoints = ", ".join(
         f"{step}{'' if is_whole else ' (damaged)'}" for step, is_whole in found.checkpoints.items()
     )
@@ -145,15 +145,16 @@ def _show_info(found: Info) -> None:
         "step": found.step,
         "recorded": None if num is None else f"{num} updates of the base",
         "checkpoints": checkpoints or None,
+        "note": found.note,
         "size": f"{found.size_bytes / 2**20:.2f} MiB",
     }
     for name, value in rows.items():
         if value is not None:
-            console.print(f"  {name:<12}{value}")
+            console.print(one_line(f"  {name:<12}{value}"))
     for when, values in (found.scores or {}).items():
         shown = ", ".join(
             f"{name} {values[name]:.4f}"
             for name in ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
             if values.get(name) is not None
         )
-        console.print(f"  {when:<12}{shown} on {values['num_rows']} test rows")
+        console.print(one_line(f"  {when:<12}{shown} on {values['num_rows']} test rows"))

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table as RichTable
 
-from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import (
-    exit_code_of,
-    plain_console,
-    rich_table,
-    stdout_console,
-    warn_of_idle_options,
-)
+from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
+from zofo.cli.output import rich_table, stdout_console, warn_of_idle_options
+from zofo.console import plain_console, say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,9 +45,13 @@ def smoothness(
 
     path, overrides = split_arguments(arguments)
     if resume is not None:
-        if path is not None or overrides:
-            raise UserError("--resume uses the options of the folder; remove all other arguments")
-        _measure(*saved_options(resume), resume)
+        others = [o for o in overrides if not o.startswith("model.trust_remote_code=")]
+        if path is not None or others:
+            raise UserError(
+                "--resume uses the options of the folder; remove all other arguments but "
+                "model.trust_remote_code=true"
+            )
+        _measure(*saved_options(resume, overrides), resume)
         return
     config, options = load_smoothness(path, overrides)
     if dry_run:
@@ -126,12 +124,12 @@ def _measure(config: RunConfig, options: SmoothnessOptions, folder: Path | None)
         )
     except KeyboardInterrupt as error:
         where = started[0] if started else folder
-        print(
+        say(
             "interrupted before anything was written"
             if where is None
             else "interrupted; what was measured is kept. Continue with: zofo smoothness --resume "
             + shlex.quote(str(where)),
-            file=sys.stderr,
+            stderr=True,
         )
         raise typer.Exit(exit_code_of(error)) from None
     _show(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import plain_console, stdout_console
+from zofo.cli.exits import TrustRemoteCode, app, reports_errors
+from zofo.cli.output import one_line, stdout_console
+from zofo.console import plain_console, say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def study(
     status: Annotated[
         bool, typer.Option("--status", help="Show the progress of the study.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a grid of methods, learning rates and seeds.
 
@@ -65,11 +66,16 @@ def study(
     elif status:
         _show_status(name, given)
     else:
-        _start(name, given, workers, join, retry_failed)
+        _start(name, given, workers, join, retry_failed, trust_remote_code)
 
 
 def _start(
-    name: str, overrides: Sequence[str], num_workers: int, join: bool, retry_failed: bool
+    name: str,
+    overrides: Sequence[str],
+    num_workers: int,
+    join: bool,
+    retry_failed: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Run a study to its end. The exit code is 1 if a run failed."""
     from zofo.study.grid import expand
@@ -86,20 +92,20 @@ def _start(
     for reason, num in grid.dropped.items():
         console.print(f"left out: {num} cells, {reason}", highlight=False, soft_wrap=True)
     display = StudyDisplay(grid, console)
-    worker = Worker(grid, num_workers, display)
+    worker = Worker(grid, num_workers, display, trust_remote_code=trust_remote_code)
     try:
         worker.run(retry_failed=retry_failed)
     finally:
         display.close()
     if worker.signum is not None:
-        print(f"interrupted; continue with: zofo study {folder}", file=sys.stderr)
+        say(f"interrupted; continue with: zofo study {folder}", stderr=True)
         raise typer.Exit(128 + worker.signum)
     summary = _summary(grid)
     _print(summary)
-    print(f"results in {folder / 'results.json'}, choices in {folder / 'selection.json'}")
-    print(f"figures and statistics: zofo report {folder}")
+    say(f"results in {folder / 'results.json'}, choices in {folder / 'selection.json'}")
+    say(f"figures and statistics: zofo report {folder}")
     if summary.failed:
-        print("repeat the failed runs with: zofo study --retry-failed", folder, file=sys.stderr)
+        say(f"repeat the failed runs with: zofo study --retry-failed {folder}", stderr=True)
         raise typer.Exit(1)
 
 
@@ -190,7 +196,7 @@ def _print(summary: Summary) -> None:
     for name in summary.running:
         console.print(f"running: {name}", markup=False, soft_wrap=True)
     for name, error in summary.failed.items():
-        console.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
+        console.print(one_line(f"failed: {name}: {error}"), soft_wrap=True)
     if summary.num_unchosen:
         console.print(
             f"{summary.num_unchosen} cells have no rates: each pair has a failed or stopped run"

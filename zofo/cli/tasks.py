@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.console import plain_console
 from zofo.errors import UserError
 
 

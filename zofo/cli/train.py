@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from zofo.cli.exits import Overrides, app, reports_errors, split_arguments
-from zofo.cli.output import exit_code_of, plain_console, warn_of_idle_options
+from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
+from zofo.cli.output import warn_of_idle_options
+from zofo.console import plain_console, say
+from zofo.errors import UserError
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
@@ -61,8 +63,13 @@ def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
 
     config = resumed_config(folder, path, overrides)
     if is_finished(folder):
-        print(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
+        say(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
         return
+    if os.path.lexists(folder / RESULT_FILE):
+        raise UserError(
+            f"{folder / RESULT_FILE} is damaged, so the run's scores are lost; remove it, and the "
+            "run continues from its newest checkpoint"
+        )
     _run(config, folder)
 
 
@@ -105,7 +112,7 @@ def _run(config: RunConfig, folder: Path | None) -> None:
             config, resume=folder, console=progress, on_start=started.append, stop=StopOnSignal()
         )
     except KeyboardInterrupt as error:
-        print(_how_to_continue(started[0] if started else folder), file=sys.stderr)
+        say(_how_to_continue(started[0] if started else folder), stderr=True)
         raise typer.Exit(exit_code_of(error)) from None
     _show(result)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from zofo.cli.exits import app, reports_errors
-from zofo.cli.output import plain_console
+from zofo.console import plain_console, printable_json, say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,20 +59,35 @@ def evaluate(
             report=notes.append,
         )
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", stderr=True)
     values = metrics.as_dict()
     if as_json:
-        print(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
+        say(json.dumps({"target": target, "task": config.task.name, "split": split, **values}))
         return
-    print(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
+    say(f"{target} on {config.task.name}, {split}, {metrics.num_rows} rows")
     for name in ("f1", "exact_match", "accuracy", "auc", "majority", "loss", "perplexity"):
         if name in values:
             low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
             interval = "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
-            print(f"  {name:<11}{values[name]:.4f}{interval}")
+            say(f"  {name:<11}{values[name]:.4f}{interval}")
 
 
-@app.command()
+class _TakesTexts(TyperCommand):
+    """A command whose error for a text that begins with - says where such a text stands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        texts = " ".join(shlex.quote(text) for text in args if text.startswith("-"))
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # typer brings its own copy of click in some versions, so its class has two homes.
+            if type(error).__name__ == "NoSuchOption":
+                hint = f"A text that begins with - stands after --: predict RUN -- {texts}"
+                error.message += f". {hint}"  # type: ignore[attr-defined]
+            raise
+
+
+@app.command(cls=_TakesTexts)
 @reports_errors
 def predict(
     target: Target,
@@ -128,10 +145,10 @@ def predict(
         lines = [json.dumps(prediction, ensure_ascii=False) for prediction in found]
     text = "".join(f"{line}\n" for line in lines)
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable_json(text))
     else:
         write_text(output, text)
-        print(f"{len(lines)} predictions in {output}", file=sys.stderr)
+        say(f"{len(lines)} predictions in {output}", stderr=True)
 
 
 _PREDICT_TAKES = ("task", "model", "device", "eval_batch_size", "seed")

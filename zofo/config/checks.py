@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Final
 
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
+from zofo.disk.files import problem_of_name
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.options import STEP_KEYS, rank_one_problems
@@ -16,6 +18,12 @@ _NEED_ARGUMENTS: Final = (
     "warmup_stable_decay",
 )
 """Schedules of transformers that have arguments without defaults."""
+PATHS: Final = {
+    "model": ("name",),
+    "task": ("train", "dev", "test", "data_dir"),
+    "adapter": ("config_file",),
+}
+"""Section -> its options that may be paths."""
 
 
 def check_sections(config: RunConfig) -> list[str]:
@@ -56,7 +64,8 @@ def check_sections(config: RunConfig) -> list[str]:
             f"base_batch_fraction is {config.base_batch_fraction} and sampling is shuffle-once, so "
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
-    problems += _check_scores(config) + _check_reports(config) + rank_one_problems(config)
+    problems += _check_paths(config) + _check_scores(config) + _check_reports(config)
+    problems += rank_one_problems(config)
     by_rows = config.directions_per_step != 1
     if by_rows and config.zo_objective == "f1":
         problems.append(
@@ -79,9 +88,9 @@ def check_sections(config: RunConfig) -> list[str]:
         problems.append("steps and epochs are both given; keep one")
     rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
     for pattern, rate in rates.items():
-        if isinstance(rate, float) and not 0 <= rate < float("inf"):
+        if isinstance(rate, float) and rate < 0:
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
-            problems.append(f"{name} is {rate}; a learning rate is a finite number of at least 0")
+            problems.append(f"{name} is {rate}; a learning rate is at least 0")
     problems += _check_scheduler(config.scheduler)
     return problems
 
@@ -104,6 +113,15 @@ def _check_scheduler(scheduler: str) -> list[str]:
             "configuration of a run does not; "
         )
     return [f"scheduler is {scheduler!r}; {hint}choose one of {', '.join(known)}"]
+
+
+def _check_paths(config: RunConfig) -> list[str]:
+    """A message for each option that names a file or a folder that cannot exist."""
+    named = {"output_dir": config.output_dir}
+    for section, keys in PATHS.items():
+        named |= {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys}
+    problems = {k: problem_of_name(Path(path)) for k, path in named.items() if path}
+    return [f"{key}: {problem}" for key, problem in problems.items() if problem]
 
 
 def _check_scores(config: RunConfig) -> list[str]:

@@ -16,6 +16,7 @@ from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunC
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
 
@@ -35,16 +36,46 @@ def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> RunConfig:
-    """Read, check and complete a configuration.
+    """Read, check and complete a configuration by which a model may be loaded.
 
     Args:
         path: the YAML file; None for the defaults.
         overrides: "key=value" with a YAML value and a dotted key, such as "task.num_train=500".
         values: a mapping that replaces the file.
+        trust_remote_code: whether code from the model's repository may run. An override of
+            `model.trust_remote_code` allows it too, and the file cannot.
 
     Raises:
-        UserError: with every problem found.
+        UserError: with every problem found, or if the file asks for code that is not allowed.
+    """
+    config = read_config(path, overrides, values)
+    own: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(own, override)
+    typed = own.get("model")
+    typed = typed if isinstance(typed, dict) else {}
+    model = config.model
+    require_trust(
+        "the configuration" if path is None else path,
+        model.name,
+        wishes_code=model.trust_remote_code,
+        attention=None if "attn_implementation" in typed else model.attn_implementation,
+        is_allowed=trust_remote_code or typed.get("trust_remote_code") is True,
+    )
+    return config
+
+
+def read_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """As `load_config`, for a configuration that is only shown or compared.
+
+    Nothing may be loaded by it, because the file may ask for code that nobody has allowed.
     """
     given: dict[str, Any] = dict(values or {})
     where = "the configuration"
@@ -60,10 +91,7 @@ def load_config(
     except ValidationError as error:
         found = error.errors()
         # pydantic reports a wrong entry of a map of rates twice, the second time for the whole map.
-        inner = [
-            e for e in found if not (e["loc"][0] == "base_lr" and isinstance(e["input"], dict))
-        ]
-        found = inner or found
+        found = [e for e in found if not _is_whole_map(e)] or found
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
         # Without the wrong keys, the checks between sections can run and report their problems too.
         for e in found:
@@ -75,6 +103,11 @@ def load_config(
     if problems:
         raise UserError(join_problems(where, problems))
     return _complete(config)
+
+
+def _is_whole_map(error: Any) -> bool:
+    is_map = error["loc"][0] == "base_lr" and isinstance(error["input"], dict)
+    return is_map and error["type"] != "value_error"
 
 
 def join_problems(where: str, problems: Sequence[str]) -> str:
@@ -99,6 +132,8 @@ def apply_override(given: dict[str, Any], override: str) -> list[str]:
         return [f"{override!r} is not of the form key=value"]
     try:
         value = parse_yaml(text)
+    except yaml.constructor.ConstructorError as error:
+        return [f"{key.strip()}: {' '.join(str(error).split())}; correct it, or put it in quotes"]
     except yaml.YAMLError:
         value = text  # A text such as "[x" need not be YAML.
     path = key.strip().split(".")
@@ -143,7 +178,7 @@ def describe_problem(error: Any) -> str:
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {shown(error['input'])}; it takes keys and values of its own"
-    if path[0] == "base_lr":
+    if path[0] == "base_lr" and error["type"] != "value_error":
         return f"{key} is {shown(error['input'])}; it must be a number" + (
             "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
         )

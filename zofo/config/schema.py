@@ -6,26 +6,17 @@ so `zofo.config.load` fills them in.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-)
+from pydantic import Discriminator, Field, Tag, model_serializer
 
+from zofo.disk.yaml import yaml_text
 from zofo.models.adapter_kinds import AdapterType
 from zofo.optim.batch_part import num_rows_of
 from zofo.optim.methods import METHODS, MethodName
 from zofo.optim.options import STEP_KEYS, Radius, StepOptions
+from zofo.sections import MAX_COUNT, MAX_THREADS, Section
 from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"
@@ -48,20 +39,7 @@ BaseRate = Annotated[
 FIRST_ORDER_BASE_LR: Final = 1e-5
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @field_validator("*")
-    @classmethod
-    def _is_of_reasonable_size(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, int) and abs(value) >= 1 << 63:  # int64 overflows there.
-            raise ValueError("must fit in 64 bits")
-        if isinstance(value, float) and not math.isfinite(value) and info.field_name != "base_lr":
-            raise ValueError("must be finite")
-        return value
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The base."""
 
     name: str = Field("smollm2-135m", description="hub id, folder, or smollm2-135m, minilm")
@@ -85,7 +63,7 @@ class ModelConfig(_Section):
         )
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """The PEFT module."""
 
     type: AdapterType = Field("lora", description="kind of adapter; none for fo-ft and zo-ft")
@@ -117,7 +95,7 @@ class AdapterConfig(_Section):
         return create_adapter(model, head=head, tokenizer=tokenizer, seed=seed, **values)  # type: ignore[arg-type]
 
 
-class RunConfig(_Section, StepOptions):
+class RunConfig(Section, StepOptions):
     """One run; the fields of `StepOptions` are among its keys."""
 
     method: MethodName = Field("hybrid", description="how the base and the adapter are trained")
@@ -161,7 +139,9 @@ class RunConfig(_Section, StepOptions):
     )
 
     steps: int | None = Field(None, ge=1, description="number of optimizer steps; default 200")
-    epochs: float | None = Field(None, gt=0, description="number of epochs, in place of steps")
+    epochs: float | None = Field(
+        None, gt=0, le=MAX_COUNT, description="number of epochs, in place of steps"
+    )
     batch_size: int = Field(8, ge=1, description="rows per micro-batch")
     accumulation: int = Field(1, ge=1, description="micro-batches per step")
     eval_batch_size: int = Field(32, ge=1, description="rows per forward pass of an evaluation")
@@ -193,7 +173,9 @@ class RunConfig(_Section, StepOptions):
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of all random numbers")
     device: str = Field("auto", description="device to compute on: auto, cpu, cuda or mps")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
+    num_threads: int | None = Field(
+        None, ge=1, le=MAX_THREADS, description="CPU threads; default: torch's choice"
+    )
     output_dir: str | None = Field(
         None, description="run folder; default: runs/TASK-METHOD-ADAPTER with a number"
     )
@@ -216,7 +198,7 @@ class RunConfig(_Section, StepOptions):
 
     def to_yaml(self) -> str:
         """The configuration as YAML, which reads back to an equal configuration."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml_text(self.model_dump())
 
 
 def share_of(config: RunConfig) -> float:

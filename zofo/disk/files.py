@@ -18,17 +18,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import torch
-from torch import Tensor
-
+from zofo.disk.plain import check_plain, unique_keys
 from zofo.errors import UserError, shown
+
+if TYPE_CHECKING:  # Rows and configurations are read without the seconds that torch takes.
+    import torch
+    from torch import Tensor
 
 MAX_TEXT_BYTES: Final = 1 << 24  # far larger than any text file of zofo but a log
 MAX_LOG_BYTES: Final = 1 << 26  # of the lines of a long run
-MAX_DEPTH: Final = 64  # of nested lists and objects; zofo's own files have at most 6
-_INTEGERS: Final = range(-(1 << 63), 1 << 64)
 _KINDS: Final = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -142,13 +142,13 @@ def problem_of_name(path: Path) -> str | None:
     """Why no file can have this path; None if one can, whether or not it exists."""
     try:
         str(path).encode()
-        os.lstat(path)
+        os.lstat(path.expanduser())
     except UnicodeEncodeError:
         return f"{shown(str(path))} is no name in UTF-8; rename it"
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # A ValueError means a zero byte.
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte; ~USER without a home
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         return f"{shown(str(path))} cannot be used ({reason}); choose another name"
     return None
 
@@ -228,6 +228,28 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Read a regular file of at most `max_bytes`.
+
+    Raises:
+        UserError: if it is missing, no regular file, too large or unreadable.
+    """
+    size = require_regular(path)
+    if size <= max_bytes:
+        try:
+            with path.open("rb") as file:  # Files of the system may hold more than their size.
+                content = file.read(max_bytes + 1)
+        except OSError as error:
+            reason = f"{path} cannot be read ({error.strerror}); check its access"
+            raise UserError(reason) from error
+        if len(content) <= max_bytes:
+            return content
+    raise UserError(
+        f"{path} is larger than {max_bytes} bytes, which is the limit for such a file; copy it "
+        "again, or choose another"
+    )
+
+
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a text file in UTF-8.
 
@@ -239,16 +261,8 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, errors: str = "str
     Raises:
         UserError: if it is missing, no regular file, too large, unreadable or not UTF-8.
     """
-    require_regular(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its access") from error
-    if len(content) > max_bytes:
-        raise UserError(f"{path} is damaged: it is larger than {max_bytes} bytes; copy it again")
-    try:
-        return content.decode("utf-8", errors)
+        return read_bytes(path, max_bytes=max_bytes).decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} cannot be read, because byte {error.start} is not UTF-8; save it as UTF-8, or "
@@ -291,37 +305,12 @@ def parse_json(text: str, *, has_nan: bool = False) -> Any:
         ValueError: that says what is wrong.
     """
     try:
-        value = json.loads(text, parse_constant=None if has_nan else _refuse_constant)
+        constant = None if has_nan else _refuse_constant
+        value = json.loads(text, parse_constant=constant, object_pairs_hook=unique_keys)
     except (RecursionError, MemoryError):
         raise ValueError("it is nested too deeply") from None
     check_plain(value)
     return value
-
-
-def check_plain(value: Any) -> None:
-    """Refuse values that are valid JSON or YAML but that no later step could handle.
-
-    Raises:
-        ValueError: for deep nesting, an integer beyond 64 bits, and half a surrogate pair in a
-            text, which cannot be written.
-    """
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for entry in level:
-            if isinstance(entry, str):
-                if not entry.isascii() and any("\ud800" <= sign <= "\udfff" for sign in entry):
-                    raise ValueError(f"the text {shown(entry)} holds half a surrogate pair")
-            elif isinstance(entry, dict):
-                inner += (*entry.keys(), *entry.values())
-            elif isinstance(entry, list | tuple):
-                inner += entry
-            elif isinstance(entry, int) and entry not in _INTEGERS:
-                raise ValueError(f"the number {shown(entry)} does not fit in 64 bits")
-        if not inner:
-            return
-        level = inner
-    raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -344,8 +333,12 @@ def file_digest(path: Path) -> str:
 
 def json_digest(value: Any) -> str:
     """BLAKE2b digest of a JSON value, independent of the order of its keys: 32 hex digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return bytes_digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def bytes_digest(content: bytes) -> str:
+    """BLAKE2b digest of the content of a file, as `file_digest` computes it: 32 hex digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -369,7 +362,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(Mapping[str, "Tensor"]):
     """Tensors in safetensors files, each read from the disk at every access.
 
     While a file stays mapped, every page that was read stays resident. Each access therefore maps
@@ -428,6 +421,8 @@ def fingerprint(
     tensors: Mapping[str, Tensor], *, progress: Callable[[int], None] | None = None
 ) -> str:
     """BLAKE2b digest of names, dtypes, shapes and bits, sorted by name: 32 hex digits."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()

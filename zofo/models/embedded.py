@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from zofo.console import quiet
+from zofo.console import quiet, say
 from zofo.disk.folders import share_files
 from zofo.errors import UserError
 
@@ -106,7 +105,7 @@ def _convert(source: Path, target: Path, alias: str) -> None:
         raise UserError(f"reading {alias} needs the package gguf; run 'pip install zofo[embedded]'")
     import transformers as hf
 
-    print(f"converting {alias} into {target} (once, about half a minute)", file=sys.stderr)
+    say(f"converting {alias} into {target} (once, about half a minute)", stderr=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         hidden = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

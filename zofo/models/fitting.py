@@ -65,6 +65,21 @@ def new_modules(model: nn.Module) -> list[str]:
     return found
 
 
+def mark_new(model: nn.Module, stored: Collection[str]) -> None:
+    """Mark the head's weights that a folder lacks as new, as `load_fitting` does.
+
+    Args:
+        model: a classifier without weights.
+        stored: the names in the model's files; empty if they are not known.
+    """
+    if not stored:
+        return
+    prefix: Any = model.base_model_prefix
+    known = {key.removeprefix(f"{prefix}.") for key in stored}
+    missing = {n for n, _ in model.named_parameters() if n.removeprefix(f"{prefix}.") not in known}
+    setattr(model, _NEW, frozenset(key for key in missing if _is_of_head(key, model)))
+
+
 def load_fitting(
     cls: Any, source: str, *, name: str, is_classifier: bool, seed: int, **kwargs: Any
 ) -> nn.Module:

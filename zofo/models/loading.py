@@ -18,8 +18,10 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
-from zofo.models.fitting import explained, load_fitting
+from zofo.models.fitting import explained, load_fitting, mark_new
 from zofo.models.limits import check_model_config
+from zofo.models.model_folders import check_digests, check_model_folder
+from zofo.models.trust import check_kernels
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -36,7 +38,8 @@ def resolve(name: str) -> str:
     """The folder of an alias, or else the given folder or hub id.
 
     Raises:
-        UserError: if an alias lacks its package, a folder holds no model, or a name is unknown.
+        UserError: if an alias lacks its package, a folder holds no model or a file that cannot be
+            read safely, or a name is unknown.
     """
     if name in ALIASES:
         return str(embedded_folder(name, ALIASES[name]))
@@ -49,6 +52,7 @@ def resolve(name: str) -> str:
             )
         if not (path / "config.json").exists():
             raise UserError(f"the folder {name} holds no config.json, so no model; choose another")
+        check_model_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         place = "" if path.is_absolute() else f" in {Path.cwd()}, where a relative path begins"
@@ -97,16 +101,19 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = resolve(name)
+    if Path(source).is_dir():
+        check_digests(Path(source))
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     kwargs: dict[str, Any] = {**shared, "dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    with _hub_errors(name, source), torch.random.fork_rng():
+    with explaining(name, source), torch.random.fork_rng():
         with quiet():
             if tokenizer is None:
                 tokenizer = hf.AutoTokenizer.from_pretrained(source, **shared)
-            config = hf.AutoConfig.from_pretrained(source, **shared)
-            check_model_config(config, name)
+            config = read_model_config(
+                source, name, **shared, attn_implementation=attn_implementation
+            )
             if head == "classification":
                 kwargs["num_labels"] = num_labels
             else:
@@ -117,6 +124,38 @@ def load_model(
         )
     prepare(model, tokenizer)
     return model, tokenizer
+
+
+def read_model_config(
+    source: str | Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Read and check the configuration of a model before anything is built from it.
+
+    Args:
+        source: folder or hub id, as `resolve` gives it.
+        name: the model as the user named it.
+        revision: branch, tag or commit of the hub id.
+        trust_remote_code: whether to run code from the model's repository, or kernels from another.
+        attn_implementation: as in transformers; None for the one that the configuration names.
+
+    Raises:
+        UserError: if its sizes cannot be built, or it asks for kernels that are not allowed.
+    """
+    import transformers as hf
+
+    if not trust_remote_code and attn_implementation is None:
+        values, _ = hf.PreTrainedConfig.get_config_dict(source, revision=revision)
+        check_kernels(values, name)
+    config = hf.AutoConfig.from_pretrained(
+        source, revision=revision, trust_remote_code=trust_remote_code
+    )
+    check_model_config(config, name)
+    return config
 
 
 def load_tokenizer(
@@ -130,7 +169,7 @@ def load_tokenizer(
     import transformers as hf
 
     source = resolve(name)
-    with _hub_errors(name, source), quiet():
+    with explaining(name, source), quiet():
         tokenizer = hf.AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -152,20 +191,22 @@ def empty_model(
     Raises:
         UserError: as `load_model`.
     """
-    import transformers as hf
-
     source = resolve(name)
-    with _hub_errors(name, source), quiet(), torch.device("meta"):
-        config = hf.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
-        check_model_config(config, name)
-        kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]}
+    with explaining(name, source), quiet(), torch.device("meta"):
+        # Nothing is computed, so the simplest attention will do, whatever config.json names.
+        shared: dict[str, Any] = {
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": "eager",
+        }
+        config = read_model_config(source, name, revision=revision, **shared)
+        kwargs = {**shared, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels
         else:
             _require_head(head, config, name)
         model: nn.Module = model_class(head).from_config(config, **kwargs)
+    if head == "classification":
+        mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
     return model
 
 
@@ -263,12 +304,14 @@ def head_of(name: str, *, revision: str | None = None, trust_remote_code: bool =
     Raises:
         UserError: as `load_model`.
     """
-    import transformers as hf
-
     source = resolve(name)
-    with _hub_errors(name, source), quiet():
-        config = hf.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
+    with explaining(name, source), quiet():
+        config = read_model_config(
+            source,
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="eager",  # No model is built here, so none is looked for.
         )
     if _is_encoder_decoder(config):
         return "seq2seq"
@@ -338,7 +381,7 @@ def _require_head(head: Head, config: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, source: str) -> Iterator[None]:
+def explaining(name: str, source: str) -> Iterator[None]:
     """Turn what transformers raises for a model that it cannot load into a `UserError`."""
     try:
         yield

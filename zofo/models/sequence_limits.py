@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 _POSITIONS: Final = re.compile(r"^(wpe|.*pos(ition)?s?_?emb.*|.*emb.*_pos(ition)?s?)$")
@@ -18,7 +19,7 @@ class Limits:
     Attributes:
         num_tokens: rows of the embedding; every token id is smaller.
         positions: most positions of a sequence, with the adapter's virtual tokens.
-        is_hard: the positions are rows of a table; without a table the model only saw no more.
+        is_hard: the positions are rows of a table; else the model may only have seen no more.
         virtual: virtual tokens of the adapter.
     """
 
@@ -31,7 +32,7 @@ class Limits:
 def limits_of(model: Any) -> Limits:
     """The limits of a model, with or without an adapter."""
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    names = ("max_position_embeddings", "max_encoder_position_embeddings")
+    names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
     found = [getattr(c, name, None) for c in (model.config, text) for name in names]
     declared = next((n for n in found if isinstance(n, int) and n > 0), None)
     tables = [] if declared is None else _tables(model, declared)
@@ -39,6 +40,42 @@ def limits_of(model: Any) -> Limits:
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     virtual = getattr(adapter, "num_virtual_tokens", None) or 0
     return Limits(_num_tokens(model), positions, bool(tables), int(virtual))
+
+
+@torch.no_grad()
+def can_read(model: Any, num_tokens: int, num_outputs: int = 0) -> bool | None:
+    """Whether the model runs on one row of a length; None if that cannot be tried.
+
+    Some models keep their positions outside modules (CTRL, MPT), and some take further ones from
+    the last (ProphetNet), so only a run shows it. On a GPU, a failure would end the process.
+
+    Args:
+        model: the model with or without an adapter.
+        num_tokens: tokens of the input, without the adapter's virtual ones.
+        num_outputs: tokens that the decoder of an encoder-decoder writes.
+    """
+    # bitsandbytes packs 4-bit weights irreversibly when they are evaluated without gradients.
+    is_quantized = getattr(model, "is_quantized", False)
+    if is_quantized or any(p.device.type != "cpu" for p in model.parameters()):
+        return None
+    # Padding would take no position.
+    padding = {model.config.pad_token_id, getattr(_embedding(model), "padding_idx", None)}
+    token = min({0, 1, 2} - padding)
+    ids = torch.full((1, num_tokens), token)  # [rows, tokens]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.full((1, max(num_outputs, 1)), token)
+    was_training = model.training
+    model.eval()
+    try:
+        model(**inputs)
+    except torch.OutOfMemoryError:
+        return None
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    finally:
+        model.train(was_training)
+    return True
 
 
 def _tables(model: nn.Module, declared: int) -> list[int]:
@@ -49,20 +86,27 @@ def _tables(model: nn.Module, declared: int) -> list[int]:
     """
     sizes = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _POSITIONS.match(name.rpartition(".")[2]):
+        table: Any = getattr(module, "weight", None)
+        is_table = hasattr(module, "padding_idx") and isinstance(table, torch.Tensor)
+        if is_table and _POSITIONS.match(name.rpartition(".")[2]):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            sizes.append((module.num_embeddings, skipped))
+            sizes.append((len(table), skipped))
         for buffer, values in module.named_buffers(recurse=False):
             if _POSITIONS.match(buffer) and values.dim() > 1:
                 sizes.append((len(values), 0))
     return [rows - skipped for rows, skipped in sizes if rows >= declared]
 
 
-def _num_tokens(model: Any) -> int | None:
+def _embedding(model: Any) -> Any:
+    """The module of the input embeddings; None if they are no module."""
     try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # models whose embedding is no module
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
         return None
+
+
+def _num_tokens(model: Any) -> int | None:
+    embedding = _embedding(model)
     weight = getattr(embedding, "weight", None)
     num = getattr(embedding, "num_embeddings", None if weight is None else len(weight))
     return None if num is None else int(num)

@@ -35,8 +35,8 @@ def check_fraction(fraction: float) -> None:
 
 
 def num_rows_of(fraction: float, num_rows: int) -> int:
-    """Number of rows in the part: the fraction of `num_rows`, rounded up."""
-    return min(num_rows, math.ceil(fraction * num_rows - 1e-9))  # 0.7 · 10 is a little above 7
+    """Number of rows in the part: the fraction of `num_rows`, rounded up, so at least one."""
+    return min(num_rows, max(1, math.ceil(fraction * num_rows - 1e-9)))  # 0.7 · 10 is above 7
 
 
 def split_rows(inputs: Mapping[str, Any], num_first: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,16 +7,15 @@ first step evaluates it again at the unperturbed point, which costs one forward 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from zofo.errors import UserError
 
-_USUAL_SCALE: Final = 2.0**16
-"""The scale that `torch.amp.GradScaler` begins with. Smaller factors may be numbers of tokens."""
 SCALED: Final = (
     "HybridOptimizer needs the loss itself: multiplied by the scale of a GradScaler, it would move "
     "the zeroth-order block as many times too far. Use bfloat16, which needs no scaler. Or run the "
@@ -53,24 +52,29 @@ def check_repeats(loss: Tensor, again: Tensor, weights: Iterable[Tensor]) -> Non
         )
 
 
-def check_unscaled(loss: Tensor) -> None:
-    """Check that a loss does not end in a multiplication by the scale of a GradScaler.
+@contextmanager
+def refusing_scalers() -> Iterator[None]:
+    """A context in which `GradScaler.scale` raises UserError, unless the scaler is disabled.
 
-    Raises:
-        UserError: if it does.
+    A loss does not tell whether it was scaled, because any factor may be meant.
     """
-    node = loss.grad_fn
-    while node is not None and type(node).__name__ in ("MulBackward0", "DivBackward0"):
-        saved = (getattr(node, name, None) for name in ("_saved_self", "_saved_other"))
-        if any(_is_scale(factor) for factor in saved):
+    kinds = [torch.amp.GradScaler]
+    for kind in kinds:  # The loop also reaches the classes that it adds.
+        kinds += kind.__subclasses__()
+    own = {kind: vars(kind)["scale"] for kind in dict.fromkeys(kinds) if "scale" in vars(kind)}
+    try:
+        for kind, scale in own.items():
+            kind.scale = _refused(scale)  # type: ignore[method-assign]
+        yield
+    finally:
+        for kind, scale in own.items():
+            kind.scale = scale  # type: ignore[method-assign]
+
+
+def _refused(scale: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> Any:
+        if scaler.is_enabled():
             raise UserError(SCALED)
-        inputs = [function for function, _ in node.next_functions if function is not None]
-        node = inputs[0] if len(inputs) == 1 else None
+        return scale(scaler, *args, **kwargs)
 
-
-def _is_scale(factor: object) -> bool:
-    # Python's numbers are saved as float64.
-    if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.dtype != torch.float32:
-        return False
-    value = abs(float(factor))
-    return value >= _USUAL_SCALE and math.frexp(value)[0] == 0.5  # a power of 2
+    return refuse

@@ -89,7 +89,7 @@ def projected_gradients(
 
     graph = with_graph and perturbation.is_compiled
     if self_check:
-        ahead = evaluate(eps, 0, check=True, graph=False)
+        ahead = perturbation.checked(lambda: evaluate(eps, 0, check=True, graph=False))
         if has_graphs():
             expected = perturbation.entered
             ahead = evaluate(eps, 0, graph=with_graph)

@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators of all devices, as `torch.manual_seed` does.
+
+    Where there is no accelerator, `torch.manual_seed` formats the whole stack of calls several
+    times, for devices that might come. That takes longer than a small model's forward pass.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @dataclass(frozen=True)
 class GeneratorState:
     """The state of every global generator that a forward pass may draw dropout masks from."""

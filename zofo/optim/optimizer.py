@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from zofo.disk.files import fingerprint
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.buffers import MovingBuffers
-from zofo.optim.closures import SCALED, check_repeats, check_unscaled
+from zofo.optim.closures import SCALED, check_repeats, refusing_scalers
 from zofo.optim.estimator import forwards_per_direction, projected_gradients, unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
@@ -225,7 +226,8 @@ class HybridOptimizer(StatefulOptimizer):
                 evaluations += 1
             if self._self_check and generators is not None:
                 spent = instead.cost_so_far()
-                self._check_repeats(instead.closure, reference, generators)
+                with refusing_scalers():
+                    self._check_repeats(instead.closure, reference, generators)
                 before += instead.cost_so_far() - spent
             evaluate = functools.partial(
                 projected_gradients,
@@ -304,7 +306,8 @@ class HybridOptimizer(StatefulOptimizer):
         """
         generators = self.before_pass() if self.zeroth_is_due else None
         try:
-            with torch.set_grad_enabled(self.inner is not None):
+            watch = refusing_scalers() if self._self_check else nullcontext()
+            with torch.set_grad_enabled(self.inner is not None), watch:
                 loss = closure()
             if not isinstance(loss, Tensor):
                 raise ValueError(
@@ -316,8 +319,6 @@ class HybridOptimizer(StatefulOptimizer):
                         "the closure's loss has no gradient for the first-order group; return the "
                         "loss tensor itself, not detached, and let the optimizer run backward"
                     )
-                if self._self_check:
-                    check_unscaled(loss)
                 loss.sum().backward()
                 self._ran_backward = True
             is_asked = zeroth_loss is not None and self.zeroth_is_due

@@ -45,7 +45,9 @@ class StepOptions:
     estimator: Annotated[
         Estimator, Field(description="forward (paper): 1 extra forward; central: 2")
     ] = "forward"
-    num_directions: Annotated[int, Field(ge=1, description="directions per step (paper: 1)")] = 1
+    num_directions: Annotated[
+        int, Field(ge=1, lt=MAX_DIRECTIONS, description="directions per step (paper: 1)")
+    ] = 1
     directions_per_step: Annotated[
         int | str,
         Field(

@@ -1,8 +1,8 @@
 """HTML documents in one file, which load nothing from the network.
 
-Anyone may have chosen the names in a run folder. Therefore the templates escape every name, and the
-data lie in a block that is not a script. A content security policy allows only the two scripts of
-the page, which it identifies by their digests.
+Anyone may have chosen the names in a run folder. Therefore the templates escape and isolate every
+name (`zofo.pages.text`), and the data lie in a block that is not a script. A content security
+policy allows only the two scripts of the page, which it identifies by their digests.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from zofo.disk.files import problem_of_name, problem_of_target
+from zofo.disk.files import problem_of_name, problem_of_target, require_regular
 from zofo.errors import UserError
+from zofo.pages.text import isolated
 
 
 def render_document(template: str, *, mark: str, **context: Any) -> str:
@@ -43,6 +44,7 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: isolated(value) if isinstance(value, str) else value,
     )
     return environment.get_template(template).render(
         **context, mark=mark, policy=_policy(scripts), style=read("report.css"), scripts=scripts
@@ -51,7 +53,7 @@ def render_document(template: str, *, mark: str, **context: Any) -> str:
 
 def json_of(value: Any) -> str:
     """JSON that cannot end the HTML element around it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(isolated(value), ensure_ascii=False, allow_nan=False)
     # U+2028 and U+2029 end a line in older JavaScript, and "<" could begin a closing tag.
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -75,6 +77,7 @@ def check_target(path: Path, mark: str, option: str = "--to", name: str = "repor
         raise UserError(problem)
     if not path.exists():
         return
+    require_regular(path)
     with path.open("rb") as file:
         if mark.encode() not in file.read(4096):
             raise UserError(f"{path} exists and is no report of zofo; choose another {option}")

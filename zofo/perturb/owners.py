@@ -9,13 +9,16 @@ replaced, the model owns its head, because the fused losses of trl and Liger rea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
-from zofo.perturb.tiles import TiledLinear, is_tileable
+from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 # A weight of at most this size is swapped for the whole forward, because the hooks of its module
 # would take longer than its computation.
@@ -25,6 +28,26 @@ _SMALL_SHARE = 64
 
 The biases of tiled layers come on top.
 """
+
+
+ATOMIC: tuple[type[nn.Module], ...] = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.RNNBase,
+)
+"""Module classes that read the weights of their children directly."""
+
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")
+_MIXERS = (
+    *("MambaMixer", "FalconMambaMixer", "Mamba2Mixer", "JambaMambaMixer", "BambaMixer"),
+    *("FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
+)
+CHILDREN_READ: dict[str, tuple[str, ...]] = {
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+    **dict.fromkeys(_MIXERS, _MAMBA),
+}
+"""Class name -> paths of the modules below it whose own weights its forward reads directly."""
 
 
 @dataclass(frozen=True)
@@ -87,25 +110,34 @@ def find_owners(
         model: the module whose forward is perturbed.
         tensors: parameter -> tensor index of its directions.
         atomic: classes that read the weights of their children directly.
-        children_read: class name -> names of the children whose weights it reads directly.
+        children_read: class name -> paths of the modules below it whose weights it reads directly.
     """
     owners: dict[nn.Module, Owner] = {}
 
     # `holder` owns the weights that are found. `fixed` keeps it the owner of the whole subtree.
-    def visit(module: nn.Module, path: str, holder: nn.Module, fixed: bool) -> None:
-        # A shared module may lie in a subtree that is swapped whole, and elsewhere too.
-        place = (module, holder if fixed else None)
-        if place in seen:
-            return
-        seen.add(place)
+    # `reads` maps modules to the module around them whose call swaps their weights.
+    def visit(
+        module: nn.Module,
+        path: str,
+        holder: nn.Module,
+        fixed: bool,
+        reads: Mapping[nn.Module, nn.Module],
+    ) -> None:
         if module in heads:
             # peft calls the replaced forward without hooks, so only the model's own call is sure.
             holder, fixed = model, True
-        heads.update(_head_read_by(module))
+        elif module in reads:
+            holder, fixed = reads[module], True
         # A container without a forward is never called, so its holder reads its weights.
         compiled = is_compiled(module)
         if not fixed and (compiled or _is_called(module)):
             holder = module
+        # A shared module may have several holders, such as layers that read one bank of vectors.
+        place = (module, holder, fixed)
+        if place in seen:
+            return
+        seen.add(place)
+        heads.update(_head_read_by(module))
         fixed = fixed or compiled or isinstance(module, atomic) or _reads_children(module)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in tensors:
@@ -116,13 +148,15 @@ def find_owners(
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
-        read = children_read.get(type(module).__name__, ())
+        for read in children_read.get(type(module).__name__, ()):
+            with contextlib.suppress(AttributeError):  # Not every instance has every child.
+                reads = {module.get_submodule(read): holder, **reads}
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", holder, fixed or name in read or _is_depthwise(child))
+            visit(child, f"{path}{name}.", holder, fixed or _is_depthwise(child), reads)
 
-    seen: set[tuple[nn.Module, nn.Module | None]] = set()
+    seen: set[tuple[nn.Module, nn.Module, bool]] = set()
     heads: set[nn.Module] = set()
-    visit(model, "", model, False)
+    visit(model, "", model, False, {})
     return list(owners.values())
 
 
@@ -147,6 +181,27 @@ def take_small(owners: Sequence[Owner], largest: int) -> list[Slot]:
                 owner.slots.remove(slot)
                 taken.append(slot)
     return taken
+
+
+def give_tiles(
+    owners: Sequence[Owner], seed: int, distribution: Distribution
+) -> dict[torch.dtype, Tensor]:
+    """Give large linear layers their tiles; returns the scratch that they share, by dtype."""
+    found: list[tuple[Owner, Slot]] = []
+    for owner in owners:
+        is_alone = len(owner.slots) == 1 and not owner.ties
+        if is_alone and owner.slots[0].module is owner.module and is_tileable(owner.module):
+            found.append((owner, owner.slots[0]))
+    sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
+    for _, slot in found:
+        dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
+        sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
+    scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+    for owner, slot in found:
+        weight = slot.parameter
+        tile = scratch[weight.dtype]
+        owner.tiles = TiledLinear(weight, slot.tensor, tile, seed=seed, distribution=distribution)
+    return scratch
 
 
 def _is_called(module: nn.Module) -> bool:

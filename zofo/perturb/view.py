@@ -13,7 +13,8 @@ independent signs as above, one direction for the whole batch.
 A module that reads a child's weight without calling the child would see the unperturbed weight.
 Known modules of this kind (`ATOMIC`, and those that `zofo.perturb.owners` finds) swap their whole
 subtree during their call. Modules in `CHILDREN_READ` swap only the named children. The self-check
-(`zofo.perturb.self_check`) finds and names any other.
+(`zofo.perturb.self_check`) finds any other, such as the layers of many adapters, and
+`Perturbation.checked` treats them as those in `CHILDREN_READ`.
 """
 
 from __future__ import annotations
@@ -22,39 +23,29 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, combine_rows
-from zofo.perturb.compiled import AroundCompiledCall, compiled_modules, is_compiled, running_eagerly
+from zofo.perturb.compiled import (
+    AroundCompiledCall,
+    InsteadOfForward,
+    compiled_modules,
+    is_compiled,
+    running_eagerly,
+)
 from zofo.perturb.overlap import Overlap, overlap_on, streams_of
-from zofo.perturb.owners import Owner, Slot, find_owners, take_small
+from zofo.perturb.owners import ATOMIC as ATOMIC
+from zofo.perturb.owners import CHILDREN_READ as CHILDREN_READ
+from zofo.perturb.owners import Owner, Slot, find_owners, give_tiles, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
 from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
-from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
-ATOMIC: tuple[type[nn.Module], ...] = (
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.RNNBase,
-)
-"""Module classes that read the weights of their children directly."""
-
-_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")
-_MIXERS = (
-    *("MambaMixer", "FalconMambaMixer", "Mamba2Mixer", "JambaMambaMixer", "BambaMixer"),
-    *("FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
-)
-CHILDREN_READ: dict[str, tuple[str, ...]] = {
-    "DebertaEncoder": ("rel_embeddings",),
-    "DebertaV2Encoder": ("rel_embeddings",),
-    **dict.fromkeys(_MIXERS, _MAMBA),
-}
-"""Class name -> names of the children whose own weights its forward reads directly."""
+_T = TypeVar("_T")
 
 
 class Perturbation:
@@ -94,13 +85,15 @@ class Perturbation:
         self._point: tuple[float, int, int] | None = None
         self._ahead: Overlap | None = None
         self._watch: ReadWatch | None = None
+        self._children_read = dict(CHILDREN_READ)
+        self._is_checked = False
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
-        owners = find_owners(model, self._tensors, ATOMIC, CHILDREN_READ)
+        owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
         if self.distribution == "rank-one":
             self._paths = take_matrices(owners, self.seed, self._not_by_rows)
@@ -108,7 +101,8 @@ class Perturbation:
         self._owners = [owner for owner in owners if owner.slots]
         self._scratch.forget_owners()
         self._ahead = None
-        self._tile = self._make_tiles()
+        plain = [] if self._compiled else self._owners
+        self._tile = give_tiles(plain, self.seed, self._dense)
         whole = sum(p.numel() for p in model.parameters())
         for owner in self._owners:
             # The owner of a compiled module has the weights of its whole subtree.
@@ -174,7 +168,7 @@ class Perturbation:
                 all rows.
 
         Raises:
-            SelfCheckError: at such a read; it names the weight and its module.
+            SelfCheckError: after such a read; it names the weight and its module.
             NotByRows: if a layer cannot tell the rows apart; `only_rank_one` can leave it out.
         """
         if self._point is not None:
@@ -187,7 +181,7 @@ class Perturbation:
         handles: list[Any] = []
         served = [Owner(path.owner.module, [path.slot]) for path in self._paths.values()]
         watched = [*self._owners, self._small, *served]
-        self._watch = ReadWatch(watched) if self_check else None
+        self._watch = ReadWatch(watched, self._children_read) if self_check else None
         self._point = (scale, step, direction)
         self._directions = directions or RowDirections(direction)
         self._unfit.clear()
@@ -204,6 +198,7 @@ class Perturbation:
             else:
                 with running_eagerly(), self._watch:
                     yield
+                self._watch.check()
             if self._unfit:
                 raise NotByRows(self._unfit)
             is_whole = True
@@ -217,6 +212,53 @@ class Perturbation:
             self._watch = self._point = None
             if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
+
+    def value_at(
+        self, function: Callable[[], _T], scale: float, *, step: int, direction: int = 0
+    ) -> _T:
+        """The value of a function at w + scale · v; the first call checks itself (`checked`).
+
+        Args:
+            function: runs the model; may be called repeatedly.
+            scale: as for `at`, and so are `step` and `direction`.
+            step: the optimizer step.
+            direction: index of the direction.
+
+        Raises:
+            SelfCheckError: as `checked`.
+        """
+        # The check would run compiled parts without their graphs, which rounds differently.
+        is_wanted = not self._is_checked and not self.is_compiled
+
+        def evaluate() -> _T:
+            with self.at(scale, step=step, direction=direction, self_check=is_wanted):
+                return function()
+
+        value = self.checked(evaluate)
+        self._is_checked = True
+        return value
+
+    def checked(self, evaluate: Callable[[], _T]) -> _T:
+        """Evaluate with the self-check, again if a module is found to read another's weights.
+
+        Such weights are swapped for the calls of the module that reads them, from then on.
+
+        Args:
+            evaluate: runs the model inside `at(..., self_check=True)`; may be called repeatedly.
+
+        Raises:
+            SelfCheckError: if a weight is read unperturbed nevertheless.
+        """
+        while True:
+            try:
+                return evaluate()
+            except SelfCheckError as error:
+                if not error.readers:
+                    raise
+                for name, paths in error.readers.items():
+                    known = self._children_read.get(name, ())
+                    self._children_read[name] = (*known, *paths)
+            self.follow(self._model)
 
     @property
     def largest_layer_bytes(self) -> int:
@@ -270,7 +312,7 @@ class Perturbation:
             )
             return [hook, *(self._watch.pause_during(module) if self._watch is not None else ())]
         if owner.tiles is not None:
-            return [_InsteadOfForward(module, functools.partial(self._multiply, owner))]
+            return [InsteadOfForward(module, functools.partial(self._multiply, owner))]
         enter, leave = functools.partial(self._enter, owner), functools.partial(self._leave, owner)
         if module._compiled_call_impl is not None:
             return [AroundCompiledCall(module, enter, leave)]
@@ -390,39 +432,3 @@ class Perturbation:
         if self._ahead is not None:
             self._ahead.begin()
         return self._ahead
-
-    def _make_tiles(self) -> dict[torch.dtype, Tensor]:
-        """Give large linear layers their tiles; returns the scratch that they share, by dtype."""
-        found: list[tuple[Owner, Slot]] = []
-        for owner in self._owners:
-            module, slots = owner.module, owner.slots
-            is_alone = len(slots) == 1 and not owner.ties and not self._compiled
-            if is_alone and slots[0].module is module and is_tileable(module):
-                found.append((owner, slots[0]))
-        sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
-        for _, slot in found:
-            dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
-            sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
-        scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        for owner, slot in found:
-            owner.tiles = TiledLinear(
-                slot.parameter,
-                slot.tensor,
-                scratch[slot.parameter.dtype],
-                seed=self.seed,
-                distribution=self._dense,
-            )
-        return scratch
-
-
-class _InsteadOfForward:
-    """Makes a function the forward of one module, whose hooks stay, until removed."""
-
-    def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
-        self._module = module
-        # The argument keeps the name that it has in nn.Linear.forward, for calls by keyword.
-        vars(module)["forward"] = lambda input: function(input)
-
-    def remove(self) -> None:
-        """Give the module its class's forward back."""
-        vars(self._module).pop("forward", None)

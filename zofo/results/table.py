@@ -26,6 +26,7 @@ from zofo.disk.recorded import alterations, read_digests
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS
+from zofo.results.belonging import mixed_up
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,11 +183,13 @@ def _lost_runs(folder: Path) -> list[Path]:
 
 
 def _alterations(folder: Path) -> list[str]:
-    """How the files of a run differ from those that its study has recorded."""
+    """How the files of a run differ from those that it and its study have recorded."""
     place = folder.absolute()
-    if place.parent.name != "runs":
-        return []
-    return alterations(place.parents[1], [place / name for name in RECORDED])
+    found = []
+    if place.parent.name == "runs":
+        found = alterations(place.parents[1], [place / name for name in RECORDED])
+    mixed = None if found else mixed_up(folder)
+    return found if mixed is None else [mixed]
 
 
 def _is_run(folder: Path) -> bool:

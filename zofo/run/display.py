@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +110,9 @@ class MetricsFile(TrainerCallback):
             UserError: if the file cannot be written.
         """
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            # This mode does not make the file again if the folder was removed meanwhile.
+            with self.path.open("r+", encoding="utf-8") as file:
+                file.seek(0, os.SEEK_END)
                 file.write(_metrics_line(state.global_step, logs or {}))
         except OSError as error:
             raise UserError(

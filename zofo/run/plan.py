@@ -55,7 +55,9 @@ def make_plan(config: RunConfig) -> Plan:
     config_of_model = model.config
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer)
-    rows, notes = encode_parts(encoder, splits, model)
+    rows, notes = encode_parts(
+        encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
+    )
     steps = num_steps(config, len(rows["train"]))
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
+from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
+from zofo.sections import MAX_COUNT
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
 from zofo.tasks.encode_rows import encode_parts
@@ -68,7 +71,9 @@ def prepare(
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    rows, notes = encode_parts(encoder, splits, model)
+    rows, notes = encode_parts(
+        encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
+    )
     splits = replace(splits, notes=splits.notes + notes)
     return Prepared(
         base,
@@ -82,11 +87,21 @@ def prepare(
 
 
 def num_steps(config: RunConfig, num_rows: int) -> int:
-    """The number of optimizer steps of a run on that many training rows."""
+    """The number of optimizer steps of a run on that many training rows.
+
+    Raises:
+        UserError: if they are more than the counters of the directions hold.
+    """
     if config.steps is not None:
         return config.steps
     per_epoch = -(-num_rows // (config.batch_size * config.accumulation))  # rounded up
-    return max(1, round(float(config.epochs or 1) * per_epoch))
+    steps = max(1, round(float(config.epochs or 1) * per_epoch))
+    if steps > MAX_COUNT:
+        raise UserError(
+            f"epochs is {config.epochs:g}, which means {steps} steps of {num_rows} rows; the "
+            "number must be less than 2^32. Give fewer epochs"
+        )
+    return steps
 
 
 def check_folder(config: RunConfig) -> None:
@@ -125,7 +140,8 @@ def run_folder(
         name: default name in `runs`, to which a number may be added; None for that of a run.
 
     Raises:
-        UserError: if the folder is in use, is not empty or cannot be written.
+        UserError: if the folder is in use, is not empty or cannot be written, or if it was removed
+            before the block ended.
     """
     made: list[Path] = []
     folder = resume
@@ -138,17 +154,43 @@ def run_folder(
             f"{folder} is in use: another process trains in it; wait until it has ended, or begin "
             "another run with another output_dir"
         )
-    with lock:
+    # Until the file is closed, no other file gets its number, by which it is recognised.
+    with lock, (folder / LOCK_FILE).open("rb") as held:
         try:
             if resume is None:  # Another run may have ended there since the first check.
                 check_folder(config.model_copy(update={"output_dir": str(folder)}))
             yield folder
+            require_kept(folder, held.fileno())
+        except Exception:
+            require_kept(folder, held.fileno())  # What else went wrong is a consequence.
+            raise
         finally:
             if resume is None and _is_empty(folder):
                 with suppress(OSError):
                     (folder / LOCK_FILE).unlink()
                     for path in made:
                         path.rmdir()
+
+
+def require_kept(folder: Path, lock: int | None = None) -> None:
+    """Refuse to go on in a folder that was removed, which a file written there would make again.
+
+    Args:
+        folder: the run folder.
+        lock: the open lock file of the run; None to look for the configuration only.
+
+    Raises:
+        UserError: if the folder was removed, even if another run has begun there since.
+    """
+    is_kept = (folder / CONFIG_FILE).exists()
+    with suppress(FileNotFoundError):
+        if lock is not None:
+            is_kept = os.path.samestat(os.fstat(lock), (folder / LOCK_FILE).stat())
+    if not is_kept:
+        raise UserError(
+            f"{folder} was removed during the run, so its result is lost; begin the run again, and "
+            "leave the folder until the run has ended"
+        )
 
 
 def default_name(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from zofo.config.load import load_config
+from zofo.config.load import load_config, read_config
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.disk.files import problem_of_name, read_json
 from zofo.errors import UserError
@@ -44,7 +44,8 @@ def resumed_config(
         overrides: "key=value", as for `load_config`.
 
     Raises:
-        UserError: if the folder is no run folder, or if a difference would change the result.
+        UserError: if the folder is no run folder, if a difference would change the result, or if
+            the run needs code that `overrides` do not allow.
     """
     saved_path = folder / CONFIG_FILE
     problem = problem_of_name(folder)
@@ -52,10 +53,10 @@ def resumed_config(
         raise UserError(problem)
     if not saved_path.is_file():
         raise UserError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder")
-    saved = load_config(saved_path)
-    if path is None and not overrides:
-        return saved
+    saved = read_config(saved_path)
     config = load_config(saved_path if path is None else path, overrides)
+    if path is None and not overrides:
+        return config
     config = _with_advised(config, saved, folder)
     found = differences(saved, config)
     if found:
@@ -72,7 +73,7 @@ def resumed_config(
 def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
     """Replace each `auto` by the number that the run has measured for it, if there is one."""
     asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
-    if not asked or not (folder / ADVICE_FILE).is_file():
+    if not asked or not (folder / ADVICE_FILE).exists():
         return config
     found = read_json(folder / ADVICE_FILE)
     advised = found.get("advised", {}) if isinstance(found, dict) else {}

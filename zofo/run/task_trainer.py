@@ -80,13 +80,14 @@ class TaskTrainer(HybridTrainer):
         writer: Writer,
         zo_objective: str = "loss",
         digests: RowDigests | None = None,
+        run_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         collate = _keeping_examples(collator) if zo_objective == "f1" else collator
         super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
         self.clock = TrainingClock()
         self.objective: Any = objective
-        self.zo_objective, self.digests = zo_objective, digests
+        self.zo_objective, self.digests, self.run_id = zo_objective, digests, run_id
         self.kind: Any = kind
         self.dev, self.collator, self.writer = dev, collator, writer
         self.model_accepts_loss_kwargs = False  # compute_loss ignores num_items_in_batch.
@@ -203,8 +204,8 @@ class TaskTrainer(HybridTrainer):
         with self.clock.paused():
             super()._save_checkpoint(model, trial)
 
-    def _accounts(self) -> dict[str, float]:
-        return super()._accounts() | {"elapsed_s": self.clock.seconds}
+    def _accounts(self) -> dict[str, Any]:
+        return super()._accounts() | {"elapsed_s": self.clock.seconds, "run": self.run_id}
 
     def _restore_accounts(self) -> None:
         self.clock.start((self._resumed_accounts or {}).get("elapsed_s", 0.0))
@@ -324,6 +325,7 @@ def build_trainer(
     folder: Path,
     console: Console,
     digests: RowDigests | None = None,
+    run_id: str | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -339,6 +341,7 @@ def build_trainer(
         folder: the run folder.
         console: the console for the progress.
         digests: those of the rows, which every checkpoint keeps.
+        run_id: names the run, in every checkpoint.
     """
     with quiet():
         trainer = TaskTrainer(
@@ -353,6 +356,7 @@ def build_trainer(
             writer=writer,
             zo_objective=config.zo_objective,
             digests=digests,
+            run_id=run_id,
             callbacks=[
                 MetricsFile(folder / METRICS_FILE),
                 TrainingDisplay(console, config.batch_size * config.accumulation),

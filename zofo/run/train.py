@@ -26,22 +26,23 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
-from zofo.console import new_progress
-from zofo.disk.files import remove_file, write_json, write_text
+from zofo.console import new_progress, plain_console
+from zofo.disk.files import json_digest, remove_file, write_json, write_text
 from zofo.environment import environment, peak_memory_bytes, resolve_device
-from zofo.errors import TrainingStoppedError
+from zofo.errors import TrainingStoppedError, UserError
 from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
-from zofo.run.prepare import Prepared, num_steps, prepare, run_folder
-from zofo.run.resume import newest_checkpoint
+from zofo.results.belonging import digests_of
+from zofo.run.prepare import Prepared, num_steps, prepare, require_kept, run_folder
+from zofo.run.resume import FREE, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.artifact import save_artifact
 from zofo.saved.card import write_card
-from zofo.saved.checkpoint_folders import remove_leftovers
+from zofo.saved.checkpoint_folders import find_misfit, remove_leftovers
 from zofo.saved.layout import (
     ADVICE_FILE,
     ARTIFACT_FOLDER,
@@ -51,7 +52,7 @@ from zofo.saved.layout import (
     RESULT_FILE,
     STOPPED_FILE,
 )
-from zofo.saved.source import read_base, write_base
+from zofo.saved.source import read_base, run_id_of, write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.tasks.digests import RowDigests
@@ -114,16 +115,17 @@ def train_in(
     watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
 ) -> Result:
     """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     resolve_device(config.device)  # An absent device is reported before any work.
-    checkpoint = _checkpoint(folder, console) if is_resumed else None
+    checkpoint = _checkpoint(folder, config, console) if is_resumed else None
     prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
     for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
     config, advice = _without_auto(config, prepared, console)
+    run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
     trainer = build_trainer(
         config,
         prepared.model,
@@ -136,8 +138,9 @@ def train_in(
         folder=folder,
         console=console,
         digests=RowDigests.of(prepared.splits),
+        run_id=run_id,
     )
-    _begin_folder(folder, config, prepared)
+    _begin_folder(folder, config, prepared, run_id)
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)
     if on_start is not None:
@@ -157,6 +160,7 @@ def train_in(
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = _measured(prepared, config, console, "test after") if config.measure_test else None
 
+    require_kept(folder)
     artifact = _save_artifact(folder, config, prepared, trainer)
     cost = {
         "steps": trainer.state.global_step,
@@ -167,6 +171,7 @@ def train_in(
         "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
     }
     result = Result(folder, before, after, cost)
+    require_kept(folder)
     _write_result(artifact, config, prepared, trainer, result, dev_before)
     return result
 
@@ -175,13 +180,20 @@ def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     """Prepare with the rows and the classes that the run began with."""
     run = checkpoint.parent
     # Runs of older versions may have neither file.
-    labels = read_base(run)[1] if (run / BASE_FILE).is_file() else ()
+    labels = read_base(run)[1] if (run / BASE_FILE).exists() else ()
     return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
 
 
-def _checkpoint(folder: Path, console: Console) -> Path | None:
-    """The checkpoint to continue from; a note tells the user if there is none."""
+def _checkpoint(folder: Path, config: RunConfig, console: Console) -> Path | None:
+    """The checkpoint to continue from; a note tells the user if there is none.
+
+    Raises:
+        UserError: if it belongs to another run.
+    """
     checkpoint = newest_checkpoint(folder, lambda text: _note(console, text))
+    misfit = checkpoint and find_misfit(checkpoint, config.method, run_id_of(folder))
+    if misfit:
+        raise UserError(misfit)
     if checkpoint is None:
         _note(console, f"{folder} holds no whole checkpoint, so the run starts from the beginning")
     return checkpoint
@@ -258,6 +270,7 @@ def _write_result(
         "best_checkpoint": Path(best).name if best else None,
         "cost": result.cost,
         "notes": list(prepared.splits.notes),
+        "files": digests_of(result.folder),
     }
     write_json(result.folder / RESULT_FILE, summary)
     write_card(
@@ -339,9 +352,16 @@ def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
+def _run_id(config: RunConfig, prepared: Prepared) -> str:
+    """A name for a new run that other options, other rows or another base would change."""
+    rows = RowDigests.of(prepared.splits).parts
+    options = config.model_dump(exclude=set(FREE))
+    return json_digest([options, prepared.base_fingerprint, prepared.splits.labels, rows])
+
+
+def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared, run_id: str | None) -> None:
     remove_leftovers(folder)
     remove_file(folder / STOPPED_FILE)
     write_text(folder / CONFIG_FILE, config.to_yaml())
-    write_base(folder, prepared.base, prepared.splits.labels)
+    write_base(folder, prepared.base, prepared.splits.labels, run_id)
     write_json(folder / ENVIRONMENT_FILE, environment())

@@ -195,7 +195,8 @@ def load(
     name = str(folder)
     if not Path(name).expanduser().exists() and hub.looks_like_hub_id(name):
         folder = hub.download(name, revision=revision)
-    source = open_source(find_artifact(folder), trust_remote_code=trust_remote_code)
+    find_artifact(folder)  # A checkpoint, which `open_source` takes too, is refused.
+    source = open_source(folder, trust_remote_code=trust_remote_code)
     model, tokenizer = source.load(progress)
     model.to(device)
     return Artifact(

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from zofo.disk.files import write_text
+from zofo.disk.yaml import yaml_text
 from zofo.environment import environment
-from zofo.models.embedded import ALIASES
 from zofo.models.loading import HEAD_NAMES
 from zofo.optim.methods import METHODS
-from zofo.saved.hub import looks_like_hub_id
+from zofo.saved.hub import looks_like_hub_id, public_name
 from zofo.saved.manifest import CARD_FILE, BaseSpec
 from zofo.tasks.families.table import BUILTIN
 
@@ -53,7 +51,7 @@ def write_card(
 def front_matter(values: Mapping[str, Any]) -> str:
     """The YAML block at the beginning of a model card, without the keys that have no value."""
     known = {key: value for key, value in values.items() if value}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n\n"
+    return f"---\n{yaml_text(known)}---\n\n"
 
 
 def _body(
@@ -155,13 +153,6 @@ def _table(header: tuple[str, ...], rows: Any) -> str:
 
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in lines) + "\n"
-
-
-def public_name(name: str) -> str | None:
-    """The hub id of a model; None for a local folder, whose name must not be published."""
-    if name in ALIASES:
-        return ALIASES[name].origin
-    return name if looks_like_hub_id(name) and not Path(name).exists() else None
 
 
 def _datasets(task: Mapping[str, Any]) -> list[str] | None:

@@ -15,16 +15,23 @@ from typing import Any
 
 from zofo.disk.files import (
     MAX_LOG_BYTES,
-    file_digest,
-    read_json,
     read_json_object,
     read_tensors,
+    require_regular,
     temporary_prefix,
 )
-from zofo.disk.folders import LIST_FILE, discard, remove_partial
+from zofo.disk.folders import LIST_FILE, difference_from_list, discard, remove_partial, restore
 from zofo.errors import UserError, shown
+from zofo.models.saved_adapters import names_in
+from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE, WRITTEN_WHOLE
+from zofo.saved.layout import (
+    ACCOUNTS_FILE,
+    CHECKPOINT_PREFIX,
+    CONFIG_FILE,
+    STATE_FILE,
+    WRITTEN_WHOLE,
+)
 
 
 def remove_leftovers(run_folder: Path) -> None:
@@ -45,6 +52,7 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, whether damaged or not."""
+    restore(run_folder)  # A kill may have come between the two renames that replace a checkpoint.
     found = ((step_of(path), path) for path in run_folder.glob(f"{CHECKPOINT_PREFIX}*"))
     return dict(sorted((step, path) for step, path in found if step is not None))
 
@@ -94,29 +102,59 @@ def find_damage(folder: Path) -> str | None:
         step = read_state(folder).get("global_step")
         if step != step_of(folder):
             return f"{STATE_FILE} belongs to step {shown(step)}"
-        return _differences_from_list(folder) or _find_unreadable(folder)
+        return difference_from_list(folder) or _find_unreadable(folder)
     except UserError as error:
         return str(error)
     except OSError as error:
         return f"it cannot be read ({error})"
 
 
-def _differences_from_list(folder: Path) -> str | None:
-    path = folder / LIST_FILE
-    if not path.exists():  # Trainer writes no list when it saves on several devices.
+def find_misfit(folder: Path, method: str, run_id: str | None) -> str | None:
+    """How a checkpoint differs from the run in whose folder it lies; None if it belongs there.
+
+    Args:
+        folder: the checkpoint.
+        method: the method of the run.
+        run_id: the identifier of the run; None in folders of older versions.
+
+    Raises:
+        UserError: if its record is damaged.
+    """
+    path, orders = folder / ACCOUNTS_FILE, METHODS[method]
+    owner = read_json_object(path, has_nan=True).get("run") if path.is_file() else None
+    why = None
+    if None not in (owner, run_id) and owner != run_id:
+        why = f"its {ACCOUNTS_FILE} names another"
+    elif bool(names_in(folder)) != orders.needs_adapter:
+        why = (
+            f"it holds {'no' if orders.needs_adapter else 'an'} adapter, and the method is {method}"
+        )
+    elif (folder / TRAJECTORY_FILE).is_file() != (orders.base == "zeroth"):
+        has = "no updates" if orders.base == "zeroth" else "updates"
+        why = f"it holds {has} of the base, and the method is {method}"
+    if why is None:
         return None
-    try:
-        files = read_json(path)["files"]
-        listed = {str(name): (f["bytes"], f["blake2b"]) for name, f in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"{LIST_FILE} cannot be read ({error!r})"
-    for name, (size, digest) in listed.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        # Comparing the sizes first finds a truncated file without reading it.
-        if file.stat().st_size != size or file_digest(file) != digest:
-            return f"{name} is damaged (its digest differs from the recorded one)"
+    remedy = f"remove it, or put the run's own {CONFIG_FILE} back"
+    return f"{folder} belongs to another run ({why}); {remedy}"
+
+
+def find_bad_pickle(folder: Path) -> Path | None:
+    """The first of Trainer's own files that torch's restricted unpickler refuses, if any does.
+
+    It makes only tensors, numbers and containers, and runs no code.
+    """
+    import torch
+    from transformers.trainer import TRAINING_ARGS_NAME, safe_globals
+
+    for file in sorted(p for end in ("pt", "pth", "bin") for p in folder.glob(f"*.{end}")):
+        if file.name == TRAINING_ARGS_NAME:  # Nobody reads it.
+            continue
+        try:
+            require_regular(file)
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:
+            return file
     return None
 
 

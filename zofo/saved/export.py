@@ -23,8 +23,7 @@ from zofo.console import quiet
 from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
-from zofo.models.limits import check_model_config
-from zofo.models.loading import DTYPES, model_class
+from zofo.models.loading import DTYPES, explaining, model_class, read_model_config
 from zofo.models.saved_adapters import attach_adapter
 from zofo.optim.blocks import is_peft, split_parameters
 from zofo.saved.artifact import save_adapter
@@ -194,9 +193,8 @@ def load_plain(
     """Load the model (without adapter) and the tokenizer of an export with plain transformers."""
     import transformers as hf
 
-    with quiet():
-        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_model_config(config, str(folder))
+    with explaining(str(folder), str(folder)), quiet():
+        read_model_config(folder, str(folder), trust_remote_code=trust_remote_code)
         model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer

@@ -14,12 +14,14 @@ import pydantic
 
 from zofo.disk.files import read_json, refusing, write_json, write_text
 from zofo.models.loading import HEAD_NAMES, HEADS
-from zofo.saved.card import LOCAL_MODEL, front_matter, public_name
+from zofo.saved.card import LOCAL_MODEL, front_matter
+from zofo.saved.hub import public_name
 from zofo.saved.manifest import ADAPTER_FOLDER, CARD_FILE
 from zofo.saved.source import Source
 
 EXPORT_FILE: Final = "zofo_export.json"
 """The record of the export. Loaders ignore it."""
+_FORMAT: Final = 2  # Format 1 has no digests of the files beside it.
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,18 @@ class Record(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True)
 
+    format: int
     method: str
     base: str
     head: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(HEADS)})$")]
     task: str | None
     step: int | None
     is_merged: bool
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether a list with digests of all files belongs to the export."""
+        return self.format >= _FORMAT
 
 
 def read_record(folder: Path) -> Record:
@@ -100,7 +108,7 @@ def describe(exported: Exported, source: Source, step: int | None, folder: Path)
 
     origin = public_name(source.base.name)
     record = {
-        "format": 1,
+        "format": _FORMAT,
         "zofo_version": __version__,
         "method": source.method,
         "base": origin or LOCAL_MODEL,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Final
 
+from zofo.disk.files import bytes_digest, json_digest, json_text, read_json_object
 from zofo.errors import UserError
+from zofo.models.embedded import ALIASES
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
     CARD_FILE,
@@ -17,6 +19,7 @@ from zofo.saved.manifest import (
     find_artifact,
     read_header,
 )
+from zofo.tasks.files import SUFFIXES
 
 _FOLDERS: Final = (f"{ADAPTER_FOLDER}/*", f"{MODEL_FOLDER}/*")
 # Other files of a repository or folder are neither loaded nor published.
@@ -53,6 +56,9 @@ def push_to_hub(
 ) -> str:
     """Check that an artefact is undamaged, and upload it.
 
+    Of local paths only the last part is uploaded. Whoever loads an artefact with a local base needs
+    the base in a folder of that name.
+
     Args:
         folder: an artefact, or a run folder that holds one.
         repo_id: OWNER/NAME of the repository; it is created if it does not exist.
@@ -65,17 +71,18 @@ def push_to_hub(
     Raises:
         UserError: if the artefact is damaged, or the hub is unreachable or refuses the upload.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = find_artifact(folder)
-    check_files(folder, read_header(folder))
+    header = read_header(folder)
+    check_files(folder, header)
+    contents = _public_contents(folder, header)
     api: Any = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            allow_patterns=_PATTERNS,
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message="Upload a zofo artefact",
         )
     except (OSError, ValueError) as error:
@@ -84,6 +91,45 @@ def push_to_hub(
             "('hf auth login') and the connection"
         ) from error
     return str(commit.commit_url)
+
+
+def public_name(name: str) -> str | None:
+    """The hub id of a model; None for a local folder, whose name must not be published."""
+    if name in ALIASES:
+        return ALIASES[name].origin
+    return name if looks_like_hub_id(name) and not Path(name).exists() else None
+
+
+def _public_contents(folder: Path, header: dict[str, Any]) -> dict[str, str | bytes]:
+    """Name of each published file -> its path, or its content without local paths."""
+    names = sorted([*header["files"], *(n for n in (CARD_FILE,) if (folder / n).is_file())])
+    contents: dict[str, str | bytes] = {name: str(folder / name) for name in names}
+    digests = dict(header["files"])
+    configs = re.compile(rf"({ADAPTER_FOLDER}|{MODEL_FOLDER})/\w*config\.json")
+    for name in filter(configs.fullmatch, header["files"]):
+        values = read_json_object(folder / name, has_nan=True)
+        paths = {k: _last_part(v) for k, v in values.items() if k.endswith("name_or_path")}
+        if paths != {key: values[key] for key in paths}:
+            content = contents[name] = json_text({**values, **paths}).encode()
+            digests[name] = bytes_digest(content)
+    base, task = header["base"], header["task"]
+    public = {**header, "base": {**base, "name": _last_part(base["name"])}, "files": digests}
+    if task is not None:
+        # A folder "./x/y" is no hub id, as "x/y" might be.
+        folder_of_rows = task.get("data_dir") and _last_part(f"./{task['data_dir']}")
+        rows = {key: _last_part(task.get(key)) for key in ("train", "dev", "test")}
+        public["task"] = {**task, **rows, "data_dir": folder_of_rows}
+    public["digest"] = json_digest({k: v for k, v in public.items() if k != "digest"})
+    return {**contents, HEADER_FILE: json_text(public).encode()}
+
+
+def _last_part(name: Any) -> Any:
+    """The last part of a path; hub ids and values that are no names stay."""
+    if not isinstance(name, str):
+        return name
+    if public_name(name) is not None and not name.lower().endswith(SUFFIXES):
+        return name
+    return PureWindowsPath(name).name or name  # It knows both kinds of slashes.
 
 
 def _first_line(error: Exception) -> str:

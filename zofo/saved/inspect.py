@@ -12,16 +12,23 @@ from typing import Annotated, Any, Final
 
 import pydantic
 
-from zofo.config.load import load_config
+from zofo.config.load import read_config
 from zofo.disk.files import open_tensors, read_json_object, refusing
-from zofo.errors import UserError, shown
+from zofo.disk.folders import LIST_FILE
+from zofo.errors import UserError
+from zofo.models.model_folders import check_digests, check_model_folder, files_in_index
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.saved.checkpoint_folders import checkpoints, find_damage, read_state
-from zofo.saved.export_card import EXPORT_FILE, read_record
+from zofo.results.belonging import mixed_up
+from zofo.saved.checkpoint_folders import checkpoints, find_damage, find_misfit, read_state
+from zofo.saved.export_card import EXPORT_FILE, Record, read_record
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, RESULT_FILE
 from zofo.saved.manifest import ADAPTER_FOLDER, HEADER_FILE, check_files, read_header
-from zofo.saved.source import is_checkpoint, read_base
+from zofo.saved.source import is_checkpoint, read_base, run_id_of
 
+_WITHOUT_DIGESTS: Final = (
+    "an older zofo wrote this export without digests, so altered weights are not noticed; export "
+    "again to have them checked"
+)
 _Number = Annotated[float, pydantic.Field(strict=True)]
 
 
@@ -50,6 +57,7 @@ class Info:
     kind: str  # "run", "artefact", "checkpoint" or "export"
     is_whole: bool = True  # whether no file is missing or damaged, and a run has ended
     problem: str | None = None  # the first fault, in words
+    note: str | None = None  # what could not be checked, in words
     method: str | None = None
     base: str | None = None  # name of the base
     base_fingerprint: str | None = None  # of the base before training
@@ -117,7 +125,7 @@ def _read_artifact(info: Info, folder: Path | None = None) -> None:
 
 
 def _read_history(info: Info, folder: Path) -> None:
-    if (folder / TRAJECTORY_FILE).is_file():
+    if (folder / TRAJECTORY_FILE).exists():
         trajectory, header = Trajectory.load(folder / TRAJECTORY_FILE)
         info.num_recorded_steps, info.seed = len(trajectory), trajectory.seed
         info.base_fingerprint = info.base_fingerprint or header.get("base_fingerprint")
@@ -125,7 +133,7 @@ def _read_history(info: Info, folder: Path) -> None:
 
 def _read_adapter(info: Info, folder: Path) -> None:
     path = folder / "adapter_config.json"
-    if path.is_file():
+    if path.exists():
         info.adapter = str(read_json_object(path).get("peft_type"))
 
 
@@ -135,39 +143,33 @@ def _read_export(info: Info) -> None:
     info.step = record.step
     if not record.is_merged:
         _read_adapter(info, info.path / ADAPTER_FOLDER)
-    check_export_files(info.path, record.is_merged)
+    info.note = check_export_files(info.path, record)
 
 
-def check_export_files(folder: Path, is_merged: bool) -> None:
-    """Check that every file that loading needs exists and has a readable header.
+def check_export_files(folder: Path, record: Record) -> str | None:
+    """Check every file that loading reads.
+
+    Returns:
+        What could not be checked, in words, for an export of an older version.
 
     Raises:
-        UserError: if a file is missing or truncated, or the index names one outside the folder.
+        UserError: if a file is missing, damaged, altered or does not belong to the export, or the
+            index names one outside the folder.
     """
+    check_model_folder(folder)
+    if record.has_digests and not (folder / LIST_FILE).is_file():
+        raise UserError(f"{folder} lacks {LIST_FILE}; export again")
+    check_digests(folder)
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        places = read_json_object(index).get("weight_map")
-        files: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
-        wrong = [file for file in files if not _is_name(file)]
-        if wrong:
-            raise UserError(
-                f"{index} is damaged: it names {shown(wrong[0])}, which is no file of this folder; "
-                "export again"
-            )
-        names = set(files)
-    if not is_merged:
-        names |= {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+    names = files_in_index(index) if index.exists() else {"model.safetensors"}
+    if not record.is_merged:
+        names |= {f"{ADAPTER_FOLDER}/adapter_{n}" for n in ("model.safetensors", "config.json")}
     for name in sorted(names | {"config.json", "tokenizer_config.json"}):
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}; export again")
         if name.endswith(".safetensors"):
             open_tensors(folder / name)
-
-
-def _is_name(value: Any) -> bool:
-    """Whether the value names a file without naming a folder."""
-    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
+    return None if record.has_digests else _WITHOUT_DIGESTS
 
 
 def _read_checkpoint(info: Info) -> None:
@@ -175,6 +177,8 @@ def _read_checkpoint(info: Info) -> None:
     if (run / CONFIG_FILE).is_file():
         _read_config(info, run)
     damage = find_damage(info.path)
+    if damage is None and info.method is not None:
+        damage = find_misfit(info.path, info.method, run_id_of(run))
     if damage is not None:
         raise UserError(damage)
     info.step = read_state(info.path)["global_step"]
@@ -183,19 +187,21 @@ def _read_checkpoint(info: Info) -> None:
 
 
 def _read_config(info: Info, run: Path) -> None:
-    config = load_config(run / CONFIG_FILE)
+    config = read_config(run / CONFIG_FILE)
     info.method, info.base, info.seed = config.method, config.model.name, config.seed
     info.task = config.task.name
-    if (run / BASE_FILE).is_file():
+    if (run / BASE_FILE).exists():
         info.base = read_base(run)[0].name
 
 
 def _read_run(info: Info) -> None:
     _read_config(info, info.path)
+    method, run_id = str(info.method), run_id_of(info.path)
     info.checkpoints = {
-        step: find_damage(path) is None for step, path in checkpoints(info.path).items()
+        step: (find_damage(path) or find_misfit(path, method, run_id)) is None
+        for step, path in checkpoints(info.path).items()
     }
-    if (info.path / RESULT_FILE).is_file():
+    if (info.path / RESULT_FILE).exists():
         scores = read_json_object(info.path / RESULT_FILE).get("test")
         with refusing(f"{info.path / RESULT_FILE} is damaged", "copy it again"):
             _SCORES.validate_python(scores or {})
@@ -204,4 +210,7 @@ def _read_run(info: Info) -> None:
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it again"
         raise UserError(f"the run has not ended; {remedy}")
+    mixed = mixed_up(info.path)
+    if mixed is not None:
+        raise UserError(mixed)
     _read_artifact(info, info.path / ARTIFACT_FOLDER)

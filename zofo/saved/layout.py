@@ -18,6 +18,8 @@ RESULT_FILE: Final = "result.json"
 ARTIFACT_FOLDER: Final = "artifact"
 
 CHECKPOINT_PREFIX: Final = "checkpoint-"
+ACCOUNTS_FILE: Final = "zofo_accounts.json"
+"""The sums behind the logged losses, and the run that a checkpoint belongs to."""
 STATE_FILE: Final = "trainer_state.json"
 ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
 SNAPSHOT_FILE: Final = "base_snapshot.safetensors"

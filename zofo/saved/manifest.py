@@ -8,7 +8,8 @@
 
 The digests detect damage and mixed-up files. They are not a signature, because anyone can write an
 artefact with valid digests. Therefore the values are checked like any input, and the names in
-`files` are compared with the folder but never opened. The user decides whether remote code may run.
+`files` are compared with the folder but never opened. `trust_remote_code` is a wish, which only the
+user can grant (`zofo.models.trust`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pydantic
 from torch import nn
 
 from zofo.disk.files import file_digest, json_digest, read_json, refusing, write_json
+from zofo.disk.folders import files_below
 from zofo.errors import UserError
 from zofo.models.loading import HEADS
 from zofo.optim.methods import METHODS
@@ -66,12 +68,6 @@ class BaseSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
-
-    @property
-    def runs_remote_code(self) -> bool:
-        """Whether loading the base runs code from a repository."""
-        # An attention implementation with a slash names a repository of kernels.
-        return self.trust_remote_code or "/" in (self.attn_implementation or "")
 
     def load(self) -> tuple[nn.Module, Any]:
         """Load the base as it was before training, and its tokenizer."""
@@ -178,12 +174,12 @@ def required_files(method: str) -> set[str]:
 
 def _parts(folder: Path) -> dict[str, Path]:
     """Name -> path of every file that loading may read; users may edit the model card."""
-    paths = [
-        *(folder / ADAPTER_FOLDER).rglob("*"),
-        *(folder / MODEL_FOLDER).rglob("*"),
-        *(folder / name for name in SINGLE_FILES),
-    ]
-    return {p.relative_to(folder).as_posix(): p for p in sorted(paths) if p.is_file()}
+    first = (ADAPTER_FOLDER, MODEL_FOLDER)
+    return {
+        name: path
+        for name, path in files_below(folder).items()
+        if name in SINGLE_FILES or name.partition("/")[0] in first
+    }
 
 
 def find_artifact(folder: str | Path) -> Path:

@@ -23,10 +23,12 @@ from zofo.console import quiet
 from zofo.disk.files import read_json, refusing, write_json
 from zofo.errors import UserError
 from zofo.models.loading import head_of, resolve
+from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS, methods_that
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.results.belonging import mixed_up
 from zofo.saved.assemble import Assembly, Parts, has_tokenizer
-from zofo.saved.checkpoint_folders import find_damage
+from zofo.saved.checkpoint_folders import find_damage, find_misfit
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_FILE, CONFIG_FILE, STATE_FILE
 from zofo.saved.manifest import (
     ADAPTER_FOLDER,
@@ -106,16 +108,26 @@ def open_source(path: str | Path, *, trust_remote_code: bool = False) -> Source:
         trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
     Raises:
-        UserError: if the folder is none of these, or a file is damaged.
+        UserError: if the folder is none of these, or a file is damaged, or it needs code that is
+            not allowed.
     """
     path = Path(path).expanduser()
-    source = _checkpoint(path) if is_checkpoint(path) else _artifact(find_artifact(path))
-    if source.base.runs_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{path} needs code from the repository of {source.base.name}; pass "
-            "trust_remote_code=True (zofo eval and predict: model.trust_remote_code=true) if you "
-            "trust its authors"
-        )
+    if is_checkpoint(path):
+        source = _checkpoint(path, trust_remote_code)
+    else:
+        folder = find_artifact(path)
+        mixed = None if folder == path else mixed_up(path)  # An artefact may be named alone.
+        if mixed is not None:
+            raise UserError(mixed)
+        source = _artifact(folder)
+    base = source.base
+    require_trust(
+        path,
+        base.name,
+        wishes_code=base.trust_remote_code,
+        attention=base.attn_implementation,
+        is_allowed=trust_remote_code,
+    )
     return source
 
 
@@ -165,7 +177,7 @@ def drop_weights(model: nn.Module, weights: Iterable[nn.Parameter] | None = None
         parameter.data = parameter.data.new_empty(0)
 
 
-def _checkpoint(folder: Path) -> Source:
+def _checkpoint(folder: Path, trust_remote_code: bool) -> Source:
     run = folder.resolve().parent
     if not (run / CONFIG_FILE).is_file():
         raise UserError(
@@ -175,8 +187,11 @@ def _checkpoint(folder: Path) -> Source:
     damage = find_damage(folder)
     if damage is not None:
         raise UserError(f"{folder} is damaged: {damage}; choose another checkpoint")
-    config = load_config(run / CONFIG_FILE)
-    base, labels = read_base(run)
+    config = load_config(run / CONFIG_FILE, trust_remote_code=trust_remote_code)
+    misfit = find_misfit(folder, config.method, run_id_of(run))
+    if misfit is not None:
+        raise UserError(misfit)
+    base, labels = read_base(run, trust_remote_code=trust_remote_code)
     method = METHODS[config.method]
     return Source(
         kind="checkpoint",
@@ -198,33 +213,51 @@ class _BaseFile(pydantic.BaseModel):
 
     base: BaseSpec
     labels: list[str]
+    run: str | None = None
 
 
-def write_base(run: Path, base: BaseSpec, labels: Sequence[str]) -> None:
+def write_base(run: Path, base: BaseSpec, labels: Sequence[str], run_id: str | None) -> None:
     """Write `base.json`, so that a checkpoint of the run loads without the data of the task."""
-    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels)})
+    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels), "run": run_id})
 
 
-def read_base(run: Path) -> tuple[BaseSpec, tuple[str, ...]]:
+def _read_base_file(run: Path) -> _BaseFile:
+    values = read_json(run / BASE_FILE)
+    with refusing(f"{run / BASE_FILE} is damaged"):
+        return _BaseFile.model_validate_json(json.dumps(values))
+
+
+def run_id_of(run: Path) -> str | None:
+    """The identifier of a run, which its checkpoints name; None in folders of older versions.
+
+    Raises:
+        UserError: if `base.json` is damaged.
+    """
+    return _read_base_file(run).run if (run / BASE_FILE).exists() else None
+
+
+def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, tuple[str, ...]]:
     """The base that a run began with, and the names of the classes.
 
     Runs of older versions have no `base.json`. Their artefact records both. If there is none, they
-    follow from the configuration and the data.
+    follow from the configuration, the data and the model.
+
+    Args:
+        run: the run folder.
+        trust_remote_code: whether code from the model's repository may run to find the head.
 
     Raises:
-        UserError: if the file is damaged, or the data cannot be read.
+        UserError: if the file is damaged, the data cannot be read, or code is not allowed.
     """
-    if (run / BASE_FILE).is_file():
-        values = read_json(run / BASE_FILE)
-        with refusing(f"{run / BASE_FILE} is damaged"):
-            found = _BaseFile.model_validate_json(json.dumps(values))
+    if (run / BASE_FILE).exists():
+        found = _read_base_file(run)
         return found.base, tuple(found.labels)
-    if (run / ARTIFACT_FOLDER / HEADER_FILE).is_file():
+    if (run / ARTIFACT_FOLDER / HEADER_FILE).exists():
         header = read_header(run / ARTIFACT_FOLDER)
         return BaseSpec(**header["base"]), tuple(header["labels"])
     from zofo.tasks.load import load_splits
 
-    config = load_config(run / CONFIG_FILE)
+    config = load_config(run / CONFIG_FILE, trust_remote_code=trust_remote_code)
     tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     return base_of(config, splits), splits.labels

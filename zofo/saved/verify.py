@@ -10,6 +10,7 @@ from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.saved_adapters import attach_adapter
 from zofo.saved.assemble import STEPS, Assembly, require_finite
+from zofo.saved.checkpoint_folders import find_bad_pickle
 from zofo.saved.export import load_plain
 from zofo.saved.export_card import Record, read_record
 from zofo.saved.export_check import Samples, logits_of
@@ -73,6 +74,17 @@ def _source_steps(
     def step(name: str) -> Callable[[], str | None]:
         return lambda: getattr(opened[0], name)()
 
+    def state() -> str | None:
+        if opened[0].parts.header is not None:  # An artefact has no files of Trainer.
+            return None
+        bad = find_bad_pickle(opened[0].parts.folder)
+        if bad is not None:
+            raise UserError(
+                f"{bad} is damaged, or holds objects other than tensors and numbers; do not resume "
+                "from this checkpoint"
+            )
+        return "Trainer's own files hold tensors and numbers only"
+
     def run_model() -> str:
         samples = Samples((tuple(range(8)),), (), "")
         if not all(bool(x.isfinite().all()) for x in logits_of(opened[0].model.eval(), samples)):
@@ -80,7 +92,9 @@ def _source_steps(
         return "the model runs and its logits are finite"
 
     yield "header", header
-    for name in STEPS:
+    yield STEPS[0], step(STEPS[0])
+    yield "state", state
+    for name in STEPS[1:]:
         yield name, step(name)
     yield "model", run_model
 
@@ -96,8 +110,8 @@ def _export_steps(
         return f"export of method {opened[0].method} on {opened[0].base}"
 
     def files() -> str:
-        check_export_files(folder, opened[0].is_merged)
-        return "every file exists, with a readable header"
+        note = check_export_files(folder, opened[0])
+        return note or "every file has the recorded digest"
 
     def load() -> str:
         model, _ = load_plain(folder, opened[0].head, trust_remote_code=trust_remote_code)

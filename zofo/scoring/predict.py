@@ -81,7 +81,8 @@ def predict(
     examples = _examples(spec, table, labels)
     encoder = encoder_for(artifact.tokenizer, artifact.base.head, spec)
     rows = [encoder(example) for example in examples]
-    _check_limits(artifact, [ids for row in rows for ids in (*row.rows, *row.outputs)])
+    outputs = [ids for row in rows for ids in row.outputs]
+    _check_limits(artifact, [ids for row in rows for ids in row.rows], outputs=outputs)
     scores = predict_scores(
         artifact.model,
         rows,
@@ -102,10 +103,18 @@ def predict(
 
 
 def _check_limits(
-    artifact: Artifact, sequences: Sequence[Sequence[int]], max_new_tokens: int = 0
+    artifact: Artifact,
+    sequences: Sequence[Sequence[int]],
+    *,
+    outputs: Sequence[Sequence[int]] = (),
+    max_new_tokens: int = 0,
 ) -> None:
     for note in check_limits(
-        artifact.model, artifact.tokenizer, sequences, max_new_tokens=max_new_tokens
+        artifact.model,
+        artifact.tokenizer,
+        sequences,
+        outputs=outputs,
+        max_new_tokens=max_new_tokens,
     ):
         warnings.warn(note, stacklevel=3)
 
@@ -184,7 +193,7 @@ def _write(
 
     sequences = [ids_of(prompt) for prompt in prompts]
     is_continued = artifact.base.head == "causal-lm"
-    _check_limits(artifact, sequences, max_new_tokens if is_continued else 0)
+    _check_limits(artifact, sequences, max_new_tokens=max_new_tokens if is_continued else 0)
     ends = turn_ends(artifact.tokenizer) if spec.name == "chat" else ()
     writer = Writer(artifact.tokenizer, max_new_tokens, one_line=is_answer, ends=ends)
     written = writer(artifact.model, sequences, batch_size=batch_size, progress=progress)

@@ -97,10 +97,11 @@ def directional_curvature(
     def evaluate(scale: float, direction: int) -> float:
         nonlocal num_forwards
         num_forwards += 1
-        if scale:
-            with perturbation.at(scale, step=step, direction=direction):
-                return float(closure())
-        return float(closure())
+        if not scale:
+            return float(closure())
+        return perturbation.value_at(
+            lambda: float(closure()), scale, step=step, direction=direction
+        )
 
     # A closure may draw random numbers. The training must draw the same as without this call.
     generators = GeneratorState.capture()

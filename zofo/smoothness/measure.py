@@ -13,18 +13,19 @@ all measurements, because the continued run is the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import TrainerCallback
 
 from zofo.config.schema import RunConfig
+from zofo.console import plain_console
 from zofo.disk.files import write_json, write_text
+from zofo.disk.yaml import yaml_text
 from zofo.errors import UserError
 from zofo.optim.methods import apply_method
 from zofo.perturb.view import Perturbation
@@ -278,7 +279,7 @@ def measure_run(
 
     if options.points and options.lanczos_steps:
         import zofo.smoothness.hessian  # noqa: F401  fails now if a dependency is missing
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     with run_folder(config, resume, name=f"{default_name(config)}-smoothness") as folder:
         config = config.model_copy(update={"output_dir": str(folder)})
         records = Records(folder / RECORDS_FILE)  # a new folder has none yet
@@ -290,8 +291,7 @@ def measure_run(
 
         def began(folder: Path) -> None:
             values = {**config.model_dump(), SECTION: options.model_dump()}
-            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            write_text(folder / OPTIONS_FILE, text)
+            write_text(folder / OPTIONS_FILE, yaml_text(values))
             if on_start is not None:
                 on_start(folder)
 
@@ -391,8 +391,10 @@ def objective_of_rows(
     )
 
 
-def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
-    """The configuration and the options that a folder was started with.
+def saved_options(
+    folder: Path, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, SmoothnessOptions]:
+    """The configuration and the options that a folder was started with, with overrides.
 
     Raises:
         UserError: if it is not a folder of `zofo smoothness`.
@@ -402,4 +404,4 @@ def saved_options(folder: Path) -> tuple[RunConfig, SmoothnessOptions]:
         raise UserError(f"{folder} does not exist; name a folder of zofo smoothness to continue")
     if not path.is_file():
         raise UserError(f"{folder} holds no {OPTIONS_FILE}, so there is nothing to continue")
-    return load_smoothness(path)
+    return load_smoothness(path, overrides)

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from zofo.config.load import apply_override, join_problems, load_config
 from zofo.config.schema import RunConfig
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError, problem_in_words, shown
+from zofo.sections import Section
 
 SECTION: Final = "smoothness"
 _GRADIENT, _PRODUCT = 3, 6
@@ -33,10 +34,10 @@ _MEASUREMENTS_OF_A_PATH: Final = 30
 """Our choice, if `every` is not given: fits with intervals need 8 or more."""
 
 
-class SmoothnessOptions(BaseModel):
+class SmoothnessOptions(Section):
     """The section `smoothness` of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(strict=True)
 
     train: bool = Field(True, description="measure along a training run; false: at the start only")
     rows: int = Field(16, ge=1, description="training rows in f, or all rows if there are fewer")

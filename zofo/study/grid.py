@@ -18,13 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from zofo.config.load import load_config
+from zofo.config.load import read_config
 from zofo.config.schema import RunConfig
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
 from zofo.optim.methods import METHODS, Method
 from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
 
 NONE: Final = "none"
+_MAX_NAME_BYTES: Final = 240  # File systems allow 255, with a suffix.
 
 
 class Cell(NamedTuple):
@@ -150,6 +151,12 @@ def expand(spec: StudySpec) -> Grid:
             continue
         cells[cell], lacking = _pairs(spec, cell)
         problems += lacking
+        ids = [Run(cell, pair, 2**32 - 1).id for pair in cells[cell]]
+        if any(len(name.encode()) > _MAX_NAME_BYTES for name in ids):
+            problems.append(
+                f"the runs of {shown(cell.name)} have names of more than {_MAX_NAME_BYTES} bytes, "
+                "too long for a folder; give its model, task or adapter a short label"
+            )
     for where, is_used in zip(spec.exclude, used, strict=True):
         if not is_used:
             given = {key: value for key, value in where.model_dump().items() if value != "*"}
@@ -196,7 +203,7 @@ def config_of(
     if cell.optimizer != NONE:
         values["optimizer"] = cell.optimizer
     values |= {key: rate for key, rate in rates._asdict().items() if rate is not None}
-    config = load_config(values=values)
+    config = read_config(values=values)
     steps = spec.steps if spec.budget is None else steps_within(config, spec.budget)
     assert steps is not None
     update: dict[str, Any] = {"steps": steps}

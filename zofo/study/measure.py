@@ -4,7 +4,7 @@
     python -m zofo.study.measure run RUN START.json            the artefact of a run
 
 The second command writes the scores of the artefact and of the untrained model into the run's
-result.json.
+result.json. `--trust-remote-code` before either allows code from the model's repository.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from zofo.config.load import load_config
 from zofo.config.schema import RunConfig
+from zofo.console import say
 from zofo.disk.files import read_json_object, write_json
 from zofo.disk.recorded import alterations, write_recorded
 from zofo.environment import resolve_device
@@ -30,13 +31,13 @@ from zofo.study.spec import SPEC_FILE
 from zofo.tasks.load import load_splits
 
 
-def measure_start(config_file: Path, output: Path) -> None:
+def measure_start(config_file: Path, output: Path, *, trust_remote_code: bool = False) -> None:
     """Write the test scores of the model from which a run starts, without an adapter.
 
     Raises:
-        UserError: if the data or the model cannot be used.
+        UserError: if the data or the model cannot be used, or needs code that is not allowed.
     """
-    config = load_config(config_file)
+    config = load_config(config_file, trust_remote_code=trust_remote_code)
     device = _device(config)
     tokenizer = config.model.tokenizer()
     base = base_of(config, load_splits(config.task, seed=config.seed, tokenizer=tokenizer))
@@ -47,21 +48,20 @@ def measure_start(config_file: Path, output: Path) -> None:
     _write(output.absolute(), output.absolute().parents[2], scores.as_dict())
 
 
-def measure_run(folder: Path, start: Path) -> None:
+def measure_run(folder: Path, start: Path, *, trust_remote_code: bool = False) -> None:
     """Add test scores before and after training to the result of a run.
 
     Raises:
-        UserError: if the artefact or its base is missing.
+        UserError: if the artefact or its base is missing, or needs code that is not allowed.
     """
     folder, start = folder.absolute(), start.absolute()
-    config = load_config(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE, trust_remote_code=trust_remote_code)
     study = folder.parents[1]
     result, before = read_json_object(folder / RESULT_FILE), read_json_object(start)
     problems = alterations(study, [start]) if start.is_relative_to(study) else []
     if problems:
         raise UserError(f"{problems[0]}; remove it, and the study measures it again")
-    trusted = config.model.trust_remote_code
-    artifact = load(folder, device=_device(config), trust_remote_code=trusted)
+    artifact = load(folder, device=_device(config), trust_remote_code=trust_remote_code)
     after = _scores(artifact, config)
     result["test"] = {"before": before, "after": after.as_dict()}
     _write(folder / RESULT_FILE, study, result)
@@ -89,11 +89,13 @@ def _scores(artifact: Artifact, config: RunConfig) -> Metrics:
 
 def main(arguments: list[str]) -> int:
     """Run the command; an error is printed as one message."""
-    what, given, other = arguments
+    is_trusted = arguments[0] == "--trust-remote-code"
+    what, given, other = arguments[is_trusted:]
+    command = {"start": measure_start, "run": measure_run}[what]
     try:
-        {"start": measure_start, "run": measure_run}[what](Path(given), Path(other))
+        command(Path(given), Path(other), trust_remote_code=is_trusted)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     return 0
 

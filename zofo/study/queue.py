@@ -17,16 +17,17 @@ a lost database is filled again.
 from __future__ import annotations
 
 import socket
+import time
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from zofo.disk.files import refusing, remove_file, write_text
+from zofo.disk.files import read_text, refusing, remove_file, write_text
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _TASK, _WORKER = "task", "worker"
 _MAX_NAME: Final = 512  # characters of a study's name, as optuna's table allows
 _NO_DAMAGE: Final = ("locked", "full", "unable to open", "readonly", "I/O")
 """Words of SQLite's errors after which the file may still be whole."""
+_ANSWER_S: Final = 60
+"""Time that PostgreSQL may take to answer, as for SQLite's lock (choice)."""
 _BUSY_TIMEOUT_S: Final = 60
 """Time that a connection waits for SQLite's write lock (choice)."""
 
@@ -228,7 +231,7 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     if not name.exists():
         write_text(name, f"{spec.name} {uuid.uuid4()}\n")
     with refusing(f"{name} is damaged", "remove it, and the queue is filled again from the runs"):
-        text = name.read_text(encoding="utf-8").strip()
+        text = read_text(name).strip()
         if not (text.isprintable() and 0 < len(text) <= _MAX_NAME):
             raise ValueError("it must hold one line of text")
     file = folder / DATABASE_FILE
@@ -264,7 +267,50 @@ def _with_driver(url: str) -> str:
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
-    return {"pool_pre_ping": True}  # a server may have closed an idle connection
+    options: dict[str, Any] = {"pool_pre_ping": True}  # a server may have closed an idle connection
+    url = _with_driver(url)
+    if url.startswith("postgresql+psycopg:"):
+        options["creator"] = _answering(url)
+    return options
+
+
+def _answering(url: str) -> Callable[[], Any]:
+    """A function that connects to PostgreSQL; a server that stays silent is an error."""
+    import psycopg
+    from sqlalchemy import make_url
+
+    class Connection(psycopg.Connection[Any]):
+        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().wait(_in_time(gen), *args, **kwargs)
+            except _SilentError as error:
+                self.pgconn.finish()  # An answer that comes later belongs to no query.
+                raise psycopg.OperationalError(str(error)) from error
+
+    parsed = make_url(url)
+    arguments, options = parsed.get_dialect()().create_connect_args(parsed)
+    options = {"connect_timeout": _ANSWER_S, **options}
+    return lambda: Connection.connect(*arguments, **options)
+
+
+class _SilentError(Exception):
+    """The server sends nothing."""
+
+
+def _in_time(steps: Any) -> Any:
+    """A generator of psycopg's, which fails if the server sends nothing for `_ANSWER_S` seconds."""
+    heard = time.monotonic()
+    ready = None
+    while True:
+        try:
+            wanted = steps.send(ready)
+        except StopIteration as end:
+            return end.value
+        ready = yield wanted
+        if ready:
+            heard = time.monotonic()
+        elif time.monotonic() - heard > _ANSWER_S:
+            raise _SilentError(f"the server did not answer for {_ANSWER_S} s")
 
 
 def _begin_immediately(engine: Any) -> None:

@@ -27,7 +27,8 @@ import pydantic
 
 from zofo.disk.files import read_json_object, refusing, remove_file, write_json, write_text
 from zofo.disk.recorded import alterations, forget_files, record_files, write_recorded
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
+from zofo.results.belonging import CONFIG, digests_of
 from zofo.results.table import RECORDED, STUDY_FILE
 from zofo.saved.checkpoint_folders import checkpoints
 from zofo.saved.layout import ARTIFACT_FOLDER, BASE_COPIES, RESULT_FILE
@@ -104,6 +105,11 @@ class StudyFolder:
             record = read_json_object(path)
             with refusing(f"{path} is damaged", _REMEDY):
                 _Form.model_validate(record)
+            if record.get("id", run.id) != run.id:
+                raise UserError(
+                    f"{path} belongs to the run {shown(record['id'])}, and not to {run.id}; "
+                    f"{_REMEDY}"
+                )
             self._records[run.id] = record
         return self._records[run.id]
 
@@ -211,6 +217,7 @@ class StudyFolder:
             "dev": result["dev"]["after"] if status == "done" else None,
             "cost": dict(result.get("cost", {})),
             "test_error": None,
+            "files": digests_of(folder, [CONFIG]),
         }
         # A failed run keeps its checkpoints, because it may be tried again.
         if self.grid.spec.keep == "chosen" and status != "failed":

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from zofo.config.checks import PATHS
 from zofo.config.load import apply_override, describe_problem, join_problems
 from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
-from zofo.disk.yaml import read_yaml
+from zofo.disk.yaml import read_yaml, yaml_text
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS, MethodName
+from zofo.sections import MAX_THREADS, Section
 from zofo.tasks.spec import TaskSpec
 
 SPEC_FILE: Final = "study.yaml"
@@ -52,6 +55,12 @@ _AXES: Final = {
 }
 """Keys of a study -> keys of `base` that give their value if they are omitted."""
 _SCALARS: Final = ("steps", "num_threads", "early_stopping")
+_STORAGE_OPTIONS: Final = (
+    *("host", "port", "user", "dbname", "unix_socket", "options", "application_name"),
+    *("connect_timeout", "target_session_attrs", "sslmode", "sslrootcert", "sslcert", "sslkey"),
+    *("charset", "timeout", "mode", "cache", "uri"),
+)
+"""Options of a database's URL that hold no password."""
 _NO_AUTO: Final = (
     "cannot be auto: a study compares runs with equal values, and auto chooses other values for "
     "each seed; list the rates, or compare with auto by benchmarks/advisor.py"
@@ -61,11 +70,7 @@ Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Where(_Strict):
+class Where(Section):
     """Selects cells by patterns for their labels; an omitted key matches every label."""
 
     models: Pattern = "*"
@@ -104,7 +109,7 @@ class Rates(Where):
         return value
 
 
-class StudySpec(_Strict):
+class StudySpec(Section):
     """A study."""
 
     name: str = Field("study", pattern=r"^[\w.-]+$", description="name of the study")
@@ -139,7 +144,7 @@ class StudySpec(_Strict):
     early_stopping: float | None = Field(
         1.0, ge=0, description="early_stopping of every run; null: never stop early"
     )
-    num_threads: int = Field(1, ge=1, description="CPU threads of each run")
+    num_threads: int = Field(1, ge=1, le=MAX_THREADS, description="CPU threads of each run")
     keep: Literal["chosen", "all"] = Field(
         "chosen",
         description="files that stay; chosen: only the artefacts of runs at the chosen rates",
@@ -174,7 +179,7 @@ class StudySpec(_Strict):
         for part in (*values["rates"], *values["exclude"]):
             for key in [k for k, v in part.items() if v is None or v == "*"]:
                 del part[key]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml_text(values)
 
 
 def presets() -> dict[str, Path]:
@@ -326,14 +331,32 @@ def _check(spec: StudySpec) -> list[str]:
         problems.append(f"select_seeds {more} are not among the seeds; add them there")
     for key in _SECTION_TYPES:
         problems += _check_entries(spec, key)
-    # A URL gives a password as user:password@host, or as a parameter of that name.
-    storage = spec.storage or ""
-    if "password" in storage or ":" in storage.partition("://")[2].rpartition("@")[0]:
-        problems.append(
-            "storage holds a password, which would be written into the study folder; leave it out "
-            "and set PGPASSWORD, or ~/.pgpass"
-        )
+    problems += _check_storage(spec.storage)
     return problems
+
+
+def _check_storage(url: str | None) -> list[str]:
+    """A message if a URL is none, or could hold a password in any spelling."""
+    if url is None:
+        return []
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parts = make_url(url)
+    except (ArgumentError, ValueError):  # The message must not repeat a password.
+        return ["storage is no URL of a database, such as postgresql://me@db.example.org/zofo"]
+    remedy = "which would be written into the study folder; leave it out and set PGPASSWORD, or "
+    remedy += "write ~/.pgpass"
+    login = unquote(unquote(re.split("[/?]", url.partition("://")[2])[0])).rpartition("@")[0]
+    if parts.password is not None or ":" in login:
+        return [f"storage holds a password, {remedy}"]
+    if set(parts.query) <= set(_STORAGE_OPTIONS):
+        return []
+    return [
+        f"storage has options other than {', '.join(_STORAGE_OPTIONS)}: they may hold a password, "
+        f"{remedy}"
+    ]
 
 
 def _check_entries(spec: StudySpec, axis: str) -> list[str]:
@@ -363,14 +386,6 @@ def label_of(entry: Entry, key: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.rstrip("/").split("/")[-1])
 
 
-_FILES: Final = {
-    "model": ("name",),
-    "task": ("train", "dev", "test", "data_dir"),
-    "adapter": ("config_file",),
-}
-"""Options that may be paths."""
-
-
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:
     """Make paths absolute, because workers may run in other working directories."""
     update: dict[str, Any] = {"output": str(Path(spec.output).expanduser().absolute())}
@@ -386,7 +401,7 @@ def _absolute(entry: Entry, section: str) -> Entry:
 
     key = SECTIONS[section]
     values = {key: entry} if isinstance(entry, str) else dict(entry)
-    for name in _FILES[section]:
+    for name in PATHS[section]:
         value = values.get(name)
         if not isinstance(value, str) or value in ALIASES:
             continue

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 from zofo.disk.files import remove_file, write_json, write_text
 from zofo.disk.locks import take_lock
 from zofo.errors import UserError
+from zofo.models.trust import names_kernel, require_trust
 from zofo.run.resume import is_finished
 from zofo.run.stopping import stop_reason
 from zofo.saved.checkpoint_folders import checkpoints
@@ -72,16 +73,25 @@ class Worker:
         grid: the study.
         num_slots: number of tasks to run at once.
         report: shows the progress, as `zofo.study.progress.StudyDisplay` does.
+        trust_remote_code: whether code from the models' repositories may run, if the study asks
+            for it.
         queue_options: options of `Queue`.
     """
 
     def __init__(
-        self, grid: Grid, num_slots: int = 1, report: Any = None, **queue_options: Any
+        self,
+        grid: Grid,
+        num_slots: int = 1,
+        report: Any = None,
+        *,
+        trust_remote_code: bool = False,
+        **queue_options: Any,
     ) -> None:
         self.folder = StudyFolder(grid)
         self.grid, self.num_slots, self.report = grid, num_slots, report
         self.tasks = all_tasks(grid)
         self.jobs: list[Job] = []
+        self._is_trusted = trust_remote_code
         self.signum: int | None = None
         self.loss: str | None = None  # how the queue's database was lost
         self._num_signals = 0
@@ -95,8 +105,10 @@ class Worker:
 
         Raises:
             UserError: if the folder holds another study or other files, if files of its runs were
-                altered, or if the queue fails or is lost.
+                altered, if the study asks for code that is not allowed, or if the queue fails or is
+                lost.
         """
+        self._check_trust()
         self._begin(retry_failed)
         previous = self._handle_signals()
         refreshed = beaten = -math.inf
@@ -157,6 +169,17 @@ class Worker:
         found = self._tell(self.queue.workers)
         return None if found is None else set(found) - {job.task.name for job in self.jobs}
 
+    def _check_trust(self) -> None:
+        for cell, pairs in self.grid.rates.items():
+            model = self.grid.config(Run(cell, pairs[0], self.grid.spec.seeds[0])).model
+            require_trust(
+                f"the study {self.grid.spec.name}",
+                model.name,
+                wishes_code=model.trust_remote_code,
+                attention=model.attn_implementation,
+                is_allowed=self._is_trusted,
+            )
+
     def _begin(self, retry_failed: bool) -> None:
         place = self.folder.path
         saved, lock = place / SPEC_FILE, place / "locks" / "begin"
@@ -208,9 +231,11 @@ class Worker:
         if len(self.jobs) >= self.num_slots:
             return
         for name, trial in (self._tell(self.queue.waiting) or {}).items():
-            task = self.tasks.get(name)  # None if this worker's study lacks it
-            state = "ended" if task is None else state_of(task, self.folder)
-            if task is None or state == "ended":
+            task = self.tasks.get(name)
+            if task is None:  # Another worker's study has it, for instance of another version.
+                continue
+            state = state_of(task, self.folder)
+            if state == "ended":
                 self._tell(self.queue.finish, trial)
             elif state == "ready":
                 self._claim(task, trial)
@@ -244,21 +269,30 @@ class Worker:
 
     def _command(self, task: Task, run: Run | None) -> tuple[list[str], Path]:
         """The arguments of `python -m` for a task, and its log file."""
-        measure = ["zofo.study.measure"]
+        measure = ["zofo.study.measure", *(["--trust-remote-code"] if self._is_trusted else [])]
         if run is None:
             output = start_file(task, self.folder)
             config_file = output.parent / "start.yaml"
             write_text(config_file, self._start_config(task))
             return [*measure, "start", str(config_file), str(output)], output.parent / "log"
         folder, log = self.folder.run_folder(run), self.folder.log_file(run.id)
+        trusting, config_file = self._permission(run), self.folder.config_file(run)
         if task.kind == "test":
             return [*measure, "run", str(folder), str(start_file(start_of(task), self.folder))], log
         if (folder / CONFIG_FILE).is_file():
-            return ["zofo", "train", "--resume", str(folder)], log
+            # The child compares the file with run.yaml, which may be of another run.
+            return ["zofo", "train", "--resume", str(folder), str(config_file), *trusting], log
         # A run that was killed before it wrote its configuration cannot resume; it starts anew.
         shutil.rmtree(folder, ignore_errors=True)
-        config_file = self.folder.config_file(run)
-        return ["zofo", "train", str(config_file), f"output_dir={folder}"], log
+        return ["zofo", "train", str(config_file), f"output_dir={folder}", *trusting], log
+
+    def _permission(self, run: Run) -> list[str]:
+        """The options that allow in a child what this worker was allowed (`_check_trust`)."""
+        model = self.grid.config(run).model
+        wishes = ["model.trust_remote_code=true"] if model.trust_remote_code else []
+        if names_kernel(model.attn_implementation):
+            wishes.append(f"model.attn_implementation={model.attn_implementation}")
+        return wishes if self._is_trusted else []
 
     def _start_config(self, task: Task) -> str:
         # Every cell with this model and task has the same untrained model.

@@ -7,6 +7,8 @@
     json      jsonl and ndjson: one object a line; json: one list of objects
     parquet   as pandas reads it
 
+A file may have 2 GiB, and parquet as much after decompression.
+
 A row is a pair of its number and its values. The number is the line of jsonl files, and otherwise
 counts the rows from 1. Messages on csv and tsv name the line.
 """
@@ -22,8 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from zofo.disk.files import read_bytes, require_regular
+from zofo.disk.plain import unique_keys
 from zofo.errors import UserError
 
+MAX_BYTES: Final = 1 << 31
+"""Choice: the rows of a larger file would fill the memory of most machines."""
+MAX_ROWS: Final = 1 << 26
+"""Choice: a parquet file of a few bytes can repeat one row endlessly."""
 Rows = list[tuple[int, dict[str, Any]]]
 
 _MARKS: Final = {
@@ -37,7 +45,7 @@ _QUOTED_LINE: Final = re.compile(r'(?:"(?:[^"]|"")*"|[^"\t]*)(?:\t(?:"(?:[^"]|""
 
 def _text_of(path: Path) -> str:
     """The text of a file; raises UserError for another encoding than UTF-8 and UTF-16."""
-    data = path.read_bytes()
+    data = read_bytes(path, max_bytes=MAX_BYTES)
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -63,8 +71,8 @@ def _read_jsonl(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, row {number}: not valid JSON ({error}); a jsonl file has one object a "
                 "line, and a list of objects belongs into a .json file"
@@ -80,9 +88,10 @@ def _read_jsonl(path: Path) -> Rows:
 
 def _read_json(path: Path) -> Rows:
     remedy = "must be a list of objects; for one object a line name the file .jsonl"
+    text = _text_of(path)
     try:
-        value = json.loads(_text_of(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); it {remedy}") from error
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise UserError(f"{path} {remedy}")
@@ -158,7 +167,17 @@ def _with_header(
 
 def _read_parquet(path: Path) -> Rows:
     import pandas as pd
+    from pyarrow.parquet import ParquetFile
 
+    size = require_regular(path)
+    with ParquetFile(path) as file:
+        about = file.metadata
+        sizes = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if max(size, sum(sizes)) > MAX_BYTES or about.num_rows > MAX_ROWS:
+            raise UserError(
+                f"{path} holds more than {MAX_BYTES} bytes or {MAX_ROWS} rows; split it, and train "
+                "on a part"
+            )
     records = pd.read_parquet(path).to_dict("records")
     return [(i, {str(k): v for k, v in row.items()}) for i, row in enumerate(records, start=1)]
 

@@ -71,7 +71,7 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
         chat = chat_in(row, messages_column, source=table.source)
-        text = "\n".join(f"{m['role']}: {m['content']}" for m in chat.messages)
+        text = "\n".join(map(_text_of, chat.messages))
         segments = segments_of(chat, tokenizer)
         return Completion(segments, text, number, is_rendered=True, chat=chat)
 
@@ -84,6 +84,13 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
             stacklevel=2,
         )
     return rows
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """What tells a message from others: its role, what it says, and the tools that it calls."""
+    calls = message.get("tool_calls")
+    called = f" {json.dumps(calls, sort_keys=True, default=str)}" if calls else ""
+    return f"{message['role']}: {message['content']}{called}"
 
 
 def chat_in(

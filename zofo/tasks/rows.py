@@ -1,7 +1,7 @@
 """Rows from files and from the hub. Bad rows are reported by their numbers.
 
 `zofo.tasks.files` reads the formats. Text must be Unicode that can be written again, so half of a
-surrogate pair is refused wherever it stands in a row.
+surrogate pair is refused wherever it stands in a row. So are very long texts and deep nesting.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from zofo.disk.files import refusing
+from zofo.disk.files import MAX_DEPTH, refusing, require_regular
 from zofo.errors import UserError, shown
 from zofo.tasks.files import READERS, SUFFIXES
 
+MAX_TEXT: Final = 1 << 22
+"""Choice: characters of one text of a row; no model reads a tenth of it."""
 _MAX_REPORTED: Final = 5
 T = TypeVar("T")
 
@@ -34,8 +36,8 @@ class Table:
     label_names: dict[str, list[str]]
 
     def __post_init__(self) -> None:
-        """Raises UserError if a text holds half of a surrogate pair."""
-        convert_rows(self, lambda _, row: _require_unicode(row))
+        """Raises UserError if a row holds what no later step could handle."""
+        convert_rows(self, lambda _, row: _check_value(row))
 
 
 def read_table(source: str, *, subset: str | None = None, split: str = "train") -> Table:
@@ -47,8 +49,10 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train") 
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
-        if not path.is_file():
-            raise UserError(f"the data file {source} does not exist")
+        try:
+            require_regular(path)
+        except UserError as error:
+            raise UserError(f"the data file {error}") from None
         with refusing(f"the data file {source} cannot be read", "write it again"):
             table = Table(READERS[suffix](path), source, {})
         if not table.rows:
@@ -147,9 +151,14 @@ def value_in(row: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _require_unicode(value: Any, column: str = "") -> None:
-    """Raises ValueError if a text in a value, or a name of a column, cannot be encoded."""
+def _check_value(value: Any, column: str = "", depth: int = 0) -> None:
+    """Raises ValueError for a text that is too long or cannot be encoded, and for deep nesting."""
     if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise ValueError(
+                f"{column!r} holds a text of {len(value)} characters; {MAX_TEXT} are the limit, so "
+                "shorten it or remove the row"
+            )
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -157,10 +166,14 @@ def _require_unicode(value: Any, column: str = "") -> None:
                 f"{column!r} holds {value[error.start]!r}, half of a surrogate pair, which no text "
                 "can be written with; write the whole character or remove it"
             ) from None
+    elif depth > MAX_DEPTH:
+        raise ValueError(
+            f"{column!r} is nested more than {MAX_DEPTH} deep; flatten it or remove the row"
+        )
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            _require_unicode(key, column or ascii(key))
-            _require_unicode(inner, column or str(key))
+            _check_value(key, column or ascii(key))
+            _check_value(inner, column or str(key), depth + 1)
     elif isinstance(value, list | tuple):
         for inner in value:
-            _require_unicode(inner, column)
+            _check_value(inner, column, depth + 1)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from zofo.sections import Section
 from zofo.tasks.answers import Answers
 
 Kind = Literal["classification", "choice", "completion", "generation"]
@@ -15,10 +16,8 @@ Objective = Literal["candidates", "gold"]
 Sizes = tuple[int | None, int | None, int | None]
 
 
-class TaskSpec(BaseModel):
+class TaskSpec(Section):
     """Options of a task; an option that the task does not use must keep its default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         "rotten-tomatoes",

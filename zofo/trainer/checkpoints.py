@@ -11,12 +11,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME, safe_globals
 
 from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
@@ -28,12 +26,15 @@ from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.buffers import load_buffers, save_buffers
 from zofo.saved.checkpoint import save_history
-from zofo.saved.checkpoint_folders import newest_whole, remove_leftovers, rotate
-from zofo.saved.layout import CHECKPOINT_PREFIX, STATE_FILE
+from zofo.saved.checkpoint_folders import (
+    find_bad_pickle,
+    newest_whole,
+    remove_leftovers,
+    rotate,
+)
+from zofo.saved.layout import ACCOUNTS_FILE, CHECKPOINT_PREFIX, STATE_FILE
 from zofo.trainer.checks import is_sharded
 from zofo.trainer.trainer_mixin import TrainerMixin
-
-ACCOUNTS_FILE: Final = "zofo_accounts.json"
 
 
 @contextmanager
@@ -50,27 +51,13 @@ def naming_damage(folder: str | Path | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        files = sorted(
-            p for end in ("pt", "pth", "bin") for p in Path(folder or "").glob(f"*.{end}")
-        )
-        bad = next((file for file in files if not _is_readable(file)), None)
+        bad = find_bad_pickle(Path(folder or ""))
         if bad is None:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             problem = f"{folder} cannot be restored ({said})"
         else:
             problem = f"{bad} is damaged, or holds objects other than tensors and numbers"
         raise UserError(f"{problem}; resume from another checkpoint") from error
-
-
-def _is_readable(file: Path) -> bool:
-    if file.name == TRAINING_ARGS_NAME:  # Nobody reads it.
-        return True
-    try:
-        with safe_globals():
-            torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    return True
 
 
 class RestoreAccounts(TrainerCallback):
@@ -88,7 +75,7 @@ class CheckpointMixin(TrainerMixin):
     """Saves and restores a hybrid trainer. `HybridMixin` sets its attributes."""
 
     _checkpoints_folder: Path | None  # the hidden folder while a checkpoint is written
-    _resumed_accounts: dict[str, float] | None  # read from the checkpoint, not yet restored
+    _resumed_accounts: dict[str, Any] | None  # read from the checkpoint, not yet restored
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; `resume_from_checkpoint=True` takes the newest whole checkpoint.
@@ -178,7 +165,7 @@ class CheckpointMixin(TrainerMixin):
         if step and (best == coming or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
 
-    def _accounts(self) -> dict[str, float]:
+    def _accounts(self) -> dict[str, Any]:
         """The sums behind the logged losses."""
         return {
             "loss_since_log": float(self._tr_loss),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from zofo.disk.files import parse_json
 from zofo.errors import UserError
 from zofo.optim.methods import methods_that
 from zofo.optim.options import StepOptions
@@ -62,8 +62,8 @@ def read_rates(base_lr: Any) -> Any:
     if not isinstance(base_lr, str):
         return base_lr
     try:
-        return json.loads(base_lr)
-    except json.JSONDecodeError as error:
+        return parse_json(base_lr)
+    except ValueError as error:
         raise UserError(
             f"base_lr is {base_lr!r}; it must be a number, or a map from name patterns to numbers"
         ) from error
