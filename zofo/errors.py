@@ -25,6 +25,8 @@ def problem_in_words(key: str, error: Any) -> str:
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
     message = re.sub(r"^Value error, ", "", message)
     text = f"{key} is {shown(error['input'])}; it {message}"
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        text += "; put it in quotes"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(error["input"], choices, n=1)

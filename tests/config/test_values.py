@@ -35,6 +35,7 @@ REFUSED = {
     "num_directions=16777216": "num_directions is 16777216; it must be less than 16777216",
     "steps=4294967296": "must be less than 2.32",
     "batch_size=99999999999999999999999": "must be less than 2.32",
+    "model.revision=1e5": "model.revision is 100000.0; it must be a valid string; put it in quotes",
     'output_dir="a\\0b"': "must not hold a zero character",
     'model="a\\0b"': "model.name is .* must not hold a zero character",
     f"output_dir={LONG}": "output_dir: .*File name too long",

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from zofo.disk.files import MAX_DEPTH, refusing, require_regular
+from zofo.disk.files import refusing, require_regular
+from zofo.disk.plain import MAX_DEPTH
 from zofo.errors import UserError, shown
 from zofo.tasks.files import READERS, SUFFIXES
 
