@@ -246,13 +246,12 @@ class HybridOptimizer(StatefulOptimizer):
                     self_check=self._self_check,
                 )
             else:
-                plan = RowPlan.of(
-                    options.directions_per_step, self._num_rows, shares_of(reference), examples
-                )
+                shares = shares_of(reference)
+                plan = RowPlan.of(options.directions_per_step, self._num_rows, shares, examples)
                 scalars, left_out = row_gradients(
                     evaluate,
                     plan,
-                    reference,
+                    shares,
                     self.perturbation,
                     eps=options.eps,
                     self_check=self._self_check,

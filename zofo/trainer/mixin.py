@@ -13,7 +13,7 @@ accumulation and `report_to` keep working.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -161,7 +161,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             view.follow(model)  # accelerate has wrapped the model.
         # With the state before the pass, the perturbed evaluations repeat its dropout masks.
         generators = optimizer.before_pass()
-        with self.noting_row_losses() if by_rows else nullcontext([]) as noted:
+        noting: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if by_rows:
+            noting = self.noting_row_losses()
+        with noting as noted:
             if optimizer.inner is not None:
                 loss = super().training_step(model, dict(inputs), num_items_in_batch)
             else:

@@ -40,7 +40,7 @@ def row_shares(
     Raises:
         UserError: if the outputs or the labels have another form.
     """
-    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    logits: Any = outputs.get("logits") if isinstance(outputs, dict) else None
     is_known = isinstance(labels, Tensor) and isinstance(logits, Tensor)
     if not is_known or labels.ndim != logits.ndim - 1 or labels.is_floating_point():
         raise UserError(
