@@ -18,6 +18,13 @@ def test_a_written_configuration_reads_back():
     assert load_config(values=yaml.safe_load(config.to_yaml())) == config
 
 
+@pytest.mark.parametrize("alpha", [None, 8, 8.5, "8", "1e2"])
+def test_what_a_resumed_run_writes_is_what_the_run_has_written(alpha):
+    config = load_config(overrides=[] if alpha is None else [f"adapter.alpha={alpha}"])
+    text = config.to_yaml()
+    assert load_config(values=yaml.safe_load(text)).to_yaml() == text
+
+
 def test_overrides_go_before_the_file(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("steps: 5\ntask: {name: boolq, num_train: 7}\nadapter: prefix\n")

@@ -235,15 +235,21 @@ def test_killed_with_a_real_model(tmp_path, reviews):
     assert compare(tmp_path, reviews, "smollm2-135m", *small, *rows, kills=4, seed=2) >= 3
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, reviews, decoder_folder):
+    """Return the folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    complete(options(folder / "run", reviews, decoder_folder), folder / "log")
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
 def test_a_signal_finishes_the_step_and_the_run_goes_on(
-    tmp_path, reviews, decoder_folder, signum, code
+    tmp_path, reviews, decoder_folder, whole, signum, code
 ):
-    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
-    complete(options(whole, reviews, decoder_folder), log)
-    log.unlink()
+    stopped, log = tmp_path / "stopped", tmp_path / "log"
     process = start(options(stopped, reviews, decoder_folder), log)
     assert wait_for(lambda: num_lines(stopped / "metrics.jsonl") >= 4, process)
     os.kill(process.pid, signum)
@@ -258,10 +264,10 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on(
     assert_same_run(whole, stopped)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(tmp_path, reviews, decoder_folder):
-    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
-    complete(options(whole, reviews, decoder_folder), log)
-    log.unlink()
+def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(
+    tmp_path, reviews, decoder_folder, whole
+):
+    stopped, log = tmp_path / "stopped", tmp_path / "log"
     process = start(options(stopped, reviews, decoder_folder), log)
     assert wait_for(lambda: num_lines(stopped / "metrics.jsonl") >= 4, process)
     os.kill(process.pid, signal.SIGINT)

@@ -60,6 +60,13 @@ def test_the_scale_of_lora_and_its_kin(adapter, scale):
     assert set(scales) == {scale}
 
 
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize(("alpha", "written"), [(16, "16"), (16.0, "16"), (8.5, "8.5")])
+def test_equal_scales_are_written_in_one_way(adapter, alpha, written):
+    made = attach("llama", adapter, alpha=alpha)
+    assert repr(made.peft_config["default"].lora_alpha) == written
+
+
 @pytest.mark.parametrize(("adapter", "num"), [("prefix", 5), ("prompt", 10), ("p-tuning", 10)])
 def test_default_lengths(adapter, num):
     assert attach("llama", adapter).peft_config["default"].num_virtual_tokens == num

@@ -162,9 +162,17 @@ def test_one_tensor_bit_for_bit(dtype, rounding, num_directions, offset):
 SIZES = [129, 2049, 0, 4]
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), ROUNDED)
 @pytest.mark.parametrize(
-    ("num_directions", "on_device"), [(1, False), (1, True), (2, True), (2, False)]
+    ("dtype", "rounding", "num_directions", "on_device"),
+    [
+        *((*rounded, 1, False) for rounded in ROUNDED),
+        *((*rounded, 2, True) for rounded in ROUNDED),
+        # Numbers of directions and places of coefficients do not depend on the dtype.
+        (*ROUNDED[0], 1, True),
+        (*ROUNDED[0], 2, False),
+        (*ROUNDED[3], 1, True),
+        (*ROUNDED[3], 2, False),
+    ],
 )
 def test_many_tensors_bit_for_bit(dtype, rounding, on_device, num_directions):
     weights = [tensor_of(size, dtype, seed=size) for size in SIZES]

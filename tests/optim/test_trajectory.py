@@ -6,6 +6,7 @@ Damaged files are refused.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -70,10 +71,31 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("num_directions", [1, 4])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DRAWS = list(
+    itertools.product((torch.float32, torch.bfloat16, torch.float16), DISTRIBUTIONS, (1, 4))
+)
+"""Dtype, distribution and number of directions."""
+
+
+def replays():
+    """Return every pair of draws and variant.
+
+    The default run takes all draws with the variant that has every option, and the other variants
+    with two draws.
+    """
+    few = [(torch.float32, "rademacher", 1), (torch.bfloat16, "gaussian", 4)]
+    return [
+        pytest.param(
+            *draw,
+            variant,
+            marks=[] if variant == "everything" or draw in few else [pytest.mark.slow],
+        )
+        for draw in DRAWS
+        for variant in VARIANTS
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "distribution", "num_directions", "variant"), replays())
 def test_replay_gives_the_trained_base_bit_for_bit(
     tmp_path, dtype, distribution, num_directions, variant
 ):

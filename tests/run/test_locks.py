@@ -70,6 +70,26 @@ def test_of_runs_that_begin_together_in_a_named_folder_one_is_served(tmp_path):
     assert all("one is in use" in text or "one exists and is not empty" in text for text in others)
 
 
+def go_on(folder):
+    """In a process: continue a run until the other process has been refused."""
+    try:
+        with run_folder(CONFIG, resume=folder):
+            end = time.monotonic() + 60
+            while not (folder / "refused").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            return "served"
+    except UserError as error:
+        (folder / "refused").touch()
+        return str(error)
+
+
+def test_of_two_processes_that_continue_a_run_one_is_served(tmp_path):
+    folder = write_run(tmp_path / "run", result=False)
+    refused, served = sorted(in_forks((go_on, folder), (go_on, folder)))
+    assert served == "served"
+    assert f"{folder} is in use: another process trains in it" in refused
+
+
 def test_the_command_line_refuses_a_folder_in_use(tmp_path):
     folder = write_run(tmp_path / "run", result=False)
     before = {path: path.read_bytes() for path in folder.iterdir()}

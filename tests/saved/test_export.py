@@ -41,6 +41,23 @@ CASES = [
     for adapter in (("lora", "prefix", "prompt") if orders.needs_adapter else ("none",))
 ]
 CASES += [("decoder", "hybrid", adapter) for adapter in ("dora", "rslora", "ia3", "p-tuning")]
+TELLING = ("hybrid", "zo-ft", "fo-ft")
+"""Methods that the default run exports with every adapter and head.
+
+The others leave the base as it was. The default run exports them with one adapter that is merged
+and one that is not.
+"""
+
+
+def some(cases):
+    """Mark as slow the cases that add little to the others."""
+
+    def is_telling(head, method, adapter):
+        return method in TELLING or (head == "decoder" and adapter in ("lora", "prefix"))
+
+    return [
+        pytest.param(*case, marks=[] if is_telling(*case) else [pytest.mark.slow]) for case in cases
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +116,7 @@ def scores_of(model, tokenizer, artifact):
     return np.array(predict_scores(model, encoded, Collator(tokenizer.pad_token_id)))
 
 
-@pytest.mark.parametrize(("head", "method", "adapter"), CASES)
+@pytest.mark.parametrize(("head", "method", "adapter"), some(CASES))
 def test_plain_libraries_predict_as_the_trained_model(tmp_path, trained, head, method, adapter):
     run = trained(head, method, adapter)
     exported = zofo.export_model(run, tmp_path / "plain")

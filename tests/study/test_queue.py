@@ -190,3 +190,17 @@ def test_a_database_that_is_not_there():
         Queue("postgresql://me:secret@127.0.0.1:9/x", "a")
     with pytest.raises(UserError, match="cannot be used"):
         Queue("sqlite:////nowhere/at/all.db", "a")
+
+
+def test_a_database_without_an_encoding(postgres):
+    import psycopg
+
+    with psycopg.connect(postgres, autocommit=True, client_encoding="utf8") as connection:
+        connection.execute(
+            "CREATE DATABASE plain ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+        )
+    queue = Queue(postgres.replace("/postgres", "/plain"), "étude")
+    queue.fill(["a", "é"])
+    assert list(queue.waiting()) == ["a", "é"]
+    assert queue.loss() is None
+    queue.close()

@@ -161,6 +161,26 @@ def test_messages_that_are_wrong_name_a_remedy(tmp_path, tokenizer, message, wor
         read(tmp_path / "a.jsonl", rows, tokenizer)
 
 
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({}, {"text": "a"}, {"messages": None}, {"messages": []}, {"messages": [[[1]]]}),
+        {"messages": {"role": "user"}},
+        {"messages": [{"role": {"a": ["user"]}, "content": "a"}]},
+        {"messages": [user("a"), {"role": "assistant", "content": {"a": [1]}}]},
+        {"messages": [user("a"), assistant("a", weight=[1])]},
+        {"messages": [user("a"), assistant("a")], "tools": "[" * 100_000},
+    ],
+    ids=lambda values: str(values)[:60],
+)
+def test_rows_without_messages_and_nested_values_are_one_error(tmp_path, tokenizer, values, row):
+    rows = [{"messages": [user(f"{i}"), assistant("a")]} for i in range(6)]
+    rows[row] = values
+    with pytest.raises(UserError, match=f"row {row + 1}: |has no column 'messages'"):
+        read(tmp_path / "a.jsonl", rows, tokenizer)
+
+
 def test_a_conversation_that_begins_with_the_assistant(tmp_path, tokenizer):
     rows = [{"messages": [assistant("Hi"), user(f"{i}"), assistant("a")]} for i in range(6)]
     with pytest.raises(UserError, match=r"begins with the assistant, .* or give it weight 0"):

@@ -74,6 +74,9 @@ def test_other_encodings_are_refused_with_the_line_and_a_command(tmp_path, suffi
         ("a.csv", 'text,label\nx,a\n"Great" film,b\n', "line 3: .*double each mark"),
         ("a.csv", 'text,label\n"a \\"great\\" film",b\n', "line 2: .*double each mark"),
         ("a.csv", 'text,label\n"never closed,b\nx,a\n', "line 2: unexpected end of data"),
+        ("a.csv", 'text,label\n"Oh,a\nfine,b\nend",a\nx,a\ny,b\n', "row 1: .* of 3 lines"),
+        ("a.csv", 'label,text\nx,1\na,"Oh\nb,fine\na,end"\na,x\nb,y\n', "row 2: .* of 3 lines"),
+        ("a.csv", 'id,text,label\n1,"Oh,a\n2,end",b\n3,x,a\n4,y,b\n', "row 1: .* of 2 lines"),
         ("a.csv", "text,label,label\nx,a,b\n", "'label' names two columns"),
         ("a.csv", "text;label\nx;a\n", "separated by semicolons; a .csv file has commas"),
         ("a.csv", "text\tlabel\nx\ta\n", "separated by tabs"),
@@ -170,3 +173,18 @@ def test_a_small_parquet_file_of_many_rows(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(f"zofo.tasks.files.{limit}", 100)
     monkeypatch.setattr("pandas.read_parquet", lambda _: pytest.fail("read"))
     refused(lambda: read_table(str(tmp_path / "a.parquet")), "split it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'text,label\n"a, b\nc, d\ne",a\nx,a\ny,b\n',  # lines with commas, and no labels
+        'text,label\n"one\ntwo",a\nx,a\n',
+        'text,label\n"Oh,a\nfine\nend",a\nx,a\n',  # a line without a label
+        'id,text\n1,"Oh\n2,end"\n3,x\n',  # nothing tells numbers of rows from text
+        'text\n"one\ntwo"\nx\n',
+    ],
+)
+def test_texts_with_line_breaks_are_read(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    assert any("\n" in value for value in read_table(str(tmp_path / "a.csv")).rows[0][1].values())

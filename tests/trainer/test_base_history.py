@@ -33,8 +33,18 @@ def replayed(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("killed_at", "rest"), [(3, 2), (5, 0), (7, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "killed_at", "rest"),
+    [
+        (torch.float32, 3, 2),
+        (torch.bfloat16, 5, 0),
+        (torch.float32, 7, 2),
+        # Steps and copies are counted alike in every dtype.
+        pytest.param(torch.bfloat16, 3, 2, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 5, 0, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 7, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_only_the_end_is_replayed(tmp_path, replayed, dtype, killed_at, rest):
     """Resuming replays only the updates after the last copy of the base.
 

@@ -113,7 +113,7 @@ def test_a_quantized_base_stays_and_its_adapter_learns(tmp_path, kind, method, r
         model,
         optimizer="AdamW",
         estimator="central",
-        num_directions=4,
+        num_directions=2,
         eps=1e-2,
     )
     batch = batch_for("llama")

@@ -446,6 +446,5 @@ def _rounded(value: float) -> float:
 
 
 def _rounded_down(value: float) -> float:
-    """Keep two digits, and never exceed the value."""
-    power = 10.0 ** (math.floor(math.log10(value)) - 1)
+    power = 10.0 ** (math.floor(math.log10(value)) - 1)  # keeps two digits
     return _rounded(math.floor(value / power) * power)

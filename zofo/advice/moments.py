@@ -124,17 +124,18 @@ def moments(directions: Directions, *, seed: int = 0) -> Moments:
 
     def statistics(index: np.ndarray) -> np.ndarray:  # [resamples, directions] -> [resamples, 5]
         signal, noise = signals[index].mean(axis=-1), variances[index].mean(axis=-1)
-        trace = curvatures[index].mean(axis=-1)
+        bent = curvatures[index]
+        trace = bent.mean(axis=-1)
         squares = means[index] ** 2
         size = squares.mean(axis=-1)
-        shared = (squares * curvatures[index]).mean(axis=-1) - size * trace
+        shared = (squares * bent).mean(axis=-1) - size * trace
         unbiased = index.shape[-1] / (index.shape[-1] - 1)
         # For Gaussian v and s = gᵀv: cov(s², vᵀHv) = 2 gᵀHg, and E s² = ‖g‖².
         with np.errstate(divide="ignore", invalid="ignore"):
             rayleigh = np.where(size > 0, unbiased * shared / (2 * size), 0.0)
-        largest = trace if least >= 0 else curvatures[index].max(axis=-1)
+        largest = trace if least >= 0 else bent.max(axis=-1)
         rayleigh = np.clip(rayleigh, 0.0, np.maximum(largest, 0.0))
-        spread = np.sqrt(unbiased * curvatures[index].var(axis=-1) / 2)
+        spread = np.sqrt(unbiased * bent.var(axis=-1) / 2)
         return np.stack((signal, noise, trace, rayleigh, spread), axis=-1)
 
     replicates = statistics(drawn)

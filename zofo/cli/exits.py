@@ -25,7 +25,14 @@ from zofo.errors import TrainingStoppedError, UserError, shown
 EXIT_STOPPED: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
-EXIT_TERMINATED: Final = 143  # 128 + SIGTERM
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. A command then ends as after Ctrl-C, with the exit code of SIGTERM."""
+
+    exit_code: Final = EXIT_TERMINATED
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,7 +60,7 @@ TrustRemoteCode = Annotated[
 
 
 def reports_errors(command: F) -> F:
-    """Turn bad input and Ctrl-C into a message and an exit code."""
+    """Turn bad input, Ctrl-C and SIGTERM into a message and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -72,40 +79,10 @@ def reports_errors(command: F) -> F:
             say(f"error: {message}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt as error:
-            say("interrupted", stderr=True)
+            say("interrupted; what was not finished is removed", stderr=True)
             raise typer.Exit(exit_code_of(error)) from None
 
     return wrapped  # type: ignore[return-value]
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived, and nothing handles it but the blocks that it ends."""
-
-    exit_code: Final = EXIT_TERMINATED
-
-
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code after the signal that ended a command."""
-    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, so that nothing half-written stays."""
-
-    def end(signum: int, frame: Any) -> None:
-        raise Terminated("SIGTERM")
-
-    # Python allows handlers in the main thread only, and a parent may have chosen to ignore it.
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
@@ -119,6 +96,33 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
         return None
     where = "" if error.filename is None else f"{shown(str(error.filename))}: "
     return f"{where}{error.strerror}; choose another name or folder, or correct its permissions"
+
+
+def exit_code_of(error: KeyboardInterrupt) -> int:
+    """The exit code after the signal that stopped a command; that of Ctrl-C if none is known."""
+    return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a command removes what is incomplete.
+
+    A training loop and a study handle the signal themselves meanwhile.
+    """
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # Whoever has set another handler, or ignores the signal, keeps it.
+    is_ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -51,7 +51,9 @@ class ModelConfig(Section):
         "float32", description="of the base; peft keeps adapters in float32"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub id")
-    trust_remote_code: bool = Field(False, description="run code from the model's repository")
+    trust_remote_code: bool = Field(
+        False, description="run code from the model's repository; a file can ask, but not allow it"
+    )
     attn_implementation: str | None = Field(None, description="as in transformers")
 
     def tokenizer(self) -> Any:
@@ -68,7 +70,7 @@ class AdapterConfig(Section):
 
     type: AdapterType = Field("lora", description="kind of adapter; none for fo-ft and zo-ft")
     r: int = Field(8, ge=1, description="rank of lora, dora and rslora (paper)")
-    alpha: float = Field(16, gt=0, description="scale alpha / r (paper); rslora: alpha / √r")
+    alpha: float = Field(16.0, gt=0, description="scale alpha / r (paper); rslora: alpha / √r")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout on the input of lora, dora and rslora"
     )

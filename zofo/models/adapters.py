@@ -87,7 +87,7 @@ def create_adapter(
             _check_targets(model, getattr(config, "target_modules", None) or "all-linear")
     elif type in ("lora", "dora", "rslora"):
         config = _lora_config(
-            model, type, task, targets, r=r, lora_alpha=alpha, lora_dropout=dropout
+            model, type, task, targets, r=r, lora_alpha=_plain(alpha), lora_dropout=dropout
         )
     elif type == "ia3":
         config = _ia3_config(model, task, targets)
@@ -154,6 +154,11 @@ def _lora_config(model: nn.Module, type: str, task: Any, targets: Any, **values:
         use_rslora=type == "rslora",
         **values,
     )
+
+
+def _plain(number: float) -> float:
+    """A whole number as an integer, so that 16 and 16.0 give the same file."""
+    return int(number) if number == int(number) else number
 
 
 def _ia3_config(model: nn.Module, task: Any, targets: Any) -> Any:

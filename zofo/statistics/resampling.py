@@ -64,13 +64,13 @@ def quantile(replicates: np.ndarray, level: float, num: int) -> float:
     Returns:
         The percentile; NaN if no replicate is finite.
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtr, stdtrit
 
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):
         return math.nan
     # The level that this sample size needs, farther out than the nominal one.
-    expanded = float(norm.cdf(math.sqrt(num / (num - 1)) * t.ppf(level, num - 1)))
+    expanded = float(ndtr(math.sqrt(num / (num - 1)) * stdtrit(num - 1, level)))
     return float(np.quantile(finite, expanded))
 
 

@@ -20,7 +20,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -268,13 +268,17 @@ def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
     options: dict[str, Any] = {"pool_pre_ping": True}  # a server may have closed an idle connection
+    # A database in the encoding SQL_ASCII would otherwise answer in bytes.
+    encoding = {"client_encoding": "utf8"}
     url = _with_driver(url)
     if url.startswith("postgresql+psycopg:"):
-        options["creator"] = _answering(url)
+        options["creator"] = _answering(url, encoding)
+    elif url.startswith("postgres"):
+        options["connect_args"] = encoding
     return options
 
 
-def _answering(url: str) -> Callable[[], Any]:
+def _answering(url: str, more: Mapping[str, str]) -> Callable[[], Any]:
     """A function that connects to PostgreSQL; a server that stays silent is an error."""
     import psycopg
     from sqlalchemy import make_url
@@ -289,7 +293,7 @@ def _answering(url: str) -> Callable[[], Any]:
 
     parsed = make_url(url)
     arguments, options = parsed.get_dialect()().create_connect_args(parsed)
-    options = {"connect_timeout": _ANSWER_S, **options}
+    options = {"connect_timeout": _ANSWER_S, **more, **options}
     return lambda: Connection.connect(*arguments, **options)
 
 

@@ -116,7 +116,36 @@ def _read_csv(path: Path) -> Rows:
                     "quotation mark, and double each mark inside it"
                 ) from error
 
-    return _with_header(path, lines(), ",", "quote a field that holds a comma")
+    rows = _with_header(path, lines(), ",", "quote a field that holds a comma")
+    _refuse_swallowed(path, rows)
+    return rows
+
+
+def _refuse_swallowed(path: Path, rows: Rows) -> None:
+    """Raise UserError if a quotation that was never meant to be one holds whole rows.
+
+    That is sure if each line in it would be a row with a label of the other rows: a text with line
+    breaks has none.
+    """
+    broken = [(n, row) for n, row in rows if any("\n" in value for value in row.values())]
+    if not broken:
+        return
+    numbers = {number for number, _ in broken}
+    known = {column: {row[column] for n, row in rows if n not in numbers} for column in rows[0][1]}
+    for number, row in broken:
+        fields = list(row.values())
+        at = next(i for i, value in enumerate(fields) if "\n" in value)
+        lines = [line.split(",") for line in fields[at].splitlines()]
+        lines[0], lines[-1] = fields[:at] + lines[0], lines[-1] + fields[at + 1 :]
+        are_rows = all(len(line) == len(row) for line in lines)
+        others = [i for i in range(len(row)) if i != at]
+        columns = list(known.values())
+        if are_rows and any(all(line[i] in columns[i] for line in lines) for i in others):
+            raise UserError(
+                f"{path}, row {number}: a quotation mark opens a text of {len(lines)} lines, and "
+                "each of them looks like a row; double each quotation mark inside a text and "
+                "quote the whole text, or save the file as .tsv or .jsonl"
+            )
 
 
 def _read_tsv(path: Path) -> Rows:

@@ -109,7 +109,7 @@ def chat_in(
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"'tools' is not valid JSON ({error}); give a list") from error
     if not tools or tools != tools:  # pandas reads a missing value as NaN
         return Chat(found)
