@@ -24,7 +24,7 @@ LIMIT_WALL_S = 180  # for a command that waits; other processes may slow down th
 LIMIT_BYTES = 1 << 30  # by which one command may raise the peak memory of the process
 EXIT_CODES = (0, 1, 2, 130, 143)
 NUM_TESTS = 8  # which share FUZZ_SECONDS
-QUICK_CPU_S = 2.6  # of each test in `make test`
+QUICK_CPU_S = 1.5  # of each test in `make test`
 
 
 class TooSlowError(BaseException):

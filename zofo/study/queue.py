@@ -231,7 +231,10 @@ def queue_of(spec: StudySpec, **options: Any) -> Queue:
     if not name.exists():
         write_text(name, f"{spec.name} {uuid.uuid4()}\n")
     with refusing(f"{name} is damaged", "remove it, and the queue is filled again from the runs"):
-        text = read_text(name).strip()
+        try:
+            text = read_text(name).strip()
+        except UserError as error:  # which would go on without the remedy
+            raise ValueError(str(error)) from error
         if not (text.isprintable() and 0 < len(text) <= _MAX_NAME):
             raise ValueError("it must hold one line of text")
     file = folder / DATABASE_FILE
