@@ -17,8 +17,8 @@ from zofo.perturb.view import Perturbation
 SEED, STEP = 20_260_601, 4
 NUM_DIRECTIONS = 600
 FALSE_ALARM = 1e-3
-DENSE = ("rademacher", "gaussian")  # test_rows.py has the moments of rank-one directions
 """Probability that a correct estimator fails one test of a mean, over random seeds."""
+DENSE = ("rademacher", "gaussian")  # test_rows.py has the moments of rank-one directions
 
 
 class Quadratic(nn.Module):
