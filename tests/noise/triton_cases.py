@@ -63,10 +63,7 @@ def _triton_computes(monkeypatch):
 
 @pytest.fixture
 def _large_tiles(monkeypatch):
-    """Make tiles 32 times as large, for tests of values that do not depend on the tile.
-
-    The interpreter takes about as long for a large tile as for a small one.
-    """
+    """Make tiles 32 times as large. The interpreter takes about as long for a large tile."""
     monkeypatch.setattr(triton_launch, "_BLOCKS_PER_TILE", 32 * triton_launch._BLOCKS_PER_TILE)
 
 
