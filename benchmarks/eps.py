@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zofo import HybridOptimizer, Perturbation, param_groups, split_parameters
 from zofo.models.loading import DTYPES, load_model
 from zofo.noise.combine import direction
+from zofo.optim.trajectory import drawn_from
 from zofo.tasks.encode import Collator, Encoded, Encoder
 from zofo.tasks.load import load_splits
 from zofo.tasks.losses import objective_loss
@@ -84,27 +85,24 @@ def measure(
     exact_loss.backward()
     blocks = split_parameters(model)
     index = blocks.base_index
-    exact = []
-    for k in range(args.directions):
-        address = {"seed": SEED, "step": 0, "index": k, "distribution": args.distribution}
-        exact.append(
-            sum(
-                float(torch.dot(direction(g.shape, tensor=index[n], **address).flatten().double(),
-                                g.flatten().double()))
-                for n, p in blocks.base.items()
-                if (g := p.grad) is not None
-            )
-        )  # fmt: skip
+    tensors = [index[name] for name in blocks.base]
+    options = {"seed": SEED, "distribution": args.distribution}
+    view = Perturbation(model, list(blocks.base.values()), tensors, **options)
+
+    def along(k: int, name: str, g: Tensor) -> float:
+        kind = drawn_from(args.distribution, is_rank_one=index[name] in view.rank_one)
+        address = {"seed": SEED, "step": 0, "tensor": index[name], "distribution": kind}
+        v = direction(g.shape, index=k, **address)
+        return float(torch.dot(v.flatten().double(), g.flatten().double()))
+
+    grads = {name: p.grad for name, p in blocks.base.items() if p.grad is not None}
+    exact = [
+        math.fsum(along(k, name, g) for name, g in grads.items()) for k in range(args.directions)
+    ]
+    del grads
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False).to(dtype)
-
-    view = Perturbation(
-        model,
-        list(blocks.base.values()),
-        [index[name] for name in blocks.base],
-        seed=SEED,
-        distribution=args.distribution,
-    )
+    view.follow(model)
     with torch.no_grad():
         centre = float(objective_loss(model, batch))
 

@@ -194,6 +194,30 @@ def test_many_tensors_bit_for_bit(dtype, rounding, on_device, num_directions):
         assert_same_bits(weight, wanted)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "on_device"),
+    [(torch.float32, "nearest", True), (torch.bfloat16, "stochastic", False)],
+)
+def test_rank_one_directions_bit_for_bit(dtype, rounding, on_device):
+    options = {"distribution": "rank-one", "rounding": rounding}
+    shapes = [(60, 61), (1, 300), (130, 2)]
+    weights = [tensor_of(a * b, dtype, seed=a).view(a, b) for a, b in shapes]
+    coefficients = [0.1, -0.3, 0.2]
+    expected = [
+        reference(w, coefficients, tensor=i, decay=0.97, **options) for i, w in enumerate(weights)
+    ]
+    part = combine(
+        weights[0][7:], coefficients, out=weights[0][7:].clone(), tensor=0, decay=0.97,
+        offset=7 * 61, **options, **ADDRESS,
+    )  # fmt: skip
+    assert_same_bits(part, expected[0][7:])
+    given = torch.tensor(coefficients, dtype=torch.float64, device=DEVICE)
+    given = given if on_device else coefficients
+    combine_many(weights, given, tensors=range(3), decay=0.97, **options, **ADDRESS)
+    for weight, wanted in zip(weights, expected, strict=True):
+        assert_same_bits(weight, wanted)
+
+
 def count_launches(monkeypatch, names=("combine_tensors", "combine_rows")):
     launches = []
     for name in names:

@@ -182,6 +182,11 @@ def compute(
         check_tensors(
             weight, out, num_directions, seed, max(steps), tensor, first_direction, offset
         )
+        if purpose == philox.ROWS and weight.ndim != 2:
+            raise ValueError(
+                f"a weight of shape {list(weight.shape)} has no rank-one direction; it must be a "
+                "matrix, or take another distribution"
+            )
     drawing = {"seed": seed, "purpose": purpose, "first_direction": first_direction}
     full = [job for job in jobs if job[0].numel()]
     for device, given in grouped(full, lambda weight: weight.device).items():

@@ -18,10 +18,14 @@ from torch import Tensor
 from zofo.noise import backends, philox
 from zofo.noise.address_checks import check_address, check_tensors
 
-Distribution = Literal["rademacher", "gaussian"]
+Distribution = Literal["rademacher", "gaussian", "rank-one"]
 Rounding = Literal["nearest", "stochastic"]
 DISTRIBUTIONS: Final[tuple[str, ...]] = get_args(Distribution)
-PURPOSES: Final = {"rademacher": philox.RADEMACHER, "gaussian": philox.GAUSSIAN}
+PURPOSES: Final = {
+    "rademacher": philox.RADEMACHER,
+    "gaussian": philox.GAUSSIAN,
+    "rank-one": philox.ROWS,
+}
 
 
 def combine(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zofo.noise import kernels
+from zofo.noise import kernels, philox
 
 # Numba has no 16-bit floats.
 _SEEN_AS: Final = {
@@ -48,6 +48,7 @@ class Plan:
     ) -> None:
         wide = np.float64 if dtype == torch.float64 else np.float32
         self.num_steps = len(steps)
+        self.task_size = kernels.MATRIX_GRAIN if purpose == philox.ROWS else kernels.GRAIN
         self.function = kernels.entry(_SEEN_AS[dtype], wide)
         # [steps, directions]
         scalars = np.asarray(coefficients, dtype=wide).reshape(len(steps), -1)
@@ -85,12 +86,13 @@ class Call:
         self._table = np.zeros(kernels.CALL_SIZE, dtype=np.int64)
         self._table[kernels.JOBS] = jobs.ctypes.data
         self._table[kernels.NUM_JOBS] = len(jobs)
-        self._table[kernels.NUM_TASKS] = -(-self._num_elements // kernels.GRAIN)  # rounded up
         self._address = self._table.ctypes.data
 
     def run(self, plan: Plan) -> None:
         """Compute and write every tensor."""
         self._table[kernels.PLAN], self._table[kernels.COUNTER] = plan.address, 0
+        self._table[kernels.TASK_SIZE] = plan.task_size
+        self._table[kernels.NUM_TASKS] = -(-self._num_elements // plan.task_size)  # rounded up
         # The team has all threads or one, because libgomp ends the threads that a smaller team does
         # not use. Each step passes over all elements, so the steps count as work.
         is_large = self._num_elements * plan.num_steps >= _MIN_ELEMENTS_FOR_THREADS
@@ -116,6 +118,7 @@ def call_of(
     jobs[:, kernels.FIRST] = np.cumsum(sizes) - sizes
     jobs[:, kernels.TENSOR] = tensors
     jobs[:, kernels.OFFSET] = offset
+    jobs[:, kernels.WIDTH] = [weight.shape[-1] if weight.ndim else 1 for weight in weights]
     return Call(jobs)
 
 
@@ -131,6 +134,7 @@ def call_of_rows(table: Tensor, rows: Tensor, tensor: int) -> Call:
     jobs[:, kernels.SIZE] = width
     jobs[:, kernels.TENSOR] = tensor
     jobs[:, kernels.OFFSET] = rows.numpy() * width
+    jobs[:, kernels.WIDTH] = width
     return Call(jobs)
 
 

@@ -76,6 +76,32 @@ def add_rademacher(delta, words, start, n, c, seed, step, direction, tensor):
                 delta[e - start] += -c if bit else c
 
 
+@numba.njit
+def draw_signs(signs, words, start, seed, step, direction, tensor, purpose):
+    """Write the signs ±1 of elements start .. start + signs.size − 1 to signs.
+
+    `words` has room for whole blocks.
+    """
+    n = signs.size
+    first_block = start >> 7
+    num_blocks = ((start + n - 1) >> 7) + 1 - first_block
+    draw_words(words, first_block, num_blocks, seed, step, direction, tensor, purpose)
+    shift = start - (first_block << 7)
+    # Whole words go through a slice, because LLVM vectorises only loops without index checks.
+    at = 0
+    while at < n:
+        word, bit = words[(at + shift) >> 5], (at + shift) & 31
+        m = min(32 - bit, n - at)
+        part = signs[at : at + m]
+        if m == 32:
+            for i in range(32):
+                part[i] = -1 if np.uint32(word << np.uint32(31 - i)) & SIGN else 1
+        else:
+            for i in range(m):
+                part[i] = -1 if np.uint32(word << np.uint32(31 - (i + bit))) & SIGN else 1
+        at += m
+
+
 @numba.njit(inline="always")
 def _normal_pair(word_1, word_2):
     """Two standard normals from two words (Box-Muller), float32."""

@@ -8,9 +8,12 @@ drawn alone, in any order, on any device. No two addresses have the same 128-bit
     word 0   low 32 bits of the block          word 2   step
     word 1   tensor << 12 | high 12 bits       word 3   purpose << 24 | direction
 
-One block of 128 bits holds 128 Rademacher signs, 4 Gaussian values (Box-Muller) or 8 sixteen-bit
-rounding draws. This file is written to be read. It runs on any device where torch has int64, and
-the tests compare the fast kernels with it.
+One block of 128 bits holds 128 signs, 4 Gaussian values (Box-Muller) or 8 sixteen-bit rounding
+draws. A rank-one direction v = a bᵀ of a matrix has one sign for each row (a, purpose ROWS) and one
+for each column (b, purpose COLUMNS), so its block counts rows or columns instead of elements.
+
+This file is written to be read. It runs on any device where torch has int64, and the tests compare
+the fast kernels with it.
 
 References:
     J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
@@ -19,7 +22,9 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -39,8 +44,10 @@ MASK32: Final = 0xFFFFFFFF
 RADEMACHER: Final = 0
 GAUSSIAN: Final = 1
 ROUNDING: Final = 2
+ROWS: Final = 3
+COLUMNS: Final = 4
 
-ELEMENTS_PER_BLOCK: Final = {RADEMACHER: 128, GAUSSIAN: 4, ROUNDING: 8}
+ELEMENTS_PER_BLOCK: Final = {RADEMACHER: 128, GAUSSIAN: 4, ROUNDING: 8, ROWS: 128, COLUMNS: 128}
 
 MAX_STEP: Final = 2**32
 MAX_TENSORS: Final = 2**20
@@ -80,7 +87,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def words(
-    elements: Tensor, *, seed: int, step: int, direction: int, tensor: int, purpose: int
+    elements: Tensor, *, seed: int, step: int, direction: int | Tensor, tensor: int, purpose: int
 ) -> Tensor:
     """The four random words of each element's block.
 
@@ -88,9 +95,9 @@ def words(
         elements: int64, shape [n], element indices within the tensor.
         seed: seed of the run, in [0, 2^64).
         step: in [0, 2^32).
-        direction: in [0, 2^24).
+        direction: in [0, 2^24); an int64 tensor, [n], gives each element its own.
         tensor: in [0, 2^20).
-        purpose: RADEMACHER, GAUSSIAN or ROUNDING.
+        purpose: a key of ELEMENTS_PER_BLOCK.
 
     Returns:
         int64, shape [n, 4], values in [0, 2^32).
@@ -100,19 +107,36 @@ def words(
         block & MASK32,
         (block >> 32) | (tensor << 12),
         torch.full_like(block, step),
-        torch.full_like(block, (purpose << 24) | direction),
+        torch.zeros_like(block) + ((purpose << 24) | direction),
     )
     return torch.stack(philox(counter, seed), dim=-1)
 
 
-def rademacher(elements: Tensor, *, seed: int, step: int, direction: int, tensor: int) -> Tensor:
+def rademacher(
+    elements: Tensor,
+    *,
+    seed: int,
+    step: int,
+    direction: int | Tensor,
+    tensor: int,
+    purpose: int = RADEMACHER,
+) -> Tensor:
     """Signs ±1 with equal probability: float32, shape of `elements`."""
     four = words(
-        elements, seed=seed, step=step, direction=direction, tensor=tensor, purpose=RADEMACHER
+        elements, seed=seed, step=step, direction=direction, tensor=tensor, purpose=purpose
     )
     # A word holds 32 signs: bits 5 and 6 of the index choose the word, bits 0 to 4 the sign.
     word = four.gather(-1, ((elements >> 5) & 3).unsqueeze(-1)).squeeze(-1)
     return (1 - 2 * ((word >> (elements & 31)) & 1)).float()
+
+
+def rank_one(
+    elements: Tensor, width: int, *, seed: int, step: int, direction: int, tensor: int
+) -> Tensor:
+    """Elements of a bᵀ for a matrix of `width` columns: ±1, float32, shape of `elements`."""
+    address = {"seed": seed, "step": step, "direction": direction, "tensor": tensor}
+    a = rademacher(elements // width, purpose=ROWS, **address)
+    return a * rademacher(elements % width, purpose=COLUMNS, **address)
 
 
 def gaussian(elements: Tensor, *, seed: int, step: int, direction: int, tensor: int) -> Tensor:
@@ -187,7 +211,10 @@ def combine(
 ) -> None:
     """The reference of `zofo.noise.combine.combine`, whose docstring explains the arguments."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    draw = rademacher if purpose == RADEMACHER else gaussian
+    if purpose == ROWS:
+        draw: Callable[..., Tensor] = functools.partial(rank_one, width=weight.shape[-1])
+    else:
+        draw = rademacher if purpose == RADEMACHER else gaussian
     source, target = weight.reshape(-1), out.view(-1)
     # The temporaries have 8 bytes per element, so a chunk at a time bounds their memory.
     for start in range(0, weight.numel(), CHUNK):

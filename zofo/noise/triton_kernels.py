@@ -34,6 +34,8 @@ from zofo.noise import philox
 
 _RADEMACHER = tl.constexpr(philox.RADEMACHER)
 _ROUNDING = tl.constexpr(philox.ROUNDING)
+_ROWS = tl.constexpr(philox.ROWS)
+_COLUMNS = tl.constexpr(philox.COLUMNS)
 _LN2 = tl.constexpr(math.log(2))
 _TURN = tl.constexpr(2 * math.pi * 2.0**-32)
 
@@ -45,6 +47,7 @@ SCHEDULE = tl.constexpr(2)  # float64 [steps, 2 + directions]: step, decay, coef
 _ARGUMENTS: Final = [
     "offset",
     "size",
+    "width",
     "tiles_per_row",
     "tensor",
     "seed",
@@ -147,11 +150,42 @@ def _pack(x, draws, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def _sign_bits(index, seed, step, direction, tensor, PURPOSE: tl.constexpr):
+    """The bit of each index, 1 for −1: uint32, shape of `index`, each from a block of its own."""
+    block = index >> 7
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        block.to(tl.uint32),
+        (block >> 32).to(tl.uint32) | (tensor << 12),
+        step,
+        direction | (PURPOSE << 24),
+    )
+    which = (index >> 5) & 3
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    return (word >> (index & 31).to(tl.uint32)) & 1
+
+
+@triton.jit
 def _add_direction(
-    delta, c, first, seed, step, direction, tensor, PURPOSE: tl.constexpr, BLOCKS: tl.constexpr
+    delta,
+    c,
+    first,
+    width,
+    seed,
+    step,
+    direction,
+    tensor,
+    PURPOSE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Return delta [words, 32] + c · v; v starts at element `first`, the first of a block."""
-    if PURPOSE == _RADEMACHER:
+    if PURPOSE == _ROWS:
+        at = tl.arange(0, BLOCKS * 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        element = first + at.to(tl.int64)
+        a = _sign_bits(element // width, seed, step, direction, tensor, _ROWS)
+        b = _sign_bits(element % width, seed, step, direction, tensor, _COLUMNS)
+        return delta + tl.where((a ^ b) != 0, -c, c)
+    elif PURPOSE == _RADEMACHER:
         words = _words(first >> 7, BLOCKS, seed, step, direction, tensor, PURPOSE)
         word = tl.reshape(words, [BLOCKS * 4, 1])  # one word per row of 32 elements
         is_negative = (word >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
@@ -182,6 +216,7 @@ def _tile(
     tile,
     offset,
     size,
+    width,
     tensor,
     seed,
     step,
@@ -241,7 +276,9 @@ def _tile(
             if SCALARS != ARGUMENT:
                 c = tl.load(coefficients + k).to(WIDE)
             direction = (first_direction + k).to(tl.uint32)
-            delta = _add_direction(delta, c, first, seed, now, direction, tensor, PURPOSE, BLOCKS)
+            delta = _add_direction(
+                delta, c, first, width, seed, now, direction, tensor, PURPOSE, BLOCKS
+            )
         draws = 0
         if STOCHASTIC:
             draws = _rounding_bits(first, seed, now, tensor, BLOCKS)
@@ -259,6 +296,7 @@ def combine_rows(
     rows,
     offset: tl.int64,
     size: tl.int64,
+    width: tl.int64,
     tiles_per_row: tl.int64,
     tensor: tl.int64,
     seed: tl.uint64,
@@ -291,6 +329,7 @@ def combine_rows(
         program,
         offset.to(tl.int64),
         size.to(tl.int64),
+        width.to(tl.int64),
         tensor,
         seed,
         step,
@@ -328,19 +367,23 @@ def combine_tensors(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Compute whole tensors. A row of `table`: source, out, size, tensor index, first tile."""
+    """Compute whole tensors. A row of `table`: source, out, size, width, tensor index, first tile.
+
+    The width is that of a row of a matrix, for directions of rank one.
+    """
     program = tl.program_id(0)
-    row = table + tl.load(tensor_of_tile + program) * 5
+    row = table + tl.load(tensor_of_tile + program) * 6
     source = tl.load(row).to(tl.pointer_type(STORED))
     out = tl.load(row + 1).to(tl.pointer_type(STORED))
-    zero = tl.load(row + 4) * 0
+    zero = tl.load(row + 5) * 0
     _tile(
         source,
         out,
-        program - tl.load(row + 4),
+        program - tl.load(row + 5),
         zero,
         tl.load(row + 2),
         tl.load(row + 3),
+        tl.load(row + 4),
         seed,
         step,
         decay,

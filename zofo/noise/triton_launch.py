@@ -36,12 +36,12 @@ def _num_tiles(num_elements: int, blocks: int) -> int:
 
 
 def _new_table(
-    device: torch.device, rows: tuple[tuple[int, int, int, int], ...]
+    device: torch.device, rows: tuple[tuple[int, int, int, int, int], ...]
 ) -> tuple[Tensor, Tensor]:
     """Make the table of `triton_kernels.combine_tensors`, and the row of each of its tiles.
 
     Returns:
-        int64, [tensors, 5], and int32, [tiles].
+        int64, [tensors, 6], and int32, [tiles].
     """
     tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
     first = (tiles.cumsum(0) - tiles).tolist()
@@ -155,9 +155,10 @@ def layout_of(
     `table_of` finds the tables in a cache, or makes them, which waits for the device.
     """
     device = weights[0].device
-    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int]]] = {}
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int, int]]] = {}
     for weight, out, tensor in zip(weights, outs, tensors, strict=True):
-        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), tensor)
+        width = _width(weight)
+        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), width, tensor)
         groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
     return Layout(
         device, tuple((*group, *table_of(device, tuple(rows))) for group, rows in groups.items())
@@ -230,6 +231,7 @@ def _launch_rows(
             rows,
             offset,
             size,
+            _width(weight),
             tiles_per_row,
             tensor,
             **drawing,
@@ -242,6 +244,11 @@ def _launch_rows(
             HAS_ROWS=rows is not None,
             enable_fp_fusion=False,
         )
+
+
+def _width(weight: Tensor) -> int:
+    """Elements in a row, of a matrix."""
+    return weight.shape[-1] if weight.ndim else 1
 
 
 def _is_aligned(*num_bytes: int) -> bool:

@@ -28,11 +28,9 @@ def forwards_of_a_move(
         estimator: "forward" or "central".
         num_directions: K.
         share: cost of one evaluation in forward passes of the micro-batch.
-        again: whether the forward difference evaluates the unperturbed loss a second time.
+        again: whether the unperturbed loss is evaluated a second time.
     """
-    return share * (
-        num_directions * forwards_per_direction(estimator) + (again and estimator == "forward")
-    )
+    return share * (num_directions * forwards_per_direction(estimator) + again)
 
 
 def forward_equivalents(num_passes: int, forwards_per_gradient: int, num_forwards: float) -> float:

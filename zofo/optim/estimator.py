@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zofo.optim.generators import GeneratorState, untouched
 from zofo.perturb.compiled import has_graphs
+from zofo.perturb.side_path import RowDirections
 from zofo.perturb.view import Perturbation
 
 Estimator = Literal["forward", "central"]
@@ -47,11 +48,12 @@ def projected_gradients(
     generators: GeneratorState | None = None,
     self_check: bool = False,
     with_graph: bool = False,
+    directions: RowDirections | None = None,
 ) -> Tensor:
     """Compute the projected gradients s_k.
 
     Args:
-        closure: returns the loss of the batch, a scalar.
+        closure: returns the loss of the batch, a scalar, or the rows' shares of it, [rows].
         perturbation: evaluates the model at w + eps v.
         loss: f(w) on the same batch with the same masks. The forward difference needs it.
         eps: smoothing radius.
@@ -64,20 +66,26 @@ def projected_gradients(
         with_graph: whether `loss` was computed in gradient mode. A compiled model then computes
             the perturbed losses in that mode too, because the graph without gradients rounds
             differently.
+        directions: rank-one directions of the rows, which share one evaluation.
 
     Returns:
-        s, float64, shape [num_directions], on the device of the loss.
+        s, float64, shape [num_directions], or [num_directions, rows] for the shares of rows, on the
+        device of the loss.
 
     Raises:
         SelfCheckError: if a weight is read unperturbed.
+        NotByRows: if each row has a direction and a layer cannot tell the rows apart.
     """
 
     def evaluate(scale: float, direction: int, *, check: bool = False, graph: bool) -> Tensor:
         replay = generators.replayed() if generators is not None else untouched()
-        seen = perturbation.at(scale, step=step, direction=direction, self_check=check)
+        seen = perturbation.at(
+            scale, step=step, direction=direction, self_check=check, directions=directions
+        )
         with replay, torch.set_grad_enabled(graph), seen:
             # The clone is needed if the loss is itself a weight: it then lies in the scratch.
-            return _value(closure()).double().clone()
+            value = _value(closure()).double().clone()
+            return value if directions is not None else value.sum()
 
     graph = with_graph and perturbation.is_compiled
     if self_check:
@@ -86,7 +94,7 @@ def projected_gradients(
             expected = perturbation.entered
             ahead = evaluate(eps, 0, graph=with_graph)
             perturbation.check_entered(expected)
-    scalars = []  # s_k, each of shape []
+    scalars = []  # s_k, each of shape [] or [rows]
     for k in range(num_directions):
         if k > 0 or not self_check:
             ahead = evaluate(eps, k, graph=graph)

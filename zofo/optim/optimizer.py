@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -41,7 +42,8 @@ from zofo.optim.options import (
     optimizer_problems,
     step_values,
 )
-from zofo.optim.reports import Rates, StepLog, StepNumbers, StepReport
+from zofo.optim.reports import StepLog, StepNumbers, StepReport
+from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
@@ -153,6 +155,7 @@ class HybridOptimizer(StatefulOptimizer):
     @trajectory.setter
     def trajectory(self, trajectory: Trajectory) -> None:
         self._log.pending, self._log.trajectory = None, trajectory
+        self._keep_kinds(trajectory.rank_one, [t for g in trajectory.groups for t in g.tensors])
         self._has_moved_base = trajectory.moves_weights
         mark_moved(self.model, has_moved=self._has_moved_base)
 
@@ -186,20 +189,25 @@ class HybridOptimizer(StatefulOptimizer):
         loss: Tensor | None,
         generators: GeneratorState | None = None,
         zeroth_loss: ZerothLoss | None = None,
+        examples: Tensor | None = None,
     ) -> None:
         """Add the loss differences of one micro-batch to the current step.
 
         Use it in loops that run forward and backward themselves; `accumulate` does all three.
 
         Args:
-            closure: returns the loss of the micro-batch, scaled as `loss` is.
-            loss: the unperturbed loss of the micro-batch, shape [].
+            closure: returns the loss of the micro-batch, scaled as `loss` is. If rows have
+                directions of their own, it returns their shares of the loss, [rows].
+            loss: the unperturbed loss of the micro-batch, shape [] or [rows].
             generators: what `before_pass` returned before `loss` was computed; None: do not
                 replay masks.
             zeroth_loss: the loss to evaluate instead of `closure`; None: `closure`.
+            examples: the number of the share that each row of the model's input belongs to, int64
+                [rows of the input]; None: one row for each share.
 
         Raises:
-            UserError: in the first step, if the loss is another one when it is computed again.
+            UserError: in the first step, if the loss is another one when it is computed again, or
+                if rows act on each other's loss.
         """
         # The sums change only after all evaluations, so an interrupted call has no effect.
         if self.perturbation is not None and self.zeroth_is_due:
@@ -209,7 +217,9 @@ class HybridOptimizer(StatefulOptimizer):
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             instead = replace(instead, closure=self.unchanged_by(instead.closure))
             reference, before = instead.loss, instead.cost_so_far()
-            if zeroth_loss is not None and reference is None and options.estimator == "forward":
+            by_rows = options.directions_per_step != 1
+            is_needed = options.estimator == "forward" or by_rows  # whose number it tells
+            if zeroth_loss is not None and reference is None and is_needed:
                 reference = unperturbed(
                     instead.closure, generators, with_graph=self.evaluates_with_graph
                 )
@@ -219,26 +229,50 @@ class HybridOptimizer(StatefulOptimizer):
                 with refusing_scalers():
                     self._check_repeats(instead.closure, reference, generators)
                 before += instead.cost_so_far() - spent
-            scalars = projected_gradients(
+            evaluate = functools.partial(
+                projected_gradients,
                 instead.closure,
                 self.perturbation,
-                reference,
                 eps=options.eps,
                 step=self.step_count,
-                num_directions=options.num_directions,
                 estimator=options.estimator,
                 generators=generators,
-                self_check=self._self_check,
                 with_graph=self.inner is not None,
             )
+            if not by_rows:
+                scalars = evaluate(
+                    None if reference is None else reference.sum(),
+                    num_directions=options.num_directions,
+                    self_check=self._self_check,
+                )
+            else:
+                shares = shares_of(reference)
+                plan = RowPlan.of(options.directions_per_step, self._num_rows, shares, examples)
+                scalars, left_out = row_gradients(
+                    evaluate,
+                    plan,
+                    shares,
+                    self.perturbation,
+                    eps=options.eps,
+                    self_check=self._self_check,
+                    has_moved=self._has_moved_base,
+                )
+                self._num_rows += len(plan.of_examples)
+                self._left_out = left_out if self._left_out is None else self._left_out + left_out
             self._self_check = False
             if loss is not None:  # a loss of another kind may lie on another device
                 scalars = scalars.to(loss.device)
-            self._scalars = scalars if self._scalars is None else self._scalars + scalars
+            if self._scalars is None:
+                self._scalars = scalars
+            elif options.directions_per_step == "rows":
+                self._scalars = torch.cat((self._scalars, scalars))
+            else:
+                self._scalars = self._scalars + scalars
             self._num_forwards += instead.cost_since(before, evaluations)
             self.buffers.forget()
         if loss is not None:
-            self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
+            value = loss.detach().double().sum()
+            self._loss = value + (0.0 if self._loss is None else self._loss)
 
     def _check_repeats(
         self,
@@ -251,7 +285,7 @@ class HybridOptimizer(StatefulOptimizer):
         graph = self.evaluates_with_graph
         known = unperturbed(closure, generators, with_graph=graph) if loss is None else loss
         again = unperturbed(closure, generators, with_graph=graph)
-        check_repeats(known.detach(), again, self.perturbation.parameters)
+        check_repeats(known.detach().sum(), again.sum(), self.perturbation.parameters)
 
     def accumulate(
         self,
@@ -267,7 +301,7 @@ class HybridOptimizer(StatefulOptimizer):
                 unperturbed value if `closure` stored it; None: the loss of `closure`.
 
         Returns:
-            The unperturbed loss, detached, shape [].
+            The unperturbed loss, detached, in the shape that the closure gave it.
         """
         generators = self.before_pass() if self.zeroth_is_due else None
         try:
@@ -284,7 +318,7 @@ class HybridOptimizer(StatefulOptimizer):
                         "the closure's loss has no gradient for the first-order group; return the "
                         "loss tensor itself, not detached, and let the optimizer run backward"
                     )
-                loss.backward()
+                loss.sum().backward()
                 self._ran_backward = True
             is_asked = zeroth_loss is not None and self.zeroth_is_due
             self.measure(closure, loss, generators, zeroth_loss() if is_asked else None)  # type: ignore[misc]
@@ -339,6 +373,7 @@ class HybridOptimizer(StatefulOptimizer):
         self._log.read_pending()
         numbers = StepNumbers(self._loss, self._scalars, reads_late=self._is_read_late())
         numbers.note("grad_norm", self._clip())
+        numbers.note("rows_left_out", self._left_out)
         if self.inner is not None:
             first = self._first_parameters()
             states = [v for p in first for v in self.state.get(p, {}).values()]
@@ -359,8 +394,10 @@ class HybridOptimizer(StatefulOptimizer):
                 group["tensors"],
                 seed=self.seed,
                 distribution=self.options.distribution,
+                rank_one=self.rank_one,
                 unread=numbers.unread,
             )
+        self._log.trajectory.rank_one = self.rank_one
         self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
 
     def original_fingerprint(self) -> str:
@@ -393,17 +430,6 @@ class HybridOptimizer(StatefulOptimizer):
         if device is None or not self._has_stepped or not has_small_first:
             return False
         return device.type == "cuda" if self._reads_late is None else self._reads_late
-
-    def _rates(self) -> Rates:
-        return tuple(
-            (
-                group.get("block", "base"),
-                sum(p.numel() for p in group["params"]),
-                float(group["lr"]),
-                float(group["weight_decay"]),
-            )
-            for group in self._groups("zeroth")
-        )
 
     def _first_parameters(self, block: str | None = None) -> list[Tensor]:
         groups = [g for g in self._groups("first") if block in (None, g.get("block"))]

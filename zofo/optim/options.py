@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, get_type_hints
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch.optim import Optimizer
 
 from zofo.errors import UserError, problem_in_words
@@ -25,6 +25,16 @@ from zofo.optim.estimator import Estimator
 Radius = Annotated[
     float, Field(gt=0, allow_inf_nan=False, description="smoothing radius (as in MeZO)")
 ]
+
+
+def _directions_of_rows(value: int | str) -> int | str:
+    if value == "rows":
+        return value
+    if isinstance(value, str) and value.isdecimal():  # from a command line
+        value = int(value)
+    if isinstance(value, str) or not 1 <= value < MAX_DIRECTIONS:
+        raise ValueError(f"must be a number from 1 to {MAX_DIRECTIONS - 1}, or rows")
+    return value
 
 
 @dataclass(kw_only=True)
@@ -38,9 +48,18 @@ class StepOptions:
     num_directions: Annotated[
         int, Field(ge=1, lt=MAX_DIRECTIONS, description="directions per step (paper: 1)")
     ] = 1
+    directions_per_step: Annotated[
+        int | str,
+        Field(
+            description="rank-one directions that the rows of a batch share in turn, at the price "
+            "of one forward: a number, or rows for one each"
+        ),
+        AfterValidator(_directions_of_rows),
+    ] = 1
     # Rademacher is our choice: it is unbiased, as the Gaussian is, and faster to draw.
     distribution: Annotated[
-        Distribution, Field(description="distribution of the directions (paper: gaussian)")
+        Distribution,
+        Field(description="rademacher, gaussian (paper) or rank-one: distribution of directions"),
     ] = "rademacher"
     base_every: Annotated[
         int, Field(ge=1, description="steps from one update of the base to the next (paper: 1)")
@@ -73,6 +92,23 @@ def step_values(options: StepOptions) -> dict[str, Any]:
     return {key: getattr(options, key) for key in STEP_KEYS}
 
 
+def rank_one_problems(options: StepOptions) -> list[str]:
+    """Describe options of rank-one directions that contradict each other."""
+    if options.distribution == "rank-one":
+        if options.num_directions == 1:
+            return []
+        return [
+            f"num_directions is {options.num_directions}, and each costs a forward; with the "
+            "distribution rank-one set directions_per_step instead, whose directions cost none"
+        ]
+    if options.directions_per_step == 1:
+        return []
+    return [
+        f"directions_per_step is {options.directions_per_step!r}, which needs the distribution "
+        f"rank-one, not {options.distribution}; set distribution=rank-one or directions_per_step=1"
+    ]
+
+
 @lru_cache
 def _checker() -> TypeAdapter[StepOptions]:
     return TypeAdapter(StepOptions)
@@ -91,6 +127,7 @@ def checked_options(options: StepOptions, other_problems: Sequence[str] = ()) ->
     problems = list(other_problems)
     try:
         checked = _checker().validate_python(step_values(options))
+        problems = rank_one_problems(checked) + problems
     except ValidationError as error:
         problems = [problem_in_words(str(e["loc"][0]), e) for e in error.errors()] + problems
     if problems:

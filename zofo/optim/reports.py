@@ -11,14 +11,26 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zofo.optim.trajectory import Trajectory, Update
 
-Rates = tuple[tuple[str, int, float, float], ...]
-"""Block, number of weights, learning rate and weight decay of each zeroth-order group."""
+
+class GroupRate(NamedTuple):
+    """One zeroth-order group: its block, numbers of weights, learning rate and weight decay."""
+
+    block: str
+    num_weights: int
+    num_rank_one: int  # of them, those with rank-one directions
+    lr: float
+    weight_decay: float
+
+
+Rates = tuple[GroupRate, ...]
+"""Those of all zeroth-order groups."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,9 @@ class StepReport:
         num_forwards: forward passes of the zeroth-order estimate; some rows count as their share.
         update_norms: block -> norm of its update without weight decay. A first-order adapter's is
             measured. A zeroth-order block's is the expectation over the directions,
-            lr sqrt(d Σ s_k²) / K with d weights, exact for one Rademacher direction.
+            lr sqrt(d Σ s_k²) / K with d weights, exact for one Rademacher direction. Rank-one
+            directions of rows are not averaged over K.
+        rows_left_out: rows whose share of the difference is not finite and counts as 0.
     """
 
     step: int
@@ -44,6 +58,7 @@ class StepReport:
     non_finite: bool
     num_forwards: float
     update_norms: Mapping[str, float] = field(default_factory=dict)
+    rows_left_out: int = 0
 
 
 class HostCopy:
@@ -194,19 +209,28 @@ class StepLog:
             norms["adapter"] = adapter_norm
         if is_finite and scalars:
             row = [
-                Update(step, scalars, lr, decay) for block, _, lr, decay in rates if block == "base"
+                Update(step, scalars, rate.lr, rate.weight_decay)
+                for rate in rates
+                if rate.block == "base"
             ]
             if row:
                 self.trajectory.updates.append(tuple(row))
-            norms |= _expected_norms(scalars, rates)
+            norms |= _expected_norms(scalars, rates, self.trajectory.distribution)
         if not is_finite:
             warnings.warn(
                 f"step {step} was not applied, because loss {loss} or projected gradient {scalars} "
                 "is not finite. Lower the learning rates; in float16, raise eps or use bfloat16",
                 stacklevel=4,
             )
+        left_out = int(values.get("rows_left_out", (0,))[0])
+        if left_out and is_finite:
+            warnings.warn(
+                f"step {step}: {left_out} rows have a loss difference that is not finite, so the "
+                "estimate leaves them out",
+                stacklevel=4,
+            )
         self.last = StepReport(
-            step, loss, scalars, grad_norm, not is_finite, pending.num_forwards, norms
+            step, loss, scalars, grad_norm, not is_finite, pending.num_forwards, norms, left_out
         )
         if scalars:
             self.last_measured = self.last
@@ -235,9 +259,16 @@ def _step_unless(
     return elsewhere
 
 
-def _expected_norms(scalars: tuple[float, ...], rates: Rates) -> dict[str, float]:
+def _expected_norms(
+    scalars: tuple[float, ...], rates: Rates, distribution: str
+) -> dict[str, float]:
     squares: dict[str, float] = {}
-    for block, num_weights, lr, _ in rates:
-        squares[block] = squares.get(block, 0.0) + lr**2 * num_weights
-    length = math.sqrt(math.fsum(s * s for s in scalars)) / len(scalars)
-    return {block: math.sqrt(square) * length for block, square in squares.items()}
+    sum_of_squares = math.fsum(s * s for s in scalars)
+    for block, num_weights, num_rank_one, lr, _ in rates:
+        if distribution == "rank-one":
+            others = (num_weights - num_rank_one) * math.fsum(scalars) ** 2
+            square = num_rank_one * sum_of_squares + others
+        else:
+            square = num_weights * sum_of_squares / len(scalars) ** 2
+        squares[block] = squares.get(block, 0.0) + lr**2 * square
+    return {block: math.sqrt(square) for block, square in squares.items()}

@@ -6,6 +6,7 @@ belongs to the weights at their addresses. Both are joined anew whenever the sta
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -16,13 +17,14 @@ from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.optim.buffers import MovingBuffers
 from zofo.optim.options import StepOptions
-from zofo.optim.reports import StepLog, StepReport
+from zofo.optim.reports import GroupRate, StepLog, StepReport
 from zofo.perturb.view import Perturbation
 
 _COPIED: Final = (
     "model", "options", "seed", "max_grad_norm", "inner", "step_count", "num_forwards",
     "base_fingerprint", "_self_check", "buffers", "_log", "_reads_late", "_has_stepped",
     "_is_built", "_ran_backward", "_has_moved_base", "_loss", "_scalars", "_num_forwards",
+    "_num_rows", "_left_out",
 )  # fmt: skip
 """Attributes that a copy or a pickle of the optimizer keeps, beside torch's own."""
 
@@ -45,6 +47,8 @@ class StatefulOptimizer(Optimizer):
     _loss: Tensor | None  # of this step, float64, []
     _scalars: Tensor | None  # of this step, float64, [directions]
     _num_forwards: float  # of this step
+    _num_rows: int  # of this step, with directions of their own
+    _left_out: Tensor | None  # of this step: rows whose difference is not finite, []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a group that was not given to the constructor, which calls this for its groups.
@@ -80,6 +84,7 @@ class StatefulOptimizer(Optimizer):
                 "num_forwards": self.num_forwards,
                 "base_fingerprint": self.base_fingerprint,
                 **self._fixed_options(),
+                "rank_one": sorted(self.rank_one),
                 "last_measured": None if measured is None else asdict(measured),
             },
         }
@@ -114,6 +119,7 @@ class StatefulOptimizer(Optimizer):
         self._share_state()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
         self.base_fingerprint = saved or self.base_fingerprint
+        self._keep_kinds(own.get("rank_one", ()), self._zeroth_tensors())
         measured = own.get("last_measured")
         self._log.pending = None
         self._log.last_measured = None if measured is None else StepReport(**measured)
@@ -121,7 +127,7 @@ class StatefulOptimizer(Optimizer):
 
     def _fixed_options(self) -> dict[str, Any]:
         """The seed, and the options that a run cannot change, because its record has one value."""
-        fixed = ("distribution", "num_directions", "eps", "estimator")
+        fixed = ("distribution", "num_directions", "directions_per_step", "eps", "estimator")
         return {"seed": self.seed, **{key: getattr(self.options, key) for key in fixed}}
 
     def _new_perturbation(self) -> Perturbation | None:
@@ -135,6 +141,45 @@ class StatefulOptimizer(Optimizer):
             seed=self.seed,
             distribution=self.options.distribution,
             overlap=self.options.overlap,
+        )
+
+    @property
+    def rank_one(self) -> frozenset[int]:
+        """Tensor indices of the zeroth-order weights whose directions are rank-one."""
+        return frozenset() if self.perturbation is None else self.perturbation.rank_one
+
+    def _zeroth_tensors(self) -> list[int]:
+        return [t for group in self._groups("zeroth") for t in group["tensors"]]
+
+    def _keep_kinds(self, rank_one: Collection[int], tensors: Sequence[int]) -> None:
+        """Restore which of some tensors have rank-one directions.
+
+        Raises:
+            UserError: if this model cannot evaluate one of them on a side path.
+        """
+        if self.perturbation is not None:
+            self.perturbation.only_rank_one(self.rank_one.difference(tensors).union(rank_one))
+        if missing := set(rank_one).intersection(tensors) - self.rank_one:
+            raise UserError(
+                f"{len(missing)} weights were trained with rank-one directions, which this model "
+                "cannot evaluate on a side path; continue with the model that the run began with, "
+                "not compiled"
+            )
+
+    def _rates(self) -> tuple[GroupRate, ...]:
+        def num_of(group: Mapping[str, Any], wanted: Collection[int] | None = None) -> int:
+            pairs = zip(group["params"], group["tensors"], strict=True)
+            return sum(p.numel() for p, t in pairs if wanted is None or t in wanted)
+
+        return tuple(
+            GroupRate(
+                group.get("block", "base"),
+                num_of(group),
+                num_of(group, self.rank_one),
+                float(group["lr"]),
+                float(group["weight_decay"]),
+            )
+            for group in self._groups("zeroth")
         )
 
     def _groups(self, order: str) -> list[dict[str, Any]]:
@@ -153,5 +198,6 @@ class StatefulOptimizer(Optimizer):
     def discard_measurements(self) -> None:
         """Discard the losses and scalars of the current step, so that it starts again."""
         self._loss, self._scalars, self._num_forwards = None, None, 0
+        self._num_rows, self._left_out = 0, None
         self._ran_backward = False
         self.buffers.forget()

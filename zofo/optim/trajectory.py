@@ -2,7 +2,12 @@
 
     w_{t+1} = round((1 − lr_t · weight_decay) · w_t − (lr_t / K) Σ_k s_{t,k} v_{t,k})
 
-s_{t,k} is the projected gradient of direction k in step t, and v_{t,k} is that direction.
+s_{t,k} is the projected gradient of direction k in step t, and v_{t,k} is that direction. Of
+rank-one directions, each has rows of its own, and s_{t,k} is their share of the loss difference:
+
+    matrices    w_{t+1} = round((1 − lr_t · weight_decay) · w_t − lr_t Σ_k s_{t,k} a_{t,k} b_{t,k}ᵀ)
+    all others  the first equation with one direction for the batch, and s_t = Σ_k s_{t,k}
+
 Directions and stochastic rounding are pure functions of their address (seed, step, tensor,
 element). The recorded scalars and learning rates therefore turn the original base into the trained
 one: a fine-tuned model costs a few bytes per step. Training updates the weights with
@@ -18,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +43,9 @@ from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
+RANK_ONE_VERSION: Final = 2
+"""The format of a file with rank-one directions, which older versions of zofo do not know."""
 DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
 """How an update is computed and stored. Updates of float64 weights use float64 arithmetic."""
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
@@ -68,9 +75,17 @@ class Update:
     lr: float
     weight_decay: float  # decoupled
 
-    @property
-    def coefficients(self) -> list[float]:
-        """The factor of each direction: −lr · s_k / K."""
+    def coefficients(self, distribution: Distribution, *, is_rank_one: bool) -> list[float]:
+        """The factor of each direction of a weight.
+
+        Args:
+            distribution: that of the run.
+            is_rank_one: whether the weight's directions are rank-one.
+        """
+        if is_rank_one:
+            return [-self.lr * s for s in self.projected_grad]
+        if distribution == "rank-one":
+            return [-self.lr * float(total(torch.tensor(self.projected_grad, dtype=torch.float64)))]
         num_directions = len(self.projected_grad)
         return [-self.lr * s / num_directions for s in self.projected_grad]
 
@@ -86,6 +101,7 @@ class Update:
         *,
         seed: int,
         distribution: Distribution,
+        rank_one: Collection[int] = (),
         unread: Tensor | None = None,
     ) -> None:
         """Update the parameters in place. A learning rate of 0 leaves every bit unchanged.
@@ -95,22 +111,50 @@ class Update:
             tensors: the tensor indices that address their directions.
             seed: seed of the run.
             distribution: distribution of the directions.
+            rank_one: tensor indices of the weights whose directions are rank-one.
             unread: the scalars s_k while they are on the device, float64, shape [directions]. They
                 replace `projected_grad` and give the same bits. If any is NaN or infinite, no
                 weight changes. None: use `projected_grad`.
         """
         if self.lr == 0:
             return
-        combine_many(
-            list(parameters),
-            self.coefficients if unread is None else unread * -self.lr / len(unread),
-            decay=self.decay,
-            seed=seed,
-            step=self.step,
-            tensors=list(tensors),
-            distribution=distribution,
-            rounding="stochastic",
-        )
+        kinds: dict[bool, list[tuple[Tensor, int]]] = {}
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            kinds.setdefault(tensor in rank_one, []).append((parameter, tensor))
+        for is_rank_one, pairs in kinds.items():
+            coefficients: Sequence[float] | Tensor
+            if unread is None:
+                coefficients = self.coefficients(distribution, is_rank_one=is_rank_one)
+            elif is_rank_one:
+                coefficients = unread * -self.lr
+            elif distribution == "rank-one":
+                coefficients = total(unread)[None] * -self.lr
+            else:
+                coefficients = unread * -self.lr / len(unread)
+            combine_many(
+                [parameter for parameter, _ in pairs],
+                coefficients,
+                decay=self.decay,
+                seed=seed,
+                step=self.step,
+                tensors=[tensor for _, tensor in pairs],
+                distribution=drawn_from(distribution, is_rank_one=is_rank_one),
+                rounding="stochastic",
+            )
+
+
+def drawn_from(distribution: Distribution, *, is_rank_one: bool) -> Distribution:
+    """The distribution of one weight: a run with rank-one directions has signs elsewhere."""
+    return "rademacher" if distribution == "rank-one" and not is_rank_one else distribution
+
+
+def total(scalars: Tensor) -> Tensor:
+    """Sum float64 scalars [n] to [], with the same bits on every device: by halves."""
+    while len(scalars) > 1:
+        half = len(scalars) // 2
+        pairs = scalars[:half] + scalars[half : 2 * half]
+        scalars = torch.cat((pairs, scalars[2 * half :]))
+    return scalars.sum()  # of one, or of none
 
 
 @dataclass
@@ -124,6 +168,7 @@ class Trajectory:
         estimator: "forward" or "central", for information only.
         groups: the recorded parameter groups.
         updates: one row per step, which holds one update per group.
+        rank_one: tensor indices of the weights whose directions are rank-one.
     """
 
     seed: int
@@ -132,6 +177,7 @@ class Trajectory:
     estimator: str
     groups: tuple[GroupSpec, ...]
     updates: list[tuple[Update, ...]] = field(default_factory=list)
+    rank_one: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -169,22 +215,38 @@ class Trajectory:
                 f"the trajectory updates {missing[0]!r} ({len(missing)} missing in all), which "
                 "this model does not have; replay it on the base of the recorded run"
             )
+        matrices = (
+            parameters[name].ndim == 2
+            for group in self.groups
+            for name, tensor in zip(group.names, group.tensors, strict=True)
+            if tensor in self.rank_one
+        )
+        if not all(matrices):
+            raise UserError(
+                "the trajectory has rank-one directions of a weight that is no matrix in this "
+                "model; replay it on the base of the recorded run"
+            )
         num_done = 0
         num_weights = sum(parameters[n].numel() for g in self.groups for n in g.names)
         for g, group in enumerate(self.groups):
             # An update with learning rate 0 changes no bit, so it is skipped.
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
             for name, tensor in zip(group.names, group.tensors, strict=True):
+                is_rank_one = tensor in self.rank_one
                 for block in range(0, len(updates), _REPLAY_BLOCK):
                     part = updates[block : block + _REPLAY_BLOCK]
+                    coefficients = [
+                        update.coefficients(self.distribution, is_rank_one=is_rank_one)
+                        for update in part
+                    ]
                     combine_steps(
                         parameters[name],
-                        [update.coefficients for update in part],
+                        _filled(coefficients),
                         decays=[update.decay for update in part],
                         steps=[update.step for update in part],
                         seed=self.seed,
                         tensor=tensor,
-                        distribution=self.distribution,
+                        distribution=drawn_from(self.distribution, is_rank_one=is_rank_one),
                         rounding="stochastic",
                     )
                 if progress is not None:
@@ -201,7 +263,7 @@ class Trajectory:
             table = torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(self.groups))
             return table[:1].clone() if rows and bool((table == table[0]).all()) else table
 
-        scalars = [row[0].projected_grad for row in rows]
+        scalars = _filled([row[0].projected_grad for row in rows])
         tensors = {
             "step": _compressed([row[0].step for row in rows]),
             "projected_grad": torch.tensor(scalars, dtype=torch.float64).reshape(
@@ -210,7 +272,7 @@ class Trajectory:
             "lr": column(lambda update: update.lr),
             "weight_decay": column(lambda update: update.weight_decay),
         }
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "noise_version": NOISE_VERSION,
             "dtype_policy": DTYPE_POLICY,
@@ -222,6 +284,12 @@ class Trajectory:
             "groups": [asdict(group) for group in self.groups],
             **extra,
         }
+        if self.distribution == "rank-one":
+            # A batch may have fewer rows than others, so the numbers of directions differ.
+            counts = [len(row[0].projected_grad) for row in rows]
+            recorded = self.rank_one.intersection(t for g in self.groups for t in g.tensors)
+            tensors["num_directions"] = torch.tensor(counts, dtype=torch.int64)
+            header |= {"format": RANK_ONE_VERSION, "rank_one": sorted(recorded)}
         header["digest"] = _digest(header, tensors)
         write_tensors(path, tensors, {"zofo": json.dumps(header)})
 
@@ -237,8 +305,9 @@ class Trajectory:
         tensors, metadata = read_tensors(path)
         with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
             header = parse_json(metadata["zofo"])
+            is_rank_one = header["distribution"] == "rank-one"
             versions = {
-                "format": FORMAT_VERSION,
+                "format": RANK_ONE_VERSION if is_rank_one else FORMAT_VERSION,
                 "noise_version": NOISE_VERSION,
                 "dtype_policy": DTYPE_POLICY,
             }
@@ -286,6 +355,9 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     num_steps = len(scalars)
     tables = [tensors[key] for key in ("lr", "weight_decay")]
     seed, eps = header["seed"], header["eps"]
+    counts = tensors.get("num_directions")
+    if counts is None:
+        counts = torch.full((num_steps,), scalars.shape[-1])
     sound = {
         "num_steps": header["num_steps"] == num_steps,
         "groups": num_steps * max(1, len(groups)) <= MAX_UPDATES,
@@ -302,6 +374,10 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         "projected_grad": _is_table(scalars, (num_steps,))
         and (0 < scalars.shape[1] < MAX_DIRECTIONS or not num_steps),
         "lr and weight_decay": all(_is_table(t, (1, num_steps), len(groups)) for t in tables),
+        "rank_one": set(header.get("rank_one", [])) <= set(indices),
+        "num_directions": counts.dtype == torch.int64
+        and counts.shape == (num_steps,)
+        and bool(((counts > 0) & (counts <= scalars.shape[1])).all()),
     }
     wrong = [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
@@ -310,12 +386,20 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         steps = steps + torch.arange(num_steps)
     lrs, decays = (table.expand(num_steps, len(groups)).tolist() for table in tables)
     updates = [
-        tuple(Update(step, tuple(s), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
-        for step, s, row_lr, row_wd in zip(
-            steps.tolist(), scalars.tolist(), lrs, decays, strict=True
+        tuple(Update(step, tuple(s[:n]), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
+        for step, s, n, row_lr, row_wd in zip(
+            steps.tolist(), scalars.tolist(), counts.tolist(), lrs, decays, strict=True
         )
     ]
-    return Trajectory(seed, header["distribution"], eps, header["estimator"], groups, updates)
+    rank_one = frozenset(header.get("rank_one", ()))
+    drawing = seed, header["distribution"], eps, header["estimator"]
+    return Trajectory(*drawing, groups, updates, rank_one)
+
+
+def _filled(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The rows with zeros up to the longest. A direction with the factor 0 changes no bit."""
+    longest = max(map(len, rows), default=0)
+    return [[*row, *[0.0] * (longest - len(row))] for row in rows]
 
 
 def _compressed(steps: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WRAPPED_NAME = "_orig_mod."
 """What `torch.compile(module)` inserts into the names of the parameters."""
@@ -79,6 +79,19 @@ class AroundCompiledCall:
     def remove(self) -> None:
         """Put the compiled call back."""
         self._module._compiled_call_impl = self._compiled
+
+
+class InsteadOfForward:
+    """Makes a function the forward of one module, whose hooks stay, until removed."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
+        self._module = module
+        # The argument keeps the name that it has in nn.Linear.forward, for calls by keyword.
+        vars(module)["forward"] = lambda input: function(input)
+
+    def remove(self) -> None:
+        """Give the module its class's forward back."""
+        vars(self._module).pop("forward", None)
 
 
 def _is_graph(function: Any) -> bool:

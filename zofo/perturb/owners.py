@@ -13,10 +13,12 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
-from zofo.perturb.tiles import TiledLinear, is_tileable
+from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 # A weight of at most this size is swapped for the whole forward, because the hooks of its module
 # would take longer than its computation.
@@ -26,6 +28,26 @@ _SMALL_SHARE = 64
 
 The biases of tiled layers come on top.
 """
+
+
+ATOMIC: tuple[type[nn.Module], ...] = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.RNNBase,
+)
+"""Module classes that read the weights of their children directly."""
+
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")
+_MIXERS = (
+    *("MambaMixer", "FalconMambaMixer", "Mamba2Mixer", "JambaMambaMixer", "BambaMixer"),
+    *("FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
+)
+CHILDREN_READ: dict[str, tuple[str, ...]] = {
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+    **dict.fromkeys(_MIXERS, _MAMBA),
+}
+"""Class name -> paths of the modules below it whose own weights its forward reads directly."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +160,15 @@ def find_owners(
     return list(owners.values())
 
 
-def take_small(owners: Sequence[Owner]) -> list[Slot]:
-    """Remove the slots of small weights from their owners, and return them."""
+def take_small(owners: Sequence[Owner], largest: int) -> list[Slot]:
+    """Remove the slots of small weights from their owners, and return them.
+
+    Args:
+        owners: of the perturbed weights.
+        largest: size of the largest layer in bytes.
+    """
     hooked = [owner for owner in owners if not owner.is_lookup]
-    room = max((owner.num_bytes for owner in hooked), default=0) // _SMALL_SHARE
+    room = largest // _SMALL_SHARE
     taken = []
     for owner in hooked:
         tied = [slot for _, slot in owner.ties]
@@ -154,6 +181,27 @@ def take_small(owners: Sequence[Owner]) -> list[Slot]:
                 owner.slots.remove(slot)
                 taken.append(slot)
     return taken
+
+
+def give_tiles(
+    owners: Sequence[Owner], seed: int, distribution: Distribution
+) -> dict[torch.dtype, Tensor]:
+    """Give large linear layers their tiles; returns the scratch that they share, by dtype."""
+    found: list[tuple[Owner, Slot]] = []
+    for owner in owners:
+        is_alone = len(owner.slots) == 1 and not owner.ties
+        if is_alone and owner.slots[0].module is owner.module and is_tileable(owner.module):
+            found.append((owner, owner.slots[0]))
+    sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
+    for _, slot in found:
+        dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
+        sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
+    scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+    for owner, slot in found:
+        weight = slot.parameter
+        tile = scratch[weight.dtype]
+        owner.tiles = TiledLinear(weight, slot.tensor, tile, seed=seed, distribution=distribution)
+    return scratch
 
 
 def _is_called(module: nn.Module) -> bool:

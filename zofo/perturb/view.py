@@ -6,6 +6,10 @@ is never written, so after an exception or Ctrl-C no weight has to be restored. 
 another uses the same scratch, so the extra memory is that of the largest layer. Small weights, such
 as norms and biases, are computed together before the forward, into scratch of their own.
 
+Under the distribution "rank-one", plain linear layers and embeddings need no perturbed weight: a
+path beside the layer adds to its output (`zofo.perturb.side_path`). The other weights have
+independent signs as above, one direction for the whole batch.
+
 A module that reads a child's weight without calling the child would see the unperturbed weight.
 Known modules of this kind (`ATOMIC`, and those that `zofo.perturb.owners` finds) swap their whole
 subtree during their call. Modules in `CHILDREN_READ` swap only the named children. The self-check
@@ -25,32 +29,21 @@ import torch
 from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, combine_rows
-from zofo.perturb.compiled import AroundCompiledCall, compiled_modules, is_compiled, running_eagerly
+from zofo.perturb.compiled import (
+    AroundCompiledCall,
+    InsteadOfForward,
+    compiled_modules,
+    is_compiled,
+    running_eagerly,
+)
 from zofo.perturb.overlap import Overlap, overlap_on, streams_of
-from zofo.perturb.owners import Owner, Slot, find_owners, take_small
+from zofo.perturb.owners import ATOMIC as ATOMIC
+from zofo.perturb.owners import CHILDREN_READ as CHILDREN_READ
+from zofo.perturb.owners import Owner, Slot, find_owners, give_tiles, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
-from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
-
-ATOMIC: tuple[type[nn.Module], ...] = (
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.RNNBase,
-)
-"""Module classes that read the weights of their children directly."""
-
-_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")
-_MIXERS = (
-    *("MambaMixer", "FalconMambaMixer", "Mamba2Mixer", "JambaMambaMixer", "BambaMixer"),
-    *("FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
-)
-CHILDREN_READ: dict[str, tuple[str, ...]] = {
-    "DebertaEncoder": ("rel_embeddings",),
-    "DebertaV2Encoder": ("rel_embeddings",),
-    **dict.fromkeys(_MIXERS, _MAMBA),
-}
-"""Class name -> paths of the modules below it whose own weights its forward reads directly."""
+from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
 
 _T = TypeVar("_T")
 
@@ -63,7 +56,7 @@ class Perturbation:
         parameters: the perturbed weights.
         tensors: their tensor indices, which address directions, as in `Blocks.base_index`.
         seed: seed of the run, in [0, 2^64).
-        distribution: "rademacher" or "gaussian".
+        distribution: "rademacher", "gaussian" or "rank-one".
         overlap: on CUDA, compute the next layer's weights while a layer runs, into a second
             scratch buffer. The bits are the same. Off by default: it has not been timed on a GPU.
     """
@@ -80,7 +73,13 @@ class Perturbation:
     ) -> None:
         self.seed, self.distribution, self.overlap = seed, distribution, overlap
         self._tensors = dict(zip(parameters, tensors, strict=True))
-        self._scratch = Scratch(seed, distribution)
+        # What has no rank-one direction has independent signs.
+        self._dense: Distribution = "rademacher" if distribution == "rank-one" else distribution
+        self._scratch = Scratch(seed, self._dense)
+        self._not_by_rows: set[int] = set()  # tensor indices
+        self._paths: dict[Owner, SidePath] = {}
+        self._directions = RowDirections()
+        self._unfit: dict[int, tuple[Slot, Sequence[int]]] = {}  # of this evaluation
         self._entered: dict[Owner, None] = {}
         self._stack: list[Owner] = []
         self._point: tuple[float, int, int] | None = None
@@ -95,11 +94,15 @@ class Perturbation:
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
         owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
-        self._small = Owner(model, take_small(owners))
+        largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
+        if self.distribution == "rank-one":
+            self._paths = take_matrices(owners, self.seed, self._not_by_rows)
+        self._small = Owner(model, take_small(owners, largest))
         self._owners = [owner for owner in owners if owner.slots]
         self._scratch.forget_owners()
         self._ahead = None
-        self._tile = self._make_tiles()
+        plain = [] if self._compiled else self._owners
+        self._tile = give_tiles(plain, self.seed, self._dense)
         whole = sum(p.numel() for p in model.parameters())
         for owner in self._owners:
             # The owner of a compiled module has the weights of its whole subtree.
@@ -132,9 +135,27 @@ class Perturbation:
         """The module whose forward is perturbed."""
         return self._model
 
+    @property
+    def rank_one(self) -> frozenset[int]:
+        """Tensor indices of the weights whose directions are rank-one."""
+        return frozenset(path.slot.tensor for path in self._paths.values())
+
+    def only_rank_one(self, tensors: Collection[int]) -> None:
+        """Give independent signs to all weights whose tensor index is not among `tensors`."""
+        others = self.rank_one.difference(tensors)
+        if others:
+            self._not_by_rows |= others
+            self.follow(self._model)
+
     @contextmanager
     def at(
-        self, scale: float, *, step: int, direction: int = 0, self_check: bool = False
+        self,
+        scale: float,
+        *,
+        step: int,
+        direction: int = 0,
+        self_check: bool = False,
+        directions: RowDirections | None = None,
     ) -> Iterator[None]:
         """Inside the context, the model computes with w + scale · v[step, direction].
 
@@ -143,9 +164,12 @@ class Perturbation:
             step: the optimizer step.
             direction: index of the direction.
             self_check: watch for reads of unperturbed weights.
+            directions: those of the rows, for the distribution "rank-one"; None: `direction` for
+                all rows.
 
         Raises:
             SelfCheckError: after such a read; it names the weight and its module.
+            NotByRows: if a layer cannot tell the rows apart; `only_rank_one` can leave it out.
         """
         if self._point is not None:
             raise RuntimeError("the model is already being evaluated at a perturbed point")
@@ -155,13 +179,18 @@ class Perturbation:
         ahead = self._overlap()
         self._entered.clear()
         handles: list[Any] = []
-        owners = [*self._owners, self._small]
-        self._watch = ReadWatch(owners, self._children_read) if self_check else None
+        served = [Owner(path.owner.module, [path.slot]) for path in self._paths.values()]
+        watched = [*self._owners, self._small, *served]
+        self._watch = ReadWatch(watched, self._children_read) if self_check else None
         self._point = (scale, step, direction)
+        self._directions = directions or RowDirections(direction)
+        self._unfit.clear()
         is_whole = False
         try:
             # Layers begin at level 1, so no layer reuses the buffer of the small weights.
             self._swap_in(self._small, level=0)
+            for owner, path in self._paths.items():
+                handles += self._hook_path(owner, path)
             for owner in self._owners:
                 handles += self._hooks(owner)
             if self._watch is None:
@@ -170,6 +199,8 @@ class Perturbation:
                 with running_eagerly(), self._watch:
                     yield
                 self._watch.check()
+            if self._unfit:
+                raise NotByRows(self._unfit)
             is_whole = True
         finally:
             for handle in handles:
@@ -281,7 +312,7 @@ class Perturbation:
             )
             return [hook, *(self._watch.pause_during(module) if self._watch is not None else ())]
         if owner.tiles is not None:
-            return [_InsteadOfForward(module, functools.partial(self._multiply, owner))]
+            return [InsteadOfForward(module, functools.partial(self._multiply, owner))]
         enter, leave = functools.partial(self._enter, owner), functools.partial(self._leave, owner)
         if module._compiled_call_impl is not None:
             return [AroundCompiledCall(module, enter, leave)]
@@ -289,6 +320,24 @@ class Perturbation:
             module.register_forward_pre_hook(lambda *_: enter(), prepend=True),
             module.register_forward_hook(lambda _, args, output: leave(output), always_call=True),
         ]
+
+    def _hook_path(self, owner: Owner, path: SidePath) -> list[Any]:
+        """Hook the layer of a side path, ahead of hooks that add to its output."""
+
+        def add(_: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            assert self._point is not None
+            scale, step, _ = self._point
+            self._note(owner)
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not path.fits(x, self._directions):
+                self._unfit[path.slot.tensor] = path.slot, x.shape
+                return output
+            with self._paused():
+                return path.add(x, output, scale, step, self._directions)
+
+        module = owner.module
+        hook = module.register_forward_hook(add, prepend=True, with_kwargs=True)
+        return [hook, *(self._watch.pause_during(module) if self._watch is not None else ())]
 
     def _enter(self, owner: Owner) -> None:
         owner.calls += 1
@@ -335,7 +384,7 @@ class Perturbation:
                 step=step,
                 tensor=slot.tensor,
                 first_direction=direction,
-                distribution=self.distribution,
+                distribution=self._dense,
             )
             return table.view(*ids.shape, -1)  # [..., width], from [rows, width]
 
@@ -383,39 +432,3 @@ class Perturbation:
         if self._ahead is not None:
             self._ahead.begin()
         return self._ahead
-
-    def _make_tiles(self) -> dict[torch.dtype, Tensor]:
-        """Give large linear layers their tiles; returns the scratch that they share, by dtype."""
-        found: list[tuple[Owner, Slot]] = []
-        for owner in self._owners:
-            module, slots = owner.module, owner.slots
-            is_alone = len(slots) == 1 and not owner.ties and not self._compiled
-            if is_alone and slots[0].module is module and is_tileable(module):
-                found.append((owner, slots[0]))
-        sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
-        for _, slot in found:
-            dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
-            sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
-        scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        for owner, slot in found:
-            owner.tiles = TiledLinear(
-                slot.parameter,
-                slot.tensor,
-                scratch[slot.parameter.dtype],
-                seed=self.seed,
-                distribution=self.distribution,
-            )
-        return scratch
-
-
-class _InsteadOfForward:
-    """Makes a function the forward of one module, whose hooks stay, until removed."""
-
-    def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
-        self._module = module
-        # The argument keeps the name that it has in nn.Linear.forward, for calls by keyword.
-        vars(module)["forward"] = lambda input: function(input)
-
-    def remove(self) -> None:
-        """Give the module its class's forward back."""
-        vars(self._module).pop("forward", None)

@@ -21,11 +21,14 @@ def forward_equivalents(
     """
     method, share = METHODS[config.method], share_of(config)
     writes = config.zo_objective == "f1"
+    again = writes or (share < 1 and part_again)
+    # A central difference of the whole batch needs no unperturbed loss.
+    is_needed = config.estimator == "forward" or config.directions_per_step != 1
     a_move = cost.forwards_of_a_move(
         config.estimator,
         config.num_directions,
         share * (cost_of_answers if writes else 1),
-        again=writes or (share < 1 and part_again),
+        again=again and is_needed,
     )
     moves = cost.num_moves(steps, config.base_every) if method.zeroth else 0
     return cost.forward_equivalents(

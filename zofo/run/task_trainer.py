@@ -103,6 +103,24 @@ class TaskTrainer(HybridTrainer):
         loss, self._shares, self._errors = losses_and_errors(model, inputs, self.objective)
         return (loss, {}) if return_outputs else loss
 
+    def row_losses(
+        self, model: nn.Module, outputs: Any, labels: Any, loss: Tensor, num_items_in_batch: Any
+    ) -> Tensor:
+        """Each example's share of the loss: [examples]."""
+        shares: Tensor = self._shares
+        return shares / len(shares)
+
+    def examples_of(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The example of each row of the model's input."""
+        if "place" not in inputs:
+            return None
+        place, candidate = inputs["place"], inputs["candidate"]
+        # Each scored token has a place in a row, and a candidate of an example.
+        rows = place[:, 0][inputs["token_place"]]
+        examples = candidate[:, 0][inputs["token_candidate"]]
+        found = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=rows.device)
+        return found.index_put((rows,), examples)
+
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
         """The number of examples. One example may have several rows in the tensors."""
         return len(inputs["gold"])
@@ -143,9 +161,13 @@ class TaskTrainer(HybridTrainer):
                 _, shares, errors = losses_and_errors(model, examples, self.objective)
             wanted = shares if self.zo_objective == "loss" else errors
             assert wanted is not None
-            return wanted.mean() / divisor
+            return self._loss_from(wanted) / divisor
 
-        return ZerothLoss(closure, share, known[:num].mean() / divisor)
+        return ZerothLoss(closure, share, self._loss_from(known[:num]) / divisor)
+
+    def _loss_from(self, values: Tensor) -> Tensor:
+        """The mean of the examples' values; or their shares of it, if rows have directions."""
+        return values / len(values) if self.is_by_rows else values.mean()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -206,6 +206,8 @@ def _digest(trajectory: Trajectory, num_updates: int) -> str:
     It hashes the `repr` of GroupSpec and Update. Keep their names and fields, or copies that other
     versions wrote are no longer recognised.
     """
-    parts = (trajectory.seed, trajectory.distribution, trajectory.groups)
+    parts: tuple[Any, ...] = (trajectory.seed, trajectory.distribution, trajectory.groups)
+    if trajectory.rank_one:
+        parts = (*parts, sorted(trajectory.rank_one))
     text = repr((parts, trajectory.updates[:num_updates]))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -20,11 +20,14 @@ from zofo.optim.batch_part import batch_rows, num_rows_of, split_rows
 from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.trainer.row_losses import check_shares, row_shares
 from zofo.trainer.trainer_mixin import TrainerMixin
 
 
 class BatchLossMixin(TrainerMixin):
     """Evaluates the losses of `HybridMixin`."""
+
+    _shares_are_checked = False
 
     def compute_zeroth_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -91,6 +94,77 @@ class BatchLossMixin(TrainerMixin):
         first, rest = split_rows(inputs, num_first)
         return taken(first, num_first), taken(rest, num_rows - num_first)
 
+    def row_losses(
+        self, model: nn.Module, outputs: Any, labels: Any, loss: Tensor, num_items_in_batch: Any
+    ) -> Tensor:
+        """Compute each row's share of the loss, for directions of rows.
+
+        Override it if `compute_loss` is not the cross-entropy of the model's logits. zofo checks in
+        the first step that the sum of the shares is the loss.
+
+        Args:
+            model: the model.
+            outputs: the outputs that `compute_loss` returned.
+            labels: `labels` of the micro-batch, or None.
+            loss: the loss that `compute_loss` returned, shape [].
+            num_items_in_batch: as for `compute_loss`.
+
+        Returns:
+            The shares, [rows].
+
+        Raises:
+            UserError: if the outputs have no logits, or the labels another form.
+        """
+        smoothing = self.args.label_smoothing_factor
+        return row_shares(model, outputs, labels, loss, num_items_in_batch, smoothing)
+
+    def examples_of(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The share in `row_losses` that each row of the model's input belongs to.
+
+        Returns:
+            int64 [rows of the input]; None: there is one share for each row.
+        """
+        return None
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether the rows of a batch have directions of their own."""
+        return self.hybrid_optimizer.options.directions_per_step != 1
+
+    @contextmanager
+    def noting_row_losses(self) -> Iterator[list[Tensor]]:
+        """Note the rows' shares of every loss that `compute_loss` computes in the context.
+
+        The shares are detached, and divided as the loss of a micro-batch is.
+        """
+        noted: list[Tensor] = []
+        compute_loss = self.compute_loss
+
+        def noting(
+            model: nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            labels = inputs.get("labels")
+            loss, outputs = compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            with torch.no_grad():
+                shares = self.row_losses(model, outputs, labels, loss, num_items_in_batch)
+                if not self._shares_are_checked:
+                    check_shares(shares.detach(), loss.detach(), type(self))
+                    self._shares_are_checked = True
+            noted.append(shares.detach() / self._loss_divisor(num_items_in_batch))
+            return (loss, outputs) if return_outputs else loss
+
+        # An attribute of the instance, because a subclass may override the method.
+        vars(self)["compute_loss"] = noting
+        try:
+            yield noted
+        finally:
+            del vars(self)["compute_loss"]
+
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
         """Number of rows in a micro-batch that `batch_part` can split."""
         return batch_rows(inputs)
@@ -128,7 +202,8 @@ class BatchLossMixin(TrainerMixin):
 
         def evaluate(part: ZerothLoss) -> Tensor:
             closure = optimizer.unchanged_by(part.closure)
-            return unperturbed(closure, generators, with_graph=optimizer.evaluates_with_graph)
+            graph = optimizer.evaluates_with_graph
+            return unperturbed(closure, generators, with_graph=graph).sum()
 
         known = evaluate(whole) if loss is None else loss
         check_part(known, evaluate(first), evaluate(rest), type(self))
@@ -152,11 +227,20 @@ class BatchLossMixin(TrainerMixin):
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
         return loss / self._loss_divisor(num_items_in_batch)
 
+    def _row_losses_of(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """The rows' shares of the loss of a micro-batch, [rows]."""
+        with self.noting_row_losses() as noted:
+            self._loss_of(model, inputs, num_items_in_batch)
+        return noted[-1]
+
     def _zeroth_loss_of(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> Tensor | float:
         if not self.has_zeroth_loss:
-            return self._loss_of(model, inputs, num_items_in_batch)
+            evaluate = self._row_losses_of if self.is_by_rows else self._loss_of
+            return evaluate(model, inputs, num_items_in_batch)
         batch = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             loss = self.compute_zeroth_loss(model, batch, num_items_in_batch)

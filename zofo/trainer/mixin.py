@@ -13,6 +13,7 @@ accumulation and `report_to` keep working.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create one `HybridOptimizer` for both blocks; Trainer calls this."""
         self._measured_step, self._parts_are_checked = None, False
+        self._shares_are_checked = False
         if self.optimizer is None:
             self._hybrid = self._history = None
             self.optimizer = self._new_optimizer(self.model if model is None else model)
@@ -148,20 +150,27 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             optimizer.measure(lambda: loss, loss)
             return loss
 
+        by_rows = self.is_by_rows
+
         def closure() -> Tensor:
-            return self._loss_of(model, inputs, num_items_in_batch)
+            evaluate = self._row_losses_of if by_rows else self._loss_of
+            return evaluate(model, inputs, num_items_in_batch)
 
         view = optimizer.perturbation
         if view is not None and model is not view.model:
             view.follow(model)  # accelerate has wrapped the model.
         # With the state before the pass, the perturbed evaluations repeat its dropout masks.
         generators = optimizer.before_pass()
-        if optimizer.inner is not None:
-            loss = super().training_step(model, dict(inputs), num_items_in_batch)
-        else:
-            model.train()
-            with torch.no_grad():
-                loss = closure().detach()  # []
+        noting: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if by_rows:
+            noting = self.noting_row_losses()
+        with noting as noted:
+            if optimizer.inner is not None:
+                loss = super().training_step(model, dict(inputs), num_items_in_batch)
+            else:
+                model.train()
+                with torch.no_grad():
+                    loss = self._loss_of(model, inputs, num_items_in_batch).detach()  # []
         instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
         with metrics_set_aside(self):
             # Unless the masks are replayed, dropout makes two evaluations differ.
@@ -171,7 +180,9 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 known = None if self.has_zeroth_loss else loss
                 self._check_parts(known, whole, instead, rest, generators)
             self._parts_are_checked = True
-            optimizer.measure(closure, loss, generators, instead)
+            measured = noted[-1].to(loss.device) if by_rows else loss
+            examples = self.examples_of(inputs)
+            optimizer.measure(closure, measured, generators, instead, examples)
         return loss
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
