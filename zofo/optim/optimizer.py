@@ -229,36 +229,9 @@ class HybridOptimizer(StatefulOptimizer):
                 with refusing_scalers():
                     self._check_repeats(instead.closure, reference, generators)
                 before += instead.cost_so_far() - spent
-            evaluate = functools.partial(
-                projected_gradients,
-                instead.closure,
-                self.perturbation,
-                eps=options.eps,
-                step=self.step_count,
-                estimator=options.estimator,
-                generators=generators,
-                with_graph=self.inner is not None,
+            scalars, num_rows, left_out = self._difference(
+                instead.closure, reference, generators, examples
             )
-            if not by_rows:
-                scalars = evaluate(
-                    None if reference is None else reference.sum(),
-                    num_directions=options.num_directions,
-                    self_check=self._self_check,
-                )
-            else:
-                shares = shares_of(reference)
-                plan = RowPlan.of(options.directions_per_step, self._num_rows, shares, examples)
-                scalars, left_out = row_gradients(
-                    evaluate,
-                    plan,
-                    shares,
-                    self.perturbation,
-                    eps=options.eps,
-                    self_check=self._self_check,
-                    has_moved=self._has_moved_base,
-                )
-                self._num_rows += len(plan.of_examples)
-                self._left_out = left_out if self._left_out is None else self._left_out + left_out
             self._self_check = False
             if loss is not None:  # a loss of another kind may lie on another device
                 scalars = scalars.to(loss.device)
@@ -268,11 +241,51 @@ class HybridOptimizer(StatefulOptimizer):
                 self._scalars = torch.cat((self._scalars, scalars))
             else:
                 self._scalars = self._scalars + scalars
+            self._num_rows += num_rows
+            if left_out is not None:
+                self._left_out = left_out if self._left_out is None else self._left_out + left_out
             self._num_forwards += instead.cost_since(before, evaluations)
             self.buffers.forget()
         if loss is not None:
             value = loss.detach().double().sum()
             self._loss = value + (0.0 if self._loss is None else self._loss)
+
+    def _difference(
+        self,
+        closure: Callable[[], Tensor | float],
+        reference: Tensor | None,
+        generators: GeneratorState | None,
+        examples: Tensor | None,
+    ) -> tuple[Tensor, int, Tensor | None]:
+        """The scalars s_k, the number of rows with directions, and how many rows were left out."""
+        assert self.perturbation is not None
+        options, self_check = self.options, self._self_check
+        evaluate = functools.partial(
+            projected_gradients,
+            closure,
+            self.perturbation,
+            eps=options.eps,
+            step=self.step_count,
+            estimator=options.estimator,
+            generators=generators,
+            with_graph=self.inner is not None,
+        )
+        if options.directions_per_step == 1:
+            loss = None if reference is None else reference.sum()
+            num_directions = options.num_directions
+            return evaluate(loss, num_directions=num_directions, self_check=self_check), 0, None
+        shares = shares_of(reference)
+        plan = RowPlan.of(options.directions_per_step, self._num_rows, shares, examples)
+        scalars, left_out = row_gradients(
+            evaluate,
+            plan,
+            shares,
+            self.perturbation,
+            eps=options.eps,
+            self_check=self_check,
+            has_moved=self._has_moved_base,
+        )
+        return scalars, len(shares), left_out
 
     def _check_repeats(
         self,
@@ -430,14 +443,6 @@ class HybridOptimizer(StatefulOptimizer):
         if device is None or not self._has_stepped or not has_small_first:
             return False
         return device.type == "cuda" if self._reads_late is None else self._reads_late
-
-    def _first_parameters(self, block: str | None = None) -> list[Tensor]:
-        groups = [g for g in self._groups("first") if block in (None, g.get("block"))]
-        return [p for group in groups for p in group["params"]]
-
-    def _distance_from(self, before: list[Tensor]) -> Tensor:
-        moved = torch._foreach_sub(self._first_parameters("adapter"), before)
-        return torch.stack(torch._foreach_norm(moved)).double().norm()
 
     def _clip(self) -> Tensor | None:
         if self.max_grad_norm is None or self.inner is None:

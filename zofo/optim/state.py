@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -184,6 +185,14 @@ class StatefulOptimizer(Optimizer):
 
     def _groups(self, order: str) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["order"] == order]
+
+    def _first_parameters(self, block: str | None = None) -> list[Tensor]:
+        groups = [g for g in self._groups("first") if block in (None, g.get("block"))]
+        return [p for group in groups for p in group["params"]]
+
+    def _distance_from(self, before: list[Tensor]) -> Tensor:
+        moved = torch._foreach_sub(self._first_parameters("adapter"), before)
+        return torch.stack(torch._foreach_norm(moved)).double().norm()
 
     def _share_state(self) -> None:
         if self.inner is not None:
