@@ -160,3 +160,5 @@ def test_finished_cells_stay_valid_and_options_that_no_engine_varies_are_refused
     assert digest_of(cell, "compiled") == "54ef5627a41d00151cb221531a857923"
     with pytest.raises(UserError, match="base_every"):
         Setting(base_every=2)
+    with pytest.raises(UserError, match="vectors, which have no rank"):
+        Setting(distribution="rank-one")

@@ -160,6 +160,18 @@ def test_a_read_beside_the_layer_is_found():
         model(torch.ones(2, 4))
 
 
+def test_only_weights_that_are_no_matrices_need_scratch():
+    model = zoo.bare("llama")
+    view = view_of(model, distribution="rank-one")
+    batch = zoo.batch_for("llama")
+    with torch.no_grad(), view.at(EPS, step=0):
+        model(**batch)
+    norms = sum(p.nbytes for p in model.parameters() if p.ndim == 1)
+    aligned = 64 * 4 * sum(p.ndim == 1 for p in model.parameters())  # each starts at a new line
+    assert view.largest_layer_bytes == norms
+    assert view.scratch_bytes <= aligned
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_the_exact_perturbation(dtype):
     model = Net().requires_grad_(False)

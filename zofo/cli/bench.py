@@ -38,7 +38,7 @@ def bench(
         str | None,
         typer.Option(help="CPU threads. 1,2 measures with 1 and with 2. Default: torch's number."),
     ] = None,
-    distribution: Annotated[str, typer.Option(help="rademacher or gaussian.")] = "rademacher",
+    distribution: Annotated[str, typer.Option(help="As of zofo train.")] = "rademacher",
     rounds: Annotated[int, typer.Option(help="Number of samples of each contender.")] = 7,
     only: Annotated[str | None, typer.Option(help="Contenders, with commas. Default: all.")] = None,
     elements: Annotated[int, typer.Option(help="Size of the noise kernels' weight.")] = 1 << 25,

@@ -58,6 +58,11 @@ class Setting(StepOptions):
         wrong = [key for key in unused if getattr(self, key) != getattr(StepOptions, key)]
         if wrong:
             raise UserError(f"the engine does not vary {', '.join(wrong)}; leave the default")
+        if self.distribution == "rank-one":
+            raise UserError(
+                "distribution is rank-one, and the blocks of these problems are vectors, which "
+                "have no rank; choose gaussian or rademacher"
+            )
 
     def as_dict(self) -> dict[str, float | str]:
         """The options that determine the numbers of a cell."""

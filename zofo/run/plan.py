@@ -140,6 +140,7 @@ def _memory(
             [p for g in zeroth for p in g["params"]],
             [t for g in zeroth for t in g["tensors"]],
             seed=0,
+            distribution=config.distribution,
             overlap=config.overlap and resolve_device(config.device) == "cuda",
         )
         scratch = view.largest_layer_bytes
