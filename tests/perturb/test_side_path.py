@@ -166,10 +166,9 @@ def test_only_weights_that_are_no_matrices_need_scratch():
     batch = zoo.batch_for("llama")
     with torch.no_grad(), view.at(EPS, step=0):
         model(**batch)
-    norms = sum(p.nbytes for p in model.parameters() if p.ndim == 1)
-    aligned = 64 * 4 * sum(p.ndim == 1 for p in model.parameters())  # each starts at a new line
-    assert view.largest_layer_bytes == norms
-    assert view.scratch_bytes <= aligned
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    assert 0 < view.largest_layer_bytes <= sum(p.nbytes for p in norms)
+    assert view.scratch_bytes <= 64 * 4 * len(norms)  # each starts at a multiple of 64 elements
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
