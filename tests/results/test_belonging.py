@@ -42,6 +42,18 @@ def test_the_file_of_another_run(two, name):
     assert "put the run's own file back" in row.error
 
 
+@pytest.mark.parametrize("name", ["advise.json", "stopped.json"])
+def test_a_record_that_only_some_runs_have(two, name):
+    own, other = two
+    for folder, step in ((own, 3), (other, 4)):
+        (folder / name).write_text(json.dumps({"step": step, "reason": "early_stopping"}))
+    assert "result.json does not name it" in mixed_up(own)
+    for folder in two:
+        assert mixed_up(seal(folder)) is None
+    shutil.copy(other / name, own)
+    assert "belongs to another run" in mixed_up(own)
+
+
 @pytest.mark.parametrize("name", ["run.yaml", "result.json", "study.json", "artifact/zofo.json"])
 @pytest.mark.parametrize("other", [{"seed": 1}, {"method": "fo-peft"}])
 def test_older_folders_are_compared_by_method_and_seed(tmp_path, name, other):

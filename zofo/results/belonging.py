@@ -1,6 +1,7 @@
 """Whether the files of a run folder belong to the same run.
 
-    result.json    files: digests of run.yaml, base.json, metrics.jsonl and artifact/zofo.json
+    result.json    files: digests of run.yaml, base.json, metrics.jsonl, artifact/zofo.json and,
+                   where the run has them, advise.json and stopped.json
     study.json     files: digest of run.yaml
 
 A run writes `result.json` last, and its study writes `study.json` after that. Records of older
@@ -22,7 +23,7 @@ CONFIG: Final = "run.yaml"
 RESULT: Final = "result.json"
 STUDY: Final = "study.json"
 HEADER: Final = "artifact/zofo.json"
-SEALED: Final = (CONFIG, "base.json", "metrics.jsonl", HEADER)
+SEALED: Final = (CONFIG, "base.json", "metrics.jsonl", HEADER, "advise.json", "stopped.json")
 """Files of a run that do not change once its result is written."""
 
 
@@ -45,6 +46,8 @@ def mixed_up(folder: Path) -> str | None:
         for name, digest in digests.items():
             if isinstance(known, dict) and known.get(name, digest) != digest:
                 return _problem(folder / name, f"its digest differs from the one in {record}")
+            if record == RESULT and isinstance(known, dict) and name not in known:
+                return _problem(folder / name, f"{record} does not name it")
     header, result, study = (_read(folder / name) for name in (HEADER, RESULT, STUDY))
     base, cell = header.get("base"), study.get("cell")
     method = cell.get("method") if isinstance(cell, dict) else None
