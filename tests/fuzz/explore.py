@@ -35,8 +35,7 @@ def explore(strategy: SearchStrategy[Any], check: Callable[[Any], None], *, quic
     """Check examples: at most `quick` in `make test`, and for the given time in `make fuzz`."""
     stop, spent = time.monotonic() + FUZZ_SECONDS / NUM_TESTS, [0.0]
 
-    @hypothesis.given(strategy)
-    def examples(value: Any) -> None:
+    def example(value: Any) -> None:
         is_over = time.monotonic() > stop if FUZZ_SECONDS else spent[0] > QUICK_CPU_S
         if is_over:
             return
@@ -46,8 +45,11 @@ def explore(strategy: SearchStrategy[Any], check: Callable[[Any], None], *, quic
         spent[0] += min(time.process_time() - start, QUICK_CPU_S / 4)
 
     if not FUZZ_SECONDS:
+        examples = hypothesis.given(strategy)(example)
         settings(settings.get_profile("zofo-test"), max_examples=quick)(examples)()
     while time.monotonic() < stop:
+        # hypothesis takes settings once for each function, so every round has a new one.
+        examples = hypothesis.given(strategy)(example)
         drawn = hypothesis.seed(random.SystemRandom().getrandbits(64))(examples)
         settings(settings.get_profile("zofo-fuzz"))(drawn)()
 
