@@ -287,3 +287,32 @@ def test_rates_by_group_leave_neither_what_was_measured_nor_how_far_weights_may_
     advice = ask(quadratic())
     points = (advice.zeroth_start, advice.zeroth_later)
     assert advice.base_lr["*"] <= 1.05 * min(min(p.reach, p.drift) for p in points)
+
+
+def test_a_direction_a_row_is_measured_along_rank_one_directions_and_given_a_larger_rate():
+    def rows_of(m, batch):
+        logits = m(input_ids=batch["input_ids"]).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+        ).view(len(logits), -1)
+        return losses.mean(), losses.mean(dim=1).detach()
+
+    one = batch_for("llama", rows=1)
+    found = {}
+    for directions in (1, "rows"):
+        # Equal rows agree, so that a direction for each averages over directions.
+        found[directions] = advise(
+            build("llama", "none"),
+            rows_of,
+            lambda rows: {name: tensor.expand(len(rows), -1) for name, tensor in one.items()},
+            48,
+            Setting(
+                method="zo-ft",
+                num_steps=20,
+                batch_size=8,
+                distribution="rank-one",
+                directions_per_step=directions,
+            ),
+        )
+    assert found[1].at_start == found["rows"].at_start
+    assert found["rows"].zeroth_start.one_step > 2 * found[1].zeroth_start.one_step

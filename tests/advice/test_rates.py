@@ -15,10 +15,12 @@ from zofo.advice.moments import moments, total
 from zofo.advice.rates import (
     FAR,
     NEAR,
+    bend,
     best_constant_rate,
     decrease,
     is_stable,
     loss_after,
+    noise_per_step,
     stable_rate,
     zeroth_rate,
 )
@@ -298,3 +300,43 @@ def test_caps_are_the_theorems():
     assert other.first == pytest.approx(1 / (50 * 100))
     assert cap(-1.0, batches=10, epochs=1).rate == math.inf
     assert epochs_to(0.1, batches=100, risk=0.1) == pytest.approx(1000 + 100)
+
+
+@pytest.mark.parametrize("num_directions", [1, 2, 8])
+def test_the_expected_change_of_directions_that_rows_share(num_directions):
+    """Monte Carlo on f = h/2 ‖x‖² with Gaussian directions and rows of independent noise."""
+    d, rows, h, row_noise, rate, draws = 10, 8, 2.0, 3.0, 0.02, 200_000
+    generator = np.random.default_rng(0)
+    gradient = np.linspace(-0.5, 1.0, d)
+    changes = np.zeros(draws)
+    of_rows = np.arange(rows) % num_directions
+    for part in np.array_split(np.arange(draws), 20):
+        v = generator.normal(size=(len(part), num_directions, d))
+        noise = generator.normal(size=(len(part), rows, d)) * math.sqrt(row_noise / d)
+        slopes = ((gradient + noise) * v[:, of_rows]).sum(axis=2) / rows  # [draws, rows]
+        estimate = (slopes[:, :, None] * v[:, of_rows]).sum(axis=1)
+        changes[part] = -rate * estimate @ gradient + rate**2 * h / 2 * (estimate**2).sum(axis=1)
+    trace, rayleigh = h * d, h
+    curvature = {"trace": trace, "rayleigh": rayleigh, "num_directions": num_directions}
+    expected = decrease(
+        rate,
+        signal=gradient @ gradient,
+        noise=noise_per_step(row_noise, rows, **curvature, by_rows=True),
+        curvature=bend(**curvature),
+    )
+    error = changes.std() / math.sqrt(draws)
+    assert -changes.mean() == pytest.approx(expected, abs=4 * error)
+    assert 4 * error < 0.1 * abs(expected)
+
+
+def test_a_direction_a_row_allows_a_larger_rate_where_rows_agree_and_none_where_they_do_not():
+    options = {"batch_rows": 8, "num_steps": 100, "trusted_to": 1e9}
+    rows = {"num_directions": 8, "by_rows": True}
+    agreeing = moments(measured(EIGENVALUES, GRADIENT, 1e-3))
+    gain = zeroth_rate(agreeing, **options, **rows).one_step
+    assert gain > 4 * zeroth_rate(agreeing, **options).one_step
+    noisy = moments(measured(EIGENVALUES, GRADIENT, 1e4))
+    same = zeroth_rate(noisy, **options, **rows)
+    assert same.noise * same.curvature == pytest.approx(
+        zeroth_rate(noisy, **options).noise * zeroth_rate(noisy, **options).curvature, rel=0.05
+    )

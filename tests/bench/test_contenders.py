@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_overlap_is_the_hybrid_step_and_for_cuda(bench):
         ("fo-peft", "adapter"),
         ("hybrid", "base adapter"),
         ("hybrid-central", "base adapter"),
+        ("hybrid-rows", "base adapter"),
         ("zo-ft", "base"),
+        ("zo-ft-rows", "base"),
         ("zo-ft-central", "base"),
         ("mezo", "base"),
         ("naive-hybrid", "base adapter"),
@@ -90,7 +93,9 @@ def test_a_contender_moves_its_blocks_and_leaves_no_gradients(bench, name, moved
         ("fo-peft", 1, 1),
         ("hybrid", 2, 1),
         ("hybrid-central", 3, 1),
+        ("hybrid-rows", 2, 1),
         ("zo-ft", 2, 0),
+        ("zo-ft-rows", 2, 0),
         ("zo-ft-central", 2, 0),
         ("mezo", 2, 0),
         ("naive-hybrid", 3, 1),
@@ -116,6 +121,7 @@ def test_forward_equivalents_are_the_forwards_made_and_the_backward(
         ("fo-peft", "fo-peft", "forward"),
         ("hybrid", "hybrid", "forward"),
         ("hybrid-central", "hybrid", "central"),
+        ("hybrid-rows", "hybrid", "forward"),
         ("zo-ft", "zo-ft", "forward"),
         ("fo-ft", "fo-ft", "forward"),
     ],
@@ -131,6 +137,20 @@ def test_both_trees_hold_the_same_base_weights(bench):
     assert {id(p) for p in adapted.base.values()} == {id(p) for p in bench.base}
     assert not any("lora" in name for name, _ in bench.plain.named_parameters())
     assert torch.equal(bench.loss(bench.plain), bench.loss(bench.adapted))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_the_shares_of_the_rows_sum_to_the_loss(adapter):
+    bench = Workbench(dataclasses.replace(SETTINGS, adapter=adapter))
+    shares = bench.row_shares(bench.adapted)
+    assert shares.shape == (2,)
+    torch.testing.assert_close(shares.sum(), bench.loss(bench.adapted))
+
+
+def test_rows_have_directions_of_their_own_in_the_step_by_rows(bench):
+    contender = KINDS["zo-ft-rows"](bench, BIG)
+    one_step(contender)
+    assert len(contender.optimizer.last_step.projected_grad) == SETTINGS.batch
 
 
 def test_mezo_changes_the_weights_by_its_update_and_nothing_else(bench):

@@ -206,12 +206,12 @@ class _Advisor:
             self.report(what, self.probe.cost)
 
     def _view(
-        self, names: Sequence[str] | None = None, *, distribution: Distribution = "gaussian"
+        self, names: Sequence[str] | None = None, *, distribution: Distribution | None = None
     ) -> Perturbation:
-        """The model at x + scale · v, where v covers some or all weights of the zeroth-order block.
-
-        Moments need Gaussian directions. `zofo.advice.moments` says why.
-        """
+        """The model at x + scale · v, where v covers some weights of the zeroth-order block."""
+        # `zofo.advice.moments` says which directions moments have.
+        if distribution is None:
+            distribution = "rank-one" if self.setting.distribution == "rank-one" else "gaussian"
         chosen = [self.zeroth[name] for name in (self.zeroth if names is None else names)]
         return Perturbation(
             self.model,
@@ -260,7 +260,7 @@ class _Advisor:
             groups,
             batch_rows=self.batch_rows,
             rate=self._rate_of(whole, advice).rate,
-            num_directions=self.setting.num_directions,
+            **self.setting.directions(self.batch_rows),
         )
         return whole
 
@@ -271,7 +271,7 @@ class _Advisor:
             batch_rows=self.batch_rows,
             num_steps=self.num_moves,
             trusted_to=advice.plateau.quadratic_to,
-            num_directions=self.setting.num_directions,
+            **self.setting.directions(self.batch_rows),
             pretrained_scale=self.scale if self.setting.zeroth == "base" else 0.0,
         )
 
@@ -304,7 +304,7 @@ class _Advisor:
             rate,
             batch_rows=self.batch_rows,
             num_steps=self.num_moves,
-            num_directions=self.setting.num_directions,
+            **self.setting.directions(self.batch_rows),
         )
 
     def _search(self, advice: Advice) -> FirstRate:
@@ -435,8 +435,7 @@ def _apply(advice: Advice, block: str, limit: float) -> bool:
 
 
 def _advice_seed(seed: int) -> int:
-    """A seed whose directions and row order differ from those of the run."""
-    # An odd factor is invertible modulo 2^64, so different seeds stay different.
+    """A seed whose directions and row order differ from the run's; the factor is invertible."""
     return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
 
 

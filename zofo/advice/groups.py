@@ -5,10 +5,11 @@ All groups share one scalar s. With rates η_g, one step has, except for terms b
     E f(x⁺) − f = −Σ_g η_g G_g + ½ E s² Σ_g η_g² τ_g         E s² of the whole block
     τ_g = tr H_gg / K + (1 + 1/K) κ_g (G_g + S_g / b) / E s²
 
-because only the group's own share of s is correlated with its directions. The best rates are η_g =
-G_g / (E s² τ_g): a group with a large gradient and little curvature may move more. The best
-decrease is ½ Σ_g G_g² / (E s² τ_g) with one rate per group, and ½ (Σ G_g)² / (E s² Σ τ_g) with one
-rate for all. The first is at least as large (Cauchy-Schwarz).
+because only the group's own share of s is correlated with its directions. D directions that rows
+share count as K = E s² / (G / D + S / b). The best rates are η_g = G_g / (E s² τ_g): a group with a
+large gradient and little curvature may move more. The best decrease is ½ Σ_g G_g² / (E s² τ_g) with
+one rate per group, and ½ (Σ G_g)² / (E s² Σ τ_g) with one rate for all. The first is at least as
+large (Cauchy-Schwarz).
 
 G_g is the mean of a few squares minus the noise of the rows: G_g = mean s² − S_g / b. Resampling
 four squares understates how far their mean may be wrong. The interval of η_g therefore reaches at
@@ -113,6 +114,7 @@ def split_rates(
     batch_rows: int,
     rate: float,
     num_directions: int = 1,
+    by_rows: bool = False,
 ) -> Split:
     """Give each group its own rate if the best rates of two groups differ measurably.
 
@@ -122,14 +124,18 @@ def split_rates(
         batch_rows: b.
         rate: rate of the whole block. The groups' rates are scaled so that the expected curvature
             term of a step, Σ η_g² τ_g, equals that of this one rate.
-        num_directions: K.
+        num_directions: K, or D with `by_rows`.
+        by_rows: whether the rows of a batch share the directions in turn.
     """
     replicates = {name: part.replicates for name, part in parts.items()}
     sizes = {n: np.maximum(r[:, 0], 0) + r[:, 1] / batch_rows for n, r in replicates.items()}
     size = np.maximum(sum(sizes.values()), 1e-300)  # E s² of the whole block, [resamples]
+    num: int | np.ndarray = num_directions
+    if by_rows:
+        noise = np.asarray(sum(r[:, 1] for r in replicates.values())) / batch_rows
+        num = size / np.maximum((size - noise) / num_directions + noise, 1e-300)
     bends = {
-        n: np.asarray(bend(r[:, 2], r[:, 3] * sizes[n] / size, num_directions))
-        for n, r in replicates.items()
+        n: np.asarray(bend(r[:, 2], r[:, 3] * sizes[n] / size, num)) for n, r in replicates.items()
     }
     careful_bends = {n: max(quantile(b, CAUTION, parts[n].num), 1e-30) for n, b in bends.items()}
     intervals: dict[str, Interval] = {}

@@ -5,6 +5,10 @@ gradient, H the Hessian, and κ = gᵀHg / ‖g‖² the curvature along the gra
 Gaussian even if the run uses random signs. Random signs would miss the diagonal of H: with them,
 cov(s², vᵀHv) is 2 gᵀHg − 2 Σ H_ii g_i², and κ would be too small. It matters most for large K.
 
+A run with rank-one directions is measured along them. Their cov(s², vᵀHv) has further terms, which
+may be large: with v = a bᵀ one of them is ‖g‖² times a curvature along b alone. κ then stands for
+half of this covariance over E s², so that tr H + 2 κ is what one direction meets.
+
 The largest eigenvalue is bounded, not measured: λ_max ≤ tr H and λ_max ≤ ‖H‖_F, where Var(vᵀHv) = 2
 ‖H‖_F².
 """

@@ -6,8 +6,15 @@ One step x ← x − η s v with s = v·g_B of a batch of b rows, E vvᵀ = I:
     A = E[s² vᵀHv] = E‖g_B‖² · τ            τ = tr H + 2 κ,  κ = gᵀHg / ‖g‖²  (Gaussian)
     E‖g_B‖² = E s² = G + S / b              S = variance of a row's gradient, summed over weights
 
-For random signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes A_K = E‖g_B‖² (τ
-/ K + (1 − 1/K) κ). The best rate for a single step is η = G / A_K.
+For random signs τ is smaller by 2 Σ H_ii g_i² / ‖g‖². With K directions A becomes A_K = E‖g_B‖²
+τ_K, where τ_K = τ / K + (1 − 1/K) κ. The best rate for a single step is η = G / A_K.
+
+If the rows of the batch share D directions in turn, each direction meets b / D rows only. More
+directions then average the gradient over directions, and do not average the noise of the rows more:
+
+    A = G τ_D + (S / b) τ
+
+This is the form above with K = D, if the noise S / b is multiplied by τ / τ_D.
 
 Over N steps at a constant rate, the gradient shrinks and the noise stays. We assume G ∝ f, the
 worst case of a Polyak–Łojasiewicz function with minimum 0. The loss then follows
@@ -68,11 +75,39 @@ _DECADES: Final = 4
 
 
 def bend(
-    trace: float | np.ndarray, rayleigh: float | np.ndarray, num_directions: int = 1
+    trace: float | np.ndarray,
+    rayleigh: float | np.ndarray,
+    num_directions: float | np.ndarray = 1,
 ) -> float | np.ndarray:
     """τ_K: the curvature that a step of K directions meets, relative to E‖g_B‖²."""
     share = 1 / num_directions
     return np.maximum((trace + 2 * rayleigh) * share + (1 - share) * rayleigh, 0.0)
+
+
+def noise_per_step(
+    row_noise: float | np.ndarray,
+    batch_rows: int,
+    *,
+    trace: float | np.ndarray,
+    rayleigh: float | np.ndarray,
+    num_directions: int = 1,
+    by_rows: bool = False,
+) -> float | np.ndarray:
+    """S / b, for directions that rows share multiplied by τ / τ_D.
+
+    Args:
+        row_noise: S.
+        batch_rows: b.
+        trace: tr H.
+        rayleigh: κ.
+        num_directions: K or D.
+        by_rows: whether rows share the directions.
+    """
+    noise = row_noise / batch_rows
+    if not by_rows or num_directions == 1:
+        return noise
+    shared = np.maximum(bend(trace, rayleigh, num_directions), 1e-30)
+    return noise * np.maximum(bend(trace, rayleigh) / shared, 1.0)
 
 
 def decrease(
@@ -87,7 +122,7 @@ def decrease(
     Args:
         rate: η.
         signal: G.
-        noise: S / b.
+        noise: S / b, from `noise_per_step`.
         curvature: τ_K.
     """
     return rate * signal - 0.5 * np.square(rate) * (np.maximum(signal, 0) + noise) * curvature
@@ -199,6 +234,7 @@ def zeroth_rate(
     num_steps: int,
     trusted_to: float,
     num_directions: int = 1,
+    by_rows: bool = False,
     pretrained_scale: float = 0.0,
 ) -> ZerothRate:
     """The rate of a block from its moments.
@@ -208,13 +244,22 @@ def zeroth_rate(
         batch_rows: b, the rows on which a step's difference is taken.
         num_steps: updates of the block in the run.
         trusted_to: distance along a direction up to which the loss was measured to be a parabola.
-        num_directions: K.
+        num_directions: K, or D with `by_rows`.
+        by_rows: whether the rows of a batch share the directions in turn.
         pretrained_scale: root mean square of pretrained weights; 0 for fresh weights.
     """
     replicates = found.replicates
     bends = np.asarray(bend(replicates[:, 2], replicates[:, 3], num_directions))
     signal = found.sure_signal
-    noise = found.row_noise / batch_rows
+    noises = noise_per_step(
+        replicates[:, 1],
+        batch_rows,
+        trace=replicates[:, 2],
+        rayleigh=replicates[:, 3],
+        num_directions=num_directions,
+        by_rows=by_rows,
+    )
+    noise = float(np.asarray(noises)[0])
     # The upper end of the interval guards against a curvature that was underestimated.
     curvature = quantile(bends, CAUTION, found.num)
     curvature = max(curvature, float(bends[0]), 1e-30)
@@ -224,11 +269,15 @@ def zeroth_rate(
         num_steps, loss=found.loss, signal=signal, noise=max(noise, 1e-30), curvature=curvature
     )
     size = max(found.signal, 0.0) + noise
+    # Mean square of the estimate for one weight: E s² / K, or the mean of the rows' if they share.
+    row_noise = found.row_noise / batch_rows
+    square = max(found.signal, 0.0) / num_directions
+    square += row_noise if by_rows else row_noise / num_directions
     drift = math.inf
-    # After N steps of a random walk a weight has moved η √(N E s² / K).
+    # After N steps of a random walk a weight has moved η √(N E ĝ²).
     if pretrained_scale > 0 and size > 0:
         allowed = (FAR if signal > 0 else NEAR) * pretrained_scale
-        drift = allowed / math.sqrt(num_steps * size / num_directions)
+        drift = allowed / math.sqrt(num_steps * square)
     if found.largest_slope == 0:  # no direction changes the loss, so no rate lowers it
         wanted = 0.0
     limits = {"no signal" if signal <= 0 else "horizon": wanted}
@@ -240,7 +289,7 @@ def zeroth_rate(
         one_step = found.signal / (size * curvature) if curvature > 1e-30 else math.inf
     by_replicate = {
         "signal": replicates[:, 0],
-        "noise": replicates[:, 1] / batch_rows,
+        "noise": noises,
         "curvature": bends,
     }
     gains = np.asarray(decrease(rate, **by_replicate))
@@ -256,7 +305,12 @@ def zeroth_rate(
         noise=noise,
         decrease=interval(float(gains[0]), gains, found.num),
         progress=progress_at(
-            found, rate, batch_rows=batch_rows, num_steps=num_steps, num_directions=num_directions
+            found,
+            rate,
+            batch_rows=batch_rows,
+            num_steps=num_steps,
+            num_directions=num_directions,
+            by_rows=by_rows,
         ),
         num_steps=num_steps,
         loss=found.loss,
@@ -293,17 +347,31 @@ def compromise(points: Sequence[tuple[Moments, ZerothRate]]) -> float:
 
 
 def progress_at(
-    found: Moments, rate: float, *, batch_rows: int, num_steps: int, num_directions: int = 1
+    found: Moments,
+    rate: float,
+    *,
+    batch_rows: int,
+    num_steps: int,
+    num_directions: int = 1,
+    by_rows: bool = False,
 ) -> Interval:
     """Expected decrease of the loss over a run at a given rate, with its interval."""
     replicates = found.replicates
+    trace, rayleigh = replicates[:, 2], replicates[:, 3]
     after = loss_after(
         rate,
         num_steps,
         loss=found.loss,
         signal=replicates[:, 0],
-        noise=replicates[:, 1] / batch_rows,
-        curvature=bend(replicates[:, 2], replicates[:, 3], num_directions),
+        noise=noise_per_step(
+            replicates[:, 1],
+            batch_rows,
+            trace=trace,
+            rayleigh=rayleigh,
+            num_directions=num_directions,
+            by_rows=by_rows,
+        ),
+        curvature=bend(trace, rayleigh, num_directions),
     )
     values = found.loss - after  # [resamples]
     return interval(float(values[0]), values, found.num)

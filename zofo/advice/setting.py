@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from zofo.advice.caps import Cap
 from zofo.advice.curvature import AlongUpdate
@@ -72,6 +72,12 @@ class Setting(StepOptions):
     def asks(self, block: str | None) -> bool:
         """Whether the advisor must find the rate of a block."""
         return block is not None and getattr(self, f"{block}_lr") == "auto"
+
+    def directions(self, num_rows: int) -> dict[str, Any]:
+        """`num_directions` and `by_rows` of a step on `num_rows` rows, for `zeroth_rate`."""
+        wanted, by_rows = self.directions_per_step, self.directions_per_step != 1
+        num = num_rows if wanted == "rows" else min(int(wanted), num_rows)
+        return {"num_directions": num if by_rows else self.num_directions, "by_rows": by_rows}
 
     @property
     def forwards_of_run(self) -> float:

@@ -6,7 +6,9 @@
     hybrid           zofo, forward difference; adapter by AdamW                    3
     hybrid-central   zofo, central difference; adapter by AdamW                    4
     hybrid-overlap   hybrid, a layer perturbed while the one before it runs (CUDA) 3
+    hybrid-rows      hybrid with a rank-one direction for each row                  3
     zo-ft            zofo, forward difference: the loss and one perturbed loss     2
+    zo-ft-rows       zo-ft with a rank-one direction for each row                   2
     zo-ft-central    zofo, central difference: MeZO's estimate                     2
     mezo             MeZO as its authors' code does it: four passes of torch.normal 2
     naive-hybrid     fo-peft's step, then mezo's                                   4
@@ -158,6 +160,7 @@ class Ours(Contender):
     estimator: Estimator = "forward"
     forward_equivalents = FirstOrder.forward_equivalents + forwards_per_direction("forward")
     overlap = False
+    by_rows = False
     uses_kernels = True
 
     def __init__(self, bench: Workbench, rate: float = RATE) -> None:
@@ -167,7 +170,8 @@ class Ours(Contender):
             self.model,
             optimizer="AdamW",
             estimator=self.estimator,
-            distribution=bench.settings.distribution,
+            distribution="rank-one" if self.by_rows else bench.settings.distribution,
+            directions_per_step="rows" if self.by_rows else 1,
             eps=EPS,
             self_check=False,  # The check would lengthen only the first step.
             overlap=self.overlap,
@@ -176,7 +180,11 @@ class Ours(Contender):
     def step(self) -> None:
         """Run a complete step of the optimizer."""
         assert isinstance(self.optimizer, HybridOptimizer)
-        self.optimizer.step(self.loss)
+        self.optimizer.step(self.row_shares if self.by_rows else self.loss)
+
+    def row_shares(self) -> Tensor:
+        """Each row's share of the loss of the batch: shape [rows]."""
+        return self.bench.row_shares(self.model)
 
 
 class OursCentral(Ours):
@@ -194,6 +202,13 @@ class OursOverlap(Ours):
     overlap = True
 
 
+class OursRows(Ours):
+    """A step of `HybridOptimizer` with a rank-one direction for each row."""
+
+    what = "hybrid with a rank-one direction for each row"
+    by_rows = True
+
+
 class OursFull(Ours):
     """A zeroth-order step of every weight by forward differences, without an adapter."""
 
@@ -202,6 +217,13 @@ class OursFull(Ours):
     forward_equivalents = 1 + forwards_per_direction("forward")
     trains = None
     has_adapter = False
+
+
+class OursFullRows(OursFull):
+    """A zeroth-order step of every weight with a rank-one direction for each row."""
+
+    what = "zo-ft with a rank-one direction for each row"
+    by_rows = True
 
 
 class OursFullCentral(OursFull):
@@ -310,7 +332,9 @@ KINDS: Final[Mapping[str, type[Contender]]] = {
     "hybrid": Ours,
     "hybrid-central": OursCentral,
     "hybrid-overlap": OursOverlap,
+    "hybrid-rows": OursRows,
     "zo-ft": OursFull,
+    "zo-ft-rows": OursFullRows,
     "zo-ft-central": OursFullCentral,
     "mezo": Mezo,
     "naive-hybrid": NaiveHybrid,

@@ -106,6 +106,14 @@ class Workbench:
         """The loss of the batch: shape []."""
         return model(**self.batch).loss
 
+    def row_shares(self, model: nn.Module) -> Tensor:
+        """Each row's share of the loss of the batch: shape [rows]."""
+        from zofo.trainer.row_losses import row_shares
+
+        # Without labels, the model does not compute its own loss, too.
+        inputs = {key: value for key, value in self.batch.items() if key != "labels"}
+        return row_shares(model, model(**inputs), self.batch["labels"])
+
 
 def _random_model(name: str, dtype: str, device: str) -> Any:
     import transformers as hf

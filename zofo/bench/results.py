@@ -41,9 +41,11 @@ STEP_RATIOS: Final = (
         ("fo-peft", "forward", "forward"),
     ),
     Ratio("hybrid-overlap / hybrid", ("hybrid-overlap",), ("hybrid",)),
+    Ratio("hybrid-rows / (fo-peft + forward)", ("hybrid-rows",), ("fo-peft", "forward")),
     Ratio("hybrid / naive-hybrid", ("hybrid",), ("naive-hybrid",)),
     Ratio("hybrid-central / naive-hybrid", ("hybrid-central",), ("naive-hybrid",)),
     Ratio("zo-ft / mezo", ("zo-ft",), ("mezo",)),
+    Ratio("zo-ft-rows / mezo", ("zo-ft-rows",), ("mezo",)),
     Ratio("zo-ft-central / mezo", ("zo-ft-central",), ("mezo",)),
     Ratio("zo-ft-central / 2 forwards", ("zo-ft-central",), ("forward", "forward")),
     Ratio("hybrid / fo-ft", ("hybrid",), ("fo-ft",)),
@@ -159,7 +161,7 @@ class Memory:
         """Peak of hybrid over FO-PEFT, also without the kernels' code and one layer's buffer."""
         found = {}
         peft = self.contenders.get("fo-peft", {}).get("peak")
-        for name in ("hybrid", "hybrid-central"):
+        for name in ("hybrid", "hybrid-central", "hybrid-rows"):
             ours = self.contenders.get(name, {})
             if peft is None or "peak" not in ours:
                 continue

@@ -66,16 +66,10 @@ def check_sections(config: RunConfig) -> list[str]:
         )
     problems += _check_paths(config) + _check_scores(config) + _check_reports(config)
     problems += rank_one_problems(config)
-    by_rows = config.directions_per_step != 1
-    if by_rows and config.zo_objective == "f1":
+    if config.directions_per_step != 1 and config.zo_objective == "f1":
         problems.append(
             f"directions_per_step is {config.directions_per_step!r} and zo_objective is f1, whose "
             "answers are written under one direction; set directions_per_step=1"
-        )
-    if by_rows and config.auto_keys:
-        problems.append(
-            f"{' and '.join(config.auto_keys)} auto is measured with one direction a step, and "
-            f"directions_per_step is {config.directions_per_step!r}; give numbers"
         )
     asked = [k for k in config.auto_keys if k in ("eps", f"{method.zeroth}_lr")]
     if asked and config.zo_objective != "loss":

@@ -19,8 +19,8 @@ def row_shares(
     model: nn.Module,
     outputs: Any,
     labels: Any,
-    loss: Tensor,
-    num_items_in_batch: Any,
+    loss: Tensor | None = None,
+    num_items_in_batch: Any = None,
     smoothing: float = 0.0,
 ) -> Tensor:
     """Compute the shares for a causal or sequence-to-sequence model or a classifier.
@@ -29,9 +29,10 @@ def row_shares(
         model: the model.
         outputs: its outputs, with `logits`: [rows, places, vocabulary] or [rows, classes].
         labels: int64, [rows, places] or [rows].
-        loss: the loss, shape [].
-        num_items_in_batch: number of labels in all micro-batches of the step, or None. Some models
-            divide by it, and others by the number of labels in the micro-batch.
+        loss: the loss, shape [], which tells by what the model divides; None: by the number of
+            labels in the micro-batch.
+        num_items_in_batch: number of labels in all micro-batches of the step, by which some models
+            divide, or None.
         smoothing: Trainer's `label_smoothing_factor`.
 
     Returns:
@@ -54,7 +55,8 @@ def row_shares(
         num_virtual = logits.shape[1] - labels.shape[1]
         labels = functional.pad(labels, (num_virtual, 0), value=_IGNORED)
         if _is_causal(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            # The labels are shifted, because a slice of the logits would be copied.
+            labels = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     losses = functional.cross_entropy(
         logits.float().flatten(0, -2),
         labels.flatten(),
@@ -64,7 +66,7 @@ def row_shares(
     ).view(labels.shape)
     sums = losses.view(len(labels), -1).sum(1)  # [rows]
     shares = sums / (labels != _IGNORED).sum()
-    if num_items_in_batch is None:
+    if num_items_in_batch is None or loss is None:
         return shares
     counted = sums / torch.as_tensor(num_items_in_batch, device=sums.device)
     is_counted = (counted.sum() - loss).abs() < (shares.sum() - loss).abs()
