@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompt", action="store_true", help="hybrid with a prompt of 10 tokens")
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=28, help="longer rows are left out")
+    parser.add_argument("--tokens", type=int, default=20, help="longer rows are left out")
     parser.add_argument("--dev", type=int, default=96, help="dev rows")
     parser.add_argument("--cost", type=int, default=160)
     parser.add_argument("--every", type=int, default=16, help="forwards between two dev losses")
@@ -63,8 +63,8 @@ class Race:
         self.runs: list[dict[str, Any]] = []
         if args.json.exists():
             self.runs = json.loads(args.json.read_text())["runs"]
-        _, tokenizer = load_model(args.model, head="lm")
-        encode = Encoder(tokenizer, head="lm", max_length=128)
+        _, tokenizer = load_model(args.model, head="causal-lm")
+        encode = Encoder(tokenizer, head="causal-lm", max_length=128)
         splits = load_splits(TaskSpec(name="rotten-tomatoes", num_train=7000))
         rows = [encode(row) for row in splits.train]
         short = [row for row in rows if max(map(len, row.rows)) <= args.tokens]
@@ -78,7 +78,7 @@ class Race:
             if (run["name"], run["rate"], run["seed"]) == (name, rate, seed):
                 return run
         args = self.args
-        model, _ = load_model(args.model, head="lm")
+        model, _ = load_model(args.model, head="causal-lm")
         torch.manual_seed(seed)
         if args.prompt:
             model = create_adapter(model, "prompt")

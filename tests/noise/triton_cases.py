@@ -20,7 +20,7 @@ from scipy import stats
 
 from tests.noise.test_noise import PUBLISHED
 from zofo.cli import doctor
-from zofo.noise import backends, philox, triton_kernels, triton_launch
+from zofo.noise import backends, philox, rank_one, triton_kernels, triton_launch
 from zofo.noise.combine import (
     PURPOSES,
     combine,
@@ -216,6 +216,22 @@ def test_rank_one_directions_bit_for_bit(dtype, rounding, on_device):
     combine_many(weights, given, tensors=range(3), decay=0.97, **options, **ADDRESS)
     for weight, wanted in zip(weights, expected, strict=True):
         assert_same_bits(weight, wanted)
+
+
+@pytest.mark.parametrize("size", [1, 130, 5000])
+def test_the_signs_of_a_side_are_those_of_the_reference(size):
+    kinds = {**ADDRESS, "tensor": 9}
+    for side, purpose in (("rows", philox.ROWS), ("columns", philox.COLUMNS)):
+        drawn = rank_one.signs(
+            size, side, num_directions=3, first_direction=4, device=DEVICE, **kinds
+        )
+        expected = philox.rademacher(
+            torch.arange(size).expand(3, size),
+            direction=torch.arange(4, 7)[:, None],
+            purpose=purpose,
+            **kinds,
+        )
+        assert torch.equal(drawn.cpu(), expected)
 
 
 def count_launches(monkeypatch, names=("combine_tensors", "combine_rows")):

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from zofo.noise import philox
+from zofo.noise import backends, philox
 from zofo.noise.address_checks import check_address
 
 Side = Literal["rows", "columns"]
@@ -57,14 +57,18 @@ def signs(
     """
     check_address(seed=seed, step=step, num_directions=first_direction + num_directions)
     purpose = _PURPOSES[side]
-    if torch.device(device).type == "cpu":
-        drawn = torch.empty(num_directions, size)
-        _filler()(drawn.numpy(), seed, step, first_direction, tensor, purpose)
-        return drawn
-    elements = torch.arange(size, device=device).expand(num_directions, size)
-    directions = torch.arange(num_directions, device=device)[:, None] + first_direction
     address: dict[str, Any] = {"seed": seed, "step": step, "tensor": tensor, "purpose": purpose}
-    return philox.rademacher(elements, direction=directions, **address)
+    chosen = backends.backend(torch.device(device).type)
+    if chosen == "torch":
+        elements = torch.arange(size, device=device).expand(num_directions, size)
+        directions = torch.arange(num_directions, device=device)[:, None] + first_direction
+        return philox.rademacher(elements, direction=directions, **address)
+    drawn = torch.empty(num_directions, size, device=device)
+    if chosen == "triton":
+        backends.triton_launch().fill_signs(drawn, first_direction=first_direction, **address)
+    else:
+        _filler()(drawn.numpy(), seed, step, first_direction, tensor, purpose)
+    return drawn
 
 
 def signs_of_rows(rows: Tensor, directions: Tensor, *, seed: int, step: int, tensor: int) -> Tensor:

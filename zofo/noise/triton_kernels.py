@@ -290,6 +290,32 @@ def _tile(
 
 
 @triton.jit(do_not_specialize=_ARGUMENTS)
+def fill_signs(
+    out,
+    size: tl.int64,
+    tiles_per_row: tl.int64,
+    tensor: tl.int64,
+    seed: tl.uint64,
+    step: tl.int64,
+    first_direction: tl.int64,
+    PURPOSE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Fill float32 [directions, size] with the signs of one side of a matrix."""
+    program = tl.program_id(0).to(tl.int64)
+    k, tile = program // tiles_per_row, program % tiles_per_row
+    first = tile * (BLOCKS * 128)
+    direction = (first_direction + k).to(tl.uint32)
+    words = _words(
+        first >> 7, BLOCKS, seed, step.to(tl.uint32), direction, tensor.to(tl.uint32), PURPOSE
+    )
+    word = tl.reshape(words, [BLOCKS * 4, 1])
+    is_negative = (word >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
+    at = first + tl.arange(0, BLOCKS * 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(out + k * size + at, tl.where(is_negative != 0, -1.0, 1.0), mask=at < size)
+
+
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def combine_rows(
     source,
     out,

@@ -118,6 +118,26 @@ def combine_rows(
     )
 
 
+def fill_signs(
+    drawn: Tensor, *, seed: int, step: int, first_direction: int, tensor: int, purpose: int
+) -> None:
+    """Fill float32 [directions, size] with the signs of one side of a matrix, in one launch."""
+    num_directions, size = drawn.shape
+    tiles_per_row = _num_tiles(size, _BLOCKS_PER_TILE)
+    with _on(drawn.device):
+        triton_kernels.fill_signs[(num_directions * tiles_per_row,)](
+            drawn,
+            size,
+            tiles_per_row,
+            tensor,
+            seed=seed,
+            step=step,
+            first_direction=first_direction,
+            PURPOSE=purpose,
+            BLOCKS=_BLOCKS_PER_TILE,
+        )
+
+
 def combine_many(
     weights: Sequence[Tensor],
     outs: Sequence[Tensor],
