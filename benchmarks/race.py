@@ -112,8 +112,8 @@ class Race:
         batch = self.collator(rows)
 
         def shares() -> Tensor:
-            values = objective_losses(model, batch)[1]  # [rows]
-            return values / len(values)
+            loss, values = objective_losses(model, batch)  # [], and [rows] without a graph
+            return (values + (loss - loss.detach())) / len(values)
 
         if name == "mezo":  # MeZO evaluates no unperturbed loss.
             optimizer.measure(shares, None, GeneratorState.capture())
