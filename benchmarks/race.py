@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {"distribution": "gaussian"},
     "rows": {"distribution": "rank-one", "directions_per_step": "rows"},
 }
-RATES = {"mezo": [1e-4, 2e-4], "paper": [1e-4, 2e-4], "rows": [6e-4, 1.2e-3]}
+RATES = {"mezo": [5e-5, 1e-4], "paper": [1e-4, 2e-4], "rows": [6e-4, 1.2e-3]}
 
 
 def parse() -> argparse.Namespace:
@@ -89,11 +89,12 @@ class Race:
             groups, model, optimizer="AdamW", seed=seed, self_check=False, **OPTIONS[name]
         )
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train), generator=generator).tolist()
-        curve, cost, at, due = [(0, self.dev_loss(model))], 0, 0, args.every
+        order: list[int] = []
+        curve, cost, due = [(0, self.dev_loss(model))], 0, args.every
         while cost < args.cost and curve[-1][1] > until:
-            rows = [self.train[i] for i in order[at : at + args.rows]]
-            at += args.rows
+            if len(order) < args.rows:
+                order = torch.randperm(len(self.train), generator=generator).tolist()
+            rows = [self.train[order.pop()] for _ in range(args.rows)]
             self.step(optimizer, model, rows, name)
             cost += 3 if args.prompt else 2
             if cost >= due or cost >= args.cost:

@@ -302,7 +302,7 @@ def test_a_direction_a_row_is_measured_along_rank_one_directions_and_given_a_lar
     for directions in (1, "rows"):
         # Equal rows agree, so that a direction for each averages over directions.
         found[directions] = advise(
-            build("llama", "none"),
+            build("llama", None),
             rows_of,
             lambda rows: {name: tensor.expand(len(rows), -1) for name, tensor in one.items()},
             48,

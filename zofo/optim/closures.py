@@ -7,7 +7,7 @@ first step evaluates it again at the unperturbed point, which costs one forward 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from zofo.errors import UserError
+from zofo.optim.estimator import unperturbed
+from zofo.optim.generators import GeneratorState
 
 SCALED: Final = (
     "HybridOptimizer needs the loss itself: multiplied by the scale of a GradScaler, it would move "
@@ -24,17 +26,29 @@ SCALED: Final = (
 )
 
 
-def check_repeats(loss: Tensor, again: Tensor, weights: Iterable[Tensor]) -> None:
-    """Check that a second evaluation gives the same loss, without which differences are noise.
+def check_repeats(
+    closure: Callable[[], Tensor | float],
+    known: Tensor | None,
+    generators: GeneratorState,
+    weights: Collection[Tensor],
+    *,
+    with_graph: bool,
+) -> None:
+    """Check that another evaluation gives the same loss, without which differences are noise.
 
     Args:
-        loss: the loss at the unperturbed point.
-        again: the loss of the second evaluation at the same point.
+        closure: returns the loss, shape [] or [rows].
+        known: the loss at the unperturbed point; None: it is evaluated first.
+        generators: the state before `known` was computed.
         weights: the perturbed weights, whose dtype and device limit how well a loss repeats.
+        with_graph: whether to evaluate in gradient mode, as `known` was.
 
     Raises:
         UserError: if the losses differ by more than rounding.
     """
+    known = unperturbed(closure, generators, with_graph=with_graph) if known is None else known
+    again = unperturbed(closure, generators, with_graph=with_graph).sum()
+    loss = known.detach().sum()
     # A pass with gradients may use other kernels than one without, which round differently.
     is_exact = all(w.dtype.itemsize >= 4 and w.device.type == "cpu" for w in weights)
     rounding = torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0

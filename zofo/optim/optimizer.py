@@ -26,9 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zofo.disk.files import fingerprint
 from zofo.errors import UserError
-from zofo.optim.blocks import split_parameters
 from zofo.optim.buffers import MovingBuffers
 from zofo.optim.closures import SCALED, check_repeats, refusing_scalers
 from zofo.optim.estimator import forwards_per_direction, projected_gradients, unperturbed
@@ -42,6 +40,7 @@ from zofo.optim.options import (
     optimizer_problems,
     step_values,
 )
+from zofo.optim.processes import Processes
 from zofo.optim.reports import StepLog, StepNumbers, StepReport
 from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
@@ -61,6 +60,8 @@ class HybridOptimizer(StatefulOptimizer):
         optimizer_kwargs: its further arguments.
         seed: seed of the directions, in [0, 2^64).
         max_grad_norm: clip the first-order gradient to this norm; None: do not clip.
+        process_group: a `torch.distributed` group whose processes take each step together; see
+            `zofo.optim.processes`. The caller averages the adapter's gradients. None: one process.
         reads_late: keep the scalars s_k of a step on the device and read them one step later, so
             that the host never waits. The results are the same. None: True on CUDA. `last_step`,
             `trajectory` and `state_dict` wait for the newest scalars.
@@ -81,6 +82,7 @@ class HybridOptimizer(StatefulOptimizer):
         optimizer_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        process_group: Any = None,
         reads_late: bool | None = None,
         options: StepOptions | None = None,
         **changes: Any,
@@ -115,6 +117,9 @@ class HybridOptimizer(StatefulOptimizer):
             Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
         )
         self._reads_late = reads_late
+        if process_group is not None:
+            self.processes = Processes(process_group, model)
+            self._log.part_in_words = self.processes.part_in_words
         self._has_stepped = self._ran_backward = self._has_moved_base = False
         self.base_fingerprint = None
         self.step_count = 0
@@ -227,9 +232,15 @@ class HybridOptimizer(StatefulOptimizer):
             if self._self_check and generators is not None:
                 spent = instead.cost_so_far()
                 with refusing_scalers():
-                    self._check_repeats(instead.closure, reference, generators)
+                    check_repeats(
+                        instead.closure,
+                        reference,
+                        generators,
+                        self.perturbation.parameters,
+                        with_graph=self.evaluates_with_graph,
+                    )
                 before += instead.cost_so_far() - spent
-            scalars, num_rows, left_out = self._difference(
+            scalars, counts, left_out = self._difference(
                 instead.closure, reference, generators, examples
             )
             self._self_check = False
@@ -241,7 +252,7 @@ class HybridOptimizer(StatefulOptimizer):
                 self._scalars = torch.cat((self._scalars, scalars))
             else:
                 self._scalars = self._scalars + scalars
-            self._num_rows += num_rows
+            self._rows += [counts] if counts else []
             if left_out is not None:
                 self._left_out = left_out if self._left_out is None else self._left_out + left_out
             self._num_forwards += instead.cost_since(before, evaluations)
@@ -256,8 +267,8 @@ class HybridOptimizer(StatefulOptimizer):
         reference: Tensor | None,
         generators: GeneratorState | None,
         examples: Tensor | None,
-    ) -> tuple[Tensor, int, Tensor | None]:
-        """The scalars s_k, the number of rows with directions, and how many rows were left out."""
+    ) -> tuple[Tensor, list[int], Tensor | None]:
+        """The scalars s_k, each process's number of rows with directions, and rows left out."""
         assert self.perturbation is not None
         options, self_check = self.options, self._self_check
         evaluate = functools.partial(
@@ -273,9 +284,13 @@ class HybridOptimizer(StatefulOptimizer):
         if options.directions_per_step == 1:
             loss = None if reference is None else reference.sum()
             num_directions = options.num_directions
-            return evaluate(loss, num_directions=num_directions, self_check=self_check), 0, None
+            return evaluate(loss, num_directions=num_directions, self_check=self_check), [], None
         shares = shares_of(reference)
-        plan = RowPlan.of(options.directions_per_step, self._num_rows, shares, examples)
+        counts, rank = [len(shares)], 0
+        if self.processes is not None:
+            counts, rank = self.processes.counts(len(shares)), self.processes.rank
+        start = sum(map(sum, self._rows)) + sum(counts[:rank])  # number of the first row
+        plan = RowPlan.of(options.directions_per_step, start, shares, examples)
         scalars, left_out = row_gradients(
             evaluate,
             plan,
@@ -285,20 +300,7 @@ class HybridOptimizer(StatefulOptimizer):
             self_check=self_check,
             has_moved=self._has_moved_base,
         )
-        return scalars, len(shares), left_out
-
-    def _check_repeats(
-        self,
-        closure: Callable[[], Tensor | float],
-        loss: Tensor | None,
-        generators: GeneratorState,
-    ) -> None:
-        """Compare the unperturbed loss with that of another evaluation, which is not counted."""
-        assert self.perturbation is not None
-        graph = self.evaluates_with_graph
-        known = unperturbed(closure, generators, with_graph=graph) if loss is None else loss
-        again = unperturbed(closure, generators, with_graph=graph)
-        check_repeats(known.detach().sum(), again.sum(), self.perturbation.parameters)
+        return scalars, counts, left_out
 
     def accumulate(
         self,
@@ -384,7 +386,17 @@ class HybridOptimizer(StatefulOptimizer):
         # The wait costs little: the forwards of this step are queued behind the previous step, so
         # the device stays busy.
         self._log.read_pending()
+        differs = None
+        if self.processes is not None:
+            self._loss, self._scalars, differs = self.processes.joined(
+                self._loss,
+                self._scalars,
+                self._rows if self.options.directions_per_step == "rows" else (),
+                step=self.step_count,
+                settings=self._settings,
+            )
         numbers = StepNumbers(self._loss, self._scalars, reads_late=self._is_read_late())
+        numbers.note("differs", differs)
         numbers.note("grad_norm", self._clip())
         numbers.note("rows_left_out", self._left_out)
         if self.inner is not None:
@@ -412,21 +424,6 @@ class HybridOptimizer(StatefulOptimizer):
             )
         self._log.trajectory.rank_one = self.rank_one
         self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
-
-    def original_fingerprint(self) -> str:
-        """Fingerprint of the base before training.
-
-        Raises:
-            UserError: if the base has moved and its fingerprint was not computed before.
-        """
-        if self.base_fingerprint is None and self._has_moved_base:
-            raise UserError(
-                "the fingerprint of the base before training is not known; restore the optimizer "
-                "with load_state_dict, or set base_fingerprint to that of the trajectory's header"
-            )
-        if self.base_fingerprint is None:
-            self.base_fingerprint = fingerprint(split_parameters(self.model).base)
-        return self.base_fingerprint
 
     def _note_first_move(self) -> None:
         """Note which base this run began with, and keep peft from saving an adapter alone."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zofo.errors import UserError
 from zofo.optim.trajectory import Trajectory, Update
 
 
@@ -176,6 +177,7 @@ class StepLog:
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
+        self.part_in_words: Callable[[int], str] | None = None  # set if several processes step
         self.pending: PendingStep | None = None
         self.last: StepReport | None = None
         self.last_measured: StepReport | None = None
@@ -198,6 +200,12 @@ class StepLog:
             values[name][0] if name in values else None
             for name in ("loss", "grad_norm", "adapter_norm")
         )
+        if values.get("differs", (0.0,))[0]:
+            assert self.part_in_words is not None
+            raise UserError(
+                f"step {step}: the bits of {self.part_in_words(step)} differ between processes, so "
+                "their models are no longer the same; resume from the last checkpoint"
+            )
         loss_is_finite = loss is None or math.isfinite(loss)
         is_finite = loss_is_finite and all(map(math.isfinite, scalars))
         norms: dict[str, float] = {}

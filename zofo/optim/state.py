@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zofo.disk.files import refusing
+from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
+from zofo.optim.blocks import split_parameters
 from zofo.optim.buffers import MovingBuffers
-from zofo.optim.options import StepOptions
+from zofo.optim.options import StepOptions, step_values
+from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
 from zofo.perturb.view import Perturbation
 
@@ -25,7 +27,7 @@ _COPIED: Final = (
     "model", "options", "seed", "max_grad_norm", "inner", "step_count", "num_forwards",
     "base_fingerprint", "_self_check", "buffers", "_log", "_reads_late", "_has_stepped",
     "_is_built", "_ran_backward", "_has_moved_base", "_loss", "_scalars", "_num_forwards",
-    "_num_rows", "_left_out",
+    "_rows", "_left_out",
 )  # fmt: skip
 """Attributes that a copy or a pickle of the optimizer keeps, beside torch's own."""
 
@@ -39,16 +41,18 @@ class StatefulOptimizer(Optimizer):
     inner: Optimizer | None
     perturbation: Perturbation | None
     base_fingerprint: str | None
+    _has_moved_base: bool
     step_count: int
     num_forwards: float
     _log: StepLog
     buffers: MovingBuffers
+    processes: Processes | None = None  # a copy or a pickle has none
     _is_built: bool = False
     _ran_backward: bool  # whether `accumulate` has run a backward pass in this step
     _loss: Tensor | None  # of this step, float64, []
     _scalars: Tensor | None  # of this step, float64, [directions]
     _num_forwards: float  # of this step
-    _num_rows: int  # of this step, with directions of their own
+    _rows: list[list[int]]  # of this step: rows with directions, [micro-batches][processes]
     _left_out: Tensor | None  # of this step: rows whose difference is not finite, []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -131,6 +135,28 @@ class StatefulOptimizer(Optimizer):
         fixed = ("distribution", "num_directions", "directions_per_step", "eps", "estimator")
         return {"seed": self.seed, **{key: getattr(self.options, key) for key in fixed}}
 
+    def original_fingerprint(self) -> str:
+        """Fingerprint of the base before training.
+
+        Raises:
+            UserError: if the base has moved and its fingerprint was not computed before.
+        """
+        if self.base_fingerprint is None and self._has_moved_base:
+            raise UserError(
+                "the fingerprint of the base before training is not known; restore the optimizer "
+                "with load_state_dict, or set base_fingerprint to that of the trajectory's header"
+            )
+        if self.base_fingerprint is None:
+            self.base_fingerprint = fingerprint(split_parameters(self.model).base)
+        return self.base_fingerprint
+
+    def _settings(self) -> dict[str, Any]:
+        """What the processes of a group must agree on, besides the weights."""
+        known = {"seed": self.seed, "step_count": self.step_count, **step_values(self.options)}
+        for i, group in enumerate(self.param_groups):
+            known |= {f"{key} of group {i}": group[key] for key in ("lr", "weight_decay", "order")}
+        return known | {"rank-one tensors": sorted(self.rank_one)}
+
     def _new_perturbation(self) -> Perturbation | None:
         zeroth = self._groups("zeroth")
         if not zeroth:
@@ -207,6 +233,6 @@ class StatefulOptimizer(Optimizer):
     def discard_measurements(self) -> None:
         """Discard the losses and scalars of the current step, so that it starts again."""
         self._loss, self._scalars, self._num_forwards = None, None, 0
-        self._num_rows, self._left_out = 0, None
+        self._rows, self._left_out = [], None
         self._ran_backward = False
         self.buffers.forget()

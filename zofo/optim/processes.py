@@ -1,0 +1,166 @@
+"""What the processes of one step exchange, so that their weights keep the same bits.
+
+    adapter     its gradients, by DistributedDataParallel or by the caller
+    base        its scalars: 8 bytes for each direction, loss and checksum, once a step
+
+Each process evaluates its own rows. The loss of the step is the mean of the processes' losses. The
+scalars are gathered and summed in the order of the ranks, so that every process computes the same
+numbers and applies the same update. No floating-point reduction of the network is involved, whose
+order of summation may differ between processes.
+
+If rows have directions of their own, a row is numbered in the batch of all processes: micro-batch
+after micro-batch, and rank after rank within each. The same rows in the same order therefore have
+the same directions on any number of processes.
+
+Each step also compares a checksum of one part of one weight, and the next step one of the next
+part. A difference ends the run, and the message names the weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zofo.errors import UserError
+from zofo.optim.blocks import split_parameters
+
+PART: Final = 1 << 20
+"""Elements of the part of a weight that a step compares. A choice: it takes about a millisecond."""
+_AS_INTEGER: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Processes:
+    """The processes of a group.
+
+    Args:
+        group: a `torch.distributed` process group.
+        model: the model of this process; the others have equal ones.
+
+    Attributes:
+        rank: this process's number within the group.
+        size: number of processes.
+        bytes_sent: bytes that this process has sent to each other process.
+    """
+
+    def __init__(self, group: Any, model: nn.Module) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.bytes_sent = 0
+        self._is_compared = False
+        blocks = split_parameters(model)
+        self._weights = {**blocks.base, **blocks.adapter}
+        self._parts = [
+            (name, start)
+            for name, weight in self._weights.items()
+            for start in range(0, max(weight.numel(), 1), PART)
+        ]
+        # gloo communicates from the memory of the host.
+        is_gloo = dist.get_backend(group) == "gloo"
+        self._device = "cpu" if is_gloo else next(iter(self._weights.values())).device
+
+    def counts(self, num_rows: int) -> list[int]:
+        """The number of rows of this micro-batch on each process, by rank."""
+        return [int(n) for n in self._gather(torch.tensor([num_rows], device=self._device))]
+
+    def joined(
+        self,
+        loss: Tensor | None,
+        scalars: Tensor | None,
+        rows: Sequence[Sequence[int]],
+        *,
+        step: int,
+        settings: Callable[[], dict[str, Any]],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Join the numbers of one step.
+
+        Args:
+            loss: this process's unperturbed loss, float64, shape []; None: none was measured.
+            scalars: its s_k, float64 [directions]; None: none were measured.
+            rows: for each micro-batch, the number of rows on each process; empty if all processes
+                have the same directions.
+            step: the number of the step, which chooses the part that is compared.
+            settings: returns name -> value for JSON, which the first call compares.
+
+        Returns:
+            The mean loss, the scalars of all directions, and whether a checksum differs (bool, []).
+
+        Raises:
+            UserError: in the first call, on every process, if settings or weights differ.
+        """
+        if not self._is_compared:
+            self._compare(settings())
+        own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
+        lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
+        longest = max(lengths) if rows else len(own)
+        name, start = self._parts[step % len(self._parts)]
+        message = torch.zeros(longest + 2, dtype=torch.float64, device=self._device)
+        message[0] = 0.0 if loss is None else loss
+        # The bits of the checksum travel as a double, and no arithmetic touches them.
+        message.view(torch.int64)[1] = _checksum(self._weights[name], start)
+        message[2 : 2 + len(own)] = own
+        parts = self._gather(message)
+        sums = torch.stack([part.view(torch.int64)[1] for part in parts])
+        differs = (sums != sums[0]).any().double()
+        total: Any = sum(parts)  # in the order of the ranks
+        mean = None if loss is None else (total[0] / self.size).to(loss)
+        if scalars is None:
+            return mean, None, differs
+        if not rows:
+            joined = total[2:]
+        else:
+            at = [2] * self.size
+            pieces = []
+            for counts in rows:
+                for rank, count in enumerate(counts):
+                    pieces.append(parts[rank][at[rank] : at[rank] + count])
+                    at[rank] += count
+            joined = torch.cat(pieces)
+        return mean, (joined / self.size).to(scalars), differs
+
+    def part_in_words(self, step: int) -> str:
+        """The weight that a step compares."""
+        return self._parts[step % len(self._parts)][0]
+
+    def _compare(self, known: dict[str, Any]) -> None:
+        """Check that all processes begin with the same settings and weights."""
+        for name, weight in self._weights.items():
+            sums = [_checksum(weight, at) for at in range(0, max(weight.numel(), 1), PART)]
+            known[f"weight {name}"] = int(torch.stack(sums).sum())
+        text = torch.frombuffer(
+            bytearray(json.dumps(known, default=str).encode()), dtype=torch.uint8
+        )
+        longest = max(self.counts(len(text)))
+        padded = torch.full((longest,), ord(" "), dtype=torch.uint8, device=self._device)
+        padded[: len(text)] = text
+        found = [json.loads(bytes(part.tolist())) for part in self._gather(padded)]
+        for rank, other in enumerate(found):
+            for key in {**found[0], **other}:
+                here, there = found[0].get(key), other.get(key)
+                if here != there:
+                    values = "" if key.startswith("weight ") else f": {here!r} and {there!r}"
+                    raise UserError(
+                        f"process 0 and process {rank} begin with different values of {key}"
+                        f"{values}; start every process with the same command, model and data"
+                    )
+        self._is_compared = True
+
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.group)
+        self.bytes_sent += own.nbytes
+        return parts
+
+
+@torch.no_grad()
+def _checksum(weight: Tensor, start: int) -> Tensor:
+    """A checksum of the bits of `PART` elements, which depends on their order: int64, shape []."""
+    bits = weight.detach().reshape(-1)[start : start + PART]
+    bits = bits.view(_AS_INTEGER[weight.element_size()]).to(torch.int64)
+    # Odd factors, so that a change of any single element changes the sum. It wraps around at 2^64.
+    factors = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return (bits * factors).sum()
