@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from zofo.errors import UserError
 
@@ -91,3 +91,59 @@ class ReshufflingSampler(Sampler[int]):
                     f"{getattr(self, key)!r}; resume with the data and options of the saved run"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+class RankBatches(BatchSampler):
+    """One process's part of each batch that several processes share, with every sample once.
+
+    The processes cut each batch of size · batch_size samples into consecutive parts, rank after
+    rank. Where the samples do not suffice, the parts of the last batch are as equal as possible. If
+    they do not suffice for one sample on each process, they join the batch before.
+
+    Args:
+        sampler: the order of all samples, equal on every process.
+        batch_size: samples of one process in a whole batch.
+        rank: this process's number.
+        size: number of processes.
+        drop_last: whether to leave out the samples after the last whole batch.
+
+    Raises:
+        UserError: if there are fewer samples than processes.
+    """
+
+    def __init__(
+        self, sampler: Any, batch_size: int, rank: int, size: int, *, drop_last: bool = False
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.rank, self.size = rank, size
+        if len(sampler) < size:
+            raise UserError(
+                f"the training set has {len(sampler)} samples, and each of {size} processes needs "
+                "one in every batch; start fewer processes"
+            )
+
+    def _sizes(self) -> list[int]:
+        """The number of samples of each batch, over all processes."""
+        whole = self.batch_size * self.size
+        num_whole, rest = divmod(len(self.sampler), whole)  # type: ignore[arg-type]
+        sizes = [whole] * num_whole
+        if rest and not self.drop_last:
+            if rest < self.size and sizes:
+                sizes[-1] += rest
+            else:
+                sizes.append(rest)
+        return sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.sampler)
+        for num in self._sizes():
+            batch = [next(order) for _ in range(num)]
+            share, more = divmod(num, self.size)
+            start = self.rank * share + min(self.rank, more)
+            yield batch[start : start + share + (self.rank < more)]
+        # The sampler moves to the next epoch with its last sample.
+        for _ in order:
+            pass

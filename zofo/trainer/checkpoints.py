@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -130,7 +131,7 @@ class CheckpointMixin(TrainerMixin):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint as Trainer does, in a hidden folder that is renamed at the end."""
         args, state = self.args, self.state
-        if args.world_size > 1 or is_sharded(self):
+        if is_sharded(self):
             super()._save_checkpoint(model, trial)
             return
         run_folder = Path(self._get_output_dir(trial))
@@ -142,14 +143,18 @@ class CheckpointMixin(TrainerMixin):
         # Trainer would upload the hidden folder, so the upload waits until the folder is renamed.
         pushes, args.push_to_hub = args.push_to_hub, False
         try:
-            with writing_folder(place) as staged:
+            with self._staged(place) as staged:
                 self._checkpoints_folder = staged.parent
                 super()._save_checkpoint(model, trial)
-                self._name_best(run_folder, place)
-                state.save_to_json(str(staged / STATE_FILE))
-                write_json(staged / ACCOUNTS_FILE, self._accounts())
+                accounts = self._accounts()
+                if args.should_save:
+                    self._name_best(run_folder, place)
+                    state.save_to_json(str(staged / STATE_FILE))
+                    write_json(staged / ACCOUNTS_FILE, accounts)
         finally:
             self._checkpoints_folder, args.push_to_hub = None, pushes
+        if not args.should_save:
+            return
         if self._history is not None:
             self._history.take_snapshot()
         # Older checkpoints go last, so that a kill at any time leaves a whole one.
@@ -157,6 +162,21 @@ class CheckpointMixin(TrainerMixin):
         rotate(run_folder, args.save_total_limit, newest=newest, best=best)
         if pushes:
             self._push_from_checkpoint(str(place))
+
+    @contextmanager
+    def _staged(self, place: Path) -> Iterator[Path]:
+        """The hidden folder of `writing_folder`, which all processes write their files to."""
+        if self.args.world_size == 1:
+            with writing_folder(place) as staged:
+                yield staged
+            return
+        found: list[str | None] = [None]
+        with writing_folder(place) if self.args.should_save else nullcontext() as own:
+            if own is not None:
+                found = [str(own)]
+            dist.broadcast_object_list(found, src=0)
+            yield Path(str(found[0]))
+            dist.barrier()  # The folder is renamed after the last process has written.
 
     def _name_best(self, run_folder: Path, coming: Path | None = None) -> None:
         """Point to the best checkpoint in this run folder, which may have been moved."""
@@ -168,7 +188,8 @@ class CheckpointMixin(TrainerMixin):
     def _accounts(self) -> dict[str, Any]:
         """The sums behind the logged losses."""
         return {
-            "loss_since_log": float(self._tr_loss),
+            # The mean over the processes, as Trainer logs it.
+            "loss_since_log": float(self.accelerator.gather(self._tr_loss).mean()),
             "last_logged_step": self._globalstep_last_logged,
             "loss_until_log": self._total_loss_scalar,
         }

@@ -51,8 +51,18 @@ def check_setup(trainer: Any, options: Any) -> None:
                 f"base_batch_fraction={fraction} would leave the other rows unused: lower the "
                 "batch size"
             )
-    if args.world_size > 1 or args.n_gpu > 1 or is_sharded(trainer):
-        wrong.append("it runs on one device only: set CUDA_VISIBLE_DEVICES=0, or choose fo-peft")
+    if args.n_gpu > 1:
+        wrong.append(
+            "one process has several devices: start one process for each with torchrun, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+    if is_sharded(trainer):
+        wrong.append("FSDP and DeepSpeed shard the base: use plain DDP, or choose fo-peft")
+    if args.world_size > 1 and args.load_best_model_at_end:
+        wrong.append(
+            "several processes cannot go back to the best checkpoint yet: set "
+            "load_best_model_at_end=False"
+        )
     if hasattr(trainer, "_generate_and_score_completions"):
         wrong.append(
             "a loss cannot be computed again in trainers that generate their batches, such as "
@@ -132,8 +142,7 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
 def can_be_hashed(trainer: Any) -> bool:
     """Whether the base is whole, in memory and not quantized, so that its bits can be read."""
     weights = split_parameters(trainer.model).base.values()
-    is_whole = trainer.args.world_size == 1 and not is_sharded(trainer)
-    return is_whole and not any(p.is_meta or is_quantized(p) for p in weights)
+    return not is_sharded(trainer) and not any(p.is_meta or is_quantized(p) for p in weights)
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -19,6 +19,7 @@ from zofo.errors import UserError
 from zofo.optim.batch_part import batch_rows, num_rows_of, split_rows
 from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
+from zofo.optim.processes import Processes
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.trainer.row_losses import check_shares, row_shares
 from zofo.trainer.trainer_mixin import TrainerMixin
@@ -28,6 +29,7 @@ class BatchLossMixin(TrainerMixin):
     """Evaluates the losses of `HybridMixin`."""
 
     _shares_are_checked = False
+    _row_weight = 1.0  # of this process's mean over rows, in the mean of all processes
 
     def compute_zeroth_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -116,6 +118,9 @@ class BatchLossMixin(TrainerMixin):
             UserError: if the outputs have no logits, or the labels another form.
         """
         smoothing = self.args.label_smoothing_factor
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Trainer multiplies the loss, because the processes' gradients are averaged.
+            num_items_in_batch = num_items_in_batch / self.args.world_size
         return row_shares(model, outputs, labels, loss, num_items_in_batch, smoothing)
 
     def examples_of(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -164,6 +169,39 @@ class BatchLossMixin(TrainerMixin):
             yield noted
         finally:
             del vars(self)["compute_loss"]
+
+    def weigh_rows(self, inputs: Mapping[str, Any], processes: Processes) -> None:
+        """Find the weight of this process's rows, of which another one may have more or fewer."""
+        counts = processes.counts(self.num_batch_rows(inputs))
+        self._row_weight = counts[processes.rank] * processes.size / sum(counts)
+
+    def _weight(self, num_items_in_batch: Any) -> float:
+        """The factor of this process's loss: 1 if it is divided by the items of all processes."""
+        is_divided = self._is_divided(num_items_in_batch)
+        return 1.0 if is_divided and self.args.average_tokens_across_devices else self._row_weight
+
+    @contextmanager
+    def weighing_loss(self, num_items_in_batch: Any) -> Iterator[None]:
+        """Multiply the losses that Trainer computes in the context by the weight of the rows."""
+        weight, own = self._weight(num_items_in_batch), vars(self).get("compute_loss")
+        if weight == 1.0:
+            yield
+            return
+        compute_loss = self.compute_loss
+
+        def weighed(*args: Any, **kwargs: Any) -> Any:
+            found: Any = compute_loss(*args, **kwargs)
+            if isinstance(found, tuple):
+                return found[0] * weight, *found[1:]
+            return found * weight
+
+        vars(self)["compute_loss"] = weighed
+        try:
+            yield
+        finally:
+            del vars(self)["compute_loss"]
+            if own is not None:
+                vars(self)["compute_loss"] = own
 
     def num_batch_rows(self, inputs: Mapping[str, Any]) -> int:
         """Number of rows in a micro-batch that `batch_part` can split."""
@@ -244,15 +282,23 @@ class BatchLossMixin(TrainerMixin):
         batch = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             loss = self.compute_zeroth_loss(model, batch, num_items_in_batch)
-        return loss / self.current_gradient_accumulation_steps
+        return loss * self._row_weight / self.current_gradient_accumulation_steps
 
-    def _loss_divisor(self, num_items_in_batch: Any) -> int:
-        """1 if `compute_loss` divides by the accumulation steps itself, by the rule of Trainer."""
+    def _is_divided(self, num_items_in_batch: Any) -> bool:
+        """Whether `compute_loss` divides by the number of items of the step itself."""
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counted or self.compute_loss_func is not None
+
+    def _loss_divisor(self, num_items_in_batch: Any) -> float:
+        """By what to divide the loss of a micro-batch, by the rule of Trainer.
+
+        It contains the accumulation steps unless `compute_loss` divides by them itself.
+        """
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            is_scaled = counted or self.compute_loss_func is not None
-        return 1 if is_scaled else self.current_gradient_accumulation_steps
+            is_scaled = self._is_divided(num_items_in_batch)
+        steps = 1 if is_scaled else self.current_gradient_accumulation_steps
+        return steps / self._weight(num_items_in_batch)
 
 
 @contextmanager

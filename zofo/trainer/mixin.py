@@ -12,12 +12,15 @@ accumulation and `report_to` keep working.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
@@ -26,7 +29,7 @@ from zofo.optim.blocks import is_peft
 from zofo.optim.cost import forward_equivalents
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.reshuffle import ReshufflingSampler
+from zofo.optim.reshuffle import RankBatches, ReshufflingSampler
 from zofo.optim.trajectory import Trajectory
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
@@ -127,6 +130,12 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 optimizer.original_fingerprint()  # so that a resume refuses another base
         if self._history is not None and self.args.load_best_model_at_end:
             self._history.keep_original()
+        if self.hybrid_optimizer.processes is not None and self.hybrid_optimizer.inner is None:
+            # DistributedDataParallel refuses a model without gradients, and none have to be joined.
+            prepare: Any = type(self.accelerator).prepare_model
+            vars(self.accelerator)["prepare_model"] = functools.partial(
+                prepare, self.accelerator, evaluation_mode=True
+            )
         return self.optimizer
 
     def training_step(
@@ -139,6 +148,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         """
         optimizer = self._hybrid
         assert optimizer is not None
+        if optimizer.processes is not None:
+            self.weigh_rows(inputs, optimizer.processes)
         if self._measured_step != self.state.global_step:
             # If a gradient scaler skipped the previous step, its measurements are invalid.
             optimizer.discard_measurements()
@@ -146,7 +157,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
         if not optimizer.zeroth_is_due:  # A step between two updates of the base (`base_every`).
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with self.weighing_loss(num_items_in_batch):
+                loss = super().training_step(model, inputs, num_items_in_batch)
             optimizer.measure(lambda: loss, loss)
             return loss
 
@@ -154,11 +166,15 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
         def closure() -> Tensor:
             evaluate = self._row_losses_of if by_rows else self._loss_of
-            return evaluate(model, inputs, num_items_in_batch)
+            return evaluate(inner, inputs, num_items_in_batch)
 
-        view = optimizer.perturbation
-        if view is not None and model is not view.model:
-            view.follow(model)  # accelerate has wrapped the model.
+        view, inner = optimizer.perturbation, model
+        if isinstance(model, DistributedDataParallel):
+            # The wrapper may communicate in each forward, and the processes evaluate different
+            # numbers of times.
+            inner = model.module
+        if view is not None and inner is not view.model:
+            view.follow(inner)  # accelerate has wrapped the model.
         # With the state before the pass, the perturbed evaluations repeat its dropout masks.
         generators = optimizer.before_pass()
         noting: AbstractContextManager[list[Tensor]] = nullcontext([])
@@ -166,17 +182,18 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             noting = self.noting_row_losses()
         with noting as noted:
             if optimizer.inner is not None:
-                loss = super().training_step(model, dict(inputs), num_items_in_batch)
+                with self.weighing_loss(num_items_in_batch):
+                    loss = super().training_step(model, dict(inputs), num_items_in_batch)
             else:
                 model.train()
                 with torch.no_grad():
-                    loss = self._loss_of(model, inputs, num_items_in_batch).detach()  # []
-        instead, rest = self._differenced(model, inputs, num_items_in_batch, generators)
+                    loss = self._loss_of(inner, inputs, num_items_in_batch).detach()  # []
+        instead, rest = self._differenced(inner, inputs, num_items_in_batch, generators)
         with metrics_set_aside(self):
             # Unless the masks are replayed, dropout makes two evaluations differ.
             is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
             if is_wanted and not self._parts_are_checked and instead and rest:
-                whole = self.whole_batch(model, inputs, num_items_in_batch)
+                whole = self.whole_batch(inner, inputs, num_items_in_batch)
                 known = None if self.has_zeroth_loss else loss
                 self._check_parts(known, whole, instead, rest, generators)
             self._parts_are_checked = True
@@ -212,6 +229,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
             seed=args.seed if options.zo_seed is None else options.zo_seed,
             options=options,
+            process_group=dist.group.WORLD if args.world_size > 1 else None,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -221,6 +239,25 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return ReshufflingSampler(len(dataset), seed=seed, sampling=self.hybrid_options.sampling)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's loader; several processes share each batch, and each sample comes once."""
+        loader: Any = super().get_train_dataloader()
+        shard = getattr(loader, "batch_sampler", None)
+        sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+        if self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler):
+            # accelerate's shard would repeat samples at the end of an epoch. As the shard of one
+            # process, with batches of any size, it passes on the batches of this rank.
+            shard.batch_sampler = RankBatches(
+                sampler,
+                self._train_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+                drop_last=self.args.dataloader_drop_last,
+            )
+            shard.num_processes, shard.process_index = 1, 0
+            shard.batch_size, shard.even_batches = None, False
+        return loader
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the quantities of the zeroth-order steps to the training logs."""

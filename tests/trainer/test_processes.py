@@ -1,0 +1,86 @@
+"""HybridTrainer on several processes: equal bits, exact epochs, checkpoints for any number."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.groups import in_group
+from tests.support.models import bits, build
+from tests.support.trainers import Rows, trainer_for
+
+BY_ROWS = {"distribution": "rank-one", "directions_per_step": "rows"}
+
+
+def train(folder, adapter, changes, num_rows=12, resume=None):
+    """Train in this process, which may be one of several; what came out."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rows = Rows(num_rows)
+    trainer = trainer_for(
+        folder,
+        build("llama", adapter),
+        rows=rows,
+        method="hybrid" if adapter else "zo-ft",
+        per_device_train_batch_size=6 // size,
+        **changes,
+    )
+    scalars = []
+    step = trainer.create_optimizer().step
+
+    def noting(*args, **kwargs):
+        result = step(*args, **kwargs)
+        scalars.append(list(trainer.hybrid_optimizer.last_step.projected_grad))
+        return result
+
+    trainer.optimizer.step = noting
+    trainer.train(resume_from_checkpoint=resume)
+    digests = {
+        n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in bits(trainer.model).items()
+    }
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"bits": digests, "scalars": scalars, "losses": losses, "seen": rows.seen}
+
+
+@pytest.mark.parametrize("adapter", ["lora", None], ids=["lora", "none"])
+@pytest.mark.parametrize("options", [{}, BY_ROWS], ids=["dense", "rows"])
+def test_processes_train_as_one_does_on_the_same_batches(tmp_path, adapter, options):
+    alone = train(tmp_path / "one", adapter, options)
+    found = in_group(2, train, tmp_path / "two", adapter, options)
+    assert found[0]["bits"] == found[1]["bits"]
+    assert found[0]["scalars"] == found[1]["scalars"]
+    torch.testing.assert_close(
+        torch.tensor(found[0]["scalars"]), torch.tensor(alone["scalars"]), rtol=3e-2, atol=3e-2
+    )
+    assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+
+
+def test_every_row_comes_once_an_epoch_and_uneven_ends_weigh_right(tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 2}
+    alone = train(tmp_path / "one", "lora", options, num_rows=9)
+    found = in_group(2, train, tmp_path / "two", "lora", options, 9)
+    # Trainer begins an epoch with one pass more through the sampler, so only the set is compared.
+    for part in found:
+        assert len(part["seen"]) < 18
+    seen = sorted(found[0]["seen"] + found[1]["seen"])
+    assert seen == sorted(list(range(9)) * 2)
+    assert found[0]["bits"] == found[1]["bits"]
+    torch.testing.assert_close(
+        torch.tensor(found[0]["scalars"]), torch.tensor(alone["scalars"]), rtol=3e-2, atol=3e-2
+    )
+
+
+def test_a_checkpoint_of_two_processes_continues_on_one_and_on_three(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, **BY_ROWS}
+    whole = in_group(2, train, tmp_path / "two", "lora", options)[0]
+    checkpoint = str(tmp_path / "two" / "checkpoint-2")
+    again = in_group(2, train, tmp_path / "again", "lora", options, 12, checkpoint)
+    assert again[0]["bits"] == again[1]["bits"] == whole["bits"]
+    three = in_group(3, train, tmp_path / "three", "lora", options, 12, checkpoint)
+    one = train(tmp_path / "one", "lora", options, 12, checkpoint)
+    for found in (one, three[0]):
+        torch.testing.assert_close(
+            torch.tensor(found["scalars"]), torch.tensor(whole["scalars"][2:]), rtol=3e-2, atol=3e-2
+        )
