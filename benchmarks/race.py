@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {"distribution": "gaussian"},
     "rows": {"distribution": "rank-one", "directions_per_step": "rows"},
 }
-RATES = {"mezo": [5e-5, 1e-4], "paper": [1e-4, 2e-4], "rows": [6e-4, 1.2e-3]}
+RATES = {"mezo": [5e-5], "paper": [1e-4], "rows": [6e-4, 1.2e-3]}
 
 
 def parse() -> argparse.Namespace:

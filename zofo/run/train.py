@@ -14,6 +14,7 @@ artifact/          the result to keep or publish
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ def train(
         TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
         UserError: before training, for anything wrong with the configuration, data or folders.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and a configured run has one process; "
+            "start it without torchrun or accelerate launch, or write a script with "
+            "zofo.HybridTrainer, which trains on several"
+        )
     with run_folder(config, resume) as folder:
         return train_in(
             folder,
