@@ -314,5 +314,5 @@ def test_a_direction_a_row_is_measured_along_rank_one_directions_and_given_a_lar
                 directions_per_step=directions,
             ),
         )
-    assert found[1].at_start == found["rows"].at_start
+    assert found[1].at_start.signal == found["rows"].at_start.signal > 0
     assert found["rows"].zeroth_start.one_step > 2 * found[1].zeroth_start.one_step
