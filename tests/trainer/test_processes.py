@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 from tests.support.groups import in_group
 from tests.support.models import bits, build
 from tests.support.trainers import Rows, trainer_for
+from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
 
 BY_ROWS = {"distribution": "rank-one", "directions_per_step": "rows"}
 
@@ -84,3 +87,24 @@ def test_a_checkpoint_of_two_processes_continues_on_one_and_on_three(tmp_path):
         torch.testing.assert_close(
             torch.tensor(found["scalars"]), torch.tensor(whole["scalars"][2:]), rtol=3e-2, atol=3e-2
         )
+
+
+def stopped(folder):
+    """Where this process stops, if only rank 1 receives a signal, in its second step."""
+    stop = StopOnSignal()
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if dist.get_rank() == 1 and state.global_step == 1:
+                stop.request(signal.SIGTERM)
+
+    trainer = trainer_for(folder, callbacks=[Signal(), stop])
+    try:
+        trainer.train()
+    except TrainingInterrupt as interrupt:
+        return [trainer.state.global_step, interrupt.exit_code, interrupt.checkpoint.name]
+    return "not stopped"
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    assert in_group(2, stopped, tmp_path / "run") == [[2, 143, "checkpoint-2"]] * 2

@@ -5,8 +5,9 @@
     with stop:
         trainer.train()  # raises TrainingInterrupt after it has written the checkpoint
 
-A second signal stops training at once. The weights are valid even then, because evaluations never
-write to the base. Every checkpoint on disk is complete.
+Of several processes, all stop after the same step, whichever received the signal. A second signal
+stops training at once. The weights are valid even then, because evaluations never write to the
+base. Every checkpoint on disk is complete.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from zofo.saved.layout import CHECKPOINT_PREFIX
@@ -58,6 +61,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self.signals = tuple(signals)
         self.signum: int | None = None
+        self._agreed: int | None = None  # the signal for which all processes stop
         self._previous: dict[int, Any] = {}
 
     def request(self, signum: int = signal.SIGINT) -> None:
@@ -72,7 +76,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Request a checkpoint if a stop was requested."""
-        if self.signum is not None:
+        self._agreed = self._of_all(args)
+        if self._agreed is not None:
             control.should_save = True
         return control
 
@@ -86,9 +91,18 @@ class StopOnSignal(TrainerCallback):
         Raises:
             TrainingInterrupt: if a stop was requested.
         """
-        if self.signum is not None:
+        signum = self.signum if args.world_size == 1 else self._agreed
+        if signum is not None:
             folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
-            raise TrainingInterrupt(self.signum, folder)
+            raise TrainingInterrupt(signum, folder)
+
+    def _of_all(self, args: Any) -> int | None:
+        """The signal, which one process may receive a step later than another."""
+        if args.world_size == 1:
+            return self.signum
+        signum = torch.tensor(self.signum or 0, device=args.device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum) or None
 
     def __enter__(self) -> StopOnSignal:
         self.signum = None
