@@ -274,6 +274,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             logs["zo_forwards"] = round(optimizer.num_forwards, 3)
             logs["forward_equivalents"] = self.forward_equivalents
             logs["non_finite"] = float(report.non_finite)
+            if optimizer.processes is not None:
+                logs["base_bytes_sent"] = optimizer.processes.bytes_sent
             earlier = {} if measured is None or report.non_finite else measured.update_norms
             for block, norm in {**earlier, **report.update_norms}.items():
                 logs[f"{block}_update_norm"] = norm
