@@ -50,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dev", type=int, default=96, help="dev rows")
     parser.add_argument("--cost", type=int, default=160)
     parser.add_argument("--every", type=int, default=16, help="forwards between two dev losses")
+    parser.add_argument("--norm-rate", type=float, help="rate of norms in rows; default: the same")
+    parser.add_argument("--rates", type=float, nargs="+", help="grid of rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
@@ -84,7 +86,10 @@ class Race:
             model = create_adapter(model, "prompt")
         model.eval()
         method = "hybrid" if args.prompt else "zo-ft"
-        groups = param_groups(model, method, base_lr=rate, adapter_lr=KINDS["prompt"].lr)
+        rates: Any = rate
+        if name == "rows" and args.norm_rate is not None:
+            rates = {"*norm*": args.norm_rate, "*": rate}
+        groups = param_groups(model, method, base_lr=rates, adapter_lr=KINDS["prompt"].lr)
         optimizer = HybridOptimizer(
             groups, model, optimizer="AdamW", seed=seed, self_check=False, **OPTIONS[name]
         )
@@ -142,7 +147,7 @@ def main() -> None:
     best = min(RATES[first], key=lambda rate: race.run(first, rate, 0)["curve"][-1][1])
     ends = {seed: race.run(first, best, seed)["curve"][-1][1] for seed in args.seeds}
     # The second contender's grid stops at the first one's end, because only the way there counts.
-    grid = {rate: race.run("rows", rate, 0, ends[0]) for rate in RATES["rows"]}
+    grid = {rate: race.run("rows", rate, 0, ends[0]) for rate in args.rates or RATES["rows"]}
 
     def cost_to(run: dict[str, Any], loss: float) -> float:
         return min((cost for cost, value in run["curve"] if value <= loss), default=float("inf"))
