@@ -221,7 +221,7 @@ class _Answered:
         model: nn.Module,
         examples: Sequence[Encoded],
         num_tokens: int,
-        divisor: int,
+        divisor: float,
     ) -> None:
         self.trainer, self.model, self.examples = trainer, model, examples
         self.tokens_per_forward, self.divisor = num_tokens, divisor

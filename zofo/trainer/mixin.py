@@ -243,7 +243,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
     def get_train_dataloader(self) -> Any:
         """Trainer's loader; several processes share each batch, and each sample comes once."""
         loader: Any = super().get_train_dataloader()
-        shard = getattr(loader, "batch_sampler", None)
+        shard: Any = getattr(loader, "batch_sampler", None)
         sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
         if self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler):
             # accelerate's shard would repeat samples at the end of an epoch. As the shard of one
