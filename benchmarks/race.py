@@ -11,6 +11,7 @@ call continues with the others.
 
     python benchmarks/race.py --json race-base.json
     python benchmarks/race.py --prompt --json race-prompt.json
+    python benchmarks/race.py --only '*_proj*' --json race-linear.json
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cost", type=int, default=160)
     parser.add_argument("--every", type=int, default=16, help="forwards between two dev losses")
     parser.add_argument("--norm-rate", type=float, help="rate of norms in rows; default: the same")
+    parser.add_argument("--only", default="*", help="pattern of the base weights that move")
     parser.add_argument("--rates", type=float, nargs="+", help="grid of rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, required=True)
@@ -86,9 +88,9 @@ class Race:
             model = create_adapter(model, "prompt")
         model.eval()
         method = "hybrid" if args.prompt else "zo-ft"
-        rates: Any = rate
+        rates = {args.only: rate}
         if name == "rows" and args.norm_rate is not None:
-            rates = {"*norm*": args.norm_rate, "*": rate}
+            rates = {"*norm*": args.norm_rate, args.only: rate}
         groups = param_groups(model, method, base_lr=rates, adapter_lr=KINDS["prompt"].lr)
         optimizer = HybridOptimizer(
             groups, model, optimizer="AdamW", seed=seed, self_check=False, **OPTIONS[name]
