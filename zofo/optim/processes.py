@@ -63,6 +63,10 @@ class Processes:
         is_gloo = dist.get_backend(group) == "gloo"
         self._device = "cpu" if is_gloo else next(iter(self._weights.values())).device
 
+    def wait(self) -> None:
+        """Wait until all processes are here, as before one reads what another has written."""
+        dist.barrier(self.group)
+
     def counts(self, num_rows: int) -> list[int]:
         """The number of rows of this micro-batch on each process, by rank."""
         return [int(n) for n in self._gather(torch.tensor([num_rows], device=self._device))]

@@ -147,8 +147,8 @@ class CheckpointMixin(TrainerMixin):
                 self._checkpoints_folder = staged.parent
                 super()._save_checkpoint(model, trial)
                 accounts = self._accounts()
+                self._name_best(run_folder, place)
                 if args.should_save:
-                    self._name_best(run_folder, place)
                     state.save_to_json(str(staged / STATE_FILE))
                     write_json(staged / ACCOUNTS_FILE, accounts)
         finally:

@@ -255,6 +255,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 self.args.world_size,
                 drop_last=self.args.dataloader_drop_last,
             )
+            shard.sampler = sampler  # for `set_epoch`, also behind the batches that a resume skips
             shard.num_processes, shard.process_index = 1, 0
             shard.batch_size, shard.even_batches = None, False
         return loader
