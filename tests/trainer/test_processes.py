@@ -43,8 +43,10 @@ def train(folder, adapter, changes, num_rows=12, resume=None):
     digests = {
         n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in bits(trainer.model).items()
     }
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"bits": digests, "scalars": scalars, "losses": losses, "seen": rows.seen}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses, sent = [e["loss"] for e in logs], [e.get("base_bytes_sent") for e in logs]
+    found = {"bits": digests, "scalars": scalars, "losses": losses, "sent": sent}
+    return {**found, "seen": rows.seen}
 
 
 @pytest.mark.parametrize("adapter", ["lora", None], ids=["lora", "none"])
@@ -73,6 +75,13 @@ def test_every_row_comes_once_an_epoch_and_uneven_ends_weigh_right(tmp_path):
     torch.testing.assert_close(
         torch.tensor(found[0]["scalars"]), torch.tensor(alone["scalars"]), rtol=3e-2, atol=3e-2
     )
+
+
+def test_a_step_sends_sixteen_bytes_and_the_number_of_rows_only_at_the_end_of_an_epoch(tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
+    for part in in_group(2, train, tmp_path, "lora", options, 33):  # 6, 6, 6, 6, 6, 3 rows
+        first, second, third = part["sent"]
+        assert [second - first, third - second] == [16, 16 + 2 * 4]
 
 
 def test_a_checkpoint_of_two_processes_continues_on_one_and_on_three(tmp_path):

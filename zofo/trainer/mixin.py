@@ -245,7 +245,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         loader: Any = super().get_train_dataloader()
         shard: Any = getattr(loader, "batch_sampler", None)
         sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
-        if self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler):
+        self._deals_evenly = self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler)
+        if self._deals_evenly:
             # accelerate's shard would repeat samples at the end of an epoch. As the shard of one
             # process, with batches of any size, it passes on the batches of this rank.
             shard.batch_sampler = RankBatches(
