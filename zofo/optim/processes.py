@@ -47,7 +47,8 @@ class Processes:
         size: number of processes.
         has_even_rows: whether each process has as many rows in the current micro-batch as this one.
             The caller sets it, alike on every process.
-        bytes_sent: bytes that this process has sent to the other ones.
+        bytes_sent: bytes that this process has sent to the other ones, without the comparison of
+            settings and weights at the start.
     """
 
     def __init__(self, group: Any, model: nn.Module) -> None:
@@ -99,7 +100,9 @@ class Processes:
             UserError: in the first call, on every process, if settings or weights differ.
         """
         if not self._is_compared:
+            before = self.bytes_sent
             self._compare(settings())
+            self.bytes_sent = before
         own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
         lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
         longest = max(lengths) if rows else len(own)
