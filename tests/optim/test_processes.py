@@ -117,6 +117,10 @@ def test_a_step_sends_at_most_sixteen_bytes_for_each_direction(options, num_dire
     assert num_bytes <= 16 * num_directions
 
 
+def test_three_processes_send_to_two_others():
+    assert [part["sent"] for part in in_group(3, train, None, DENSE, 1)] == [2 * 16] * 3
+
+
 def with_other(key, value):
     """The error of a process whose setting, weight or loss differs on rank 1."""
     options = dict(DENSE)

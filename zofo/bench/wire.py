@@ -20,32 +20,25 @@ References:
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import struct
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zofo.bench.contenders import EPS, RATE
+from zofo.bench.launch import in_processes
 from zofo.bench.models import Workbench, model_facts
 from zofo.bench.settings import Settings
-from zofo.disk.files import write_json
 from zofo.environment import environment
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
@@ -54,15 +47,10 @@ from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 MAX_PROCESSES: Final = 64
-LIMIT_S: Final = 1800
-"""Seconds after which the processes are stopped. A choice: a large model takes minutes to load."""
-START_METHOD: Final = "spawn"
 _CONTENDERS: Final = {
     "hybrid": "one direction",
     "hybrid-rows": "a direction for each row",
 }
-_FAILED: Final = "failed"
-_LOOPBACK: Final = "lo" if sys.platform == "linux" else "lo0"
 
 
 def measure(settings: Settings, num_processes: int, console: Console) -> dict[str, Any]:
@@ -97,9 +85,9 @@ def measure(settings: Settings, num_processes: int, console: Console) -> dict[st
         f"{num_processes} processes take {settings.rounds} steps of each contender",
         highlight=False,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        _run(settings, num_processes, Path(folder))
-        counted = json.loads((Path(folder) / "0.json").read_text())
+    counted = in_processes(
+        count_here, settings, num_processes=num_processes, num_threads=settings.threads[0]
+    )
     chosen = settings.as_dict()
     keys = ("model", "adapter", "batch", "length", "dtype", "distribution", "rounds")
     words = [word for key in keys for word in (f"--{key}", str(chosen[key]))]
@@ -158,61 +146,6 @@ def show(found: dict[str, Any], console: Console) -> None:
         "the headers of messages.",
         highlight=False,
     )
-
-
-def _run(settings: Settings, num_processes: int, folder: Path) -> None:
-    """Run the processes; none is left when this returns or raises."""
-    started = mp.start_processes(
-        _process,
-        args=(settings, num_processes, str(folder)),
-        nprocs=num_processes,
-        join=False,
-        daemon=True,
-        start_method=START_METHOD,
-    )
-    end = time.monotonic() + LIMIT_S
-    try:
-        while not started.join(timeout=1):
-            if time.monotonic() > end:
-                raise UserError(f"the processes did not finish within {LIMIT_S} s")
-    except mp.ProcessRaisedException as error:
-        raise UserError((folder / _FAILED).read_text()) from error
-    except mp.ProcessExitedException as error:
-        why = error.signal_name or f"exit code {error.exit_code}"
-        raise UserError(
-            f"process {error.error_index} ended with {why}; if memory was short, choose a smaller "
-            "model or fewer processes"
-        ) from error
-    finally:
-        for process in started.processes:
-            process.kill()
-            process.join()
-
-
-def _process(rank: int, settings: Settings, num_processes: int, folder: str) -> None:
-    """One of the processes; writes what it counted to RANK.json."""
-    # Ctrl-C reaches every process of the terminal. The first one says so.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.dup2(2, 1)  # The table alone goes to the standard output.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-    torch.set_num_threads(settings.threads[0])
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=num_processes,
-            timeout=timedelta(seconds=LIMIT_S),
-        )
-        write_json(Path(folder) / f"{rank}.json", count_here(settings))
-        dist.barrier()  # A process that ends first would close its connections.
-        dist.destroy_process_group()
-    except Exception as error:
-        # Only the first failure says what is wrong: the others follow from it.
-        with suppress(FileExistsError), (Path(folder) / _FAILED).open("x") as file:
-            file.write(f"process {rank} failed: {type(error).__name__}: {error}")
-        raise
 
 
 def count_here(settings: Settings) -> dict[str, Any]:
