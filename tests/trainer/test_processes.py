@@ -14,6 +14,7 @@ from tests.support.groups import in_group
 from tests.support.models import assert_same_bits, bits, build
 from tests.support.trainers import Recorder, Rows, trainer_for
 from zofo.errors import UserError
+from zofo.optim.blocks import split_parameters
 from zofo.saved.layout import ORIGINAL_BASE_FILE
 from zofo.trainer.checks import check_setup
 from zofo.trainer.interrupt import StopOnSignal, TrainingInterrupt
@@ -47,8 +48,11 @@ def train(folder, adapter, changes, num_rows=12, resume=None):
     digests = {
         n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in bits(trainer.model).items()
     }
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"bits": digests, "scalars": scalars, "losses": losses, "seen": rows.seen}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses, sent = [e["loss"] for e in logs], [e.get("base_bytes_sent") for e in logs]
+    found = {"bits": digests, "scalars": scalars, "losses": losses, "sent": sent}
+    found["gradients"] = [e.get("gradient_bytes_sent") for e in logs]
+    return {**found, "seen": rows.seen}
 
 
 @pytest.mark.parametrize("adapter", ["lora", None], ids=["lora", "none"])
@@ -79,6 +83,15 @@ def test_every_row_comes_once_an_epoch_and_uneven_ends_weigh_right(tmp_path):
     )
 
 
+def test_a_step_sends_sixteen_bytes_and_the_number_of_rows_only_at_the_end_of_an_epoch(tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
+    for part in in_group(2, train, tmp_path, "lora", options, 33):  # 6, 6, 6, 6, 6, 3 rows
+        assert part["sent"] == [16, 16 + 16, 16 + 16 + 16 + 2 * 4]
+        adapter = split_parameters(build("llama", "lora")).adapter
+        num_bytes = 4 * sum(p.numel() for p in adapter.values())
+        assert part["gradients"] == [num_bytes, 2 * num_bytes, 3 * num_bytes]
+
+
 def test_a_checkpoint_of_two_processes_continues_on_one_and_on_three(tmp_path):
     # The checkpoint lies within the second epoch of three steps.
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, **BY_ROWS}
@@ -86,6 +99,8 @@ def test_a_checkpoint_of_two_processes_continues_on_one_and_on_three(tmp_path):
     checkpoint = str(tmp_path / "two" / "checkpoint-4")
     again = in_group(2, train, tmp_path / "again", "lora", options, 18, checkpoint)
     assert again[0]["bits"] == again[1]["bits"] == whole["bits"]
+    assert [part["sent"] for part in again] == [whole["sent"]] * 2
+    assert [part["gradients"] for part in again] == [whole["gradients"]] * 2
     three = in_group(3, train, tmp_path / "three", "lora", options, 18, checkpoint)
     one = train(tmp_path / "one", "lora", options, 18, checkpoint)
     for found in (one, three[0]):

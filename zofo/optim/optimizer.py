@@ -288,7 +288,10 @@ class HybridOptimizer(StatefulOptimizer):
         shares = shares_of(reference)
         counts, rank = [len(shares)], 0
         if self.processes is not None:
-            counts, rank = self.processes.counts(len(shares)), self.processes.rank
+            counts, rank = counts * self.processes.size, self.processes.rank
+            # A difference in length would break the exchange of the scalars, so it is asked for.
+            if options.directions_per_step == "rows" or not self.processes.has_even_rows:
+                counts = self.processes.counts(len(shares))
         start = sum(map(sum, self._rows)) + sum(counts[:rank])  # number of the first row
         plan = RowPlan.of(options.directions_per_step, start, shares, examples)
         scalars, left_out = row_gradients(
