@@ -92,8 +92,10 @@ def _process(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    # Ctrl-C reaches every process of the terminal. The first one says so.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # Ctrl-C reaches every process of the terminal, and the one that started them stops the others.
+    # If it was killed, torch has asked the kernel for the same signal (Linux).
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, lambda *_: None if os.getppid() == parent else os._exit(130))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(2, 1)  # The standard output is the caller's.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
