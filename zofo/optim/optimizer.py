@@ -33,6 +33,7 @@ from zofo.optim.estimator import forwards_per_direction, projected_gradients, un
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
 from zofo.optim.moved import mark_moved
+from zofo.optim.norms import clip_gradients
 from zofo.optim.options import (
     StepOptions,
     checked_options,
@@ -46,6 +47,7 @@ from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.perturb.shards import begin_anew, is_sharded, local_part
 
 
 class HybridOptimizer(StatefulOptimizer):
@@ -117,6 +119,11 @@ class HybridOptimizer(StatefulOptimizer):
             Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
         )
         self._reads_late = reads_late
+        if process_group is None and any(is_sharded(p) for g in groups for p in g["params"]):
+            raise UserError(
+                "the weights are sharded over processes, and process_group is None; pass the group "
+                "of all processes that hold a shard, such as torch.distributed.group.WORLD"
+            )
         if process_group is not None:
             self.processes = Processes(process_group, model)
             self._log.part_in_words = self.processes.part_in_words
@@ -388,6 +395,8 @@ class HybridOptimizer(StatefulOptimizer):
         self._log.read_pending()
         differs = None
         if self.processes is not None:
+            if self.processes.have_shards:
+                begin_anew(self.model)
             self._loss, self._scalars, differs = self.processes.joined(
                 self._loss,
                 self._scalars,
@@ -404,7 +413,8 @@ class HybridOptimizer(StatefulOptimizer):
             states = [v for p in first for v in self.state.get(p, {}).values()]
             before = [p.clone() for p in self._first_parameters("adapter")]
             numbers.step_first(
-                self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
+                self.inner.step,
+                [local_part(t)[0] for t in [*first, *states] if isinstance(t, Tensor)],
             )
             numbers.note("adapter_norm", self._distance_from(before) if before else None)
         zeroth = self._groups("zeroth") if numbers.moves_zeroth else []
@@ -444,4 +454,4 @@ class HybridOptimizer(StatefulOptimizer):
     def _clip(self) -> Tensor | None:
         if self.max_grad_norm is None or self.inner is None:
             return None
-        return nn.utils.clip_grad_norm_(self._first_parameters(), self.max_grad_norm)
+        return clip_gradients(self._first_parameters(), self.max_grad_norm)

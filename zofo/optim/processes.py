@@ -13,7 +13,8 @@ after micro-batch, and rank after rank within each. The same rows in the same or
 the same directions on any number of processes.
 
 Each step also compares a checksum of one part of one weight, and the next step one of the next
-part. A difference ends the run, and the message names the weight.
+part. A difference ends the run, and the message names the weight. Of weights that FSDP2 shards, no
+other process holds the same rows, so only their shapes and dtypes are compared.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
+from zofo.perturb.shards import is_sharded
 
 PART: Final = 1 << 20
 """Elements of the part of a weight that a step compares. A choice: it takes about a millisecond."""
@@ -44,6 +46,7 @@ class Processes:
     Attributes:
         rank: this process's number within the group.
         size: number of processes.
+        have_shards: whether they share weights that FSDP2 divides among them.
         bytes_sent: bytes that this process has sent to each other process.
     """
 
@@ -53,15 +56,29 @@ class Processes:
         self.bytes_sent = 0
         self._is_compared = False
         blocks = split_parameters(model)
-        self._weights = {**blocks.base, **blocks.adapter}
+        weights = {**blocks.base, **blocks.adapter}
+        self._weights = {name: w for name, w in weights.items() if not is_sharded(w)}
+        self._shards = {name: w for name, w in weights.items() if is_sharded(w)}
+        self.have_shards = bool(self._shards)
+        for name, weight in self._shards.items():
+            mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+            if mesh.size() != self.size:
+                raise UserError(
+                    f"{name} is sharded over a mesh of {mesh.size()} processes, and process_group "
+                    f"has {self.size}; pass the group of all processes of the mesh"
+                )
         self._parts = [
             (name, start)
             for name, weight in self._weights.items()
             for start in range(0, max(weight.numel(), 1), PART)
         ]
-        # gloo communicates from the memory of the host.
+        # gloo communicates from the memory of the host, and nccl from that of the device, where
+        # sharded weights need not lie.
         is_gloo = dist.get_backend(group) == "gloo"
-        self._device = "cpu" if is_gloo else next(iter(self._weights.values())).device
+        found = next(iter(weights.values())).device
+        if not is_gloo and found.type == "cpu":
+            found = torch.accelerator.current_accelerator() or found
+        self._device = torch.device("cpu") if is_gloo else found
 
     def counts(self, num_rows: int) -> list[int]:
         """The number of rows of this micro-batch on each process, by rank."""
@@ -97,11 +114,12 @@ class Processes:
         own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
         lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
         longest = max(lengths) if rows else len(own)
-        name, start = self._parts[step % len(self._parts)]
         message = torch.zeros(longest + 2, dtype=torch.float64, device=self._device)
         message[0] = 0.0 if loss is None else loss
         # The bits of the checksum travel as a double, and no arithmetic touches them.
-        message.view(torch.int64)[1] = _checksum(self._weights[name], start)
+        if self._parts:
+            name, start = self._parts[step % len(self._parts)]
+            message.view(torch.int64)[1] = _checksum(self._weights[name], start)
         message[2 : 2 + len(own)] = own
         parts = self._gather(message)
         sums = torch.stack([part.view(torch.int64)[1] for part in parts])
@@ -131,6 +149,8 @@ class Processes:
         for name, weight in self._weights.items():
             sums = [_checksum(weight, at) for at in range(0, max(weight.numel(), 1), PART)]
             known[f"weight {name}"] = int(torch.stack(sums).sum())
+        for name, weight in self._shards.items():
+            known[f"shape of {name}"] = f"{weight.dtype} {list(weight.shape)}"
         text = torch.frombuffer(
             bytearray(json.dumps(known, default=str).encode()), dtype=torch.uint8
         )

@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zofo.errors import UserError
 from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
+from zofo.perturb.shards import is_sharded, kind_of
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 # A weight of at most this size is swapped for the whole forward, because the hooks of its module
@@ -60,6 +63,20 @@ class Slot:
     tensor: int  # index that addresses its directions
     path: str  # full name, for messages
 
+    @property
+    def present(self) -> nn.Parameter:
+        """The whole weight: the parameter, or what FSDP gathers of it for a forward."""
+        if not is_sharded(self.parameter):
+            return self.parameter
+        present: Any = self.module._parameters[self.name]
+        if is_sharded(present):
+            raise UserError(
+                f"the weight {self.path} is still sharded where it has to be perturbed, because a "
+                "module around its FSDP unit reads it; apply fully_shard to that module instead of "
+                "a module inside it"
+            )
+        return present
+
 
 @dataclass(eq=False)
 class Owner:
@@ -69,6 +86,8 @@ class Owner:
     slots: list[Slot] = field(default_factory=list)
     ties: list[tuple[Slot, Slot]] = field(default_factory=list)
     """Further places of a tied weight, each with the slot that swaps it."""
+    replaced: list[nn.Parameter] = field(default_factory=list)
+    """What the slots held before the swap; empty without a swap."""
     calls: int = 0
     """Number of running calls. Only the outermost one swaps, if a module calls itself."""
     tiles: TiledLinear | None = None
@@ -79,7 +98,7 @@ class Owner:
         """Whether this is a plain embedding, of which only the rows that it reads are perturbed."""
         module = self.module
         return (
-            type(module) is nn.Embedding
+            kind_of(module) is nn.Embedding
             and module.max_norm is None
             and "forward" not in vars(module)
             and not is_compiled(module)
@@ -93,9 +112,13 @@ class Owner:
         return sum(slot.parameter.nbytes for slot in self.slots)
 
     def swap_out(self) -> None:
-        """Put the parameters back into their places."""
-        for slot in (*self.slots, *(other for other, _ in self.ties)):
-            slot.module._parameters[slot.name] = slot.parameter
+        """Put back what the swap replaced."""
+        for slot, parameter in zip(self.slots, self.replaced, strict=False):
+            slot.module._parameters[slot.name] = parameter
+            for other, first in self.ties:
+                if first is slot:
+                    other.module._parameters[other.name] = parameter
+        self.replaced = []
 
 
 def find_owners(
@@ -148,7 +171,7 @@ def find_owners(
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
-        for read in children_read.get(type(module).__name__, ()):
+        for read in children_read.get(kind_of(module).__name__, ()):
             with contextlib.suppress(AttributeError):  # Not every instance has every child.
                 reads = {module.get_submodule(read): holder, **reads}
         for name, child in module.named_children():
@@ -173,6 +196,8 @@ def take_small(owners: Sequence[Owner], largest: int) -> list[Slot]:
     for owner in hooked:
         tied = [slot for _, slot in owner.ties]
         for slot in [slot for slot in owner.slots if slot not in tied]:
+            if is_sharded(slot.parameter):  # the whole weight is there only for the owner's call
+                continue
             size = slot.parameter.nbytes
             # `TiledLinear` takes the bias as it finds it, so the bias must be perturbed beforehand.
             is_bias_of_tiles = slot.name == "bias" and is_tileable(slot.module)
@@ -198,9 +223,8 @@ def give_tiles(
         sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
     scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
     for owner, slot in found:
-        weight = slot.parameter
-        tile = scratch[weight.dtype]
-        owner.tiles = TiledLinear(weight, slot.tensor, tile, seed=seed, distribution=distribution)
+        tile = scratch[slot.parameter.dtype]
+        owner.tiles = TiledLinear(slot, tile, seed=seed, distribution=distribution)
     return scratch
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from zofo.errors import UserError
 from zofo.perturb.owners import Owner, Slot
+from zofo.perturb.shards import is_sharded, kind_of
 
 
 class SelfCheckError(UserError, RuntimeError):
@@ -47,12 +48,22 @@ class ReadWatch(TorchDispatchMode):
         self._readers: dict[str, dict[str, None]] = {}
         # By address, because views and detached tensors share the storage of a weight.
         self._slots: dict[int, list[Slot]] = {}
-        for owner in owners:
-            for slot in (*owner.slots, *(other for other, _ in owner.ties)):
-                if slot.parameter.numel():
-                    address = slot.parameter.untyped_storage().data_ptr()
-                    self._slots.setdefault(address, []).append(slot)
+        self._owners = owners
         self._is_paused = False
+        self.find()
+
+    def find(self) -> None:
+        """Find the whole weights, of which FSDP gathers some while a module runs."""
+        self._slots.clear()
+        for owner in self._owners:
+            held = dict(zip(owner.slots, owner.replaced, strict=False))
+            for slot in (*owner.slots, *(other for other, _ in owner.ties)):
+                weight: Any = slot.parameter
+                if is_sharded(weight):
+                    weight = held.get(slot, slot.module._parameters[slot.name])
+                if weight.numel() and not is_sharded(weight):
+                    address = weight.untyped_storage().data_ptr()
+                    self._slots.setdefault(address, []).append(slot)
 
     def check(self) -> None:
         """Raise the error of the first unperturbed read, with all the readers that were found."""
@@ -92,7 +103,11 @@ class ReadWatch(TorchDispatchMode):
     ) -> Any:
         if not self._is_paused:
             for value in tree_iter((args, kwargs)):
-                if isinstance(value, Tensor) and value.layout == torch.strided:
+                if (
+                    isinstance(value, Tensor)
+                    and value.layout == torch.strided
+                    and not is_sharded(value)
+                ):
                     slots = self._slots.get(value.untyped_storage().data_ptr())
                     if slots is not None:
                         self._note(slots, func)
@@ -120,7 +135,7 @@ def _reader_of(slots: Sequence[Slot]) -> tuple[Slot, str, str]:
             if module is not slot.module:
                 path = next((n for n, m in module.named_modules() if m is slot.module), None)
                 if path is not None:
-                    return slot, type(module).__name__, path
+                    return slot, kind_of(module).__name__, path
     return slots[0], "", ""
 
 

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zofo.errors import UserError
 from zofo.noise.combine import Distribution, combine_rows
 from zofo.perturb.compiled import (
     AroundCompiledCall,
@@ -43,6 +44,7 @@ from zofo.perturb.owners import Owner, Slot, find_owners, give_tiles, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
+from zofo.perturb.shards import begin_anew, check_sharding, is_sharded, is_unit, reshard
 from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
 
 _T = TypeVar("_T")
@@ -87,12 +89,20 @@ class Perturbation:
         self._watch: ReadWatch | None = None
         self._children_read = dict(CHILDREN_READ)
         self._is_checked = False
+        check_sharding(model, parameters)
+        self._is_sharded = any(map(is_sharded, parameters))
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
+        if self._is_sharded and self._compiled:
+            raise UserError(
+                f"{type(self._compiled[0]).__name__} is compiled, and the graph would gather the "
+                "weights that fully_shard shards without the perturbation; leave torch.compile out"
+            )
+        reshard(model)
         owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
         if self.distribution == "rank-one":
@@ -193,6 +203,7 @@ class Perturbation:
                 handles += self._hook_path(owner, path)
             for owner in self._owners:
                 handles += self._hooks(owner)
+            handles += self._hooks_of_watch()
             if self._watch is None:
                 yield
             else:
@@ -210,6 +221,9 @@ class Perturbation:
                 owner.swap_out()
             self._stack.clear()
             self._watch = self._point = None
+            if self._is_sharded:
+                # FSDP keeps the whole weights of the root, which the next update would not change.
+                (reshard if is_whole else begin_anew)(self._model)
             if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
 
@@ -316,10 +330,26 @@ class Perturbation:
         enter, leave = functools.partial(self._enter, owner), functools.partial(self._leave, owner)
         if module._compiled_call_impl is not None:
             return [AroundCompiledCall(module, enter, leave)]
+        # Inside the hooks of FSDP, which gather the module's weights and put the shards back.
+        within = is_unit(module)
         return [
-            module.register_forward_pre_hook(lambda *_: enter(), prepend=True),
-            module.register_forward_hook(lambda _, args, output: leave(output), always_call=True),
+            module.register_forward_pre_hook(lambda *_: enter(), prepend=not within),
+            module.register_forward_hook(
+                lambda _, args, output: leave(output), prepend=within, always_call=True
+            ),
         ]
+
+    def _hooks_of_watch(self) -> list[Any]:
+        """Let the self-check find the weights that FSDP gathers for a call."""
+        handles: list[Any] = []
+        watch = self._watch
+        if watch is not None and self._is_sharded:
+            for module in filter(is_unit, self._modules):
+                handles.append(module.register_forward_pre_hook(lambda *_: watch.find()))
+                handles.append(
+                    module.register_forward_hook(lambda *_: watch.find(), always_call=True)
+                )
+        return handles
 
     def _hook_path(self, owner: Owner, path: SidePath) -> list[Any]:
         """Hook the layer of a side path, ahead of hooks that add to its output."""
@@ -377,7 +407,7 @@ class Perturbation:
             # Repeated rows are computed repeatedly, because finding the distinct ones would make
             # the host wait for the device.
             table = combine_rows(
-                slot.parameter,
+                slot.present,
                 ids.reshape(-1).long(),
                 scale,
                 seed=self.seed,
