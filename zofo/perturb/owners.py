@@ -215,8 +215,10 @@ def give_tiles(
     found: list[tuple[Owner, Slot]] = []
     for owner in owners:
         is_alone = len(owner.slots) == 1 and not owner.ties
-        if is_alone and owner.slots[0].module is owner.module and is_tileable(owner.module):
-            found.append((owner, owner.slots[0]))
+        slot = owner.slots[0]
+        is_weight = slot.module is owner.module and slot.name == "weight"
+        if is_alone and is_weight and is_tileable(owner.module):
+            found.append((owner, slot))
     sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
     for _, slot in found:
         dtype, width = slot.parameter.dtype, slot.parameter.shape[1]

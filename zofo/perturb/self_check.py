@@ -8,7 +8,7 @@ both. The view can then swap the weight for the call of that module (`Perturbati
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,14 +85,22 @@ class ReadWatch(TorchDispatchMode):
             module.register_forward_hook(go_on, always_call=True),
         ]
 
+    def find_in_calls_of(self, modules: Iterable[nn.Module]) -> list[Any]:
+        """Hook modules for whose calls FSDP gathers weights; returns the handles."""
+        handles: list[Any] = []
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda *_: self.find()))
+            handles.append(module.register_forward_hook(lambda *_: self.find(), always_call=True))
+        return handles
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Allow reads inside the context."""
-        self._is_paused = True
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_paused = False
+            self._is_paused = before
 
     def __torch_dispatch__(
         self,

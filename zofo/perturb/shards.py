@@ -82,11 +82,13 @@ def sharded_as(whole: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+def gathered(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[bool]:
     """Inside the context, the model holds some sharded weights as whole ones.
 
-    All processes enter it. No forward may run inside.
+    All processes enter it, and no forward may run inside. The value tells whether this process
+    writes the files: it is the only one of an unsharded model, or the first that holds a shard.
     """
+    is_writer = is_first(model)
     wanted = {id(weight): weight for weight in weights if is_sharded(weight)}
     whole: dict[int, nn.Parameter] = {}
     places: list[tuple[nn.Module, str, Any]] = []
@@ -100,10 +102,16 @@ def gathered(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
     try:
         for module, name, weight in places:
             module._parameters[name] = whole[id(weight)]
-        yield
+        yield is_writer
     finally:
         for module, name, weight in places:
             module._parameters[name] = weight
+
+
+def is_first(model: nn.Module) -> bool:
+    """Whether the model is not sharded, or this is the first process that holds a shard."""
+    sharded: Any = next(filter(is_sharded, model.parameters()), None)
+    return sharded is None or not any(sharded.device_mesh.get_coordinate())
 
 
 def kind_of(module: nn.Module) -> type:

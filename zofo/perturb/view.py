@@ -203,10 +203,10 @@ class Perturbation:
                 handles += self._hook_path(owner, path)
             for owner in self._owners:
                 handles += self._hooks(owner)
-            handles += self._hooks_of_watch()
             if self._watch is None:
                 yield
             else:
+                handles += self._watch.find_in_calls_of(filter(is_unit, self._modules))
                 with running_eagerly(), self._watch:
                     yield
                 self._watch.check()
@@ -221,8 +221,7 @@ class Perturbation:
                 owner.swap_out()
             self._stack.clear()
             self._watch = self._point = None
-            if self._is_sharded:
-                # FSDP keeps the whole weights of the root, which the next update would not change.
+            if self._is_sharded:  # the next update would not change what FSDP still holds whole
                 (reshard if is_whole else begin_anew)(self._model)
             if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
@@ -338,18 +337,6 @@ class Perturbation:
                 lambda _, args, output: leave(output), prepend=within, always_call=True
             ),
         ]
-
-    def _hooks_of_watch(self) -> list[Any]:
-        """Let the self-check find the weights that FSDP gathers for a call."""
-        handles: list[Any] = []
-        watch = self._watch
-        if watch is not None and self._is_sharded:
-            for module in filter(is_unit, self._modules):
-                handles.append(module.register_forward_pre_hook(lambda *_: watch.find()))
-                handles.append(
-                    module.register_forward_hook(lambda *_: watch.find(), always_call=True)
-                )
-        return handles
 
     def _hook_path(self, owner: Owner, path: SidePath) -> list[Any]:
         """Hook the layer of a side path, ahead of hooks that add to its output."""
