@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
 from tests.support.groups import in_group
@@ -254,6 +255,23 @@ def uninterrupted(options):
 @pytest.mark.parametrize("options", [DENSE, BY_ROWS], ids=["dense", "rows"])
 def test_a_failure_in_a_perturbed_forward_leaves_every_shard(options):
     assert in_group(2, interrupted, options) == in_group(2, uninterrupted, options)
+
+
+def sent():
+    """The collective operations of an update."""
+    model = build("llama", "lora")
+    shard(model)
+    optimizer, shares = run_of(model, rank=dist.get_rank(), size=dist.get_world_size(), **DENSE)
+    optimizer.step(shares)
+    optimizer.accumulate(shares)
+    with CommDebugMode() as mode:
+        optimizer.step()
+    return {str(kind): count for kind, count in mode.get_comm_counts().items()}
+
+
+def test_an_update_gathers_scalars_and_adds_norms_and_sends_no_weight():
+    # The norms are those of the gradient, for clipping, and of the adapter's update.
+    assert in_group(2, sent) == [{"c10d.allgather_": 1, "c10d.allreduce_": 2}] * 2
 
 
 def saved(folder):

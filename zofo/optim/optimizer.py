@@ -47,7 +47,7 @@ from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
-from zofo.perturb.shards import begin_anew, is_sharded, local_part
+from zofo.perturb.shards import local_part
 
 
 class HybridOptimizer(StatefulOptimizer):
@@ -119,13 +119,8 @@ class HybridOptimizer(StatefulOptimizer):
             Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
         )
         self._reads_late = reads_late
-        if process_group is None and any(is_sharded(p) for g in groups for p in g["params"]):
-            raise UserError(
-                "the weights are sharded over processes, and process_group is None; pass the group "
-                "of all processes that hold a shard, such as torch.distributed.group.WORLD"
-            )
-        if process_group is not None:
-            self.processes = Processes(process_group, model)
+        self.processes = Processes.of(process_group, model)
+        if self.processes is not None:
             self._log.part_in_words = self.processes.part_in_words
         self._has_stepped = self._ran_backward = self._has_moved_base = False
         self.base_fingerprint = None
@@ -395,8 +390,6 @@ class HybridOptimizer(StatefulOptimizer):
         self._log.read_pending()
         differs = None
         if self.processes is not None:
-            if self.processes.have_shards:
-                begin_anew(self.model)
             self._loss, self._scalars, differs = self.processes.joined(
                 self._loss,
                 self._scalars,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
-from zofo.perturb.shards import is_sharded
+from zofo.perturb.shards import begin_anew, is_sharded
 
 PART: Final = 1 << 20
 """Elements of the part of a weight that a step compares. A choice: it takes about a millisecond."""
@@ -46,12 +46,11 @@ class Processes:
     Attributes:
         rank: this process's number within the group.
         size: number of processes.
-        have_shards: whether they share weights that FSDP2 divides among them.
         bytes_sent: bytes that this process has sent to each other process.
     """
 
     def __init__(self, group: Any, model: nn.Module) -> None:
-        self.group = group
+        self.group, self._model = group, model
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes_sent = 0
         self._is_compared = False
@@ -59,7 +58,6 @@ class Processes:
         weights = {**blocks.base, **blocks.adapter}
         self._weights = {name: w for name, w in weights.items() if not is_sharded(w)}
         self._shards = {name: w for name, w in weights.items() if is_sharded(w)}
-        self.have_shards = bool(self._shards)
         for name, weight in self._shards.items():
             mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
             if mesh.size() != self.size:
@@ -79,6 +77,22 @@ class Processes:
         if not is_gloo and found.type == "cpu":
             found = torch.accelerator.current_accelerator() or found
         self._device = torch.device("cpu") if is_gloo else found
+
+    @classmethod
+    def of(cls, group: Any, model: nn.Module) -> Processes | None:
+        """The processes of a group; None without one.
+
+        Raises:
+            UserError: if the model is sharded and there is no group.
+        """
+        if group is not None:
+            return cls(group, model)
+        if any(map(is_sharded, model.parameters())):
+            raise UserError(
+                "the weights are sharded over processes, and process_group is None; pass the group "
+                "of all processes that hold a shard, such as torch.distributed.group.WORLD"
+            )
+        return None
 
     def counts(self, num_rows: int) -> list[int]:
         """The number of rows of this micro-batch on each process, by rank."""
@@ -111,6 +125,8 @@ class Processes:
         """
         if not self._is_compared:
             self._compare(settings())
+        if self._shards:  # the update changes shards, and FSDP may still hold whole weights
+            begin_anew(self._model)
         own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
         lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
         longest = max(lengths) if rows else len(own)

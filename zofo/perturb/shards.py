@@ -10,6 +10,7 @@ an update writes the shard, as the slice of the whole tensor that begins at its 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def local_part(weight: Tensor) -> tuple[Tensor, int]:
             # As torch.chunk divides the rows: the last shards may be shorter, or empty.
             chunk = -(-len(weight) // sharded.device_mesh.size(dim))
             first = min(sharded.device_mesh.get_local_rank(dim) * chunk, len(weight))
-    return local, first * weight[:1].numel()
+    return local, first * math.prod(weight.shape[1:])
 
 
 def shard_group(weight: Tensor) -> Any:

@@ -57,7 +57,10 @@ def check_setup(trainer: Any, options: Any) -> None:
             "CUDA_VISIBLE_DEVICES=0"
         )
     if is_sharded(trainer):
-        wrong.append("FSDP and DeepSpeed shard the base: use plain DDP, or choose fo-peft")
+        wrong.append(
+            "FSDP and DeepSpeed shard the base: use plain DDP, choose fo-peft, or shard it with "
+            "torch.distributed.fsdp.fully_shard in a loop of your own around zofo.HybridOptimizer"
+        )
     if args.world_size > 1 and args.load_best_model_at_end:
         wrong.append(
             "several processes cannot go back to the best checkpoint yet: set "
