@@ -12,15 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zofo.errors import UserError
 from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
 from zofo.perturb.shards import is_sharded, kind_of
+from zofo.perturb.slots import Slot
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 # A weight of at most this size is swapped for the whole forward, because the hooks of its module
@@ -51,31 +50,6 @@ CHILDREN_READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_MIXERS, _MAMBA),
 }
 """Class name -> paths of the modules below it whose own weights its forward reads directly."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place that holds a parameter: the entry `name` of `module`'s parameter table."""
-
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-    tensor: int  # index that addresses its directions
-    path: str  # full name, for messages
-
-    @property
-    def present(self) -> nn.Parameter:
-        """The whole weight: the parameter, or what FSDP gathers of it for a forward."""
-        if not is_sharded(self.parameter):
-            return self.parameter
-        present: Any = self.module._parameters[self.name]
-        if is_sharded(present):
-            raise UserError(
-                f"the weight {self.path} is still sharded where it has to be perturbed, because a "
-                "module around its FSDP unit reads it; apply fully_shard to that module instead of "
-                "a module inside it"
-            )
-        return present
 
 
 @dataclass(eq=False)

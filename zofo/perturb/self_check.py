@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from zofo.errors import UserError
-from zofo.perturb.owners import Owner, Slot
+from zofo.perturb.owners import Owner
 from zofo.perturb.shards import is_sharded, kind_of
+from zofo.perturb.slots import Slot
 
 
 class SelfCheckError(UserError, RuntimeError):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zofo.errors import UserError
+from zofo.perturb.compiled import compiled_modules
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -152,7 +153,8 @@ def check_sharding(model: nn.Module, weights: Iterable[Tensor]) -> None:
         weights: its perturbed weights.
 
     Raises:
-        UserError: for FSDP1, DeepSpeed's stage 3, and placements other than rows over processes.
+        UserError: for FSDP1, DeepSpeed's stage 3, placements other than rows over processes, and
+            compiled modules.
     """
     remedy = (
         "; shard the model with torch.distributed.fsdp.fully_shard on a mesh of one dimension, or "
@@ -177,6 +179,12 @@ def check_sharding(model: nn.Module, weights: Iterable[Tensor]) -> None:
                 f"a weight of shape {list(weight.shape)} has the placements {placements}, and zofo "
                 f"takes rows that one dimension of the mesh divides, not tensor parallelism{remedy}"
             )
+    compiled = compiled_modules(model.modules())
+    if compiled and any(map(is_sharded, weights)):
+        raise UserError(
+            f"{type(compiled[0]).__name__} is compiled, and its graph would gather sharded weights "
+            "without the perturbation; leave torch.compile out"
+        )
     for module in filter(is_unit, model.modules()):
         if not hasattr(module, "reset_iter_state"):
             raise UserError(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from zofo.noise.rank_one import Side, signs, signs_of_rows
 from zofo.perturb.compiled import is_compiled
-from zofo.perturb.owners import Owner, Slot
+from zofo.perturb.owners import Owner
 from zofo.perturb.shards import kind_of
+from zofo.perturb.slots import Slot
 
 
 @dataclass(frozen=True)

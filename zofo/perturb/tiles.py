@@ -14,16 +14,14 @@ swapped as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, prepare
 from zofo.perturb.shards import kind_of
-
-if TYPE_CHECKING:
-    from zofo.perturb.owners import Slot
+from zofo.perturb.slots import Slot
 
 ROWS: Final = 512  # of the weight, per tile
 _MIN_TILES: Final = 8

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zofo.errors import UserError
 from zofo.noise.combine import Distribution, combine_rows
 from zofo.perturb.compiled import (
     AroundCompiledCall,
@@ -40,12 +39,13 @@ from zofo.perturb.compiled import (
 from zofo.perturb.overlap import Overlap, overlap_on, streams_of
 from zofo.perturb.owners import ATOMIC as ATOMIC
 from zofo.perturb.owners import CHILDREN_READ as CHILDREN_READ
-from zofo.perturb.owners import Owner, Slot, find_owners, give_tiles, take_small
+from zofo.perturb.owners import Owner, find_owners, give_tiles, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
 from zofo.perturb.shards import begin_anew, check_sharding, is_sharded, is_unit, reshard
 from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
+from zofo.perturb.slots import Slot
 
 _T = TypeVar("_T")
 
@@ -89,7 +89,6 @@ class Perturbation:
         self._watch: ReadWatch | None = None
         self._children_read = dict(CHILDREN_READ)
         self._is_checked = False
-        check_sharding(model, parameters)
         self._is_sharded = any(map(is_sharded, parameters))
         self.follow(model)
 
@@ -97,11 +96,7 @@ class Perturbation:
         """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
-        if self._is_sharded and self._compiled:
-            raise UserError(
-                f"{type(self._compiled[0]).__name__} is compiled, and the graph would gather the "
-                "weights that fully_shard shards without the perturbation; leave torch.compile out"
-            )
+        check_sharding(model, self.parameters)
         reshard(model)
         owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
