@@ -194,9 +194,9 @@ def compute(
                 continue
         # Kernels walk row-major memory, so another layout goes through a copy. The copy of `out`
         # has its values, because the CUDA kernel writes nothing if a coefficient is not finite.
-        flat = [(w.detach().contiguous(), o.detach().contiguous(), *at) for w, o, *at in given]
+        flat = [(w.detach().contiguous(), o.detach().contiguous(), t, i) for w, o, t, i in given]
         _BACKENDS[chosen](flat, rows, decays=decays, steps=steps, stochastic=stochastic, **drawing)
-        for (_, target, *_), (_, out, *_) in zip(flat, given, strict=True):
+        for (_, target, _, _), (_, out, _, _) in zip(flat, given, strict=True):
             if target.data_ptr() != out.data_ptr():
                 out.detach().copy_(target)
             elif not out.is_inference():
