@@ -9,14 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
 from tests.support.groups import in_group
-from tests.support.models import batch_for, build
-from zofo.disk.files import fingerprint
+from tests.support.models import assert_same_bits, batch_for, build
+from zofo.disk.files import fingerprint, read_tensors
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS
 from zofo.optim.blocks import split_parameters
@@ -25,6 +30,7 @@ from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.perturb.shards import Whole, is_sharded, local_part
 from zofo.perturb.view import Perturbation
+from zofo.saved.artifact import BaseSpec, save_artifact
 from zofo.saved.checkpoint import load_checkpoint, save_checkpoint
 
 ROWS = 6
@@ -162,12 +168,19 @@ def replicated(model, mesh):
     fully_shard(model, mesh=wide)
 
 
-UNITS = (leaves, root_only, offloaded, replicated)
+def lowered(model, mesh):
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
 
-def reader():
+UNITS = (leaves, root_only, offloaded, replicated, lowered)
+
+
+def reader(shard_units=None):
+    """A model, and its input."""
     torch.manual_seed(0)
-    return Reader(), torch.arange(12).view(3, 4)
+    model = Reader()
+    # The sharded weights stay in float32, and their forward is that of a bfloat16 model.
+    return model.bfloat16() if shard_units is lowered else model, torch.arange(12).view(3, 4)
 
 
 def perturbed(model, ids, distribution):
@@ -211,32 +224,38 @@ def same(before, after):
 
 def test_a_perturbed_forward_has_the_bits_of_the_whole_model():
     expected = [
-        (*perturbed(*reader(), kind), True) for kind, _ in itertools.product(DISTRIBUTIONS, UNITS)
+        (*perturbed(*reader(units), kind), True)
+        for kind, units in itertools.product(DISTRIBUTIONS, UNITS)
     ]
     for found in in_group(3, perturbed_there):
         assert found == expected
 
 
 def interrupted(options):
-    """Fail in the middle of a perturbed forward, then go on."""
+    """Fail in the middle of a perturbed and of an unperturbed forward, then go on."""
     model = build("llama", "lora")
     shard(model)
     layer = next(m for m in model.modules() if type(m).__name__ == "LlamaMLP")
     optimizer, shares = run_of(model, rank=dist.get_rank(), size=dist.get_world_size(), **options)
     optimizer.step(shares)
-    before, calls = shards(model), []
+    before = shards(model)
 
-    def fail(*_):
-        calls.append(torch.is_grad_enabled())
-        if not calls[-1]:
-            raise KeyboardInterrupt
+    def fail(with_gradient):
+        def raise_there(*_):
+            if torch.is_grad_enabled() == with_gradient:
+                raise KeyboardInterrupt
 
-    handle = layer.register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.accumulate(shares)
-    handle.remove()
-    kept = same(before, shards(model))
+        handle = layer.register_forward_hook(raise_there)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.accumulate(shares)
+        handle.remove()
+
+    fail(with_gradient=False)
+    kept = [same(before, shards(model))]
     optimizer.discard_measurements()
+    fail(with_gradient=True)
+    optimizer.discard_measurements()
+    kept.append(same(before, shards(model)))
     optimizer.zero_grad()
     for _ in range(2):
         optimizer.step(shares)
@@ -249,11 +268,11 @@ def uninterrupted(options):
     optimizer, shares = run_of(model, rank=dist.get_rank(), size=dist.get_world_size(), **options)
     for _ in range(3):
         optimizer.step(shares)
-    return True, optimizer.trajectory, whole_bits(dict(model.named_parameters()))
+    return [True, True], optimizer.trajectory, whole_bits(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("options", [DENSE, BY_ROWS], ids=["dense", "rows"])
-def test_a_failure_in_a_perturbed_forward_leaves_every_shard(options):
+def test_a_failure_in_a_forward_leaves_every_shard(options):
     assert in_group(2, interrupted, options) == in_group(2, uninterrupted, options)
 
 
@@ -282,6 +301,14 @@ def saved(folder):
     for _ in range(2):
         optimizer.step(shares)
     save_checkpoint(folder, model, optimizer)
+    save_artifact(
+        folder / "artifact",
+        model,
+        base=BaseSpec("a-base"),
+        method="hybrid",
+        trajectory=optimizer.trajectory,
+        base_fingerprint=optimizer.original_fingerprint(),
+    )
     state = optimizer.state_dict()
     if dist.get_rank() == 0:
         torch.save(state, folder / "optimizer.pt")
@@ -318,6 +345,11 @@ def test_a_checkpoint_of_a_sharded_model_fits_any_number_of_processes(tmp_path):
     first, second = in_group(2, saved, tmp_path)
     assert first == second
     assert in_group(2, resumed, tmp_path) == [first, first]
+    of_artifact, of_checkpoint = (
+        read_tensors(folder / "adapter_model.safetensors")[0]
+        for folder in (tmp_path / "artifact" / "adapter", tmp_path)
+    )
+    assert_same_bits(of_artifact, of_checkpoint)
     for here, _, scalars in [*in_group(3, resumed, tmp_path), resumed(tmp_path)]:
         assert here == first[0]
         torch.testing.assert_close(

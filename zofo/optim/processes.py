@@ -94,6 +94,11 @@ class Processes:
             )
         return None
 
+    def settle(self) -> None:
+        """Let the modules hold shards, also after a pass that failed."""
+        if self._shards:
+            begin_anew(self._model)
+
     def counts(self, num_rows: int) -> list[int]:
         """The number of rows of this micro-batch on each process, by rank."""
         return [int(n) for n in self._gather(torch.tensor([num_rows], device=self._device))]
@@ -125,8 +130,7 @@ class Processes:
         """
         if not self._is_compared:
             self._compare(settings())
-        if self._shards:  # the update changes shards, and FSDP may still hold whole weights
-            begin_anew(self._model)
+        self.settle()  # the update changes shards, and FSDP may still hold whole weights
         own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
         lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
         longest = max(lengths) if rows else len(own)

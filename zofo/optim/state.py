@@ -251,3 +251,5 @@ class StatefulOptimizer(Optimizer):
         self._rows, self._left_out = [], None
         self._ran_backward = False
         self.buffers.forget()
+        if self.processes is not None:
+            self.processes.settle()

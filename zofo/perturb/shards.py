@@ -120,7 +120,7 @@ def kind_of(module: nn.Module) -> type:
     """The class of a module, without the subclass that `fully_shard` makes of it."""
     kind = type(module)
     # The order of classes is FSDPLinear, FSDPModule, Linear, ...
-    return kind.__mro__[2] if is_unit(module) else kind
+    return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)] if is_unit(module) else kind
 
 
 def is_unit(module: nn.Module) -> bool:

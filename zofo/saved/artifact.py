@@ -118,8 +118,8 @@ def save_artifact(
             f"an artefact of method {method} holds the whole base, which is sharded here; save it "
             "with torch.distributed.checkpoint, and make the artefact of the model it loads"
         )
-    values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
-    values |= {"task": task, "labels": list(labels)}
+    values: dict[str, Any] = {"method": method, "base": vars(base)}
+    values |= {"base_fingerprint": base_fingerprint, "task": task, "labels": list(labels)}
     with gathered(model, blocks.adapter.values()) as is_writer:
         if is_writer:
             _write(folder, model, values, trajectory, tokenizer, rows, buffers)
