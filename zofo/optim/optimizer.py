@@ -124,8 +124,7 @@ class HybridOptimizer(StatefulOptimizer):
             self._log.part_in_words = self.processes.part_in_words
         self._has_stepped = self._ran_backward = self._has_moved_base = False
         self.base_fingerprint = None
-        self.step_count = 0
-        self.num_forwards = 0
+        self.step_count = self.num_forwards = 0
         self.discard_measurements()
         self._is_built = True
 
@@ -284,13 +283,14 @@ class HybridOptimizer(StatefulOptimizer):
             with_graph=self.inner is not None,
         )
         if options.directions_per_step == 1:
-            loss = None if reference is None else reference.sum()
-            num_directions = options.num_directions
-            return evaluate(loss, num_directions=num_directions, self_check=self_check), [], None
+            loss, num = None if reference is None else reference.sum(), options.num_directions
+            return evaluate(loss, num_directions=num, self_check=self_check), [], None
         shares = shares_of(reference)
         counts, rank = [len(shares)], 0
         if self.processes is not None:
-            counts, rank = self.processes.counts(len(shares)), self.processes.rank
+            # A difference in length would break the exchange of the scalars, so it is asked for.
+            is_sure = options.directions_per_step != "rows" and self.processes.has_even_rows
+            counts, rank = self.processes.counts(len(shares), is_sure), self.processes.rank
         start = sum(map(sum, self._rows)) + sum(counts[:rank])  # number of the first row
         plan = RowPlan.of(options.directions_per_step, start, shares, examples)
         scalars, left_out = row_gradients(
