@@ -83,13 +83,13 @@ def train(adapter, options, num_steps, num_micro_batches=1):
 def test_all_processes_hold_the_same_bits_and_agree_with_one(options, adapter):
     alone = train(adapter, options, 4)
     for size in (2, 3):
-        found = in_group(size, train, adapter, options, 4)
+        found = in_group(size, train, adapter, options, 20)
         assert all(part["bits"] == found[0]["bits"] for part in found)
         assert all(part["scalars"] == found[0]["scalars"] for part in found)
-        torch.testing.assert_close(
-            torch.tensor(found[0]["scalars"]), torch.tensor(alone["scalars"]), rtol=2e-2, atol=2e-2
-        )
-        assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        # Rounding grows from step to step, so the first ones are compared.
+        first = torch.tensor(found[0]["scalars"][:4])
+        torch.testing.assert_close(first, torch.tensor(alone["scalars"]), rtol=2e-2, atol=2e-2)
+        assert found[0]["losses"][:4] == pytest.approx(alone["losses"], rel=1e-4)
         assert len(set(found[0]["scalars"][0])) == len(alone["scalars"][0])
 
 

@@ -13,7 +13,8 @@ after micro-batch, and rank after rank within each. The same rows in the same or
 the same directions on any number of processes.
 
 Each step also compares a checksum of one part of one weight, and the next step one of the next
-part. A difference ends the run, and the message names the weight.
+part. A difference ends the run, and the message names the weight. Of weights that FSDP2 shards, no
+other process holds the same rows, so only their shapes and dtypes are compared.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
+from zofo.perturb.shards import begin_anew, is_sharded
 
 PART: Final = 1 << 20
 """Elements of the part of a weight that a step compares. A choice: it takes about a millisecond."""
@@ -52,28 +54,64 @@ class Processes:
     """
 
     def __init__(self, group: Any, model: nn.Module) -> None:
-        self.group = group
+        self.group, self._model = group, model
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.has_even_rows = False
         self.bytes_sent = 0
         self._is_compared = False
         blocks = split_parameters(model)
-        self._weights = {**blocks.base, **blocks.adapter}
+        weights = {**blocks.base, **blocks.adapter}
+        self._weights = {name: w for name, w in weights.items() if not is_sharded(w)}
+        self._shards = {name: w for name, w in weights.items() if is_sharded(w)}
+        for name, weight in self._shards.items():
+            mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+            if mesh.size() != self.size:
+                raise UserError(
+                    f"{name} is sharded over a mesh of {mesh.size()} processes, and process_group "
+                    f"has {self.size}; pass the group of all processes of the mesh"
+                )
         self._parts = [
             (name, start)
             for name, weight in self._weights.items()
             for start in range(0, max(weight.numel(), 1), PART)
         ]
-        # gloo communicates from the memory of the host.
+        # gloo communicates from the memory of the host, and nccl from that of the device, where
+        # sharded weights need not lie.
         is_gloo = dist.get_backend(group) == "gloo"
-        self._device = "cpu" if is_gloo else next(iter(self._weights.values())).device
+        found = next(iter(weights.values())).device
+        if not is_gloo and found.type == "cpu":
+            found = torch.accelerator.current_accelerator() or found
+        self._device = torch.device("cpu") if is_gloo else found
+
+    @classmethod
+    def of(cls, group: Any, model: nn.Module) -> Processes | None:
+        """The processes of a group; None without one.
+
+        Raises:
+            UserError: if the model is sharded and there is no group.
+        """
+        if group is not None:
+            return cls(group, model)
+        if any(map(is_sharded, model.parameters())):
+            raise UserError(
+                "the weights are sharded over processes, and process_group is None; pass the group "
+                "of all processes that hold a shard, such as torch.distributed.group.WORLD"
+            )
+        return None
+
+    def settle(self) -> None:
+        """Let the modules hold shards, also after a pass that failed."""
+        if self._shards:
+            begin_anew(self._model)
 
     def wait(self) -> None:
         """Wait until all processes are here, as before one reads what another has written."""
         dist.barrier(self.group)
 
-    def counts(self, num_rows: int) -> list[int]:
+    def counts(self, num_rows: int, are_even: bool = False) -> list[int]:
         """The number of rows of this micro-batch on each process, by rank."""
+        if are_even:
+            return [num_rows] * self.size
         own = torch.tensor([num_rows], dtype=torch.int32, device=self._device)
         return [int(n) for n in self._gather(own)]
 
@@ -107,14 +145,16 @@ class Processes:
             before = self.bytes_sent
             self._compare(settings())
             self.bytes_sent = before
+        self.settle()  # the update changes shards, and FSDP may still hold whole weights
         own = torch.zeros(0, dtype=torch.float64) if scalars is None else scalars
         lengths = [sum(counts[rank] for counts in rows) for rank in range(self.size)]
         longest = max(lengths) if rows else len(own)
-        name, start = self._parts[step % len(self._parts)]
         message = torch.zeros(1 + longest, dtype=torch.float64, device=self._device)
         # Loss and checksum share the first 8 bytes. No update depends on the digits of the loss.
         message[:1].view(torch.float32)[0] = 0.0 if loss is None else loss
-        message[:1].view(torch.int32)[1] = _lower_half(_checksum(self._weights[name], start))
+        if self._parts:
+            name, start = self._parts[step % len(self._parts)]
+            message[:1].view(torch.int32)[1] = _lower_half(_checksum(self._weights[name], start))
         message[1 : 1 + len(own)] = own
         parts = self._gather(message)
         sums = torch.stack([part[:1].view(torch.int32)[1] for part in parts])
@@ -146,6 +186,8 @@ class Processes:
         for name, weight in self._weights.items():
             sums = [_checksum(weight, at) for at in range(0, max(weight.numel(), 1), PART)]
             known[f"weight {name}"] = int(torch.stack(sums).sum())
+        for name, weight in self._shards.items():
+            known[f"shape of {name}"] = f"{weight.dtype} {list(weight.shape)}"
         text = torch.frombuffer(
             bytearray(json.dumps(known, default=str).encode()), dtype=torch.uint8
         )

@@ -64,7 +64,10 @@ def check_setup(trainer: Any, options: Any) -> None:
             "use_cpu=True where there is no GPU, or start one process"
         )
     if is_sharded(trainer):
-        wrong.append("FSDP and DeepSpeed shard the base: use plain DDP, or choose fo-peft")
+        wrong.append(
+            "FSDP and DeepSpeed shard the base: use plain DDP, choose fo-peft, or shard it with "
+            "torch.distributed.fsdp.fully_shard in a loop of your own around zofo.HybridOptimizer"
+        )
     if hasattr(trainer, "_generate_and_score_completions"):
         wrong.append(
             "a loss cannot be computed again in trainers that generate their batches, such as "
