@@ -46,6 +46,7 @@ def _join(rank, size, store, function, arguments, writer):
 
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate warns without it
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
     try:
