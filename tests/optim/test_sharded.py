@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from tests.support.groups import in_group
 from tests.support.models import assert_same_bits, batch_for, build
+from tests.support.trainers import trainer_for
 from zofo.disk.files import fingerprint, read_tensors
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS
@@ -357,7 +358,7 @@ def test_a_checkpoint_of_a_sharded_model_fits_any_number_of_processes(tmp_path):
         )
 
 
-def refused():
+def refused(folder):
     """What each kind of sharding that zofo cannot serve says."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     own = [dist.new_group([rank]) for rank in range(mesh.size())][dist.get_rank()]
@@ -393,6 +394,7 @@ def refused():
         lambda: step(compiled()),
         lambda: step(first),
         inside,
+        lambda: trainer_for(folder, shard(build("llama", "lora"))),
     )
     said = []
     for case in cases:
@@ -402,7 +404,7 @@ def refused():
     return said
 
 
-def test_what_cannot_be_served_is_refused_with_a_remedy():
+def test_what_cannot_be_served_is_refused_with_a_remedy(tmp_path):
     expected = (
         ("process_group is None", "pass the group"),
         ("a mesh of 2 processes", "pass the group"),
@@ -410,7 +412,8 @@ def test_what_cannot_be_served_is_refused_with_a_remedy():
         ("compiled", "leave torch.compile out"),
         ("FSDP1", "fully_shard"),
         ("attention.out_proj.weight is still sharded", "apply fully_shard to that module"),
+        ("shard the base", "in a loop of your own around zofo.HybridOptimizer"),
     )
-    for said in in_group(2, refused):
+    for said in in_group(2, refused, tmp_path):
         for message, parts in zip(said, expected, strict=True):
             assert all(part in message for part in parts), message
