@@ -137,9 +137,11 @@ def test_the_study_and_the_commands_of_the_cluster_guide(tmp_path, monkeypatch):
     scripts = [line.removeprefix("exec ") for line in text.splitlines() if "exec zofo" in line]
     commands = re.findall(r"^ +(?:CUDA_\S+ )?(zofo .*)$", text, re.MULTILINE)
     commands += [" ".join(worker["command"]), *scripts]
-    for _, name, *words in map(str.split, commands):
-        typer.main.get_command(app).commands[name].make_context(
-            name, [*words]
-        )  # parses the options
-        assert words[0] in ("/shared/me/mine.yaml", study["output"])
+    trainings = re.findall(r" -m (zofo train .*)$", text, re.MULTILINE)
+    parsers = typer.main.get_command(app).commands
+    for _, name, *words in map(str.split, [*trainings, *commands]):
+        parsers[name].make_context(name, [*words])
+        # Each study names the file of the page, or the folder that it writes.
+        assert name == "train" or words[0] in ("/shared/me/mine.yaml", study["output"])
     assert len(commands) >= 8
+    assert len(trainings) >= 3

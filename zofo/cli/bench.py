@@ -78,7 +78,11 @@ def bench(
     zofo bench --wire --processes 2 --json wire.json
     """
     if wire:
-        others = {"--whole-run": whole_run, "--only": only, "--noise-only": noise_only}
+        others: dict[str, object] = {
+            "--whole-run": whole_run,
+            "--only": only,
+            "--noise-only": noise_only,
+        }
         others |= {"--no-noise": no_noise, "--no-memory": no_memory, "KEY=VALUE": overrides}
         for name, value in others.items():
             if value:

@@ -109,7 +109,7 @@ class Processes:
         dist.barrier(self.group)
 
     def counts(self, num_rows: int, are_even: bool = False) -> list[int]:
-        """The number of rows of this micro-batch on each process, by rank; even ones send none."""
+        """The number of rows of this micro-batch on each process, by rank."""
         if are_even:
             return [num_rows] * self.size
         own = torch.tensor([num_rows], dtype=torch.int32, device=self._device)
