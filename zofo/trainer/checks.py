@@ -15,6 +15,7 @@ from zofo.optim.blocks import is_peft, is_quantized, split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import MAX_UPDATES
+from zofo.perturb import shards
 from zofo.perturb.compiled import is_wrapper
 from zofo.trainer.options import read_rates
 
@@ -151,5 +152,6 @@ def can_be_hashed(trainer: Any) -> bool:
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether FSDP or DeepSpeed shards the weights."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    """Whether FSDP or DeepSpeed shards the weights, or will."""
+    is_asked = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return bool(is_asked or any(map(shards.is_sharded, trainer.model.parameters())))
