@@ -1,10 +1,10 @@
 """The app of the server."""
 
-from federated_example.task import make_model
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from federated_example.task import make_model
 from zofo.federated import FederatedOptions, HybridStrategy
 
 app = ServerApp()
