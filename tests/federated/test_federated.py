@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
 
+import zofo.federated
 from tests.support.models import batch_for, bits, build, loss_of
 from zofo.errors import UserError
 from zofo.federated import BaseLog, Coordinator, FederatedOptions, LocalData, Party, label_skew
 from zofo.federated.base_log import num_bytes
-from zofo.federated.exchange import answer, record_of
+from zofo.federated.exchange import answer, check_protocol, record_of
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
 
@@ -222,7 +224,9 @@ def test_a_new_process_replays_only_the_rows_after_its_copy_of_the_base(tmp_path
     ("change", "message"),
     [
         ({"scalars": [math.nan] * 2}, "not finite"),
-        ({"scalars": [1.0] * 3}, "local steps"),
+        ({"scalars": [1.0] * 3}, "3 local steps instead of 2"),
+        ({"scalars": ["a", "b"]}, "0 local steps"),
+        ({"position": 1000}, "1000 rows"),
         ({"own_first_step": 0}, "another round"),
         ({"refusal": "out of memory"}, "out of memory"),
     ],
@@ -279,6 +283,19 @@ def test_options_outside_their_ranges_are_refused_together():
     assert FederatedOptions.from_json(OPTIONS.to_json()) == OPTIONS
     with pytest.raises(UserError, match="server's version"):
         FederatedOptions.from_json('{"unknown": 1}')
+
+
+@pytest.mark.parametrize("name", ["client_app", "HybridStrategy"])
+def test_without_flower_the_error_says_what_to_install(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    monkeypatch.delitem(sys.modules, "zofo.federated.flower", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'zofo\[flower\]'"):
+        getattr(zofo.federated, name)
+
+
+def test_a_server_of_another_version_is_refused():
+    with pytest.raises(UserError, match="version 2 of the federated protocol"):
+        check_protocol({"protocol": 2})
 
 
 def test_data_that_end_too_early_are_an_error():

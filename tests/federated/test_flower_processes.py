@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs pip install 'zofo[flower]'")
 
-from tests.federated.test_federated import OPTIONS  # noqa: E402
-from tests.support.models import build  # noqa: E402
-from zofo.disk.files import fingerprint  # noqa: E402
-from zofo.federated import BaseLog  # noqa: E402
-from zofo.optim.blocks import split_parameters  # noqa: E402
-from zofo.optim.trajectory import TRAJECTORY_FILE  # noqa: E402
+from tests.federated.test_federated import OPTIONS
+from tests.support.models import build
+from zofo.disk.files import fingerprint
+from zofo.federated import BaseLog
+from zofo.optim.blocks import split_parameters
+from zofo.optim.trajectory import TRAJECTORY_FILE
 
 LIMIT_S = 900
 PROJECT = """
@@ -112,6 +112,7 @@ def test_a_party_that_is_killed_changes_no_bit_of_the_others_base(tmp_path):
         "FLWR_HOME": str(tmp_path / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
     }
     (tmp_path / "flower").mkdir()
@@ -134,14 +135,13 @@ def test_a_party_that_is_killed_changes_no_bit_of_the_others_base(tmp_path):
         return process
 
     deadline = time.monotonic() + LIMIT_S
-    off = "--disable-runtime-dependency-installation"
     try:
-        link = start("flower-superlink", "--host", "127.0.0.1", "--port", str(port), off)
+        link = start("flower-superlink", "--host", "127.0.0.1", "--port", str(port))
         wait_for(lambda: is_open(port), [link], deadline)
         nodes = [
             start(
                 "flower-supernode",
-                *("--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), off),
+                *("--superlink", f"127.0.0.1:{port}", "--port", str(free_port())),
                 *("--node-config", f"partition-id={i}"),
             )
             for i in range(2)

@@ -99,28 +99,14 @@ class Coordinator:
         kinds = sorted(self.log.trajectory.rank_one) if len(self.log) else None
         for party in sorted(replies):
             record, num_examples = replies[party]
+            rows = rows_of(record)
             problem = self.problem_of(party, record)
-            if problem is None and not (0 < num_examples < math.inf):
-                problem = f"it has {num_examples} examples"
-            rows = [] if problem else rows_of(record)
-            found = list(record.get("rank_one", [])) if kinds is None or not rows else kinds
-            if (
-                problem is None
-                and rows
-                and record["own_first_step"] != self._first_steps.get(party)
-            ):
-                problem = "its scalars are those of another round"
-            elif problem is None and (
-                len(rows) != (self.log.options.num_steps if self.log.options.base_rates else 0)
-                or not all(math.isfinite(s) for row in rows for s in row)
-            ):
-                problem = "its scalars are not finite, or not those of the round's local steps"
-            elif problem is None and rows and kinds is not None and found != kinds:
-                problem = "its weights have other kinds of direction than those of the first party"
+            problem = problem or self._problem_of_rows(party, record, rows, num_examples, kinds)
             if problem is not None:
                 left_out[party] = problem
                 continue
-            kinds = found if rows else kinds
+            if rows and kinds is None:
+                kinds = list(record.get("rank_one", ()))
             accepted[party] = rows, num_examples
         total = math.fsum(num for _, num in accepted.values())
         for party, (rows, num) in accepted.items():
@@ -131,10 +117,34 @@ class Coordinator:
         """Note a party's position; return why its reply is of no use, or None."""
         if REFUSAL in record:
             return str(record[REFUSAL])
-        position = record.get("position", 0)
-        self._positions[party] = min(max(int(position), 0), len(self.log))
+        position = record.get("position")
+        if type(position) is not int or not 0 <= position <= len(self.log):
+            return f"it has {position!r} rows of the log"
+        self._positions[party] = position
         if record.get("is_behind"):
             return "it lacks rows of the log, which it gets in the next round"
+        return None
+
+    def _problem_of_rows(
+        self,
+        party: int,
+        record: Mapping[str, Any],
+        rows: list[tuple[float, ...]],
+        num_examples: float,
+        kinds: list[int] | None,
+    ) -> str | None:
+        """Why the scalars of a party cannot join the log, or None."""
+        options = self.log.options
+        if not 0 < num_examples < math.inf:
+            return f"it has {num_examples} examples"
+        if len(rows) != (options.num_steps if options.base_rates else 0):
+            return f"it has scalars of {len(rows)} local steps instead of {options.num_steps}"
+        if not all(math.isfinite(s) for row in rows for s in row):
+            return "its scalars are not finite"
+        if rows and record.get("own_first_step") != self._first_steps.get(party, -1):
+            return "its scalars are those of another round"
+        if rows and len(self.log) == 0 and kinds not in (None, list(record.get("rank_one", ()))):
+            return "its weights have other kinds of direction than the first party's"
         return None
 
 
@@ -220,7 +230,9 @@ def record_of(contribution: Contribution, log: BaseLog) -> Record:
 
 def rows_of(record: Mapping[str, Any]) -> list[tuple[float, ...]]:
     """The scalars of a party's answer, [steps][directions]."""
-    scalars, num = list(record.get("scalars", [])), int(record.get("num_directions", 1))
-    if num < 1 or len(scalars) % num:
+    scalars, num = record.get("scalars", []), record.get("num_directions", 1)
+    if type(num) is not int or num < 1 or len(scalars) % num:
+        return []
+    if not all(type(s) is float for s in scalars):
         return []
     return [tuple(scalars[i : i + num]) for i in range(0, len(scalars), num)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,14 +64,6 @@ class RoundBytes:
     adapter_down: int = 0
     adapter_up: int = 0
     evaluation: int = 0
-
-
-@dataclass
-class _Written:
-    """The state of a server on disk."""
-
-    log: BaseLog
-    adapter: dict[str, Tensor] = field(default_factory=dict)
 
 
 class HybridStrategy(Strategy):
@@ -153,7 +145,8 @@ class HybridStrategy(Strategy):
                 record.setdefault(REFUSAL, "its reply has no metrics")
             records[party] = record, metrics.get("num-examples", 0)
         left_out = self._coordinator.join(records)
-        self._tell(left_out, len(records))
+        refusals = [record[REFUSAL] for record, _ in records.values() if REFUSAL in record]
+        self._tell(left_out, refusals, len(records))
         accepted = [
             r for r in replies if not r.has_error() and r.metadata.src_node_id not in left_out
         ]
@@ -181,7 +174,7 @@ class HybridStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Give the metrics to the adapter's strategy."""
-        kept, left_out = [], {}
+        kept, left_out, refusals = [], {}, []
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             problem = None
             if not reply.has_error():
@@ -191,7 +184,8 @@ class HybridStrategy(Strategy):
                 kept.append(reply)
             else:
                 left_out[reply.metadata.src_node_id] = problem
-        self._tell(left_out, len(kept) + len(left_out))
+                refusals += [problem] if REFUSAL in record else []
+        self._tell(left_out, refusals, len(kept) + len(left_out))
         return self.adapter_strategy.aggregate_evaluate(server_round, kept)
 
     def follow_rounds(self, arrays: ArrayRecord) -> nn.Module:
@@ -212,7 +206,7 @@ class HybridStrategy(Strategy):
             num_bytes += record.count_bytes()
         return num_bytes
 
-    def _tell(self, left_out: dict[int, str], num_replies: int) -> None:
+    def _tell(self, left_out: dict[int, str], refusals: list[str], num_replies: int) -> None:
         """Log who is left out.
 
         Raises:
@@ -220,7 +214,6 @@ class HybridStrategy(Strategy):
         """
         for party, problem in left_out.items():
             _log.warning("\t> party %d is left out of the round: %s", party, problem)
-        refusals = [text for text in left_out.values() if "next round" not in text]
         if refusals and len(refusals) == num_replies:
             raise UserError(f"no party can take part in the round: {refusals[0]}")
 
