@@ -41,7 +41,7 @@ from zofo.tasks.load import load_splits
 from zofo.tasks.losses import objective_losses
 from zofo.tasks.spec import TaskSpec
 
-RATES = {"lora": [3e-3], "full": [1e-4], "hybrid": [3e-4, 3e-3]}
+RATES = {"lora": [3e-3], "full": [1e-4], "hybrid": [3e-5, 3e-4]}
 """The grid of each method; hybrid has lora's rate for the adapter, and these for the base."""
 
 
