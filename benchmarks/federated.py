@@ -80,7 +80,7 @@ class Study:
         self.collator = Collator(tokenizer.pad_token_id)
 
     def model(self, seed: int, *, has_adapter: bool) -> nn.Module:
-        """MiniLM with a new head that depends on the seed."""
+        """MiniLM with a new head and, from the seed, a new adapter."""
         torch.manual_seed(seed)
         model, _ = load_model("minilm", head="classification")
         if has_adapter:
@@ -249,19 +249,26 @@ def main() -> None:
     for seed in args.seeds:  # seed after seed, so that an early end leaves whole comparisons
         for name, pair in rates.items():
             study.run(name, pair, seed)
-    print("| method | base_lr, adapter_lr | test accuracy, % | dev loss | MB | of them the base |")
-    print("|---|---|---:|---:|---:|---:|")
-    for name, pair in rates.items():
-        runs = [study.run(name, pair, seed) for seed in args.seeds]
-        points = [best(run) for run in runs]
-        end = runs[0]["curve"][-1]
-        cells = [
-            ", ".join(f"{100 * point['test']:.1f}" for point in points),
-            f"{statistics.mean(point['dev_loss'] for point in points):.3f}",
-            f"{(end['base_bytes'] + end['other_bytes']) / 1e6:.1f}",
-            f"{end['base_bytes'] / 1e6:.3f}",
-        ]
-        print(f"| {name} | {pair[0]:g}, {pair[1]:g} | {' | '.join(cells)} |")
+    print_table(
+        {name: [study.run(name, pair, s) for s in args.seeds] for name, pair in rates.items()}
+    )
+
+
+def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Print accuracy over rounds and over bytes, means over the seeds."""
+    print("| method | base_lr, adapter_lr | round | MB | of them the base | test, % | dev loss |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for name, group in runs.items():
+        base_lr, adapter_lr = group[0]["rates"]
+        for points in zip(*(run["curve"] for run in group), strict=True):
+            mean = {key: statistics.mean(point[key] for point in points) for key in points[0]}
+            each = ", ".join(f"{100 * point['test']:.1f}" for point in points)
+            print(
+                f"| {name} | {base_lr:g}, {adapter_lr:g} | {points[0]['round']} "
+                f"| {(mean['base_bytes'] + mean['other_bytes']) / 1e6:.1f} "
+                f"| {mean['base_bytes'] / 1e6:.3f} | {100 * mean['test']:.1f} ({each}) "
+                f"| {mean['dev_loss']:.3f} |"
+            )
 
 
 if __name__ == "__main__":

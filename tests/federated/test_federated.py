@@ -166,9 +166,18 @@ def test_local_steps_move_the_adapter_as_fo_peft_does_and_not_the_base():
 def test_each_party_and_step_has_directions_of_its_own():
     run = Federation(3)
     run.round()
+    run.round(dead=[0, 1, 2])
     run.round([0, 2])
     steps = [row[0].step for row in run.log.trajectory.updates]
-    assert len(set(steps)) == len(steps) == 10
+    assert steps == [*range(6), *range(12, 16)]
+
+
+def test_no_round_repeats_another_if_the_base_stays():
+    run = Federation(2, FederatedOptions(num_steps=2, base_lr=0.0))
+    steps = []
+    for _ in range(2):
+        run.round(change=lambda i, record: steps.append(record["own_first_step"]) or record)
+    assert steps == [0, 2, 4, 6]  # They address the rows' order and the dropout masks too.
 
 
 def test_a_server_goes_on_from_its_saved_log(tmp_path):

@@ -50,6 +50,7 @@ class Coordinator:
         self.log = log
         self._positions: dict[int, int] = {}  # of each party, in the log
         self._first_steps: dict[int, int] = {}  # of each party, in this round
+        self._next_step = log.next_step
 
     def tasks(self, parties: Collection[int], *, trains: bool) -> dict[int, Record]:
         """The record for each party.
@@ -62,7 +63,7 @@ class Coordinator:
             UserError: if the log is full.
         """
         log, num_steps = self.log, self.log.options.num_steps
-        after = log.next_step + len(parties) * num_steps
+        after = self._next_step + len(parties) * num_steps
         num_rows = len(log) + len(parties) * num_steps
         if after >= MAX_STEP or num_rows * len(log.trajectory.groups) > MAX_UPDATES:
             raise UserError(
@@ -81,8 +82,10 @@ class Coordinator:
         for i, party in enumerate(sorted(parties)):
             records[party] = {**known, **log.since(self._positions.get(party, 0))}
             if trains:
-                self._first_steps[party] = log.next_step + i * num_steps
+                self._first_steps[party] = self._next_step + i * num_steps
                 records[party]["own_first_step"] = self._first_steps[party]
+        if trains:  # A number that nobody used stays unused, so that no round repeats another.
+            self._next_step = after
         return records
 
     def join(self, replies: Mapping[int, tuple[Mapping[str, Any], float]]) -> dict[int, str]:
