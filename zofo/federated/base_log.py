@@ -116,7 +116,7 @@ class BaseLog:
 
         Args:
             first_step: number of its first step, which addresses the directions.
-            rows: its scalars s, finite, [steps][directions].
+            rows: its scalars s, finite, [steps, directions].
             weight: its share of the round, n_c / n.
             rank_one: tensor indices of the weights with rank-one directions. All parties have the
                 same, and the first rows of the log decide.

@@ -232,7 +232,7 @@ def record_of(contribution: Contribution, log: BaseLog) -> Record:
 
 
 def rows_of(record: Mapping[str, Any]) -> list[tuple[float, ...]]:
-    """The scalars of a party's answer, [steps][directions]."""
+    """The scalars of a party's answer, [steps, directions]."""
     scalars, num = record.get("scalars", []), record.get("num_directions", 1)
     if type(num) is not int or num < 1 or len(scalars) % num:
         return []

@@ -56,7 +56,7 @@ class Contribution:
 
     Attributes:
         first_step: number of its first local step.
-        rows: its scalars s, [steps][directions]; empty if the base stays.
+        rows: its scalars s, [steps, directions]; empty if the base stays.
         rank_one: tensor indices of the weights whose directions were rank-one.
         num_examples: its number of training examples.
         loss: mean loss of its local steps, NaN if none was finite.
