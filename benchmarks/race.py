@@ -54,6 +54,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--norm-rate", type=float, help="rate of norms in rows; default: the same")
     parser.add_argument("--only", default="*", help="pattern of the base weights that move")
     parser.add_argument("--rates", type=float, nargs="+", help="grid of rows")
+    parser.add_argument("--first-rates", type=float, nargs="+", help="grid of the first contender")
+    parser.add_argument("--until", type=float, help="end rows at this dev loss instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
@@ -146,8 +148,11 @@ def main() -> None:
     args = parse()
     race = Race(args)
     first = "paper" if args.prompt else "mezo"
-    best = min(RATES[first], key=lambda rate: race.run(first, rate, 0)["curve"][-1][1])
+    rates = args.first_rates or RATES[first]
+    best = min(rates, key=lambda rate: race.run(first, rate, 0)["curve"][-1][1])
     ends = {seed: race.run(first, best, seed)["curve"][-1][1] for seed in args.seeds}
+    if args.until is not None:
+        ends = dict.fromkeys(ends, args.until)
     # The second contender's grid stops at the first one's end, because only the way there counts.
     grid = {rate: race.run("rows", rate, 0, ends[0]) for rate in args.rates or RATES["rows"]}
 

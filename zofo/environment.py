@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -42,6 +43,12 @@ def present_devices() -> list[str]:
         "xpu": torch.xpu.is_available(),
     }
     return ["cpu", *(device for device, is_there in present.items() if is_there)]
+
+
+def started_processes() -> int:
+    """The number of processes that a launcher has started for this command; 1 without one."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
 
 
 def environment() -> dict[str, Any]:

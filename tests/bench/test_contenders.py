@@ -64,6 +64,7 @@ def test_overlap_is_the_hybrid_step_and_for_cuda(bench):
     ("name", "moved"),
     [
         ("forward", ""),
+        ("pass", ""),
         ("fo-peft", "adapter"),
         ("hybrid", "base adapter"),
         ("hybrid-central", "base adapter"),
@@ -90,6 +91,7 @@ def test_a_contender_moves_its_blocks_and_leaves_no_gradients(bench, name, moved
     ("name", "forwards", "backward"),
     [
         ("forward", 1, 0),
+        ("pass", 0, 0),
         ("fo-peft", 1, 1),
         ("hybrid", 2, 1),
         ("hybrid-central", 3, 1),

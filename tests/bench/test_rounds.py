@@ -243,4 +243,4 @@ def test_a_terminal_of_80_columns_shows_every_name_and_number(width):
 
 
 def test_the_names_of_the_contenders_are_unique():
-    assert len(set(CONTENDERS)) == len(CONTENDERS) == 13
+    assert len(set(CONTENDERS)) == len(CONTENDERS) == 14

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from zofo.noise import cpu, philox
-from zofo.noise.combine import combine, combine_rows, combine_steps, direction
+from zofo.noise.combine import combine, combine_many, combine_rows, combine_steps, direction
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 0x1234_5678_9ABC_DEF0, "step": 7, "tensor": 3}
@@ -93,13 +93,39 @@ def test_gaussian_kernel_agrees_with_float64_box_muller():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slices_equal_the_whole(distribution, dtype):
     weight = torch.randn(9001).to(dtype)
-    options = {"distribution": distribution, "rounding": "stochastic", **ADDRESS}
+    kinds = {"distribution": distribution, "rounding": "stochastic"}
+    options = {**kinds, **ADDRESS}
     whole = combine(weight, (0.1, -0.2), out=torch.empty_like(weight), **options)
     parts = [
         combine(weight[a:b].clone(), (0.1, -0.2), offset=a, **options)
         for a, b in [(0, 1), (1, 130), (130, 4097), (4097, 9001)]
     ]
     assert torch.equal(torch.cat(parts), whole)
+    places = [(0, 1), (1, 130), (130, 4097), (4097, 9001)]
+    slices = [weight[a:b].clone() for a, b in places]
+    given = {"tensors": [ADDRESS["tensor"]] * 4, "offsets": [a for a, _ in places]}
+    address = {key: ADDRESS[key] for key in ("seed", "step")}
+    combine_many(slices, (0.1, -0.2), **given, **address, **kinds)
+    assert torch.equal(torch.cat(slices), whole)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "rank-one"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_steps_of_slices_equal_those_of_the_whole(distribution, dtype):
+    weight = torch.randn(37, 61).to(dtype)
+    options = {
+        "decays": (0.9, 1.0),
+        "steps": (3, 5),
+        "seed": 1,
+        "tensor": 2,
+        "distribution": distribution,
+        "rounding": "stochastic",
+    }
+    parts = [
+        combine_steps(weight[a:b].clone(), ((0.1,), (-0.2,)), offset=61 * a, **options)
+        for a, b in [(0, 13), (13, 26), (26, 37), (37, 37)]
+    ]
+    assert torch.equal(torch.cat(parts), combine_steps(weight, ((0.1,), (-0.2,)), **options))
 
 
 def test_threads_do_not_change_a_bit():

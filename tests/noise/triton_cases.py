@@ -213,6 +213,11 @@ def test_rank_one_directions_bit_for_bit(dtype, rounding, on_device):
     assert_same_bits(part, expected[0][7:])
     given = torch.tensor(coefficients, dtype=torch.float64, device=DEVICE)
     given = given if on_device else coefficients
+    places = [(0, 7), (7, 8), (8, 60)]
+    parts = [weights[0][a:b].clone() for a, b in places]
+    slices = {"tensors": [0] * 3, "offsets": [61 * a for a, _ in places]}
+    combine_many(parts, given, decay=0.97, **slices, **options, **ADDRESS)
+    assert_same_bits(torch.cat(parts), expected[0])
     combine_many(weights, given, tensors=range(3), decay=0.97, **options, **ADDRESS)
     for weight, wanted in zip(weights, expected, strict=True):
         assert_same_bits(weight, wanted)

@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +16,7 @@ from tests.support.models import batch_for, bits, build
 from zofo.errors import UserError
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.processes import Processes
 
 ROWS = 6
 DENSE = {"distribution": "rademacher"}
@@ -81,13 +83,13 @@ def train(adapter, options, num_steps, num_micro_batches=1):
 def test_all_processes_hold_the_same_bits_and_agree_with_one(options, adapter):
     alone = train(adapter, options, 4)
     for size in (2, 3):
-        found = in_group(size, train, adapter, options, 4)
+        found = in_group(size, train, adapter, options, 20)
         assert all(part["bits"] == found[0]["bits"] for part in found)
         assert all(part["scalars"] == found[0]["scalars"] for part in found)
-        torch.testing.assert_close(
-            torch.tensor(found[0]["scalars"]), torch.tensor(alone["scalars"]), rtol=2e-2, atol=2e-2
-        )
-        assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        # Rounding grows from step to step, so the first ones are compared.
+        first = torch.tensor(found[0]["scalars"][:4])
+        torch.testing.assert_close(first, torch.tensor(alone["scalars"]), rtol=2e-2, atol=2e-2)
+        assert found[0]["losses"][:4] == pytest.approx(alone["losses"], rel=1e-4)
         assert len(set(found[0]["scalars"][0])) == len(alone["scalars"][0])
 
 
@@ -99,11 +101,24 @@ def test_rows_are_numbered_in_the_batch_of_all_processes():
         )
 
 
-def test_a_step_sends_eight_bytes_for_each_direction_beside_loss_and_checksum():
-    begin, end = (in_group(2, train, None, DENSE, steps)[0]["sent"] for steps in (1, 3))
-    assert end - begin == 2 * 8 * (1 + 2)
-    begin, end = (in_group(2, train, None, BY_ROWS, steps)[0]["sent"] for steps in (1, 3))
-    assert end - begin == 2 * 8 * (ROWS // 2 + 2 + 1)  # and the number of rows
+@pytest.mark.parametrize(
+    ("options", "num_directions", "num_bytes"),
+    [
+        (DENSE, 1, 8 + 8),
+        ({**DENSE, "num_directions": 3}, 3, 3 * 8 + 8),
+        (BY_ROWS, ROWS, 3 * 8 + 8 + 4),  # half of the rows, and their number
+        (SHARED, 4, 4 * 8 + 8 + 4),
+    ],
+    ids=["dense", "three", "rows", "shared"],
+)
+def test_a_step_sends_at_most_sixteen_bytes_for_each_direction(options, num_directions, num_bytes):
+    begin, end = (in_group(2, train, None, options, steps)[0]["sent"] for steps in (1, 3))
+    assert end - begin == 2 * num_bytes
+    assert num_bytes <= 16 * num_directions
+
+
+def test_three_processes_send_to_two_others():
+    assert [part["sent"] for part in in_group(3, train, None, DENSE, 1)] == [2 * 16] * 3
 
 
 def with_other(key, value):
@@ -163,6 +178,28 @@ def test_a_bit_that_differs_ends_the_run_and_its_weight_is_named():
     assert first == second
     assert "differ between processes" in first
     assert "model.norm.weight" in first
+
+
+def missed_bits(dtype):
+    """The bits of an element whose change on rank 1 is not noticed."""
+    layer = nn.Linear(1, 5, bias=False, dtype=dtype)
+    nn.init.constant_(layer.weight, 0.3)
+    own = Processes(dist.group.WORLD, layer)
+    as_bytes, missed = layer.weight.data.view(torch.uint8).flatten(), []
+    own.joined(None, None, (), step=0, settings=dict)
+    for bit in range(8 * dtype.itemsize):
+        at = 3 * dtype.itemsize + bit // 8
+        as_bytes[at] ^= dist.get_rank() << bit % 8
+        *_, differs = own.joined(None, None, (), step=0, settings=dict)
+        missed += [] if differs else [bit]
+        as_bytes[at] ^= dist.get_rank() << bit % 8
+    *_, differs = own.joined(None, None, (), step=0, settings=dict)
+    return [*missed, "equal"] if differs else missed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_change_of_any_one_bit_is_noticed(dtype):
+    assert in_group(2, missed_bits, dtype) == [[], []]
 
 
 def with_nan():

@@ -176,3 +176,21 @@ def test_the_figures_of_the_readme_are_what_the_measurements_give(svg, name):
     drawn = (BENCHMARKS.parent / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
     assert drawn == getattr(readme_figures, name)()
     sys.modules.pop("readme_figures")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--processes", "1"], "processes is 1; give at least 2"),
+        (["--batch", "7"], "batch is 7; it must be a multiple of 2"),
+        (["--device", "cuda", "--processes", "64", "--batch", "64"], "64 processes need as many"),
+    ],
+)
+def test_several_processes_are_refused_before_they_start(svg, capsys, arguments, words):
+    import processes
+
+    with pytest.raises(SystemExit) as stopped:
+        processes.main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+    sys.modules.pop("processes")

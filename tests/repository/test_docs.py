@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 from typer.testing import CliRunner
 
 import zofo
@@ -14,7 +16,7 @@ from zofo.config.load import load_config
 from zofo.config.schema import AdapterConfig, ModelConfig, RunConfig
 from zofo.results.table import COLUMNS, CURVE_COLUMNS
 from zofo.smoothness.options import SmoothnessOptions, load_smoothness
-from zofo.study.spec import StudySpec
+from zofo.study.spec import StudySpec, load_spec
 from zofo.tasks.families.table import BUILTIN
 from zofo.tasks.load import task_names
 from zofo.tasks.spec import TaskSpec
@@ -123,3 +125,23 @@ def test_commands_in_documents_are_zofos():
     assert commands >= {"train", "eval", "predict"}
     for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_study_and_the_commands_of_the_cluster_guide(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "guide" / "cluster.md").read_text()
+    study, job = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(study))
+    assert load_spec("mine.yaml").storage.startswith("postgresql://")
+    (worker,) = job["spec"]["template"]["spec"]["containers"]
+    scripts = [line.removeprefix("exec ") for line in text.splitlines() if "exec zofo" in line]
+    commands = re.findall(r"^ +(?:CUDA_\S+ )?(zofo .*)$", text, re.MULTILINE)
+    commands += [" ".join(worker["command"]), *scripts]
+    trainings = re.findall(r" -m (zofo train .*)$", text, re.MULTILINE)
+    parsers = typer.main.get_command(app).commands
+    for _, name, *words in map(str.split, [*trainings, *commands]):
+        parsers[name].make_context(name, [*words])
+        # Each study names the file of the page, or the folder that it writes.
+        assert name == "train" or words[0] in ("/shared/me/mine.yaml", study["output"])
+    assert len(commands) >= 8
+    assert len(trainings) >= 3

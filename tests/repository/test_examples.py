@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from tests.support.groups import in_group
+
 FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ["minimal_loop", "hf_trainer", "trl_sft"]
+SHARDED = "sharded_loop"
 
 
 def run(folder, *command):
@@ -36,7 +41,7 @@ def accuracies(output):
 
 
 def test_every_example_is_listed():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "tiny"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, SHARDED, "tiny"}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,25 @@ def test_the_command_in_the_header(tmp_path, monkeypatch, capsys, name):
     assert max(found) > 0.5
     if name == "hf_trainer":
         assert found[-1] == found[-2]  # The reloaded model has the same accuracy.
+
+
+def sharded(out):
+    """Run the sharded loop in this process, which has joined the others."""
+    sys.path.insert(0, str(FOLDER))
+    sys.argv = [f"{SHARDED}.py", "--epochs", "5", "--out", str(out)]
+    with redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(str(FOLDER / f"{SHARDED}.py"), run_name="example")["main"]()
+    return output.getvalue()
+
+
+def test_the_sharded_loop(tmp_path):
+    assert f"torchrun --nproc-per-node 2 examples/{SHARDED}.py" in (
+        FOLDER / f"{SHARDED}.py"
+    ).read_text(encoding="utf-8")
+    first, second = in_group(2, sharded, tmp_path)
+    assert accuracies(first)
+    assert second == ""  # only the first process writes
+    assert (tmp_path / "base_trajectory.safetensors").is_file()
 
 
 @pytest.mark.slow

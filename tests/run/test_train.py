@@ -196,12 +196,3 @@ def test_a_plan_counts_what_a_run_has(tmp_path, reviews, decoder_folder):
 )
 def test_forward_equivalents(options, cost):
     assert forward_equivalents(load_config(overrides=options), 10) == cost
-
-
-def test_a_configured_run_on_several_processes_is_refused_before_its_folder(
-    tmp_path, reviews, decoder_folder, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2.*HybridTrainer"):
-        train(config_for(tmp_path / "run", reviews, decoder_folder), console=QUIET)
-    assert not (tmp_path / "run").exists()

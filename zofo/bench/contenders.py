@@ -2,6 +2,7 @@
 
     name             step                                                          forwards
     forward          one forward without gradients                                 1
+    pass             every base weight read and written once, without noise        0
     fo-peft          forward, backward into the adapter, AdamW                     2
     hybrid           zofo, forward difference; adapter by AdamW                    3
     hybrid-central   zofo, central difference; adapter by AdamW                    4
@@ -90,6 +91,19 @@ class Contender:
         """The size of the optimizer's state."""
         states = [] if self.optimizer is None else self.optimizer.state.values()
         return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+
+
+class WeightPass(Contender):
+    """The least that an update of every weight costs, whatever it adds to them."""
+
+    what = "every base weight read and written once, without noise"
+    forward_equivalents = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Multiply each weight by 1 in place."""
+        for weight in self.base:
+            weight.mul_(1.0)
 
 
 class FirstOrder(Contender):
@@ -328,6 +342,7 @@ class NaiveHybrid(FirstOrder):
 
 KINDS: Final[Mapping[str, type[Contender]]] = {
     "forward": Contender,
+    "pass": WeightPass,
     "fo-peft": FirstOrder,
     "hybrid": Ours,
     "hybrid-central": OursCentral,

@@ -42,6 +42,11 @@ STEP_RATIOS: Final = (
     ),
     Ratio("hybrid-overlap / hybrid", ("hybrid-overlap",), ("hybrid",)),
     Ratio("hybrid-rows / (fo-peft + forward)", ("hybrid-rows",), ("fo-peft", "forward")),
+    Ratio(
+        "(fo-peft + forward + pass) / (fo-peft + forward)",
+        ("fo-peft", "forward", "pass"),
+        ("fo-peft", "forward"),
+    ),
     Ratio("hybrid / naive-hybrid", ("hybrid",), ("naive-hybrid",)),
     Ratio("hybrid-central / naive-hybrid", ("hybrid-central",), ("naive-hybrid",)),
     Ratio("zo-ft / mezo", ("zo-ft",), ("mezo",)),

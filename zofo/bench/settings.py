@@ -15,6 +15,7 @@ from zofo.sections import MAX_THREADS
 
 CONTENDERS: Final = (
     "forward",
+    "pass",
     "fo-peft",
     "hybrid",
     "hybrid-central",

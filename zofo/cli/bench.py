@@ -58,6 +58,13 @@ def bench(
             help="Measure only the peak memory of a whole run of this configuration, by phase.",
         ),
     ] = None,
+    wire: Annotated[
+        bool,
+        typer.Option("--wire", help="Count only the bytes that a step of several processes sends."),
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(help="With --wire: number of processes, each with its own batch.")
+    ] = 2,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure time and memory of a step of every method, and the speed of the noise kernels.
@@ -67,7 +74,21 @@ def bench(
     zofo bench --device cuda --model random:llama-1b --dtype bfloat16 --json gpu.json
 
     zofo bench --whole-run configs/demo.yaml steps=8 task.num_train=64
+
+    zofo bench --wire --processes 2 --json wire.json
     """
+    if wire:
+        others: dict[str, object] = {
+            "--whole-run": whole_run,
+            "--only": only,
+            "--noise-only": noise_only,
+        }
+        others |= {"--no-noise": no_noise, "--no-memory": no_memory, "KEY=VALUE": overrides}
+        for name, value in others.items():
+            if value:
+                raise UserError(f"{name} has no effect with --wire; drop one of them")
+    elif processes != 2:
+        raise UserError(f"--processes {processes} has an effect only with --wire")
     if whole_run is not None:
         _measure_whole_run(whole_run, overrides or [], memory_of, json_file)
         return
@@ -94,6 +115,9 @@ def bench(
         noise=not no_noise,
         json_file=json_file,
     )
+    if wire:
+        _count_bytes(settings, processes, json_file)
+        return
     if memory_of is None:
         _measure(settings, json_file)
     else:  # This process was started by `zofo.bench.memory.measure`.
@@ -136,5 +160,15 @@ def _measure_whole_run(
         return
     found = whole_run.measure(load_config(config, overrides=overrides), plain_console(stderr=True))
     whole_run.show(found, plain_console())
+    if json_file is not None:
+        write_json(json_file, found)
+
+
+def _count_bytes(settings: Settings, num_processes: int, json_file: Path | None) -> None:
+    from zofo.bench import wire
+    from zofo.disk.files import write_json
+
+    found = wire.measure(settings, num_processes, plain_console(stderr=True))
+    wire.show(found, plain_console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     if json_file is not None:
         write_json(json_file, found)

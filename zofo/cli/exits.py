@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -67,11 +68,11 @@ def reports_errors(command: F) -> F:
         try:
             with warnings.catch_warnings(), _bitsandbytes_errors_only(), _ending_on_sigterm():
                 warnings.showwarning = _show_warning
+                _check_alone(command.__name__)
                 return command(*args, **kwargs)
         except (UserError, TrainingStoppedError) as error:
             say(f"error: {error}", stderr=True)
-            is_stopped = isinstance(error, TrainingStoppedError)
-            raise typer.Exit(EXIT_STOPPED if is_stopped else EXIT_USER_ERROR) from None
+            raise typer.Exit(code_of_problem(error)) from None
         except (OSError, UnicodeEncodeError) as error:
             message = _problem_of_path(error)
             if message is None:
@@ -85,6 +86,19 @@ def reports_errors(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def _check_alone(command: str) -> None:
+    """Check that a launcher of several processes has not started a command for one process."""
+    if command == "train" or "RANK" not in os.environ:
+        return
+    from zofo.environment import started_processes
+
+    if started_processes() > 1:
+        raise UserError(
+            f"a launcher has started {started_processes()} processes, and of the commands only "
+            f"'zofo train' shares its work among them; start 'zofo {command}' by itself"
+        )
+
+
 def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
     """What is wrong with a name, a permission or a disk; None if the error is about none of them.
 
@@ -96,6 +110,11 @@ def _problem_of_path(error: OSError | UnicodeEncodeError) -> str | None:
         return None
     where = "" if error.filename is None else f"{shown(str(error.filename))}: "
     return f"{where}{error.strerror}; choose another name or folder, or correct its permissions"
+
+
+def code_of_problem(error: Exception) -> int:
+    """The exit code after an error that a message explains."""
+    return EXIT_STOPPED if isinstance(error, TrainingStoppedError) else EXIT_USER_ERROR
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:

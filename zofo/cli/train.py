@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from zofo.cli.exits import Overrides, app, exit_code_of, reports_errors, split_arguments
+from zofo.cli.exits import (
+    Overrides,
+    app,
+    code_of_problem,
+    exit_code_of,
+    reports_errors,
+    split_arguments,
+)
 from zofo.cli.output import warn_of_idle_options
-from zofo.console import plain_console, say
-from zofo.errors import UserError
+from zofo.console import plain_console, printable, say
+from zofo.errors import TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
+    from zofo.run.peers import Peers
     from zofo.run.train import Result
     from zofo.scoring.evaluate import Metrics
 
@@ -42,42 +52,88 @@ def train(
 
     zofo train task=classification task.train=reviews.csv model=smollm2-135m
     """
-    from zofo.config.load import load_config
+    if "RANK" in os.environ:
+        # Each process would warn that all parameters are used. torch reads this when it loads.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from zofo.run.peers import joined
 
     path, overrides = split_arguments(arguments)
-    if resume is not None:
-        _resume(resume, path, overrides)
+    with joined() as peers, _speaking(peers):
+        with peers.together():
+            config, folder = _configured(path, overrides, resume)
+        if config is None:
+            return
+        if dry_run and resume is None:
+            with peers.together():
+                _show_plan(config, peers.size)
+        else:
+            _run(config, folder)
+
+
+@contextmanager
+def _speaking(peers: Peers) -> Iterator[None]:
+    """Let only the first process write on the terminal; the others end with the same code."""
+    if peers.is_first:
+        yield
         return
+    stderr = sys.stderr
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing:
+        try:
+            with redirect_stdout(nothing), redirect_stderr(nothing):
+                yield
+        except (UserError, TrainingStoppedError, OSError) as error:
+            if not peers.knows(error):
+                print(printable(f"error: process {peers.rank}: {error}"), file=stderr)
+            raise typer.Exit(code_of_problem(error)) from None
+
+
+def _configured(
+    path: Path | None, overrides: Sequence[str], resume: Path | None
+) -> tuple[RunConfig | None, Path | None]:
+    """The configuration, None for a finished run, and the folder of a run to continue."""
+    from zofo.config.load import load_config
+    from zofo.run.peers import is_restart, may_restart
+    from zofo.saved.layout import CONFIG_FILE
+
+    if resume is not None:
+        return _resumed(resume, path, overrides), resume
     config = load_config(path, overrides)
+    if config.output_dir is not None:
+        folder = Path(config.output_dir).expanduser()
+        if is_restart() and (folder / CONFIG_FILE).exists():
+            return _resumed(folder, path, overrides), folder
+    elif may_restart():
+        raise UserError(
+            "torchrun has --max-restarts, and a new start would not find the folder of the first "
+            "one; give output_dir=FOLDER"
+        )
     warn_of_idle_options(config)
-    if dry_run:
-        _show_plan(config)
-    else:
-        _run(config, None)
+    return config, None
 
 
-def _resume(folder: Path, path: Path | None, overrides: Sequence[str]) -> None:
-    """Continue a run folder from its newest whole checkpoint."""
+def _resumed(folder: Path, path: Path | None, overrides: Sequence[str]) -> RunConfig | None:
+    """The configuration to continue a run folder with; None if the run is finished."""
     from zofo.run.resume import is_finished, resumed_config
     from zofo.saved.layout import RESULT_FILE
 
     config = resumed_config(folder, path, overrides)
     if is_finished(folder):
         say(f"{folder} is finished; its result is in {folder / RESULT_FILE}")
-        return
+        return None
     if os.path.lexists(folder / RESULT_FILE):
         raise UserError(
             f"{folder / RESULT_FILE} is damaged, so the run's scores are lost; remove it, and the "
             "run continues from its newest checkpoint"
         )
-    _run(config, folder)
+    return config
 
 
-def _show_plan(config: RunConfig) -> None:
+def _show_plan(config: RunConfig, num_processes: int) -> None:
     from zofo.run.plan import make_plan
-    from zofo.run.prepare import check_folder
+    from zofo.run.prepare import check_folder, check_processes
 
     check_folder(config)
+    check_processes(config, num_processes)
     plan = make_plan(config)
     console = plain_console()
     console.print(config.to_yaml(), markup=False)

@@ -23,8 +23,9 @@ from zofo.noise import philox
 from zofo.noise.address_checks import check_tensors
 
 Backend = Literal["cpu", "triton", "torch"]
-Job = tuple[Tensor, Tensor, int]
-"""A weight, the tensor that receives the sum, and the tensor index of the weight's directions."""
+Job = tuple[Tensor, Tensor, int, int]
+"""A weight, the tensor that receives the sum, and the weight's address: its tensor index, and the
+index of its first element within the whole tensor, of which it may be a slice."""
 _Key = TypeVar("_Key")
 
 
@@ -91,7 +92,6 @@ def _by_cpu(
     jobs: Sequence[Job],
     coefficients: Sequence[Sequence[float]],
     *,
-    offset: int,
     stochastic: bool,
     **options: Any,
 ) -> None:
@@ -99,7 +99,7 @@ def _by_cpu(
     for dtype, group in grouped(jobs, lambda weight: weight.dtype).items():
         stochastic_here = stochastic and dtype.itemsize == 2
         plan = cpu().Plan(dtype, coefficients, stochastic=stochastic_here, **options)
-        cpu().call_of(*zip(*group, strict=True), offset).run(plan)
+        cpu().call_of(*zip(*group, strict=True)).run(plan)
 
 
 def _by_triton(
@@ -108,18 +108,17 @@ def _by_triton(
     *,
     decays: Sequence[float],
     steps: Sequence[int],
-    offset: int,
     **options: Any,
 ) -> None:
     if len(jobs) == 1 and not isinstance(coefficients, Tensor):
         # A single tensor needs no table on the device, and may take several steps at once.
-        weight, out, tensor = jobs[0]
+        weight, out, tensor, offset = jobs[0]
         options |= {"decays": decays, "steps": steps, "tensor": tensor, "offset": offset}
         triton_launch().combine(weight, out, coefficients, **options)
         return
-    weights, outs, tensors = zip(*jobs, strict=True)
+    weights, outs, tensors, offsets = zip(*jobs, strict=True)
     row = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
-    options |= {"decay": decays[0], "step": steps[0], "tensors": tensors}
+    options |= {"decay": decays[0], "step": steps[0], "tensors": tensors, "offsets": offsets}
     triton_launch().combine_many(weights, outs, row, **options)
 
 
@@ -131,12 +130,11 @@ def _by_torch(
     steps: Sequence[int],
     **options: Any,
 ) -> None:
-    for weight, out, tensor in jobs:
+    for weight, out, tensor, offset in jobs:
+        options |= {"tensor": tensor, "offset": offset}
         source = weight
         for row, decay, step in zip(coefficients, decays, steps, strict=True):
-            philox.combine(
-                source, out, tuple(row), decay=decay, step=step, tensor=tensor, **options
-            )
+            philox.combine(source, out, tuple(row), decay=decay, step=step, **options)
             source = out
 
 
@@ -157,7 +155,6 @@ def compute(
     purpose: int,
     first_direction: int,
     stochastic: bool,
-    offset: int = 0,
 ) -> None:
     """Compute and write all jobs, after a check of all addresses.
 
@@ -170,7 +167,6 @@ def compute(
         purpose: `philox.RADEMACHER` or `philox.GAUSSIAN`.
         first_direction: index of the first direction.
         stochastic: round 16-bit weights stochastically.
-        offset: index of each weight's first element within its whole tensor.
 
     Raises:
         ValueError: for a dtype, shape, device or address that the kernels cannot serve.
@@ -178,7 +174,7 @@ def compute(
     num_directions = (
         len(coefficients) if isinstance(coefficients, Tensor) else max(map(len, coefficients))
     )
-    for weight, out, tensor in jobs:
+    for weight, out, tensor, offset in jobs:
         check_tensors(
             weight, out, num_directions, seed, max(steps), tensor, first_direction, offset
         )
@@ -198,11 +194,9 @@ def compute(
                 continue
         # Kernels walk row-major memory, so another layout goes through a copy. The copy of `out`
         # has its values, because the CUDA kernel writes nothing if a coefficient is not finite.
-        flat = [(w.detach().contiguous(), out.detach().contiguous(), t) for w, out, t in given]
-        _BACKENDS[chosen](
-            flat, rows, decays=decays, steps=steps, offset=offset, stochastic=stochastic, **drawing
-        )
-        for (_, target, _), (_, out, _) in zip(flat, given, strict=True):
+        flat = [(w.detach().contiguous(), o.detach().contiguous(), t, i) for w, o, t, i in given]
+        _BACKENDS[chosen](flat, rows, decays=decays, steps=steps, stochastic=stochastic, **drawing)
+        for (_, target, _, _), (_, out, _, _) in zip(flat, given, strict=True):
             if target.data_ptr() != out.data_ptr():
                 out.detach().copy_(target)
             elif not out.is_inference():

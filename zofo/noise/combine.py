@@ -71,7 +71,7 @@ def combine(
     out = weight if out is None else out
     drawing = _drawing(seed, distribution, first_direction, rounding)
     backends.compute(
-        [(weight, out, tensor)], [tuple(coefficients)], [decay], [step], offset=offset, **drawing
+        [(weight, out, tensor, offset)], [tuple(coefficients)], [decay], [step], **drawing
     )
     return out
 
@@ -97,8 +97,7 @@ def prepare(
         tensors: the tensor indices.
         seed: seed of the run.
         distribution: "rademacher" or "gaussian".
-        offset: index of each weight's first element within its whole tensor. Only contiguous
-            weights on the CPU may have one.
+        offset: index of each weight's first element within its whole tensor.
 
     Returns:
         A function of coefficient, step and direction, which computes the sums.
@@ -108,8 +107,8 @@ def prepare(
     """
     ready: dict[str, list[backends.Job]] = {"cpu": [], "triton": []}
     rest: list[backends.Job] = []
-    for job in zip(weights, outs, tensors, strict=True):
-        weight, out, tensor = job
+    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+        job = (weight, out, tensor, offset)
         check_tensors(weight, out, 1, seed, 0, tensor, 0, offset)
         backend = backends.backend(weight.device.type)
         if backend == "torch" or not (weight.is_contiguous() and out.is_contiguous()):
@@ -117,15 +116,13 @@ def prepare(
         elif weight.numel():
             ready[backend].append(job)
     calls = {
-        dtype: backends.cpu().call_of(*zip(*jobs, strict=True), offset)
+        dtype: backends.cpu().call_of(*zip(*jobs, strict=True))
         for dtype, jobs in backends.grouped(ready["cpu"], lambda weight: weight.dtype).items()
     }
     layouts = [
         backends.triton_launch().layout_of(*zip(*jobs, strict=True))
         for jobs in backends.grouped(ready["triton"], lambda weight: weight.device).values()
     ]
-    if (rest or layouts) and offset:
-        raise ValueError("only a contiguous weight on the CPU can be a part of a tensor")
 
     def run(coefficient: float, step: int, index: int) -> None:
         check_address(seed=seed, step=step, num_directions=index + 1)
@@ -172,6 +169,7 @@ def combine_many(
     seed: int,
     step: int,
     tensors: Sequence[int],
+    offsets: Sequence[int] | None = None,
     outs: Sequence[Tensor] | None = None,
     decay: float = 1.0,
     first_direction: int = 0,
@@ -187,6 +185,7 @@ def combine_many(
         seed: seed of the run.
         step: address of the directions.
         tensors: the tensor indices.
+        offsets: index of each weight's first element within its whole tensor; None: 0 for all.
         outs: receive the sums; None: the weights themselves.
         decay: factor of the weights.
         first_direction: index of the first direction.
@@ -209,7 +208,7 @@ def combine_many(
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; it must be [directions]"
         )
-    jobs = list(zip(weights, outs, tensors, strict=True))
+    jobs = list(zip(weights, outs, tensors, offsets or [0] * len(weights), strict=True))
     rows = coefficients if isinstance(coefficients, Tensor) else [coefficients]
     drawing = _drawing(seed, distribution, first_direction, rounding)
     backends.compute(jobs, rows, [decay], [step], **drawing)
@@ -260,9 +259,8 @@ def combine_rows(
         )
     else:
         for row, i in zip(table, rows.tolist(), strict=True):
-            start = i * weight.shape[1]  # of the row within the whole tensor
-            job = (row, row, tensor)
-            backends.compute([job], [(coefficient,)], [1.0], [step], offset=start, **drawing)
+            job = (row, row, tensor, i * weight.shape[1])
+            backends.compute([job], [(coefficient,)], [1.0], [step], **drawing)
     return table
 
 
@@ -274,6 +272,7 @@ def combine_steps(
     steps: Sequence[int],
     seed: int,
     tensor: int,
+    offset: int = 0,
     distribution: Distribution = "rademacher",
     rounding: Rounding = "nearest",
 ) -> Tensor:
@@ -288,6 +287,7 @@ def combine_steps(
         steps: addresses of the directions.
         seed: seed of the run.
         tensor: the tensor index.
+        offset: index of the weight's first element within its whole tensor.
         distribution: "rademacher" or "gaussian".
         rounding: "nearest" or "stochastic".
 
@@ -301,7 +301,7 @@ def combine_steps(
         return weight
     check_address(seed=seed, step=min(steps), num_directions=0)
     drawing = _drawing(seed, distribution, 0, rounding)
-    backends.compute([(weight, weight, tensor)], coefficients, decays, steps, **drawing)
+    backends.compute([(weight, weight, tensor, offset)], coefficients, decays, steps, **drawing)
     return weight
 
 

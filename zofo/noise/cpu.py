@@ -100,7 +100,10 @@ class Call:
 
 
 def call_of(
-    weights: Sequence[Tensor], outs: Sequence[Tensor], tensors: Sequence[int], offset: int = 0
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    tensors: Sequence[int],
+    offsets: Sequence[int],
 ) -> Call:
     """Lay out a call on tensors that the caller keeps alive.
 
@@ -108,7 +111,7 @@ def call_of(
         weights: contiguous, not empty, one dtype.
         outs: contiguous; each is its weight itself, or does not overlap it.
         tensors: the tensor indices.
-        offset: index of each weight's first element within its whole tensor.
+        offsets: index of each weight's first element within its whole tensor.
     """
     sizes = [weight.numel() for weight in weights]
     jobs = np.empty((len(sizes), kernels.JOB_SIZE), dtype=np.int64)
@@ -117,7 +120,7 @@ def call_of(
     jobs[:, kernels.SIZE] = sizes
     jobs[:, kernels.FIRST] = np.cumsum(sizes) - sizes
     jobs[:, kernels.TENSOR] = tensors
-    jobs[:, kernels.OFFSET] = offset
+    jobs[:, kernels.OFFSET] = offsets
     jobs[:, kernels.WIDTH] = [weight.shape[-1] if weight.ndim else 1 for weight in weights]
     return Call(jobs)
 

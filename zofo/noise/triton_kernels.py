@@ -393,20 +393,20 @@ def combine_tensors(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Compute whole tensors. A row of `table`: source, out, size, width, tensor index, first tile.
+    """Compute tensors or slices of tensors, laid out in `table`.
 
-    The width is that of a row of a matrix, for directions of rank one.
+    A row of it: source, out, size, width, tensor index, index of the first element within the whole
+    tensor, first tile. The width is that of a row of a matrix, for directions of rank one.
     """
     program = tl.program_id(0)
-    row = table + tl.load(tensor_of_tile + program) * 6
+    row = table + tl.load(tensor_of_tile + program) * 7
     source = tl.load(row).to(tl.pointer_type(STORED))
     out = tl.load(row + 1).to(tl.pointer_type(STORED))
-    zero = tl.load(row + 5) * 0
     _tile(
         source,
         out,
-        program - tl.load(row + 5),
-        zero,
+        program - tl.load(row + 6),
+        tl.load(row + 5),
         tl.load(row + 2),
         tl.load(row + 3),
         tl.load(row + 4),

@@ -36,14 +36,15 @@ def _num_tiles(num_elements: int, blocks: int) -> int:
 
 
 def _new_table(
-    device: torch.device, rows: tuple[tuple[int, int, int, int, int], ...]
+    device: torch.device, rows: tuple[tuple[int, int, int, int, int, int], ...]
 ) -> tuple[Tensor, Tensor]:
     """Make the table of `triton_kernels.combine_tensors`, and the row of each of its tiles.
 
     Returns:
-        int64, [tensors, 6], and int32, [tiles].
+        int64, [tensors, 7], and int32, [tiles].
     """
-    tiles = torch.tensor([_num_tiles(row[2], _BLOCKS_PER_TILE) for row in rows])
+    # The first block may begin before the offset.
+    tiles = torch.tensor([_num_tiles(row[5] % 128 + row[2], _BLOCKS_PER_TILE) for row in rows])
     first = (tiles.cumsum(0) - tiles).tolist()
     table = torch.tensor([(*row, start) for row, start in zip(rows, first, strict=True)])
     tensor_of_tile = torch.repeat_interleave(torch.arange(len(rows)), tiles).int()
@@ -144,14 +145,15 @@ def combine_many(
     coefficients: Sequence[float] | Tensor,
     *,
     tensors: Sequence[int],
+    offsets: Sequence[int],
     **drawing: Any,
 ) -> None:
-    """Lay out and compute whole tensors of one device; further arguments as for `run_layout`.
+    """Lay out and compute tensors of one device; further arguments as for `run_layout`.
 
     There is one launch for each dtype, and one more for those of its tensors that do not begin at a
     multiple of 16 bytes. Weights and outs are contiguous and not empty.
     """
-    run_layout(layout_of(weights, outs, tensors, table_of=_table), coefficients, **drawing)
+    run_layout(layout_of(weights, outs, tensors, offsets, table_of=_table), coefficients, **drawing)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def layout_of(
     weights: Sequence[Tensor],
     outs: Sequence[Tensor],
     tensors: Sequence[int],
+    offsets: Sequence[int],
     *,
     table_of: Callable[..., tuple[Tensor, Tensor]] = _new_table,
 ) -> Layout:
@@ -175,11 +178,13 @@ def layout_of(
     `table_of` finds the tables in a cache, or makes them, which waits for the device.
     """
     device = weights[0].device
-    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int, int]]] = {}
-    for weight, out, tensor in zip(weights, outs, tensors, strict=True):
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, int, int, int, int, int]]] = {}
+    for weight, out, tensor, offset in zip(weights, outs, tensors, offsets, strict=True):
         width = _width(weight)
-        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), width, tensor)
-        groups.setdefault((weight.dtype, _is_aligned(row[0], row[1])), []).append(row)
+        row = (weight.data_ptr(), out.data_ptr(), weight.numel(), width, tensor, offset)
+        # Tiles begin whole blocks after the tensor's address, less the offset.
+        is_aligned = _is_aligned(row[0], row[1], offset * weight.element_size())
+        groups.setdefault((weight.dtype, is_aligned), []).append(row)
     return Layout(
         device, tuple((*group, *table_of(device, tuple(rows))) for group, rows in groups.items())
     )

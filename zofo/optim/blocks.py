@@ -10,6 +10,7 @@ from torch import nn
 
 from zofo.errors import UserError
 from zofo.perturb.compiled import WRAPPED_NAME
+from zofo.perturb.shards import reshard
 
 ADAPTER_TENSORS_FROM: Final = 1 << 19
 """First tensor index of the adapter. Base indices lie below it, so no direction is shared."""
@@ -62,8 +63,9 @@ def split_parameters(model: nn.Module) -> Blocks:
     the model was loaded for inference. Inactive adapters, such as the frozen reference of trl's
     DPO, belong to no block either. In any other model, the parameters that require a gradient are
     the adapter if only some do; otherwise all parameters are base. Tied parameters count once,
-    under their first name in sorted order.
+    under their first name in sorted order. Weights that FSDP2 shards are returned as shards.
     """
+    reshard(model)
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -33,6 +33,7 @@ from zofo.optim.estimator import forwards_per_direction, projected_gradients, un
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
 from zofo.optim.moved import mark_moved
+from zofo.optim.norms import clip_gradients
 from zofo.optim.options import (
     StepOptions,
     checked_options,
@@ -46,6 +47,7 @@ from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
 from zofo.optim.trajectory import GroupSpec, Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.perturb.shards import local_part
 
 
 class HybridOptimizer(StatefulOptimizer):
@@ -117,13 +119,12 @@ class HybridOptimizer(StatefulOptimizer):
             Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
         )
         self._reads_late = reads_late
-        if process_group is not None:
-            self.processes = Processes(process_group, model)
+        self.processes = Processes.of(process_group, model)
+        if self.processes is not None:
             self._log.part_in_words = self.processes.part_in_words
         self._has_stepped = self._ran_backward = self._has_moved_base = False
         self.base_fingerprint = None
-        self.step_count = 0
-        self.num_forwards = 0
+        self.step_count = self.num_forwards = 0
         self.discard_measurements()
         self._is_built = True
 
@@ -282,13 +283,14 @@ class HybridOptimizer(StatefulOptimizer):
             with_graph=self.inner is not None,
         )
         if options.directions_per_step == 1:
-            loss = None if reference is None else reference.sum()
-            num_directions = options.num_directions
-            return evaluate(loss, num_directions=num_directions, self_check=self_check), [], None
+            loss, num = None if reference is None else reference.sum(), options.num_directions
+            return evaluate(loss, num_directions=num, self_check=self_check), [], None
         shares = shares_of(reference)
         counts, rank = [len(shares)], 0
         if self.processes is not None:
-            counts, rank = self.processes.counts(len(shares)), self.processes.rank
+            # A difference in length would break the exchange of the scalars, so it is asked for.
+            is_sure = options.directions_per_step != "rows" and self.processes.has_even_rows
+            counts, rank = self.processes.counts(len(shares), is_sure), self.processes.rank
         start = sum(map(sum, self._rows)) + sum(counts[:rank])  # number of the first row
         plan = RowPlan.of(options.directions_per_step, start, shares, examples)
         scalars, left_out = row_gradients(
@@ -404,7 +406,8 @@ class HybridOptimizer(StatefulOptimizer):
             states = [v for p in first for v in self.state.get(p, {}).values()]
             before = [p.clone() for p in self._first_parameters("adapter")]
             numbers.step_first(
-                self.inner.step, first + [v for v in states if isinstance(v, Tensor)]
+                self.inner.step,
+                [local_part(t)[0] for t in [*first, *states] if isinstance(t, Tensor)],
             )
             numbers.note("adapter_norm", self._distance_from(before) if before else None)
         zeroth = self._groups("zeroth") if numbers.moves_zeroth else []
@@ -444,4 +447,4 @@ class HybridOptimizer(StatefulOptimizer):
     def _clip(self) -> Tensor | None:
         if self.max_grad_norm is None or self.inner is None:
             return None
-        return nn.utils.clip_grad_norm_(self._first_parameters(), self.max_grad_norm)
+        return clip_gradients(self._first_parameters(), self.max_grad_norm)

@@ -18,9 +18,11 @@ from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.buffers import MovingBuffers
+from zofo.optim.norms import norm_of
 from zofo.optim.options import StepOptions, step_values
 from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
+from zofo.perturb.shards import Whole, is_sharded, sharded_as
 from zofo.perturb.view import Perturbation
 
 _COPIED: Final = (
@@ -79,11 +81,17 @@ class StatefulOptimizer(Optimizer):
         self._share_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's optimizer state, and the step count that addresses the directions."""
+        """Torch's optimizer state, and the step count that addresses the directions.
+
+        The state of sharded parameters is that of the whole ones: all processes call this, get the
+        same, and any number of processes can load it.
+        """
         self._log.read_pending()
         measured = self._log.last_measured
+        saved = super().state_dict()
+        saved["state"] = {key: dict(Whole(state)) for key, state in saved["state"].items()}
         return {
-            **super().state_dict(),
+            **saved,
             "zofo": {
                 "step_count": self.step_count,
                 "num_forwards": self.num_forwards,
@@ -122,6 +130,7 @@ class StatefulOptimizer(Optimizer):
         with refusing("the state does not fit this optimizer", fits):
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
+        self._shard_state()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
         self.base_fingerprint = saved or self.base_fingerprint
         self._keep_kinds(own.get("rank_one", ()), self._zeroth_tensors())
@@ -136,7 +145,7 @@ class StatefulOptimizer(Optimizer):
         return {"seed": self.seed, **{key: getattr(self.options, key) for key in fixed}}
 
     def original_fingerprint(self) -> str:
-        """Fingerprint of the base before training.
+        """Fingerprint of the base before training. If it is sharded, all processes call this.
 
         Raises:
             UserError: if the base has moved and its fingerprint was not computed before.
@@ -147,7 +156,7 @@ class StatefulOptimizer(Optimizer):
                 "with load_state_dict, or set base_fingerprint to that of the trajectory's header"
             )
         if self.base_fingerprint is None:
-            self.base_fingerprint = fingerprint(split_parameters(self.model).base)
+            self.base_fingerprint = fingerprint(Whole(split_parameters(self.model).base))
         return self.base_fingerprint
 
     def _settings(self) -> dict[str, Any]:
@@ -217,8 +226,7 @@ class StatefulOptimizer(Optimizer):
         return [p for group in groups for p in group["params"]]
 
     def _distance_from(self, before: list[Tensor]) -> Tensor:
-        moved = torch._foreach_sub(self._first_parameters("adapter"), before)
-        return torch.stack(torch._foreach_norm(moved)).double().norm()
+        return norm_of(torch._foreach_sub(self._first_parameters("adapter"), before))
 
     def _share_state(self) -> None:
         if self.inner is not None:
@@ -230,9 +238,18 @@ class StatefulOptimizer(Optimizer):
                 for group in self._groups("zeroth"):
                     group.setdefault(key, self.inner.defaults[key])
 
+    def _shard_state(self) -> None:
+        """Divide the state of sharded parameters as they are divided."""
+        for parameter, state in self.state.items():
+            for key, value in state.items() if is_sharded(parameter) else ():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = sharded_as(value, parameter)
+
     def discard_measurements(self) -> None:
         """Discard the losses and scalars of the current step, so that it starts again."""
         self._loss, self._scalars, self._num_forwards = None, None, 0
         self._rows, self._left_out = [], None
         self._ran_backward = False
         self.buffers.forget()
+        if self.processes is not None:
+            self.processes.settle()

@@ -42,6 +42,7 @@ from zofo.disk.files import (
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
+from zofo.perturb.shards import Whole, local_part
 
 FORMAT_VERSION: Final = 1
 RANK_ONE_VERSION: Final = 2
@@ -107,7 +108,7 @@ class Update:
         """Update the parameters in place. A learning rate of 0 leaves every bit unchanged.
 
         Args:
-            parameters: the weights of the group.
+            parameters: the weights of the group; of a sharded one, this process's shard changes.
             tensors: the tensor indices that address their directions.
             seed: seed of the run.
             distribution: distribution of the directions.
@@ -122,6 +123,7 @@ class Update:
         for parameter, tensor in zip(parameters, tensors, strict=True):
             kinds.setdefault(tensor in rank_one, []).append((parameter, tensor))
         for is_rank_one, pairs in kinds.items():
+            parts = [local_part(parameter) for parameter, _ in pairs]
             coefficients: Sequence[float] | Tensor
             if unread is None:
                 coefficients = self.coefficients(distribution, is_rank_one=is_rank_one)
@@ -132,12 +134,13 @@ class Update:
             else:
                 coefficients = unread * -self.lr / len(unread)
             combine_many(
-                [parameter for parameter, _ in pairs],
+                [part for part, _ in parts],
                 coefficients,
                 decay=self.decay,
                 seed=seed,
                 step=self.step,
                 tensors=[tensor for _, tensor in pairs],
+                offsets=[offset for _, offset in parts],
                 distribution=drawn_from(distribution, is_rank_one=is_rank_one),
                 rounding="stochastic",
             )
@@ -198,7 +201,7 @@ class Trajectory:
         """Apply the updates start .. stop − 1 to the parameters, in place.
 
         Each weight takes a block of updates in one pass over memory, with the same bits as one
-        update at a time.
+        update at a time. Of a sharded weight, this process's shard takes them.
 
         Args:
             parameters: name -> parameter, at its value before update `start`.
@@ -233,6 +236,7 @@ class Trajectory:
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
             for name, tensor in zip(group.names, group.tensors, strict=True):
                 is_rank_one = tensor in self.rank_one
+                shard, offset = local_part(parameters[name])
                 for block in range(0, len(updates), _REPLAY_BLOCK):
                     part = updates[block : block + _REPLAY_BLOCK]
                     coefficients = [
@@ -240,12 +244,13 @@ class Trajectory:
                         for update in part
                     ]
                     combine_steps(
-                        parameters[name],
+                        shard,
                         _filled(coefficients),
                         decays=[update.decay for update in part],
                         steps=[update.step for update in part],
                         seed=self.seed,
                         tensor=tensor,
+                        offset=offset,
                         distribution=drawn_from(self.distribution, is_rank_one=is_rank_one),
                         rounding="stochastic",
                     )
@@ -327,14 +332,14 @@ def check_base(base: Mapping[str, Tensor], expected: str | None, owner: str) -> 
     """Check that a base is the one that a trajectory or adapter was trained on.
 
     Args:
-        base: name -> tensor.
+        base: name -> tensor; sharded ones are gathered one at a time.
         expected: the recorded fingerprint.
         owner: the trajectory or adapter, for the message.
 
     Raises:
         UserError: if the fingerprints differ.
     """
-    found = fingerprint(base)
+    found = fingerprint(Whole(base))
     if found != expected:
         raise UserError(
             f"{owner} was trained on a base with fingerprint {expected}, but this base has "

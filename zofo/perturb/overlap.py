@@ -28,6 +28,7 @@ import torch
 
 from zofo.perturb.owners import Owner
 from zofo.perturb.scratch import Scratch, Swap
+from zofo.perturb.shards import is_sharded
 
 # Layers alternate between two buffers. Level 1 is that of outermost layers without overlap too.
 # Nested layers use the levels 2, 3, ..., so -1 is free.
@@ -130,7 +131,10 @@ class Overlap:
     def _can_be_ahead(self, owner: Owner) -> bool:
         # The kernels read another layout through a copy, which the side stream would allocate.
         weights = [slot.parameter for slot in owner.slots]
-        return all(w.device == self.device and w.is_contiguous() for w in weights)
+        # A sharded weight is gathered just before its layer is called.
+        return all(
+            w.device == self.device and w.is_contiguous() and not is_sharded(w) for w in weights
+        )
 
     def _still_holds(self, guess: _Guess, level: int) -> bool:
         """Whether the weights and their buffer have stayed in place and unchanged."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
+from zofo.perturb.shards import is_sharded, kind_of
+from zofo.perturb.slots import Slot
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
 
 # A weight of at most this size is swapped for the whole forward, because the hooks of its module
@@ -50,17 +52,6 @@ CHILDREN_READ: dict[str, tuple[str, ...]] = {
 """Class name -> paths of the modules below it whose own weights its forward reads directly."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place that holds a parameter: the entry `name` of `module`'s parameter table."""
-
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-    tensor: int  # index that addresses its directions
-    path: str  # full name, for messages
-
-
 @dataclass(eq=False)
 class Owner:
     """A module whose call swaps the weights in its slots."""
@@ -69,6 +60,8 @@ class Owner:
     slots: list[Slot] = field(default_factory=list)
     ties: list[tuple[Slot, Slot]] = field(default_factory=list)
     """Further places of a tied weight, each with the slot that swaps it."""
+    replaced: list[nn.Parameter] = field(default_factory=list)
+    """What the slots held before the swap; empty without a swap."""
     calls: int = 0
     """Number of running calls. Only the outermost one swaps, if a module calls itself."""
     tiles: TiledLinear | None = None
@@ -79,7 +72,7 @@ class Owner:
         """Whether this is a plain embedding, of which only the rows that it reads are perturbed."""
         module = self.module
         return (
-            type(module) is nn.Embedding
+            kind_of(module) is nn.Embedding
             and module.max_norm is None
             and "forward" not in vars(module)
             and not is_compiled(module)
@@ -93,9 +86,13 @@ class Owner:
         return sum(slot.parameter.nbytes for slot in self.slots)
 
     def swap_out(self) -> None:
-        """Put the parameters back into their places."""
-        for slot in (*self.slots, *(other for other, _ in self.ties)):
-            slot.module._parameters[slot.name] = slot.parameter
+        """Put back what the swap replaced."""
+        for slot, parameter in zip(self.slots, self.replaced, strict=False):
+            slot.module._parameters[slot.name] = parameter
+            for other, first in self.ties:
+                if first is slot:
+                    other.module._parameters[other.name] = parameter
+        self.replaced = []
 
 
 def find_owners(
@@ -148,7 +145,7 @@ def find_owners(
                     owner.slots.append(slot)
                 else:
                     owner.ties.append((slot, first))
-        for read in children_read.get(type(module).__name__, ()):
+        for read in children_read.get(kind_of(module).__name__, ()):
             with contextlib.suppress(AttributeError):  # Not every instance has every child.
                 reads = {module.get_submodule(read): holder, **reads}
         for name, child in module.named_children():
@@ -173,6 +170,8 @@ def take_small(owners: Sequence[Owner], largest: int) -> list[Slot]:
     for owner in hooked:
         tied = [slot for _, slot in owner.ties]
         for slot in [slot for slot in owner.slots if slot not in tied]:
+            if is_sharded(slot.parameter):  # the whole weight is there only for the owner's call
+                continue
             size = slot.parameter.nbytes
             # `TiledLinear` takes the bias as it finds it, so the bias must be perturbed beforehand.
             is_bias_of_tiles = slot.name == "bias" and is_tileable(slot.module)
@@ -190,17 +189,18 @@ def give_tiles(
     found: list[tuple[Owner, Slot]] = []
     for owner in owners:
         is_alone = len(owner.slots) == 1 and not owner.ties
-        if is_alone and owner.slots[0].module is owner.module and is_tileable(owner.module):
-            found.append((owner, owner.slots[0]))
+        slot = owner.slots[0]
+        is_weight = slot.module is owner.module and slot.name == "weight"
+        if is_alone and is_weight and is_tileable(owner.module):
+            found.append((owner, slot))
     sizes: dict[torch.dtype, int] = {}  # elements of the widest layer's tile
     for _, slot in found:
         dtype, width = slot.parameter.dtype, slot.parameter.shape[1]
         sizes[dtype] = max(sizes.get(dtype, 0), ROWS * width)
     scratch = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
     for owner, slot in found:
-        weight = slot.parameter
-        tile = scratch[weight.dtype]
-        owner.tiles = TiledLinear(weight, slot.tensor, tile, seed=seed, distribution=distribution)
+        tile = scratch[slot.parameter.dtype]
+        owner.tiles = TiledLinear(slot, tile, seed=seed, distribution=distribution)
     return scratch
 
 

@@ -35,6 +35,7 @@ class Swap:
 
     def put_in(self, owner: Owner) -> None:
         """Put the perturbed weights into the owner's places; ties stay ties."""
+        owner.replaced = [slot.present for slot in owner.slots]
         for slot, parameter in zip(owner.slots, self.parameters, strict=True):
             slot.module._parameters[slot.name] = parameter
         for other, slot in owner.ties:
@@ -61,7 +62,7 @@ class Scratch:
     def swap_of(self, owner: Owner, level: int) -> Swap:
         """The owner's swap in the buffers of a level. Its weights are not computed here."""
         swap = self._swaps.get(level, {}).get(owner)
-        if swap is None or swap.addresses != [s.parameter.data_ptr() for s in owner.slots]:
+        if swap is None or swap.addresses != [s.present.data_ptr() for s in owner.slots]:
             swap = self._lay_out(owner, level)
             self._swaps.setdefault(level, {})[owner] = swap
         return swap
@@ -81,7 +82,7 @@ class Scratch:
         return output
 
     def _lay_out(self, owner: Owner, level: int) -> Swap:
-        weights = [slot.parameter for slot in owner.slots]
+        weights = [slot.present for slot in owner.slots]
         views = self._views(weights, level)
         return Swap(
             [weight.data_ptr() for weight in weights],

@@ -8,7 +8,7 @@ both. The view can then swap the weight for the call of that module (`Perturbati
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from zofo.errors import UserError
-from zofo.perturb.owners import Owner, Slot
+from zofo.perturb.owners import Owner
+from zofo.perturb.shards import is_sharded, kind_of
+from zofo.perturb.slots import Slot
 
 
 class SelfCheckError(UserError, RuntimeError):
@@ -47,12 +49,22 @@ class ReadWatch(TorchDispatchMode):
         self._readers: dict[str, dict[str, None]] = {}
         # By address, because views and detached tensors share the storage of a weight.
         self._slots: dict[int, list[Slot]] = {}
-        for owner in owners:
-            for slot in (*owner.slots, *(other for other, _ in owner.ties)):
-                if slot.parameter.numel():
-                    address = slot.parameter.untyped_storage().data_ptr()
-                    self._slots.setdefault(address, []).append(slot)
+        self._owners = owners
         self._is_paused = False
+        self.find()
+
+    def find(self) -> None:
+        """Find the whole weights, of which FSDP gathers some while a module runs."""
+        self._slots.clear()
+        for owner in self._owners:
+            held = dict(zip(owner.slots, owner.replaced, strict=False))
+            for slot in (*owner.slots, *(other for other, _ in owner.ties)):
+                weight: Any = slot.parameter
+                if is_sharded(weight):
+                    weight = held.get(slot, slot.module._parameters[slot.name])
+                if weight.numel() and not is_sharded(weight):
+                    address = weight.untyped_storage().data_ptr()
+                    self._slots.setdefault(address, []).append(slot)
 
     def check(self) -> None:
         """Raise the error of the first unperturbed read, with all the readers that were found."""
@@ -74,14 +86,22 @@ class ReadWatch(TorchDispatchMode):
             module.register_forward_hook(go_on, always_call=True),
         ]
 
+    def find_in_calls_of(self, modules: Iterable[nn.Module]) -> list[Any]:
+        """Hook modules for whose calls FSDP gathers weights; returns the handles."""
+        handles: list[Any] = []
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda *_: self.find()))
+            handles.append(module.register_forward_hook(lambda *_: self.find(), always_call=True))
+        return handles
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Allow reads inside the context."""
-        self._is_paused = True
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_paused = False
+            self._is_paused = before
 
     def __torch_dispatch__(
         self,
@@ -92,7 +112,11 @@ class ReadWatch(TorchDispatchMode):
     ) -> Any:
         if not self._is_paused:
             for value in tree_iter((args, kwargs)):
-                if isinstance(value, Tensor) and value.layout == torch.strided:
+                if (
+                    isinstance(value, Tensor)
+                    and value.layout == torch.strided
+                    and not is_sharded(value)
+                ):
                     slots = self._slots.get(value.untyped_storage().data_ptr())
                     if slots is not None:
                         self._note(slots, func)
@@ -120,7 +144,7 @@ def _reader_of(slots: Sequence[Slot]) -> tuple[Slot, str, str]:
             if module is not slot.module:
                 path = next((n for n, m in module.named_modules() if m is slot.module), None)
                 if path is not None:
-                    return slot, type(module).__name__, path
+                    return slot, kind_of(module).__name__, path
     return slots[0], "", ""
 
 

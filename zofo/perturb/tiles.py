@@ -14,12 +14,14 @@ swapped as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, prepare
+from zofo.perturb.shards import kind_of
+from zofo.perturb.slots import Slot
 
 ROWS: Final = 512  # of the weight, per tile
 _MIN_TILES: Final = 8
@@ -27,9 +29,9 @@ _MIN_TILES: Final = 8
 
 def is_tileable(module: nn.Module) -> bool:
     """Whether the module is a plain linear layer on the CPU, large enough for tiles."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if kind_of(module) is not nn.Linear or "forward" in vars(module):
         return False
-    weight = module.weight
+    weight: Any = module.weight
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
@@ -39,21 +41,20 @@ def is_tileable(module: nn.Module) -> bool:
 
 
 class TiledLinear:
-    """A perturbed linear layer with a weight [out, in] that `is_tileable` accepts.
+    """A perturbed linear layer; `slot` holds its weight [out, in], which `is_tileable` accepts.
 
     `scratch` has the weight's dtype and at least ROWS · in elements. Layers may share it.
     """
 
     def __init__(
         self,
-        weight: nn.Parameter,
-        tensor: int,
+        slot: Slot,
         scratch: Tensor,
         *,
         seed: int,
         distribution: Distribution,
     ) -> None:
-        self.weight, self.tensor, self.seed, self.distribution = weight, tensor, seed, distribution
+        self._slot, self.seed, self.distribution = slot, seed, distribution
         self._scratch = scratch
         self._is_exact: bool | None = None
         self._address: int | None = None
@@ -61,11 +62,11 @@ class TiledLinear:
 
     def serves(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether the tiled product with `x` has the bits of the whole product."""
-        weight = self.weight
+        weight = self._slot.present
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or x.dtype != weight.dtype
+            or not x.dtype == weight.dtype == self._scratch.dtype
             or x.numel() == 0
             or not weight.is_contiguous()
         ):
@@ -74,7 +75,7 @@ class TiledLinear:
             # Both products use the unperturbed weight: only the order of summation matters.
             whole = nn.functional.linear(x, weight, bias)
             rows = [slice(a, a + ROWS) for a in range(0, len(weight), ROWS)]
-            tiled = self._product(x, bias, ((part, weight[part]) for part in rows))
+            tiled = self._product(x, bias, len(weight), ((part, weight[part]) for part in rows))
             self._is_exact = torch.equal(whole, tiled)
         return self._is_exact
 
@@ -85,8 +86,9 @@ class TiledLinear:
 
         The bias, [out], is used as it is, so it must already be perturbed.
         """
-        if self._address != self.weight.data_ptr():
-            self._lay_out()
+        weight = self._slot.present
+        if self._address != weight.data_ptr():
+            self._lay_out(weight.detach())
 
         # All tiles share one buffer, so each is used before the next is computed.
         def tiles() -> Iterator[tuple[slice, Tensor]]:
@@ -94,22 +96,21 @@ class TiledLinear:
                 compute(scale, step, direction)
                 yield part, tile
 
-        return self._product(x, bias, tiles())
+        return self._product(x, bias, len(weight), tiles())
 
     def _product(
-        self, x: Tensor, bias: Tensor | None, tiles: Iterable[tuple[slice, Tensor]]
+        self, x: Tensor, bias: Tensor | None, size: int, tiles: Iterable[tuple[slice, Tensor]]
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [rows, in]
-        out = rows.new_empty(len(rows), len(self.weight))  # [rows, out]
+        out = rows.new_empty(len(rows), size)  # [rows, out]
         for part, tile in tiles:
             if bias is None:
                 torch.mm(rows, tile.t(), out=out[:, part])
             else:
                 torch.addmm(bias[part], rows, tile.t(), out=out[:, part])
-        return out.view(*x.shape[:-1], len(self.weight))
+        return out.view(*x.shape[:-1], size)
 
-    def _lay_out(self) -> None:
-        weight = self.weight.detach()
+    def _lay_out(self, weight: Tensor) -> None:
         width = weight.shape[1]
         scratch = self._scratch[: ROWS * width].view(ROWS, width)
         self._address, self._tiles = weight.data_ptr(), []
@@ -119,7 +120,7 @@ class TiledLinear:
             compute = prepare(
                 [source],
                 [tile],
-                tensors=[self.tensor],
+                tensors=[self._slot.tensor],
                 seed=self.seed,
                 distribution=self.distribution,
                 offset=a * width,  # of the tile's first element within the weight

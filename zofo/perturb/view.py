@@ -39,11 +39,13 @@ from zofo.perturb.compiled import (
 from zofo.perturb.overlap import Overlap, overlap_on, streams_of
 from zofo.perturb.owners import ATOMIC as ATOMIC
 from zofo.perturb.owners import CHILDREN_READ as CHILDREN_READ
-from zofo.perturb.owners import Owner, Slot, find_owners, give_tiles, take_small
+from zofo.perturb.owners import Owner, find_owners, give_tiles, take_small
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
+from zofo.perturb.shards import begin_anew, check_sharding, is_sharded, is_unit, reshard
 from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
+from zofo.perturb.slots import Slot
 
 _T = TypeVar("_T")
 
@@ -87,12 +89,15 @@ class Perturbation:
         self._watch: ReadWatch | None = None
         self._children_read = dict(CHILDREN_READ)
         self._is_checked = False
+        self._is_sharded = any(map(is_sharded, parameters))
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Perturb the forward of another module that holds the weights, such as a wrapper."""
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
+        check_sharding(model, self.parameters)
+        reshard(model)
         owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
         if self.distribution == "rank-one":
@@ -196,6 +201,7 @@ class Perturbation:
             if self._watch is None:
                 yield
             else:
+                handles += self._watch.find_in_calls_of(filter(is_unit, self._modules))
                 with running_eagerly(), self._watch:
                     yield
                 self._watch.check()
@@ -210,6 +216,8 @@ class Perturbation:
                 owner.swap_out()
             self._stack.clear()
             self._watch = self._point = None
+            if self._is_sharded:  # the next update would not change what FSDP still holds whole
+                (reshard if is_whole else begin_anew)(self._model)
             if ahead is not None:  # last, because a failed device raises here as well
                 ahead.end(is_whole=is_whole)
 
@@ -316,9 +324,13 @@ class Perturbation:
         enter, leave = functools.partial(self._enter, owner), functools.partial(self._leave, owner)
         if module._compiled_call_impl is not None:
             return [AroundCompiledCall(module, enter, leave)]
+        # Inside the hooks of FSDP, which gather the module's weights and put the shards back.
+        within = is_unit(module)
         return [
-            module.register_forward_pre_hook(lambda *_: enter(), prepend=True),
-            module.register_forward_hook(lambda _, args, output: leave(output), always_call=True),
+            module.register_forward_pre_hook(lambda *_: enter(), prepend=not within),
+            module.register_forward_hook(
+                lambda _, args, output: leave(output), prepend=within, always_call=True
+            ),
         ]
 
     def _hook_path(self, owner: Owner, path: SidePath) -> list[Any]:
@@ -377,7 +389,7 @@ class Perturbation:
             # Repeated rows are computed repeatedly, because finding the distinct ones would make
             # the host wait for the device.
             table = combine_rows(
-                slot.parameter,
+                slot.present,
                 ids.reshape(-1).long(),
                 scale,
                 seed=self.seed,

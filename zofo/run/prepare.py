@@ -16,6 +16,7 @@ from zofo.config.schema import RunConfig
 from zofo.disk.files import fingerprint, problem_of_target
 from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.errors import UserError
+from zofo.optim.batch_part import num_rows_of
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
@@ -102,6 +103,25 @@ def num_steps(config: RunConfig, num_rows: int) -> int:
             "number must be less than 2^32. Give fewer epochs"
         )
     return steps
+
+
+def check_processes(config: RunConfig, size: int) -> None:
+    """Check that the processes of a run can share each micro-batch.
+
+    Raises:
+        UserError: if its rows, or those that the base sees, cannot be shared evenly.
+    """
+    fraction, num_rows = config.base_batch_fraction, config.batch_size
+    if num_rows % size:
+        raise UserError(
+            f"batch_size is {num_rows}, which the {size} processes share, and it is not divisible "
+            f"by {size}; give a multiple, such as {-(-num_rows // size) * size}"
+        )
+    if num_rows_of(fraction, num_rows // size) * size != num_rows_of(fraction, num_rows):
+        raise UserError(
+            f"base_batch_fraction={fraction} of batch_size={num_rows} is no equal number of rows "
+            f"for each of the {size} processes; raise either, or start fewer processes"
+        )
 
 
 def check_folder(config: RunConfig) -> None:

@@ -82,7 +82,7 @@ def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfi
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved, now), for the keys that change the result of a run."""
-    then, now = _flat(saved.model_dump()), _flat(config.model_dump())
+    then, now = flat_options(saved.model_dump()), flat_options(config.model_dump())
     keys = dict.fromkeys((*then, *now))
     return {
         key: (then.get(key), now.get(key))
@@ -105,11 +105,12 @@ def newest_checkpoint(folder: Path, report: Callable[[str], Any] | None = None) 
     return newest_whole(folder, report)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options with dotted keys for those of the model, the adapter and the task."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and prefix == "" and key in ("model", "adapter", "task"):
-            flat |= _flat(value, f"{key}.")
+            flat |= flat_options(value, f"{key}.")
         else:
             flat[prefix + key] = value
     return flat

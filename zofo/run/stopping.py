@@ -74,7 +74,8 @@ class StopEarly(TrainerCallback):
 
     def _record(self, step: int, reason: str) -> None:
         self.reason = reason
-        write_json(self.folder / STOPPED_FILE, {"step": step, "reason": reason})
+        if self.trainer.args.should_save:  # one of several processes
+            write_json(self.folder / STOPPED_FILE, {"step": step, "reason": reason})
 
 
 def stop_reason(folder: Path) -> str | None:

@@ -20,9 +20,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from zofo.config.schema import RunConfig
 from zofo.console import quiet
+from zofo.environment import resolve_device
 from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.run.peers import Peers
 from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
@@ -81,11 +83,12 @@ class TaskTrainer(HybridTrainer):
         zo_objective: str = "loss",
         digests: RowDigests | None = None,
         run_id: str | None = None,
+        peers: Peers | None = None,
         **kwargs: Any,
     ) -> None:
         collate = _keeping_examples(collator) if zo_objective == "f1" else collator
         super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
-        self.clock = TrainingClock()
+        self.clock, self.peers = TrainingClock(), peers or Peers()
         self.objective: Any = objective
         self.zo_objective, self.digests, self.run_id = zo_objective, digests, run_id
         self.kind: Any = kind
@@ -174,13 +177,15 @@ class TaskTrainer(HybridTrainer):
     ) -> dict[str, float]:
         """The dev scores, under the names that Trainer gives them."""
         with self.clock.paused():
-            metrics = evaluate(
-                self.model,
-                self.dev if eval_dataset is None else eval_dataset,
-                self.collator,
-                kind=self.kind,
-                batch_size=self.args.per_device_eval_batch_size,
-                writer=self.writer,
+            metrics = self.peers.from_first(
+                lambda: evaluate(
+                    self.model,
+                    self.dev if eval_dataset is None else eval_dataset,
+                    self.collator,
+                    kind=self.kind,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    writer=self.writer,
+                )
             )
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
         self.log(logs)
@@ -261,7 +266,9 @@ def _checkpointing(is_wanted: bool) -> dict[str, Any]:
     return {new_name if has_new else "gradient_checkpointing": True} if is_wanted else {}
 
 
-def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArguments:
+def _arguments(
+    config: RunConfig, total_steps: int, folder: Path, num_processes: int
+) -> HybridArguments:
     """Translate the configuration into the arguments of Trainer and of the mixin."""
     numbers: Any = config  # `auto` has been replaced by numbers
     every = min(config.eval_every or max(1, total_steps // 4), total_steps)
@@ -282,7 +289,7 @@ def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArgum
         snapshot_every=config.snapshot_every,
         sampling=config.sampling,
         max_steps=total_steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // num_processes,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.accumulation,
         **_checkpointing(config.gradient_checkpointing),
@@ -297,7 +304,8 @@ def _arguments(config: RunConfig, total_steps: int, folder: Path) -> HybridArgum
         metric_for_best_model=f"eval_{config.select_by}",
         greater_is_better=config.select_by != "loss",
         seed=config.seed,
-        use_cpu=config.device == "cpu",
+        # Without it, accelerate connects no processes where there is no GPU.
+        use_cpu=resolve_device(config.device) == "cpu",
         report_to=list(config.report_to) or "none",
         remove_unused_columns=False,  # The rows are objects without columns.
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -326,6 +334,7 @@ def build_trainer(
     console: Console,
     digests: RowDigests | None = None,
     run_id: str | None = None,
+    peers: Peers | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -342,11 +351,14 @@ def build_trainer(
         console: the console for the progress.
         digests: those of the rows, which every checkpoint keeps.
         run_id: names the run, in every checkpoint.
+        peers: the processes that share each micro-batch; None: one.
     """
+    peers = peers or Peers()
+    written = [MetricsFile(folder / METRICS_FILE)] if peers.is_first else []
     with quiet():
         trainer = TaskTrainer(
             model=model,
-            args=_arguments(config, total_steps, folder),
+            args=_arguments(config, total_steps, folder, peers.size),
             train_dataset=rows["train"],
             original_base=original_base,
             objective=config.task.objective,
@@ -357,8 +369,9 @@ def build_trainer(
             zo_objective=config.zo_objective,
             digests=digests,
             run_id=run_id,
+            peers=peers,
             callbacks=[
-                MetricsFile(folder / METRICS_FILE),
+                *written,
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],

@@ -14,7 +14,6 @@ artifact/          the result to keep or publish
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +34,18 @@ from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
+from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.results.belonging import digests_of
-from zofo.run.prepare import Prepared, num_steps, prepare, require_kept, run_folder
-from zofo.run.resume import FREE, newest_checkpoint
+from zofo.run.peers import Peers, joined
+from zofo.run.prepare import (
+    Prepared,
+    check_processes,
+    num_steps,
+    prepare,
+    require_kept,
+    run_folder,
+)
+from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
@@ -81,6 +89,8 @@ def train(
 ) -> Result:
     """Run a configuration.
 
+    Of several processes that torchrun or accelerate launch started, all call it.
+
     Args:
         config: the configuration, as from `load_config`.
         resume: run folder to continue from its newest checkpoint, or else from the beginning.
@@ -93,21 +103,20 @@ def train(
         TrainingInterrupt: after a signal to `stop`, once a checkpoint is written.
         UserError: before training, for anything wrong with the configuration, data or folders.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and a configured run has one process; "
-            "start it without torchrun or accelerate launch, or write a script with "
-            "zofo.HybridTrainer, which trains on several"
-        )
-    with run_folder(config, resume) as folder:
+    with joined() as peers, contextlib.ExitStack() as held, peers.naming_loss():
+        with peers.together():
+            check_processes(config, peers.size)
+        options = flat_options(config.model_dump(exclude={"num_threads"}))
+        peers.check_equal(options | {"--resume": resume and str(resume)})
         return train_in(
-            folder,
+            peers.from_first(lambda: held.enter_context(run_folder(config, resume))),
             config,
             is_resumed=resume is not None,
             console=console,
             on_start=on_start,
             stop=stop,
             watchers=watchers,
+            peers=peers,
         )
 
 
@@ -120,44 +129,56 @@ def train_in(
     on_start: Callable[[Path], None] | None = None,
     stop: StopOnSignal | None = None,
     watchers: Callable[[TaskTrainer], Sequence[TrainerCallback]] | None = None,
+    peers: Peers | None = None,
 ) -> Result:
     """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
+    peers = peers or Peers()
     console = console or plain_console(stderr=True)
+    if not peers.is_first:
+        console = Console(quiet=True)
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    resolve_device(config.device)  # An absent device is reported before any work.
-    checkpoint = _checkpoint(folder, config, console) if is_resumed else None
-    prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
+    checkpoint = None
+    with peers.together():
+        resolve_device(config.device)  # An absent device is reported before any work.
+    if is_resumed:
+        checkpoint = peers.from_first(lambda: _checkpoint(folder, config, console))
+    with peers.together():
+        prepared = prepare(config) if checkpoint is None else _prepared_again(config, checkpoint)
+    peers.check_equal(_contents(prepared))
     for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
-    config, advice = _without_auto(config, prepared, console)
+    if checkpoint is not None and peers.size > 1:
+        _note_rebuilding(console, checkpoint, prepared, peers.size)
+    config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
     run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
-    trainer = build_trainer(
-        config,
-        prepared.model,
-        prepared.rows,
-        kind=prepared.splits.kind,
-        collator=prepared.collator,
-        writer=writer_for(prepared.tokenizer, config.task),
-        original_base=_original_base(config, prepared),
-        total_steps=num_steps(config, len(prepared.rows["train"])),
-        folder=folder,
-        console=console,
-        digests=RowDigests.of(prepared.splits),
-        run_id=run_id,
-    )
-    _begin_folder(folder, config, prepared, run_id)
-    if advice is not None:
-        write_json(folder / ADVICE_FILE, advice)
+    with peers.together():
+        trainer = build_trainer(
+            config,
+            prepared.model,
+            prepared.rows,
+            kind=prepared.splits.kind,
+            collator=prepared.collator,
+            writer=writer_for(prepared.tokenizer, config.task),
+            original_base=_original_base(config, prepared),
+            total_steps=num_steps(config, len(prepared.rows["train"])),
+            folder=folder,
+            console=console,
+            digests=RowDigests.of(prepared.splits),
+            run_id=run_id,
+            peers=peers,
+        )
+    peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
     if on_start is not None:
         on_start(folder)
 
+    def measured(what: str) -> Metrics:
+        return peers.from_first(lambda: _measured(prepared, config, console, what))
+
     prepared.model.to(trainer.args.device)
-    before = _measured(prepared, config, console, "test before") if config.measure_test else None
-    dev_before = None
-    if config.early_stopping is not None:
-        dev_before = _measured(prepared, config, console, "dev before")
+    before = measured("test before") if config.measure_test else None
+    dev_before = measured("dev before") if config.early_stopping is not None else None
     stop_early = StopEarly(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
     )
@@ -165,22 +186,25 @@ def train_in(
     for watcher in () if watchers is None else watchers(trainer):
         trainer.add_callback(watcher)
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
-    after = _measured(prepared, config, console, "test after") if config.measure_test else None
+    after = measured("test after") if config.measure_test else None
 
-    require_kept(folder)
-    artifact = _save_artifact(folder, config, prepared, trainer)
-    cost = {
-        "steps": trainer.state.global_step,
-        "train_s": round(trained_s, 3),
-        "total_s": round(time.monotonic() - started, 3),
-        "forward_equivalents": trainer.forward_equivalents,
-        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
-    }
-    result = Result(folder, before, after, cost)
-    require_kept(folder)
-    _write_result(artifact, config, prepared, trainer, result, dev_before)
-    return result
+    def save() -> Result:
+        require_kept(folder)
+        artifact = _save_artifact(folder, config, prepared, trainer)
+        cost = {
+            "steps": trainer.state.global_step,
+            "train_s": round(trained_s, 3),
+            "total_s": round(time.monotonic() - started, 3),
+            "forward_equivalents": trainer.forward_equivalents,
+            "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+            "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+        }
+        result = Result(folder, before, after, cost)
+        require_kept(folder)
+        _write_result(artifact, config, prepared, trainer, result, dev_before)
+        return result
+
+    return peers.from_first(save)
 
 
 def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
@@ -359,6 +383,20 @@ def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _note_rebuilding(
+    console: Console, checkpoint: Path, prepared: Prepared, num_processes: int
+) -> None:
+    """Tell what the processes read instead of receiving the base from one of them."""
+    record = checkpoint / TRAJECTORY_FILE
+    if record.exists():
+        weights = sum(p.nbytes for p in split_parameters(prepared.model).base.values())
+        _note(
+            console,
+            f"each of {num_processes} processes rebuilds its base from {record.stat().st_size:,} "
+            f"bytes of scalars, where the weights would be {weights:,} bytes",
+        )
+
+
 def _run_id(config: RunConfig, prepared: Prepared) -> str:
     """A name for a new run that other options, other rows or another base would change."""
     rows = RowDigests.of(prepared.splits).parts
@@ -366,9 +404,27 @@ def _run_id(config: RunConfig, prepared: Prepared) -> str:
     return json_digest([options, prepared.base_fingerprint, prepared.splits.labels, rows])
 
 
-def _begin_folder(folder: Path, config: RunConfig, prepared: Prepared, run_id: str | None) -> None:
+def _contents(prepared: Prepared) -> dict[str, str]:
+    """Digests of what the processes have read."""
+    rows = RowDigests.of(prepared.splits).parts
+    return {
+        "the base (fingerprint)": prepared.base_fingerprint,
+        "the classes": str(prepared.splits.labels),
+        **{f"the rows of {part} (digest)": json_digest(rows[part]) for part in rows},
+    }
+
+
+def _begin_folder(
+    folder: Path,
+    config: RunConfig,
+    prepared: Prepared,
+    run_id: str | None,
+    advice: dict[str, Any] | None,
+) -> None:
     remove_leftovers(folder)
     remove_file(folder / STOPPED_FILE)
     write_text(folder / CONFIG_FILE, config.to_yaml())
     write_base(folder, prepared.base, prepared.splits.labels, run_id)
     write_json(folder / ENVIRONMENT_FILE, environment())
+    if advice is not None:
+        write_json(folder / ADVICE_FILE, advice)

@@ -27,6 +27,7 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.perturb.shards import Whole, gathered, is_sharded
 from zofo.saved import hub
 from zofo.saved.buffers import save_buffers
 from zofo.saved.manifest import (
@@ -82,6 +83,9 @@ def save_artifact(
 ) -> Path:
     """Write an artefact.
 
+    If FSDP2 shards the model, all processes call this, and the first one writes. No process gathers
+    the base.
+
     Args:
         folder: the folder of the artefact; it is created if it does not exist.
         model: the trained model.
@@ -105,13 +109,38 @@ def save_artifact(
     if base_fingerprint is None and orders.base == "zeroth":
         raise UserError("give base_fingerprint, of the base before training; a trainer has it")
     if base_fingerprint is None and orders.base == "frozen":  # Training left the base unchanged.
-        base_fingerprint = fingerprint(split_parameters(model).base)
+        base_fingerprint = fingerprint(Whole(split_parameters(model).base))
     if orders.needs_adapter:
         _active_adapter(model)  # The check comes before the folder.
+    blocks = split_parameters(model)
+    if orders.base == "first" and any(map(is_sharded, blocks.base.values())):
+        raise UserError(
+            f"an artefact of method {method} holds the whole base, which is sharded here; save it "
+            "with torch.distributed.checkpoint, and make the artefact of the model it loads"
+        )
+    values: dict[str, Any] = {"method": method, "base": vars(base)}
+    values |= {"base_fingerprint": base_fingerprint, "task": task, "labels": list(labels)}
+    with gathered(model, blocks.adapter.values()) as is_writer:
+        if is_writer:
+            _write(folder, model, values, trajectory, tokenizer, rows, buffers)
+    return folder
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    values: dict[str, Any],
+    trajectory: Trajectory | None,
+    tokenizer: Any,
+    rows: RowDigests | None,
+    buffers: Mapping[str, Tensor] | None,
+) -> None:
+    """Write the files of an artefact; `values` are those of its header."""
+    orders = METHODS[values["method"]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if orders.needs_adapter:
-            save_adapter(model, folder / ADAPTER_FOLDER, base_name=base.name)
+            save_adapter(model, folder / ADAPTER_FOLDER, base_name=values["base"]["name"])
         elif orders.base == "first":
             model.save_pretrained(folder / MODEL_FOLDER)
             if tokenizer is not None:
@@ -127,17 +156,15 @@ def save_artifact(
             f"cannot write {folder}: {reason}; free space, or make the folder writable"
         ) from error
     if trajectory is not None:
-        trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=base_fingerprint)
+        trajectory.save(folder / TRAJECTORY_FILE, base_fingerprint=values["base_fingerprint"])
     if rows is None:
         (folder / ROWS_FILE).unlink(missing_ok=True)  # of an earlier artefact
     else:
         rows.save(folder)
     if orders.base != "first":
         save_buffers(folder, buffers or {})
-    values = {"method": method, "base": vars(base), "base_fingerprint": base_fingerprint}
     # The header goes last, because it records the digests of the other files.
-    write_header(folder, {**values, "task": task, "labels": list(labels)})
-    return folder
+    write_header(folder, values)
 
 
 def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:

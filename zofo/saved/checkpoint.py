@@ -26,10 +26,11 @@ from zofo.models.saved_adapters import (
     save_prompt_encoder,
     sort_sets,
 )
-from zofo.optim.blocks import is_peft
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.moved import saving_adapter
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.perturb.shards import gathered
 from zofo.saved.assemble import Assembly, Parts
 from zofo.saved.buffers import save_buffers
 
@@ -39,6 +40,9 @@ MARK: Final = "zofo_load_with"
 
 def save_checkpoint(folder: str | Path, model: Any, optimizer: HybridOptimizer) -> Path:
     """Save a model that a loop of your own trains; `load_checkpoint` loads it.
+
+    If FSDP2 shards the model, all processes call this, and the first one writes. No process gathers
+    the base.
 
     Args:
         folder: the folder; it is created if it does not exist.
@@ -57,6 +61,14 @@ def save_checkpoint(folder: str | Path, model: Any, optimizer: HybridOptimizer) 
             f"{type(model).__name__} has no adapter of peft, so model.save_pretrained(folder) "
             "holds all of its weights; call that"
         )
+    optimizer.original_fingerprint()
+    with gathered(model, split_parameters(model).adapter.values()) as is_writer:
+        if is_writer:
+            _write(folder, model, optimizer)
+    return folder
+
+
+def _write(folder: Path, model: Any, optimizer: HybridOptimizer) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with saving_adapter(model), warnings.catch_warnings():
@@ -68,7 +80,6 @@ def save_checkpoint(folder: str | Path, model: Any, optimizer: HybridOptimizer) 
     sort_sets(model, folder)
     save_prompt_encoder(model, folder)
     save_history(folder, model, optimizer)
-    return folder
 
 
 def save_history(folder: Path, model: Any, optimizer: HybridOptimizer) -> None:

@@ -57,10 +57,22 @@ class BaseHistory:
         """Fingerprint of the base before training."""
         return self.optimizer.base_fingerprint
 
+    @property
+    def _is_first(self) -> bool:
+        """Whether this process writes the copies, of several with the same folder."""
+        processes = self.optimizer.processes
+        return processes is None or processes.rank == 0
+
+    def _wait(self) -> None:
+        if self.optimizer.processes is not None:
+            self.optimizer.processes.wait()
+
     def keep_original(self) -> None:
         """Write a copy of the base for later restores, unless there is a source already."""
         if is_peft(self.model) and self.original is None and self._num_updates_in_copy is None:
-            write_tensors(self._file, _on_cpu(self.base), {})
+            if self._is_first:
+                write_tensors(self._file, _on_cpu(self.base), {})
+            self._wait()
             self._num_updates_in_copy = len(self.optimizer.trajectory)
 
     def take_snapshot(self) -> None:
@@ -70,10 +82,12 @@ class BaseHistory:
 
     def drop_copies(self) -> None:
         """Remove all copies of the base."""
-        self._snapshot.drop()
-        if self._num_updates_in_copy is not None:
-            remove_file(self._file, is_needed=False)
-            self._num_updates_in_copy = None
+        self._wait()  # Another process may still read them.
+        if self._is_first:
+            self._snapshot.drop()
+            if self._num_updates_in_copy is not None:
+                remove_file(self._file, is_needed=False)
+        self._num_updates_in_copy = None
 
     def go_to(self, folder: Path) -> None:
         """Set the base to the end of the trajectory in a checkpoint.

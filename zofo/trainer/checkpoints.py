@@ -23,6 +23,7 @@ from zofo.errors import UserError
 from zofo.models.loading import copy_weights
 from zofo.models.saved_adapters import load_adapter, save_prompt_encoder, sort_sets
 from zofo.optim.blocks import is_peft
+from zofo.optim.gradient_bytes import GradientBytes
 from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.saved.buffers import load_buffers, save_buffers
@@ -77,6 +78,7 @@ class CheckpointMixin(TrainerMixin):
 
     _checkpoints_folder: Path | None  # the hidden folder while a checkpoint is written
     _resumed_accounts: dict[str, Any] | None  # read from the checkpoint, not yet restored
+    _gradient_bytes: GradientBytes
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; `resume_from_checkpoint=True` takes the newest whole checkpoint.
@@ -147,8 +149,8 @@ class CheckpointMixin(TrainerMixin):
                 self._checkpoints_folder = staged.parent
                 super()._save_checkpoint(model, trial)
                 accounts = self._accounts()
+                self._name_best(run_folder, place)
                 if args.should_save:
-                    self._name_best(run_folder, place)
                     state.save_to_json(str(staged / STATE_FILE))
                     write_json(staged / ACCOUNTS_FILE, accounts)
         finally:
@@ -186,8 +188,11 @@ class CheckpointMixin(TrainerMixin):
             self.state.best_model_checkpoint = str(best)
 
     def _accounts(self) -> dict[str, Any]:
-        """The sums behind the logged losses."""
+        """The sums behind the logged losses and bytes."""
+        processes = self.hybrid_optimizer.processes
         return {
+            "base_bytes_sent": 0 if processes is None else processes.bytes_sent,
+            "gradient_bytes_sent": self._gradient_bytes.sent,
             # The mean over the processes, as Trainer logs it.
             "loss_since_log": float(self.accelerator.gather(self._tr_loss).mean()),
             "last_logged_step": self._globalstep_last_logged,
@@ -200,6 +205,10 @@ class CheckpointMixin(TrainerMixin):
             self._tr_loss.fill_(accounts["loss_since_log"])
             self._globalstep_last_logged = int(accounts["last_logged_step"])
             self._total_loss_scalar = accounts["loss_until_log"]
+            self._gradient_bytes.sent = accounts.get("gradient_bytes_sent", 0.0)
+            processes = self.hybrid_optimizer.processes
+            if processes is not None:
+                processes.bytes_sent = accounts.get("base_bytes_sent", 0)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -56,12 +57,16 @@ def check_setup(trainer: Any, options: Any) -> None:
             "one process has several devices: start one process for each with torchrun, or set "
             "CUDA_VISIBLE_DEVICES=0"
         )
-    if is_sharded(trainer):
-        wrong.append("FSDP and DeepSpeed shard the base: use plain DDP, or choose fo-peft")
-    if args.world_size > 1 and args.load_best_model_at_end:
+    started = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and started != "1" and "RANK" in os.environ:
         wrong.append(
-            "several processes cannot go back to the best checkpoint yet: set "
-            "load_best_model_at_end=False"
+            f"a launcher has started {started} processes, and Trainer does not connect them: pass "
+            "use_cpu=True where there is no GPU, or start one process"
+        )
+    if is_sharded(trainer):
+        wrong.append(
+            "FSDP and DeepSpeed shard the base: use plain DDP, choose fo-peft, or shard it with "
+            "torch.distributed.fsdp.fully_shard in a loop of your own around zofo.HybridOptimizer"
         )
     if hasattr(trainer, "_generate_and_score_completions"):
         wrong.append(

@@ -125,6 +125,8 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, signum: int, frame: Any) -> None:
         self.request(signum)
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        if os.environ.get("RANK", "0") != "0":
+            return
         # The handler may interrupt a print. os.write does not use the buffer of that print.
         with contextlib.suppress(OSError):
             text = f"\n{name}: finishing the step and saving; a second signal stops at once\n"

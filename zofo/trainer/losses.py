@@ -29,6 +29,7 @@ class BatchLossMixin(TrainerMixin):
     """Evaluates the losses of `HybridMixin`."""
 
     _shares_are_checked = False
+    _deals_evenly = False  # whether processes have equal parts of a batch within an epoch
     _row_weight = 1.0  # of this process's mean over rows, in the mean of all processes
 
     def compute_zeroth_loss(
@@ -172,8 +173,14 @@ class BatchLossMixin(TrainerMixin):
 
     def weigh_rows(self, inputs: Mapping[str, Any], processes: Processes) -> None:
         """Find the weight of this process's rows, of which another one may have more or fewer."""
-        counts = processes.counts(self.num_batch_rows(inputs))
-        self._row_weight = counts[processes.rank] * processes.size / sum(counts)
+        # `RankBatches` deals equal parts of every batch but the last of an epoch. If a collator
+        # leaves out rows, the mean of each process counts the same.
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        processes.has_even_rows = self._deals_evenly and not is_last
+        self._row_weight = 1.0
+        if not processes.has_even_rows:
+            counts = processes.counts(self.num_batch_rows(inputs))
+            self._row_weight = counts[processes.rank] * processes.size / sum(counts)
 
     def _weight(self, num_items_in_batch: Any) -> float:
         """The factor of this process's loss: 1 if it is divided by the items of all processes."""

@@ -27,6 +27,7 @@ from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
 from zofo.optim.blocks import is_peft
 from zofo.optim.cost import forward_equivalents
+from zofo.optim.gradient_bytes import GradientBytes
 from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import RankBatches, ReshufflingSampler
@@ -78,6 +79,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._measured_step: int | None = None
         self._parts_are_checked = False
         self._base_lr: float | None = None
+        self._gradient_bytes = GradientBytes()
         self._checkpoints_folder = self._resumed_accounts = None
         super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
@@ -150,6 +152,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         assert optimizer is not None
         if optimizer.processes is not None:
             self.weigh_rows(inputs, optimizer.processes)
+            if isinstance(model, DistributedDataParallel):
+                self._gradient_bytes.count(model)
         if self._measured_step != self.state.global_step:
             # If a gradient scaler skipped the previous step, its measurements are invalid.
             optimizer.discard_measurements()
@@ -245,7 +249,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         loader: Any = super().get_train_dataloader()
         shard: Any = getattr(loader, "batch_sampler", None)
         sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
-        if self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler):
+        self._deals_evenly = self.args.world_size > 1 and isinstance(sampler, ReshufflingSampler)
+        if self._deals_evenly:
             # accelerate's shard would repeat samples at the end of an epoch. As the shard of one
             # process, with batches of any size, it passes on the batches of this rank.
             shard.batch_sampler = RankBatches(
@@ -255,6 +260,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 self.args.world_size,
                 drop_last=self.args.dataloader_drop_last,
             )
+            shard.sampler = sampler  # for `set_epoch`, also behind the batches that a resume skips
             shard.num_processes, shard.process_index = 1, 0
             shard.batch_size, shard.even_batches = None, False
         return loader
@@ -276,6 +282,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             logs["non_finite"] = float(report.non_finite)
             if optimizer.processes is not None:
                 logs["base_bytes_sent"] = optimizer.processes.bytes_sent
+                if self._gradient_bytes.sent is not None:
+                    logs["gradient_bytes_sent"] = self._gradient_bytes.sent
             earlier = {} if measured is None or report.non_finite else measured.update_norms
             for block, norm in {**earlier, **report.update_norms}.items():
                 logs[f"{block}_update_norm"] = norm
