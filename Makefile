@@ -13,7 +13,7 @@ CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_o
 AUDIT_TOOLS := pip-audit==2.10.1 uv==0.13.9
 AUDIT := .venv-audit/bin
 
-.PHONY: env env-hashed demo test fuzz test-all lint docs bench audit hashes clean
+.PHONY: env env-hashed demo test test-flower fuzz test-all lint docs bench audit hashes clean
 
 env: .venv/.stamp
 
@@ -47,6 +47,16 @@ demo: env
 # Python keeps the compiled tests and sources, even where the environment says otherwise.
 test: env
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+
+# The tests of federated runs with Flower, in an environment of their own: `make test` skips them.
+test-flower: .venv-flower/.stamp
+	OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 .venv-flower/bin/python -m pytest tests/federated
+
+.venv-flower/.stamp: pyproject.toml constraints-flower.txt Makefile
+	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -m pip install -q -c constraints-flower.txt -e '.[dev,flower]' 'flwr[simulation]'
+	.venv-flower/bin/python -m pip install -q --no-deps $(EMBEDDED)
+	touch $@
 
 # The fuzz tests of `make test` with new examples each time, for an hour. Seconds: FUZZ_SECONDS=600.
 fuzz: env
@@ -84,4 +94,4 @@ hashes: .venv-audit/.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-audit .mypy_cache .pytest_cache .ruff_cache site
+	rm -rf .venv .venv-audit .venv-flower .mypy_cache .pytest_cache .ruff_cache site

