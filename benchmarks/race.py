@@ -6,7 +6,7 @@
 
 The first contender runs for `--cost` forward-equivalents. The second one runs until it reaches the
 first one's last dev loss. Each contender has the best rate of its grid, chosen by the lowest dev
-loss on seed 0. Rows come from rotten-tomatoes. The JSON file holds every finished run, and a second
+loss on the first seed. Rows come from rotten-tomatoes. The JSON file holds every finished run, and a second
 call continues with the others.
 
     python benchmarks/race.py --json race-base.json
@@ -149,17 +149,20 @@ def main() -> None:
     race = Race(args)
     first = "paper" if args.prompt else "mezo"
     rates = args.first_rates or RATES[first]
-    best = min(rates, key=lambda rate: race.run(first, rate, 0)["curve"][-1][1])
+    chooser = args.seeds[0]
+    best = min(rates, key=lambda rate: race.run(first, rate, chooser)["curve"][-1][1])
     ends = {seed: race.run(first, best, seed)["curve"][-1][1] for seed in args.seeds}
     if args.until is not None:
         ends = dict.fromkeys(ends, args.until)
     # The second contender's grid stops at the first one's end, because only the way there counts.
-    grid = {rate: race.run("rows", rate, 0, ends[0]) for rate in args.rates or RATES["rows"]}
+    grid = {
+        rate: race.run("rows", rate, chooser, ends[chooser]) for rate in args.rates or RATES["rows"]
+    }
 
     def cost_to(run: dict[str, Any], loss: float) -> float:
         return min((cost for cost, value in run["curve"] if value <= loss), default=float("inf"))
 
-    own = min(grid, key=lambda rate: (cost_to(grid[rate], ends[0]), lowest(grid[rate])))
+    own = min(grid, key=lambda rate: (cost_to(grid[rate], ends[chooser]), lowest(grid[rate])))
     print(f"{first} at {best:g}, rows at {own:g}")
     print("seed  dev loss of the first   rows needs   of")
     for seed in args.seeds:
