@@ -6,8 +6,8 @@
 
 The first contender runs for `--cost` forward-equivalents. The second one runs until it reaches the
 first one's last dev loss. Each contender has the best rate of its grid, chosen by the lowest dev
-loss on the first seed. Rows come from rotten-tomatoes. The JSON file holds every finished run, and a second
-call continues with the others.
+loss on the first seed. Rows come from rotten-tomatoes. The JSON file holds every finished run, and
+a second call continues with the others.
 
     python benchmarks/race.py --json race-base.json
     python benchmarks/race.py --prompt --json race-prompt.json
