@@ -18,7 +18,7 @@ from tests.support.groups import in_group
 from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError, UserError
-from zofo.run.peers import Peers, is_restart, joined
+from zofo.run.peers import Peers, joined
 from zofo.run.train import train
 from zofo.saved.artifact import load
 from zofo.scoring.score import evaluate_artifact
@@ -195,7 +195,6 @@ def test_torchrun_that_starts_again_continues_the_run(
 ):
     given = options(tmp_path / "run", reviews, decoder_folder, *BY_ROWS)
     in_group(2, run, given, None, Dies)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     first, _ = in_group(2, command, ["train", *given])
     assert first[0] == 0
@@ -246,7 +245,6 @@ def test_an_error_of_one_process_is_raised_in_all():
 
 def test_one_process_needs_no_group():
     peers = Peers()
-    assert not is_restart()
     assert (peers.rank, peers.size) == (0, 1)
     assert peers.from_first(lambda: 3) == 3
     with pytest.raises(UserError, match="wrong"), peers.together():

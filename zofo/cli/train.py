@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,7 +22,7 @@ from zofo.cli.exits import (
     split_arguments,
 )
 from zofo.cli.output import warn_of_idle_options
-from zofo.console import plain_console, printable, say
+from zofo.console import plain_console, say
 from zofo.errors import TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
@@ -76,14 +75,13 @@ def _speaking(peers: Peers) -> Iterator[None]:
     if peers.is_first:
         yield
         return
-    stderr = sys.stderr
     with Path(os.devnull).open("w", encoding="utf-8") as nothing:
         try:
             with redirect_stdout(nothing), redirect_stderr(nothing):
                 yield
         except (UserError, TrainingStoppedError, OSError) as error:
             if not peers.knows(error):
-                print(printable(f"error: process {peers.rank}: {error}"), file=stderr)
+                say(f"error: process {peers.rank}: {error}", stderr=True)
             raise typer.Exit(code_of_problem(error)) from None
 
 
@@ -92,7 +90,7 @@ def _configured(
 ) -> tuple[RunConfig | None, Path | None]:
     """The configuration, None for a finished run, and the folder of a run to continue."""
     from zofo.config.load import load_config
-    from zofo.run.peers import is_restart, may_restart
+    from zofo.run.peers import may_restart
     from zofo.saved.layout import CONFIG_FILE
 
     if resume is not None:
@@ -100,7 +98,8 @@ def _configured(
     config = load_config(path, overrides)
     if config.output_dir is not None:
         folder = Path(config.output_dir).expanduser()
-        if is_restart() and (folder / CONFIG_FILE).exists():
+        # torchrun does not tell a process that it was started again for another number of machines.
+        if may_restart() and (folder / CONFIG_FILE).exists():
             return _resumed(folder, path, overrides), folder
     elif may_restart():
         raise UserError(

@@ -27,13 +27,8 @@ _LIMIT: Final = timedelta(days=1)  # The others wait while the first one evaluat
 _LOST: Final = ("onnection closed", "onnection reset", "NCCL", "ncclRemoteError", "Timed out")
 
 
-def is_restart() -> bool:
-    """Whether torchrun starts the command again, after one of its processes was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def may_restart() -> bool:
-    """Whether torchrun would start the command again."""
+    """Whether torchrun would start the command again, or has done so."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 

@@ -134,8 +134,7 @@ def train_in(
     """Run a configuration in a folder that `run_folder` has taken; otherwise as `train`."""
     peers = peers or Peers()
     console = console or plain_console(stderr=True)
-    if not peers.is_first:
-        console = Console(quiet=True)
+    console.quiet |= not peers.is_first
     started = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
