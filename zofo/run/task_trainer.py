@@ -205,6 +205,12 @@ class TaskTrainer(HybridTrainer):
         if self.digests is not None and self.args.should_save:
             self.digests.save(Path(output_dir or self._output_folder))
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer warns of another batch of one process, and `zofo.run.resume` has compared the
+        # batch of all.
+        with quiet():
+            return super()._init_training_state(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.clock.paused():
             super()._save_checkpoint(model, trial)
