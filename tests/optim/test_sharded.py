@@ -335,7 +335,7 @@ def resumed(folder):
     if size > 1:
         shard(model)
     optimizer, shares = run_of(model, rank=rank, size=size, **BY_ROWS)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     optimizer.trajectory = Trajectory.load(folder / TRAJECTORY_FILE)[0]
     return step_once(model, optimizer, shares)
 
