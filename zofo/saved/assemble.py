@@ -31,6 +31,7 @@ from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
 from zofo.optim.blocks import split_parameters
 from zofo.optim.moved import mark_moved
 from zofo.optim.trajectory import Trajectory, check_base
+from zofo.perturb.quantized import unnest_scales
 from zofo.saved.buffers import load_buffers
 from zofo.saved.manifest import BaseSpec, check_files
 
@@ -138,6 +139,8 @@ class Assembly:
 
     def fingerprint(self) -> str | None:
         """Compare the fingerprint of the base with the recorded one."""
+        if self._trajectory is not None and self.model is not None:
+            unnest_scales(self.model)  # as the run did, which moved them
         record = self._record if self.parts.header is None else self.parts.header
         if self.model is None or not record:
             return None
