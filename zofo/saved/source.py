@@ -288,4 +288,5 @@ def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=model.attn_implementation,
+        quantization=model.quantization,
     )
