@@ -19,7 +19,7 @@ from zofo.environment import resolve_device
 from zofo.errors import UserError
 from zofo.models.quantized import notes_on_unnesting, unnest_scales
 from zofo.optim.batch_part import num_rows_of
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import check_not_quantized, split_parameters
 from zofo.optim.methods import METHODS
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
@@ -72,8 +72,11 @@ def prepare(
     base = base_of(config, splits)
     model, tokenizer = base.load(resolve_device(config.device))
     unnested = 0
-    if METHODS[config.method].base == "zeroth":
+    order = METHODS[config.method].base
+    if order == "zeroth":
         unnested = unnest_scales(model)
+    if order == "first":
+        check_not_quantized(model, split_parameters(model).base, config.method)
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
