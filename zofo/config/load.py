@@ -16,6 +16,7 @@ from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunC
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.quantized import require_bitsandbytes
 from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS
 from zofo.tasks.spec import TaskSpec
@@ -65,6 +66,8 @@ def load_config(
         attention=None if "attn_implementation" in typed else model.attn_implementation,
         is_allowed=trust_remote_code or typed.get("trust_remote_code") is True,
     )
+    if model.quantization is not None:
+        require_bitsandbytes(f"model.quantization={model.quantization}")
     return config
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.loading import load_model
+from zofo.models.quantized import unnest_scales
 from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
 from zofo.optim.blocks import split_parameters
 from zofo.optim.moved import mark_moved
@@ -71,6 +72,7 @@ class Assembly:
         model: the base, if `parts` does not name it; the steps change it in place.
         stop: number of updates to replay; None for all.
         progress: called during the replay with the number of weights done and the total number.
+        device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Assembly:
         *,
         stop: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.parts, self._stop, self._progress = parts, stop, progress
+        self._device = device
         self.model: Any = model  # the result of the steps so far
         self.tokenizer: Any = None
         self._trajectory: Trajectory | None = None
@@ -119,7 +123,9 @@ class Assembly:
         if spec is None or (self.parts.whole is not None and self._trajectory is None):
             return None
         with refusing(f"the base {spec.name!r} cannot be loaded", "check its name"):
-            self.model, self.tokenizer = spec.load()
+            self.model, self.tokenizer = spec.load(self._device)
+        if self.parts.trajectory is not None:
+            unnest_scales(self.model)  # as training began
         return f"{spec.name} loads"
 
     def adapter(self) -> str | None:
