@@ -13,7 +13,7 @@ import transformers as hf
 from zofo.config.load import load_config
 from zofo.errors import UserError
 from zofo.models.loading import empty_model, load_model
-from zofo.models.quantized import num_weights, quantized_bytes, unnest_scales
+from zofo.models.quantized import num_weights, quantized_bytes
 from zofo.optim.blocks import is_quantized
 
 pytest.importorskip("bitsandbytes")
@@ -97,24 +97,6 @@ def test_a_quantised_folder_loads_as_it_is(tmp_path, decoder_folder, kind):
     other = "int8" if own != "int8" else "nf4"
     with pytest.raises(UserError, match=rf"is {other}, and the weights .* already .*'{own}'"):
         load_model(str(folder), quantization=other)
-
-
-def test_unnested_scales_compute_the_same_bits(tmp_path, decoder_folder):
-    folder = saved(tmp_path, decoder_folder, **NESTED)
-    model, _ = load_model(str(folder))
-    codes = [p.clone() for p in model.parameters()]
-    before, size = logits_of(model), quantized_bytes(model).scales
-    extra = unnest_scales(model)
-    assert torch.equal(logits_of(model), before)
-    assert all(map(torch.equal, model.parameters(), codes))
-    assert quantized_bytes(model).scales == size + extra
-    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
-    assert states
-    assert all(s.absmax.dtype == torch.float32 and not s.nested for s in states)
-    assert unnest_scales(model) == 0
-    model.save_pretrained(tmp_path / "again")
-    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    assert torch.equal(logits_of(again), before)
 
 
 def test_without_bitsandbytes_the_error_names_what_to_install(

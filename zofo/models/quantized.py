@@ -223,32 +223,6 @@ def num_weights(parameter: Tensor) -> int:
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
-def unnest_scales(model: nn.Module) -> int:
-    """Replace nested scales by their float32 values, exactly as bitsandbytes computes them.
-
-    The model computes the same, bit for bit. Scales that are codes themselves could not take a
-    small step.
-
-    Args:
-        model: the model with or without an adapter, changed in place.
-
-    Returns:
-        The bytes that the scales need in addition.
-    """
-    before = quantized_bytes(model).scales
-    for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if getattr(state, "nested", False):
-            state.absmax = _dequantized(state)
-            state.state2, state.offset, state.nested = None, None, False
-            weight.compress_statistics = False
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if getattr(config, "bnb_4bit_use_double_quant", False):
-        config.bnb_4bit_use_double_quant = False
-    return quantized_bytes(model).scales - before
-
-
 def notes_on_unnesting(num_bytes: int) -> list[str]:
     """A sentence on what `unnest_scales` has added, if it has added anything."""
     if not num_bytes:
@@ -257,14 +231,6 @@ def notes_on_unnesting(num_bytes: int) -> list[str]:
         "the scales of the base were quantised themselves (double quantisation); they are float32 "
         f"now, so that they can move, which takes {num_bytes / 2**20:,.1f} MiB more"
     ]
-
-
-def _dequantized(state: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_blockwise
-
-    scales: Tensor = dequantize_blockwise(state.absmax, state.state2)
-    scales += state.offset
-    return scales.float()
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[Any, list[Tensor]]]:

@@ -139,8 +139,11 @@ def unnest_scales(model: nn.Module) -> int:
         before = state.absmax.nbytes + state.state2.absmax.nbytes
         state.absmax = (dequantize(state.absmax, state.state2) + state.offset).float()
         state.offset = state.state2 = None
-        state.nested = False
+        state.nested = module.weight.compress_statistics = False
         added += state.absmax.nbytes - before
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if added and getattr(config, "bnb_4bit_use_double_quant", False):
+        config.bnb_4bit_use_double_quant = False
     return added
 
 

@@ -17,10 +17,11 @@ from zofo.disk.files import fingerprint, problem_of_target
 from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.environment import resolve_device
 from zofo.errors import UserError
-from zofo.models.quantized import notes_on_unnesting, unnest_scales
+from zofo.models.quantized import notes_on_unnesting
 from zofo.optim.batch_part import num_rows_of
-from zofo.optim.blocks import check_not_quantized, split_parameters
+from zofo.optim.blocks import check_can_move, split_parameters
 from zofo.optim.methods import METHODS
+from zofo.perturb.quantized import unnest_scales
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
@@ -76,7 +77,7 @@ def prepare(
     if order == "zeroth":
         unnested = unnest_scales(model)
     if order == "first":
-        check_not_quantized(model, split_parameters(model).base, config.method)
+        check_can_move(model, config.method, by_gradient=True)
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)

@@ -27,7 +27,6 @@ from torch import nn
 from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.loading import load_model
-from zofo.models.quantized import unnest_scales
 from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
 from zofo.optim.blocks import split_parameters
 from zofo.optim.moved import mark_moved
@@ -124,8 +123,6 @@ class Assembly:
             return None
         with refusing(f"the base {spec.name!r} cannot be loaded", "check its name"):
             self.model, self.tokenizer = spec.load(self._device)
-        if self.parts.trajectory is not None:
-            unnest_scales(self.model)  # as training began
         return f"{spec.name} loads"
 
     def adapter(self) -> str | None:
