@@ -130,7 +130,7 @@ def test_a_4_bit_base_packed_by_an_evaluation_is_refused(tmp_path):
         param_groups(model, "fo-peft")
 
 
-@pytest.mark.parametrize("method", ["fo-peft", "zo-peft"])
+@pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-peft"])
 def test_trainer_on_a_quantized_base(tmp_path, method):
     model = with_lora(quantized("nf4", tmp_path / "base"))
     trainer = trainer_for(tmp_path, model, method=method, max_steps=2)

@@ -85,7 +85,7 @@ def split_parameters(model: nn.Module) -> Blocks:
     reshard(model)
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in _named_places(model):
+    for name, parameter in named_places(model):
         name = name.replace(WRAPPED_NAME, "")
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
@@ -130,7 +130,8 @@ def split_parameters(model: nn.Module) -> Blocks:
     return Blocks(base, adapter, {name: rank for rank, name in enumerate(sorted(numbered))})
 
 
-def _named_places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every place of every parameter, and the scales of quantised layers, by name."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in places_of(module):
             yield f"{prefix}.{name}" if prefix else name, parameter

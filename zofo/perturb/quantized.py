@@ -69,6 +69,11 @@ def is_quantized(parameter: nn.Parameter) -> bool:
     )
 
 
+def has_codes(model: nn.Module) -> bool:
+    """Whether a model has quantised weights."""
+    return any(map(is_quantized, model.parameters()))
+
+
 def has_moving_scales(module: nn.Module) -> bool:
     """Whether a module is a linear layer of bitsandbytes in 4 bits or int8."""
     found: Any = sys.modules.get("bitsandbytes")

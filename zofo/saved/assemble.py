@@ -28,10 +28,10 @@ from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.loading import load_model
 from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import named_places, split_parameters
 from zofo.optim.moved import mark_moved
 from zofo.optim.trajectory import Trajectory, check_base
-from zofo.perturb.quantized import unnest_scales
+from zofo.perturb.quantized import is_quantized, unnest_scales
 from zofo.saved.buffers import load_buffers
 from zofo.saved.manifest import BaseSpec, check_files
 
@@ -142,8 +142,7 @@ class Assembly:
 
     def fingerprint(self) -> str | None:
         """Compare the fingerprint of the base with the recorded one."""
-        if self._trajectory is not None and self.model is not None:
-            unnest_scales(self.model)  # as the run did, which moved them
+        self._unnest()
         record = self._record if self.parts.header is None else self.parts.header
         if self.model is None or not record:
             return None
@@ -156,10 +155,16 @@ class Assembly:
         """Apply the recorded updates to the base."""
         if self._trajectory is None:
             return None
+        self._unnest()
         base = split_parameters(self.model).base
         self._trajectory.replay(base, stop=self._stop, progress=self._progress)
         mark_moved(self.model, has_moved=self._trajectory.moves_weights)
         return "every update was applied"
+
+    def _unnest(self) -> None:
+        """Let the scales of a quantised base move, as training did before it began."""
+        if self._trajectory is not None and self.model is not None:
+            unnest_scales(self.model)
 
     def buffers(self) -> str | None:
         """Set the buffers that training has changed. An earlier point of the run has no record."""
@@ -198,7 +203,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def require_finite(model: nn.Module, owner: Path) -> None:
     """Raise a `UserError` that names the first weight with an infinity or NaN."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_places(model):
+        if is_quantized(parameter):  # Codes are finite, whatever dtype they are stored in.
+            continue
         if not bool(parameter.isfinite().all()):
             raise UserError(
                 f"{owner}: the weight {name!r} is not finite; use an earlier checkpoint"
