@@ -16,13 +16,8 @@ from zofo.models.adapter_kinds import ADAPTER_TYPES
 from zofo.models.adapters import create_adapter
 from zofo.models.fitting import new_weights
 from zofo.models.loading import empty_model, load_model
-<<<<<<< HEAD
 from zofo.models.quantized import num_weights, quantized_bytes
-from zofo.optim.blocks import is_quantized
-=======
-from zofo.models.quantized import num_weights, quantized_bytes, unnest_scales
 from zofo.optim.blocks import is_quantized, split_parameters
->>>>>>> quant
 
 pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "fp4", "int8")
