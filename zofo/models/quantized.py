@@ -346,8 +346,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[Any, list[Tensor]]]:
     """Each quantised weight of bitsandbytes once, with the tensors of its scales."""
     seen: set[int] = set()
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or id(weight) in seen:
+        # The layers of peft name the weight of the layer inside, too.
+        weight: Any = module._parameters.get("weight")
+        if weight is None or id(weight) in seen:
             continue
         state = getattr(weight, "quant_state", None)
         if state is not None:
