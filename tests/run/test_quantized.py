@@ -22,6 +22,8 @@ from zofo.run.train import resumed_config, train
 from zofo.saved.artifact import load, read_header
 from zofo.scoring.score import evaluate_artifact
 from zofo.smoothness.blocks import blocks_of
+from zofo.smoothness.measure import measure_run
+from zofo.smoothness.options import SmoothnessOptions
 from zofo.study.spec import label_of
 
 pytest.importorskip("bitsandbytes")
@@ -137,7 +139,15 @@ def test_full_first_order_training_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_derivatives_of_a_quantised_base_are_refused(decoder_folder):
+def test_derivatives_of_a_quantised_base_are_refused(
+    tmp_path, reviews, decoder_folder, nested_folder
+):
+    options = SmoothnessOptions()
+    for model, more in ((decoder_folder, ["model.quantization=nf4"]), (nested_folder, [])):
+        config = config_for(tmp_path / "run", reviews, model, "method=fo-peft", *more)
+        with pytest.raises(UserError, match=r"base is quantised \(nf4\), and a loss has no"):
+            measure_run(config, options, console=QUIET)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"base is quantised .*q_proj.* no derivatives in codes"):
         blocks_of(load_model(decoder_folder, quantization="int8")[0])
 

@@ -247,6 +247,34 @@ def quantize_empty(model: Any, config: Any) -> None:
             )
 
 
+def error_of_layer(quantization: str, device: str) -> float:
+    """The relative error of a small random layer in 4 or 8 bits, against float32.
+
+    Args:
+        quantization: "nf4", "fp4" or "int8".
+        device: device that computes.
+
+    Returns:
+        |y − y₃₂| / |y₃₂| over the outputs y of 16 random inputs.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    inputs = torch.randn(16, 64, generator=generator)
+    layer: nn.Module
+    if quantization == "int8":
+        layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    else:
+        layer = Linear4bit(64, 64, bias=False, quant_type=quantization)
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    layer.load_state_dict({"weight": weight})
+    with torch.no_grad():
+        outputs = layer.to(device)(inputs.to(device)).cpu()
+    exact = inputs @ weight.T
+    return float((outputs - exact).norm() / exact.norm())
+
+
 @dataclass(frozen=True)
 class QuantizedBytes:
     """Bytes of the quantised layers of a model; zero if it has none."""
@@ -284,8 +312,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[Any, list[Tensor]]]:
     """Each quantised weight of bitsandbytes once, with the tensors of its scales."""
     seen: set[int] = set()
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or id(weight) in seen:
+        # The layers of peft name the weight of the layer inside, too.
+        weight: Any = module._parameters.get("weight")
+        if weight is None or id(weight) in seen:
             continue
         state = getattr(weight, "quant_state", None)
         if state is not None:
