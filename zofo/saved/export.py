@@ -3,7 +3,8 @@
     DIR/            the trained base, with the adapter merged into it (such as LoRA)
     DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt)
 
-The adapter is merged in float32, and the result is rounded once to the requested dtype. zofo writes
+The adapter is merged in float32, and the result is rounded once to the requested dtype. Changed
+weights lie in temporary files beside the target, so memory holds one of them at a time. zofo writes
 to a temporary folder, loads it with plain transformers and peft, compares it with the trained model
 and then renames it. Every folder that exists has therefore passed the comparison.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from zofo.console import quiet
 from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
+from zofo.disk.mapped import move_to_disk
 from zofo.errors import UserError
 from zofo.models.loading import DTYPES, explaining, model_class, read_model_config
 from zofo.models.saved_adapters import attach_adapter
@@ -79,18 +81,18 @@ def export_model(
             (`zofo.saved.export_check`). The export then leaves no files.
     """
     to = check_target(to, dtype, max_shard_size)
-    source = open_source(folder, trust_remote_code=trust_remote_code)
-    trained, tokenizer = source.load()
+    source, disk = open_source(folder, trust_remote_code=trust_remote_code), _disk_of(to)
+    trained, tokenizer = source.load(disk=disk)
     samples = sample_inputs(source, trained, tokenizer)
     expected = logits_of(trained, samples)
-    model: Any = _merge(trained, samples, expected)
+    model: Any = _merge(trained, samples, expected, disk)
     adapter: Any = None
     if model is None:
         # A failed merge may have changed the weights, so the parts are loaded again.
         drop_weights(trained)
         adapter, tokenizer = source.load_start()
         drop_weights(adapter, split_parameters(adapter).base.values())
-        model = plain_base(source)
+        model = plain_base(source, disk=disk)
     content = Content(model, adapter, source, tokenizer, samples, expected)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
 
@@ -149,7 +151,12 @@ def write_folder(
     return exported
 
 
-def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module | None:
+def _disk_of(to: Path) -> Path:
+    """The folder for temporary files: the nearest one above the target that exists."""
+    return next(folder for folder in to.absolute().parents if folder.is_dir())
+
+
+def _merge(trained: Any, samples: Samples, expected: list[Tensor], disk: Path) -> nn.Module | None:
     """The model with the adapter merged in float32; None if peft cannot merge it correctly."""
     if not is_peft(trained):
         return trained
@@ -157,16 +164,28 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
         return None
     # Merging in 16 bits would round twice: the sum of the weights, and then the exported weight.
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters()):
-        trained.float()
+        move_to_disk(trained.parameters(), disk, torch.float32)
+        trained.float()  # its buffers
         expected = logits_of(trained, samples)
     try:
         with quiet():
+            _merge_layers(trained, disk)
             merged: nn.Module = trained.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
         return None
     # Merging can be wrong: an adapter on a tied embedding would also change the output layer.
     is_same = deviation(logits_of(merged, samples), expected).within(tolerance_of("float32"))
     return merged if is_same else None
+
+
+def _merge_layers(trained: Any, disk: Path) -> None:
+    """Merge the layers one by one, so that memory holds one changed layer; peft skips these."""
+    layers = [module for module in trained.modules() if hasattr(module, "get_base_layer")]
+    if any(hasattr(layer, "unload_and_optionally_merge_module") for layer in layers):
+        return  # Such a layer contains others, which it merges itself.
+    for layer in layers:
+        layer.merge()
+        move_to_disk(layer.get_base_layer().parameters(), disk)
 
 
 def _save(
@@ -179,6 +198,7 @@ def _save(
     if source.base.head == "classification" and source.labels:
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
+    move_to_disk((p for p in model.parameters() if p.dtype != dtype), _disk_of(to), dtype)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = content.tokenizer.pad_token
@@ -248,7 +268,7 @@ def replay_base(
         )
     start, tokenizer = source.load_start()
     drop_weights(start)  # Loading has checked that base and adapter fit.
-    model = plain_base(source, stop=step, progress=progress)
+    model = plain_base(source, stop=step, progress=progress, disk=_disk_of(to))
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
