@@ -328,12 +328,11 @@ def saved(folder):
 
 
 def resumed(folder):
-    """Load the checkpoint, shard it, and take the next step."""
-    model = load_checkpoint(build("llama", None), folder)
-    model.train()
+    """Load the checkpoint, into shards if there is a group, and take the next step."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if size > 1:
-        shard(model)
+    base = shard(build("llama", "lora", seed=0)) if size > 1 else build("llama", None)
+    model = load_checkpoint(base, folder)
+    model.train()
     optimizer, shares = run_of(model, rank=rank, size=size, **BY_ROWS)
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     optimizer.trajectory = Trajectory.load(folder / TRAJECTORY_FILE)[0]
