@@ -1,0 +1,131 @@
+"""Reward functions by name: `package.module:function`, `file.py:function`, or a checker.
+
+A reward function has the signature of TRL's `reward_funcs`:
+
+    def reward(prompts, completions, **columns) -> list[float | None]     or async def
+
+`columns` holds the other columns of the rows, a list each. None means: not scored. A name of a
+function is code, which is loaded only if the caller of this very call allows it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zofo.disk.files import require_regular
+from zofo.errors import UserError, shown
+from zofo.rewards.checkers import as_reward, checker
+
+RewardFunction = Callable[..., Any]
+Given = str | RewardFunction | Sequence[str | RewardFunction] | Mapping[str, float]
+"""One or several rewards, or a map from names to weights."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function, its name and its weight in the sum."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+def names_of(given: Given) -> list[str]:
+    """The names among the rewards."""
+    parts = [given] if isinstance(given, str) or callable(given) else list(given)
+    return [part for part in parts if isinstance(part, str)]
+
+
+def is_code(name: str) -> bool:
+    """Whether a name stands for code, because it names no built-in checker."""
+    return checker(name) is None
+
+
+def load_rewards(
+    given: Given, weights: Sequence[float] | None = None, *, is_allowed: bool
+) -> list[Reward]:
+    """Load reward functions.
+
+    Args:
+        given: functions or names, or a map from names to weights.
+        weights: one for each reward; None: those of the map, or 1 each.
+        is_allowed: whether the caller of this very call names or allows the code.
+
+    Raises:
+        UserError: if a name is wrong, its code fails while it is imported, or it is not allowed.
+    """
+    parts: list[Any] = [given] if isinstance(given, str) or callable(given) else list(given)
+    if not parts:
+        raise UserError("there is no reward; name one, such as 'regex:[0-9]+'")
+    if weights is None:
+        weights = list(given.values()) if isinstance(given, Mapping) else [1.0] * len(parts)
+    if len(weights) != len(parts):
+        raise UserError(f"there are {len(weights)} weights for {len(parts)} rewards; give one each")
+    for weight in weights:
+        if not 0 < abs(weight) < float("inf"):
+            raise UserError(
+                f"the weight of a reward is {weight}; give a finite number other than 0"
+            )
+    found: dict[str, Reward] = {}
+    for part, weight in zip(parts, map(float, weights), strict=True):
+        name = _name(part)
+        while name in found:
+            name += "'"
+        function = _load(part, is_allowed) if isinstance(part, str) else part
+        found[name] = Reward(name, function, weight)
+    return list(found.values())
+
+
+def _name(part: Any) -> str:
+    return part if isinstance(part, str) else getattr(part, "__name__", type(part).__name__)
+
+
+def _load(name: str, is_allowed: bool) -> RewardFunction:
+    check = checker(name)
+    if check is not None:
+        return as_reward(check)
+    where, mark, attribute = name.rpartition(":")
+    if not mark or not where or not attribute.isidentifier():
+        raise UserError(
+            f"the reward is {shown(name)}; name package.module:function, file.py:function, json, "
+            "json:SCHEMA.json, regex:PATTERN, length:LOW-HIGH or words:A,B"
+        )
+    if not is_allowed:
+        raise UserError(
+            f"the reward {name} is code, and no file can allow it to run: name it on the command "
+            "line, reward.functions=..., or pass the function itself in Python"
+        )
+    try:
+        module = (
+            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
+    except UserError:
+        raise
+    except Exception as error:  # whatever the module raises while it is imported
+        raise UserError(
+            f"the reward {name} cannot be imported ({type(error).__name__}: {error}); correct the "
+            "name or the code"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"{where} has no function {attribute!r}, which the reward {name} names")
+    return function  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    require_regular(path)
+    name = f"zofo_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
