@@ -115,7 +115,7 @@ def _load(name: str, is_allowed: bool) -> RewardFunction:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{where} has no function {attribute!r}, which the reward {name} names")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _from_file(path: Path) -> Any:

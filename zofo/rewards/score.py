@@ -77,8 +77,8 @@ class Scorer:
             completions: the answers, texts or lists of messages.
             columns: name -> the value of each answer's row.
         """
-        table = {**(columns or {}), "prompts": prompts, "completions": completions}
-        table = {name: list(values) for name, values in table.items()}
+        given = {**(columns or {}), "prompts": prompts, "completions": completions}
+        table = {name: list(values) for name, values in given.items()}
         totals = [0.0] * len(completions)
         is_scored = [False] * len(completions)
         problems: Counter[str] = Counter()
