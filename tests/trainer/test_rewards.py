@@ -228,7 +228,7 @@ def test_rewards_that_fail_are_left_out_and_said_and_all_of_them_end_the_run(tmp
     text = " ".join(str(w.message) for w in said)
     assert "1 rows have a loss difference or a reward" in text
     assert "the reward fails gave nan" in text
-    assert "step 1 was not applied" in text
+    assert "step 1 did not move the base" in text
     assert trainer.state.global_step == 2
     assert (tmp_path / "checkpoint-2").is_dir()
     assert len(trainer.trajectory) == 1

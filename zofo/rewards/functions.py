@@ -47,6 +47,18 @@ def is_code(name: str) -> bool:
     return checker(name) is None
 
 
+def problem_of(given: str | Sequence[str] | Mapping[str, float]) -> str | None:
+    """What is wrong with the names or the weights, without loading any code; None if nothing is."""
+    try:
+        for name in names_of(given):
+            if is_code(name):
+                _split(name)
+        _weights(given, None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def load_rewards(
     given: Given, weights: Sequence[float] | None = None, *, is_allowed: bool
 ) -> list[Reward]:
@@ -61,25 +73,40 @@ def load_rewards(
         UserError: if a name is wrong, its code fails while it is imported, or it is not allowed.
     """
     parts: list[Any] = [given] if isinstance(given, str) or callable(given) else list(given)
-    if not parts:
-        raise UserError("there is no reward; name one, such as 'regex:[0-9]+'")
-    if weights is None:
-        weights = list(given.values()) if isinstance(given, Mapping) else [1.0] * len(parts)
-    if len(weights) != len(parts):
-        raise UserError(f"there are {len(weights)} weights for {len(parts)} rewards; give one each")
-    for weight in weights:
-        if not 0 < abs(weight) < float("inf"):
-            raise UserError(
-                f"the weight of a reward is {weight}; give a finite number other than 0"
-            )
     found: dict[str, Reward] = {}
-    for part, weight in zip(parts, map(float, weights), strict=True):
+    for part, weight in zip(parts, _weights(given, weights), strict=True):
         name = _name(part)
         while name in found:
             name += "'"
         function = _load(part, is_allowed) if isinstance(part, str) else part
         found[name] = Reward(name, function, weight)
     return list(found.values())
+
+
+def _weights(given: Given, weights: Sequence[float] | None) -> list[float]:
+    """The weight of each reward; raises UserError for a wrong one."""
+    num = 1 if isinstance(given, str) or callable(given) else len(given)
+    if not num:
+        raise UserError("there is no reward; name one, such as 'regex:[0-9]+'")
+    if weights is None:
+        weights = list(given.values()) if isinstance(given, Mapping) else [1.0] * num
+    if len(weights) != num:
+        raise UserError(f"there are {len(weights)} weights for {num} rewards; give one each")
+    for weight in weights:
+        if not 0 < abs(weight) < float("inf"):
+            raise UserError(f"the weight of a reward is {weight}; give a number other than 0")
+    return list(map(float, weights))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module or file and the function that a name of code gives; raises UserError."""
+    where, mark, attribute = name.rpartition(":")
+    if not mark or not where or not attribute.isidentifier():
+        raise UserError(
+            f"the reward is {shown(name)}; name package.module:function, file.py:function, json, "
+            "json:SCHEMA.json, regex:PATTERN, length:LOW-HIGH or words:A,B"
+        )
+    return where, attribute
 
 
 def _name(part: Any) -> str:
@@ -90,12 +117,7 @@ def _load(name: str, is_allowed: bool) -> RewardFunction:
     check = checker(name)
     if check is not None:
         return as_reward(check)
-    where, mark, attribute = name.rpartition(":")
-    if not mark or not where or not attribute.isidentifier():
-        raise UserError(
-            f"the reward is {shown(name)}; name package.module:function, file.py:function, json, "
-            "json:SCHEMA.json, regex:PATTERN, length:LOW-HIGH or words:A,B"
-        )
+    where, attribute = _split(name)
     if not is_allowed:
         raise UserError(
             f"the reward {name} is code, and no file can allow it to run: name it on the command "

@@ -14,7 +14,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,20 @@ class RewardSource:
             lambda texts: self._score(answered, texts, seen),
             len(rows),
             options.num_answers,
-            batches_of(model, prompts, self._rows_at_once(model, prompts)),
+            batches_of(model, prompts, rows_at_once(model, prompts, options)),
             options.scale,
             weight,
             lambda: (self.num_tokens - before) / unit,
         )
+
+    def answer_all(self, model: Any) -> Answered:
+        """The most likely answer to every prompt, at the weights as they are."""
+        writer = replace(self.writer, temperature=0.0)
+        size = rows_at_once(model, self.ids, self.options)
+        written = writer(model, self.ids, batch_size=size)
+        self._score(range(len(self.rows)), written.texts, [])
+        assert self.last is not None
+        return self.last
 
     def _row_at(self, place: int, num: int) -> int:
         epoch = place // num
@@ -238,18 +247,27 @@ class RewardSource:
                 self._said.add(key)
                 warnings.warn(text, stacklevel=2)
 
-    def _rows_at_once(self, model: Any, prompts: Sequence[Sequence[int]]) -> int:
-        """Answers that the budget of memory allows to be written together."""
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1024) // heads
-        held = 2 * getattr(config, "num_hidden_layers", 1) * width
-        held *= getattr(config, "num_key_value_heads", None) or heads
-        size = next(model.parameters()).element_size()
-        tokens = max(map(len, prompts)) + self.options.max_new_tokens
-        # The cache of keys and values, and the scores of the next token with two copies.
-        row_bytes = held * tokens * size + 12 * getattr(config, "vocab_size", 0)
-        return max(1, int(self.options.memory_gib * 2**30 / row_bytes))
+
+def bytes_of_answer(model: Any, num_tokens: int) -> int:
+    """Memory of an answer while it is written: keys and values, and scores with two copies.
+
+    Args:
+        model: the model, which may be without weights.
+        num_tokens: of prompt and answer.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1024) // heads
+    held = 2 * getattr(config, "num_hidden_layers", 1) * width
+    held *= getattr(config, "num_key_value_heads", None) or heads
+    size = next(model.parameters()).element_size()
+    return int(held * num_tokens * size + 12 * getattr(config, "vocab_size", 0))
+
+
+def rows_at_once(model: Any, prompts: Sequence[Sequence[int]], options: RewardOptions) -> int:
+    """Answers that the budget of memory allows to be written together."""
+    one = bytes_of_answer(model, max(map(len, prompts)) + options.max_new_tokens)
+    return max(1, int(options.memory_gib * 2**30 / one))
 
 
 def _checked_row(number: int, row: dict[str, Any]) -> dict[str, Any]:

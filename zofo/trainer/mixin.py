@@ -32,6 +32,7 @@ from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import RankBatches, ReshufflingSampler
 from zofo.optim.trajectory import Trajectory
+from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.rewards.functions import Given
 from zofo.rewards.options import RewardOptions
 from zofo.trainer.base_history import BaseHistory
@@ -181,9 +182,9 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._base_lr = float(rates[0]) if rates else None
         if not optimizer.zeroth_is_due:  # A step between two updates of the base (`base_every`).
             with self.weighing_loss(num_items_in_batch):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            optimizer.measure(lambda: loss, loss)
-            return loss
+                usual = super().training_step(model, inputs, num_items_in_batch)
+            optimizer.measure(lambda: usual, usual)
+            return usual
 
         by_rows = self.is_by_rows
 
@@ -216,7 +217,12 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         with metrics_set_aside(self):
             # Unless the masks are replayed, dropout makes two evaluations differ.
             is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
-            if is_wanted and not self._parts_are_checked and instead and rest:
+            if (
+                is_wanted
+                and rest
+                and isinstance(instead, ZerothLoss)
+                and not self._parts_are_checked
+            ):
                 whole = self.whole_batch(inner, inputs, num_items_in_batch)
                 known = None if self.has_zeroth_loss else loss
                 self._check_parts(known, whole, instead, rest, generators)

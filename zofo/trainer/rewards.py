@@ -7,10 +7,12 @@ consists of the answers alone, and the logged loss is minus their mean reward.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -31,6 +33,8 @@ _SAMPLES: Final = 4  # answers of a step that the file keeps
 class RewardMixin(TrainerMixin):
     """Gives `HybridMixin` the populations of its steps."""
 
+    reward_tokenizer: Any = None
+    """Reads the prompts; None: `processing_class` does."""
     _rewards: RewardSource | None = None
     _number_in_step = 0  # of the micro-batch
 
@@ -62,26 +66,32 @@ class RewardMixin(TrainerMixin):
             wrong.append("answers are written by one process: start only one")
         if wrong:
             raise UserError("reward_funcs do not fit here: " + "; ".join(wrong))
-        data = self.train_dataset if rows is None else rows
+        data: Any = self.train_dataset if rows is None else rows
         if data is None:
             raise UserError("reward_funcs need prompts; pass reward_dataset, or train_dataset")
         self._rewards = RewardSource(
             data,
             functions,
-            self.processing_class,
+            self.reward_tokenizer or self.processing_class,
             options,
             seed=args.seed if seed is None else seed,
             weights=weights,
         )
         self._rewards.check(self.model)
         if not orders.first:
-            self.train_dataset = _Prompts(self._rewards.ids)  # type: ignore[assignment]
+            self.train_dataset, self.data_collator = _Prompts(self._rewards.ids), _numbers
         self.add_callback(SampleAnswers(self._output_folder / ANSWERS_FILE, self._rewards))
 
     @property
     def has_examples(self) -> bool:
         """Whether a step needs the loss of its examples."""
         return self._rewards is None or bool(get_method(self.hybrid_options.method).first)
+
+    @property
+    def lacks_rewards(self) -> bool:
+        """Whether none of the newest answers has a reward."""
+        found = None if self._rewards is None else self._rewards.last
+        return found is not None and not any(map(math.isfinite, found.rewards))
 
     @property
     def reward_changes(self) -> dict[str, Any]:
@@ -95,7 +105,7 @@ class RewardMixin(TrainerMixin):
         assert self._rewards is not None
         optimizer = self.hybrid_optimizer
         move = optimizer.step_count // optimizer.options.base_every
-        ids = inputs.get("input_ids")
+        ids = inputs.get("input_ids") if self.has_examples else None
         return self._rewards.population(
             model,
             move * self.args.gradient_accumulation_steps + self._number_in_step,
@@ -122,7 +132,12 @@ class _Prompts(Dataset[dict[str, Any]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": list(self.ids[index])}
+        return {"input_ids": index}  # Trainer drops keys that the model does not take.
+
+
+def _numbers(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of `_Prompts`, of which nothing is read: the source chooses the prompts of a step."""
+    return {"input_ids": torch.tensor([item["input_ids"] for item in items])}
 
 
 class SampleAnswers(TrainerCallback):
