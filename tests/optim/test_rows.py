@@ -86,7 +86,8 @@ def test_the_estimate_has_the_known_mean_and_second_moment(per_step):
 
 
 def lm_shares(model, batch):
-    logits, labels = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:]
+    logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # without those of a prompt
     losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     return losses.mean(1) / len(labels)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 import peft
 import pytest
 import torch
-import transformers as hf
 
-from tests.support.models import VOCABULARY, assert_same_bits, batch_for, bits, build, loss_of
+from tests.support.models import assert_same_bits, batch_for, bits, build, loss_of
+from tests.support.quantized import load_quantized, plain_decoder
 from tests.support.trainers import history, trainer_for
 from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
-from zofo.optim.methods import METHODS, param_groups
+from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 
 # Tests of gradient checkpointing.
@@ -70,28 +68,7 @@ def test_attention_implementations_agree():
 
 def quantized(kind, folder):
     """Return a Llama loaded in 8 or 4 bits."""
-    pytest.importorskip("bitsandbytes")
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    config = {
-        "8bit": hf.BitsAndBytesConfig(load_in_8bit=True),
-        "4bit": hf.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        ),
-        "4bit stored as floats": hf.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_storage=torch.float32
-        ),
-    }[kind]
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        plain = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=VOCABULARY, **size, **heads))
-    plain.save_pretrained(folder)
-    model = hf.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    model.config.use_cache = False
-    return model
+    return load_quantized(plain_decoder(folder), kind)
 
 
 def with_lora(model):
@@ -103,7 +80,7 @@ def with_lora(model):
         return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize(("method", "rate"), [("fo-peft", 1e-2), ("zo-peft", 1e-3)])
 def test_a_quantized_base_stays_and_its_adapter_learns(tmp_path, kind, method, rate):
     model = with_lora(quantized(kind, tmp_path / "base")).train()
@@ -136,7 +113,7 @@ def evaluated(model):
 
 
 def test_evaluating_a_4_bit_base_does_not_change_gradients(tmp_path):
-    model = with_lora(quantized("4bit", tmp_path / "base"))
+    model = with_lora(quantized("nf4", tmp_path / "base"))
     param_groups(model, "fo-peft")
     before = gradients_of(model)
     after = gradients_of(evaluated(model))
@@ -145,7 +122,7 @@ def test_evaluating_a_4_bit_base_does_not_change_gradients(tmp_path):
 
 
 def test_a_4_bit_base_packed_by_an_evaluation_is_refused(tmp_path):
-    model = evaluated(with_lora(quantized("4bit", tmp_path / "base")))
+    model = evaluated(with_lora(quantized("nf4", tmp_path / "base")))
     states = [getattr(p, "quant_state", None) for p in model.parameters()]
     if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
         pytest.skip("bitsandbytes packs nothing on this CPU")
@@ -153,23 +130,9 @@ def test_a_4_bit_base_packed_by_an_evaluation_is_refused(tmp_path):
         param_groups(model, "fo-peft")
 
 
-@pytest.mark.parametrize("method", ["fo-peft", "zo-peft"])
+@pytest.mark.parametrize("method", ["hybrid", "fo-peft", "zo-peft"])
 def test_trainer_on_a_quantized_base(tmp_path, method):
-    model = with_lora(quantized("4bit", tmp_path / "base"))
+    model = with_lora(quantized("nf4", tmp_path / "base"))
     trainer = trainer_for(tmp_path, model, method=method, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2
-
-
-@pytest.mark.parametrize("kind", ["8bit", "4bit", "4bit stored as floats"])
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].base != "frozen"])
-def test_methods_that_move_the_base_refuse_a_quantized_one(tmp_path, kind, method):
-    model = quantized(kind, tmp_path / "base")
-    if METHODS[method].needs_adapter:
-        model = with_lora(model)
-    grads = {n: p.requires_grad for n, p in model.named_parameters()}
-    match = r"but 14 of its weights are quantized, such as 'model\.layers\..*fo-peft or zo-peft"
-    with pytest.raises(UserError, match=match):
-        param_groups(model, method)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
-    assert model.config.vocab_size == VOCABULARY

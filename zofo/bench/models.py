@@ -36,12 +36,15 @@ def model_facts(settings: Settings) -> ModelFacts:
     """
     from zofo.models.adapters import create_adapter
     from zofo.models.loading import empty_model
+    from zofo.models.quantized import num_weights, quantized_bytes
     from zofo.optim.blocks import split_parameters
 
     if settings.model.startswith("random:"):
         model = _random_model(settings.model, settings.dtype, "meta")
     else:
-        model = empty_model(settings.model, dtype=settings.dtype)
+        model = empty_model(
+            settings.model, dtype=settings.dtype, quantization=settings.quantization
+        )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and settings.length > longest:
         raise UserError(
@@ -54,9 +57,9 @@ def model_facts(settings: Settings) -> ModelFacts:
     with torch.device("meta"):
         blocks = split_parameters(create_adapter(model, settings.adapter))
     return ModelFacts(
-        sum(p.numel() for p in blocks.base.values()),
+        sum(num_weights(p) for p in blocks.base.values()),
         sum(p.numel() for p in blocks.adapter.values()),
-        sum(p.numel() * p.element_size() for p in blocks.base.values()),
+        sum(p.nbytes for p in blocks.base.values()) + quantized_bytes(model).scales,
         max(layers),
     )
 
@@ -72,7 +75,12 @@ class Workbench:
         if settings.model.startswith("random:"):
             model = _random_model(settings.model, settings.dtype, settings.device)
         else:
-            model, _ = load_model(settings.model, dtype=settings.dtype)
+            model, _ = load_model(
+                settings.model,
+                dtype=settings.dtype,
+                quantization=settings.quantization,
+                device=settings.device,
+            )
         self.plain: Any = model.to(self.device).train()
         generator = torch.Generator().manual_seed(0)
         shape = (settings.batch, settings.length)  # [rows, tokens]
@@ -86,7 +94,10 @@ class Workbench:
         from zofo.models.adapters import create_adapter
 
         # The memo of deepcopy maps each tensor to itself, so that only the modules are copied.
-        shared = (*self.plain.parameters(), *self.plain.buffers())
+        shared: list[Any] = [*self.plain.parameters(), *self.plain.buffers()]
+        for module in self.plain.modules():  # bitsandbytes keeps scales beside the weights.
+            held = (getattr(module, name, None) for name in ("quant_state", "state"))
+            shared += [state for state in held if state is not None]
         tree = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
         return create_adapter(tree, self.settings.adapter).to(self.device).train()
 

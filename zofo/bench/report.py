@@ -30,6 +30,7 @@ def show(results: Results, console: Console) -> None:
             f"{settings.model}: {facts['num_parameters'] / 1e6:,.1f} M weights, "
             f"{settings.adapter} {facts['num_adapter_parameters'] / 1e6:,.2f} M; "
             f"batch {settings.batch} × {settings.length}, {settings.dtype}, "
+            f"{f'base in {settings.quantization}, ' if settings.quantization else ''}"
             f"{results.environment['device']}"
         )
     for steps in results.steps:

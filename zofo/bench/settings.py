@@ -29,6 +29,8 @@ CONTENDERS: Final = (
     "fo-ft",
     "fo-ft-fused",
 )
+_ON_QUANTIZED: Final = ("forward", "fo-peft")
+"""The contenders that can run on a quantised base."""
 _ON_CUDA_ONLY: Final = ("hybrid-overlap",)
 _ADAPTERS: Final = tuple(name for name in ADAPTER_TYPES if name != "none")
 _LIMITS: Final = {
@@ -51,6 +53,7 @@ class Settings:
     device: str = "auto"
     threads: tuple[int, ...] = ()  # Each number is measured separately; empty: torch's number.
     distribution: str = "rademacher"  # of the directions in our steps; kernels run with both
+    quantization: str | None = None  # of the base by bitsandbytes: nf4, fp4 or int8
     rounds: int = 7  # samples of each contender
     only: tuple[str, ...] = CONTENDERS  # in this order; the default is for CUDA
     elements: int = 1 << 25  # of the weight for the kernels: 128 MiB in float32 exceed the caches
@@ -73,16 +76,19 @@ class Settings:
         words += ["--threads", ",".join(map(str, self.threads))] if self.threads else []
         for key in ("distribution", "rounds", "elements"):
             words += [f"--{key}", str(getattr(self, key))]
-        words += ["--only", ",".join(self.only)] if self.only != contenders_on(self.device) else []
+        words += ["--quantization", self.quantization] if self.quantization else []
+        every = contenders_on(self.device, self.quantization)
+        words += ["--only", ",".join(self.only)] if self.only != every else []
         if not self.steps:
             return [*words, "--noise-only"]
         words += [] if self.memory else ["--no-memory"]
         return words + ([] if self.noise else ["--no-noise"])
 
 
-def contenders_on(device: str) -> tuple[str, ...]:
-    """The contenders that can run on such a device."""
-    return tuple(n for n in CONTENDERS if device == "cuda" or n not in _ON_CUDA_ONLY)
+def contenders_on(device: str, quantization: str | None = None) -> tuple[str, ...]:
+    """The contenders that can run on such a device, with a base that is quantised or not."""
+    can_be = CONTENDERS if quantization is None else _ON_QUANTIZED
+    return tuple(n for n in can_be if device == "cuda" or n not in _ON_CUDA_ONLY)
 
 
 def settings_from(
@@ -114,11 +120,16 @@ def settings_from(
     from zofo.environment import resolve_device
 
     device = resolve_device(settings.device)
-    can_be = contenders_on(device)
+    can_be = contenders_on(device, settings.quantization)
     chosen = can_be if only is None else chosen
     for name in chosen:
-        if name not in can_be:
+        if name not in contenders_on(device):
             raise UserError(f"{name} needs CUDA, and the device is {device}; leave it out")
+        if name not in can_be:
+            raise UserError(
+                f"{name} cannot run on a base in {settings.quantization}; choose from "
+                f"{', '.join(can_be)}"
+            )
     num_threads = settings.threads or (torch.get_num_threads(),)
     return dataclasses.replace(settings, device=device, only=chosen, threads=num_threads)
 
@@ -153,6 +164,7 @@ def _no_such(kind: str, value: str, known: tuple[str, ...]) -> str:
 
 def _problems(settings: Settings) -> list[str]:
     from zofo.models.loading import DTYPES
+    from zofo.models.quantized import QUANTIZATIONS
     from zofo.noise.combine import DISTRIBUTIONS
 
     found = []
@@ -167,7 +179,14 @@ def _problems(settings: Settings) -> list[str]:
     ):
         if getattr(settings, key) not in known:
             found.append(_no_such(key, getattr(settings, key), known))
+    if settings.quantization not in (None, *QUANTIZATIONS):
+        found.append(_no_such("quantization", str(settings.quantization), QUANTIZATIONS))
     prefix, _, size = settings.model.partition(":")
+    if prefix == "random" and settings.quantization is not None:
+        found.append(
+            f"{settings.model} has no weights that could be quantised; name a model, such as "
+            "smollm2-135m"
+        )
     if prefix == "random" and size not in RANDOM:
         found.append(_no_such("random model", size, tuple(RANDOM)))
     return found

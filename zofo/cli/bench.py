@@ -33,6 +33,9 @@ def bench(
     batch: Annotated[int, typer.Option(help="Number of rows in the batch.")] = 8,
     length: Annotated[int, typer.Option(help="Number of tokens per row.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quantization: Annotated[
+        str | None, typer.Option(help="Hold the base in nf4, fp4 or int8.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[
         str | None,
@@ -104,6 +107,7 @@ def bench(
         batch=batch,
         length=length,
         dtype=dtype,
+        quantization=quantization,
         device=device,
         threads=threads,
         distribution=distribution,

@@ -30,6 +30,13 @@ def export(
     folder: Trained,
     to: NewFolder,
     dtype: Dtype = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option(
+            help="Merge the adapter into the base, or not. Default: merge, unless the base is "
+            "quantised, where a merge changes the model.",
+        ),
+    ] = None,
     max_shard_size: ShardSize = "5GB",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -43,6 +50,7 @@ def export(
         folder,
         to,
         dtype=dtype,
+        merge=merge,
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
@@ -54,6 +62,12 @@ def export(
         f"checked   logits on {exported.inputs} differ from the trained model's by at most "
         f"{exported.max_logit_difference:.2g} ({exported.tolerance:.2g} is allowed)"
     )
+    if exported.is_changed:
+        share = exported.max_logit_difference / exported.tolerance if exported.tolerance else 0.0
+        console.print(
+            f"merged    the adapter was rounded into the codes, which changed the logits by "
+            f"{share:.1%} of the largest; leave --merge out for the exact model"
+        )
     console.print(f"in Python {exported.usage}")
 
 

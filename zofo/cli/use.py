@@ -228,8 +228,9 @@ def _open(target: str, given: Sequence[str]) -> tuple[Artifact, RunConfig]:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=model.attn_implementation,
+        quantization=model.quantization,
     )
-    plain, tokenizer = base.load()
+    plain, tokenizer = base.load(device)
     plain.to(device)
     plain.eval()
     return Artifact(plain, tokenizer, base, "none", None, ()), config

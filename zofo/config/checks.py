@@ -45,6 +45,12 @@ def check_sections(config: RunConfig) -> list[str]:
             f"such as lora or prompt, or method {methods_that(lambda m: not m.needs_adapter)}"
         )
     is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
+    if method.base == "first" and config.model.quantization is not None:
+        problems.append(
+            f"method {config.method} moves every weight by its gradient, and model.quantization is "
+            f"{config.model.quantization}, whose codes have none; leave it out, or choose "
+            f"{methods_that(lambda m: m.base != 'first')}"
+        )
     if config.gradient_checkpointing and is_prefix and not full:
         problems.append(
             "gradient_checkpointing is true and drops the cache that holds a prefix; set it to "

@@ -16,6 +16,7 @@ from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, Rewa
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.quantized import require_bitsandbytes
 from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS
 from zofo.rewards.functions import is_code, names_of
@@ -81,6 +82,8 @@ def load_config(
                 f"{name}, and no file can allow that: name it in this call too, such as "
                 f"reward={name} on the command line"
             )
+    if model.quantization is not None:
+        require_bitsandbytes(f"model.quantization={model.quantization}")
     return config
 
 

@@ -10,10 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Discriminator, Field, Tag, model_serializer
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer
 
 from zofo.disk.yaml import yaml_text
 from zofo.models.adapter_kinds import AdapterType
+from zofo.models.quantized import Quantization
 from zofo.optim.batch_part import num_rows_of
 from zofo.optim.methods import METHODS, MethodName
 from zofo.optim.options import STEP_KEYS, Radius, StepOptions
@@ -57,6 +58,9 @@ class ModelConfig(Section):
         False, description="run code from the model's repository; a file can ask, but not allow it"
     )
     attn_implementation: str | None = Field(None, description="as in transformers")
+    quantization: Annotated[
+        Quantization | None, BeforeValidator(lambda value: None if value == "none" else value)
+    ] = Field(None, description="nf4, fp4 or int8: hold the linear layers in 4 or 8 bits")
 
     def tokenizer(self) -> Any:
         """Its tokenizer, without the model."""

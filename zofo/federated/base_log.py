@@ -29,7 +29,7 @@ from torch import nn
 from zofo.disk.files import fingerprint, refusing
 from zofo.federated.options import FederatedOptions, checked
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, NOISE_VERSION
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import split_parameters, units_of
 from zofo.optim.methods import param_groups
 from zofo.optim.trajectory import DTYPE_POLICY, MAX_UPDATES, GroupSpec, Trajectory, Update
 
@@ -79,13 +79,11 @@ class BaseLog:
         """
         options = checked(options)
         groups = param_groups(model, options.method, base_lr=options.base_rates or 0.0)
-        specs = tuple(
-            GroupSpec(tuple(group["names"]), tuple(group["tensors"]))
-            for group in groups
-            if group["order"] == "zeroth"
-        )
+        zeroth = [group for group in groups if group["order"] == "zeroth"]
+        specs = tuple(GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in zeroth)
         drawing = options.seed, options.distribution, options.eps, options.estimator
-        return cls(options, Trajectory(*drawing, specs), fingerprint(split_parameters(model).base))
+        trajectory = Trajectory(*drawing, specs, units=units_of(zeroth))
+        return cls(options, trajectory, fingerprint(split_parameters(model).base))
 
     def copy(self) -> BaseLog:
         """A log with the same rows, which grows on its own."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.moved import mark_moved
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.trajectory import Trajectory
 from zofo.trainer.base_history import BaseSnapshot
 
 Closure = Callable[[], Tensor]
@@ -176,10 +175,9 @@ class Party:
             self_check=options.self_check and not self._is_checked,
         )
         if len(log):
-            t = log.trajectory
-            optimizer.trajectory = Trajectory(
-                t.seed, t.distribution, t.eps, t.estimator, t.groups, t.updates[-1:], t.rank_one
-            )  # one update tells the optimizer that the base has moved
+            # One update tells the optimizer that the base has moved.
+            last = log.trajectory.updates[-1:]
+            optimizer.trajectory = replace(log.trajectory, updates=last)
         optimizer.step_count = first_step
         rows: list[tuple[float, ...]] = []
         losses: list[float] = []

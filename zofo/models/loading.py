@@ -21,7 +21,18 @@ from zofo.models.embedded import ALIASES, embedded_folder
 from zofo.models.fitting import explained, load_fitting, mark_new
 from zofo.models.limits import check_model_config
 from zofo.models.model_folders import check_digests, check_model_folder
+from zofo.models.quantized import (
+    QUANTIZATIONS,
+    bitsandbytes_config,
+    check_quantization,
+    device_map,
+    explaining_method,
+    keep_savable,
+    quantize_empty,
+    stored_quantization,
+)
 from zofo.models.trust import check_kernels
+from zofo.optim.blocks import keep_unpacked
 
 Head = Literal["causal-lm", "classification", "seq2seq"]
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -78,6 +89,8 @@ def load_model(
     attn_implementation: str | None = None,
     seed: int = 0,
     tokenizer: Any = None,
+    quantization: str | None = None,
+    device: str = "cpu",
 ) -> tuple[nn.Module, Any]:
     """Load a pretrained model and its tokenizer.
 
@@ -92,9 +105,13 @@ def load_model(
         attn_implementation: as in transformers; None for its choice.
         seed: seed of the initial weights of a new head. Global generators keep their state.
         tokenizer: tokenizer of the model; None for the one in the model's folder.
+        quantization: "nf4", "fp4" or "int8", by bitsandbytes; None for the weights as they are.
+        device: where bitsandbytes puts the model, "cpu" or "cuda"; any other model is loaded on the
+            CPU.
 
     Raises:
-        UserError: if the model cannot be found, has no such head, or its weights do not fit it.
+        UserError: if the model cannot be found, has no such head, its weights do not fit it, or it
+            is quantised otherwise or without the package that reads it.
     """
     import transformers as hf
 
@@ -114,14 +131,31 @@ def load_model(
             config = read_model_config(
                 source, name, **shared, attn_implementation=attn_implementation
             )
+            check_quantization(quantization, config, name)
+            stored = stored_quantization(config)
+            if (stored or quantization) in QUANTIZATIONS:
+                kwargs["device_map"] = device_map(device)
+            if quantization is not None and stored is None:
+                kwargs["quantization_config"] = bitsandbytes_config(
+                    quantization, DTYPES[dtype], device
+                )
             if head == "classification":
                 kwargs["num_labels"] = num_labels
             else:
                 _require_head(head, config, name)
         is_classifier = head == "classification"
-        model = load_fitting(
-            model_class(head), source, name=name, is_classifier=is_classifier, seed=seed, **kwargs
-        )
+        with explaining_method(stored, name):
+            model = load_fitting(
+                model_class(head),
+                source,
+                name=name,
+                is_classifier=is_classifier,
+                seed=seed,
+                **kwargs,
+            )
+    if stored in QUANTIZATIONS:
+        keep_savable(model)
+    keep_unpacked(model)
     prepare(model, tokenizer)
     return model, tokenizer
 
@@ -185,6 +219,7 @@ def empty_model(
     num_labels: int = 2,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> nn.Module:
     """Build a model on torch's meta device, with shapes but without weights.
 
@@ -199,12 +234,18 @@ def empty_model(
             "attn_implementation": "eager",
         }
         config = read_model_config(source, name, revision=revision, **shared)
+        check_quantization(quantization, config, name)
+        stored = stored_quantization(config)
         kwargs = {**shared, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels
         else:
             _require_head(head, config, name)
         model: nn.Module = model_class(head).from_config(config, **kwargs)
+        if stored in QUANTIZATIONS:
+            quantize_empty(model, config.quantization_config)
+        elif quantization is not None:
+            quantize_empty(model, bitsandbytes_config(quantization, DTYPES[dtype], "cpu"))
     if head == "classification":
         mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
     return model

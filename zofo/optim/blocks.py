@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +12,15 @@ from torch import nn
 
 from zofo.errors import UserError
 from zofo.perturb.compiled import WRAPPED_NAME
+from zofo.perturb.quantized import (
+    Scales,
+    give_units,
+    has_moving_scales,
+    is_quantized,
+    places_of,
+    unit_of,
+    unnest_scales,
+)
 from zofo.perturb.shards import reshard
 
 ADAPTER_TENSORS_FROM: Final = 1 << 19
@@ -38,7 +49,8 @@ class Blocks:
     """The parameters of a model by block, with names that do not depend on the adapter.
 
     Attributes:
-        base: canonical name -> parameter. The canonical name is the one without an adapter.
+        base: canonical name -> parameter. The canonical name is the one without an adapter. A
+            quantised weight is in it twice: its codes, which never move, and its scales.
         adapter: name -> parameter.
         base_index: canonical name -> tensor index, which addresses the tensor's directions. It is
             the rank of the name among all sorted base names, so neither the order of modules, nor
@@ -48,6 +60,11 @@ class Blocks:
     base: dict[str, nn.Parameter]
     adapter: dict[str, nn.Parameter]
     base_index: dict[str, int]
+
+    @property
+    def movable(self) -> dict[str, nn.Parameter]:
+        """The base without the codes of quantised weights."""
+        return {name: p for name, p in self.base.items() if not is_quantized(p)}
 
     @property
     def adapter_index(self) -> dict[str, int]:
@@ -68,15 +85,19 @@ def split_parameters(model: nn.Module) -> Blocks:
     reshard(model)
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_places(model):
         name = name.replace(WRAPPED_NAME, "")
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
 
     markers = _adapter_markers(model)
     if markers is None:
-        # A quantized weight cannot require a gradient, so its flag says nothing about its block.
-        trainable = [p.requires_grad for p in parameters.values() if not is_quantized(p)]
+        # Codes and scales never require a gradient, so their flags say nothing about their block.
+        trainable = [
+            p.requires_grad
+            for p in parameters.values()
+            if not is_quantized(p) and not isinstance(p, Scales)
+        ]
         by_grad = any(trainable) and not all(trainable)
         is_adapter = {i: by_grad and parameters[i].requires_grad for i in parameters}
     else:
@@ -105,7 +126,15 @@ def split_parameters(model: nn.Module) -> Blocks:
             base[canonical] = parameter
     if markers is not None:
         adapter = _trained_part(adapter)
+    give_units([p for p in base.values() if isinstance(p, Scales)])
     return Blocks(base, adapter, {name: rank for rank, name in enumerate(sorted(numbered))})
+
+
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every place of every parameter, and the scales of quantised layers, by name."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in places_of(module):
+            yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 def _trained_part(adapter: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -229,16 +258,49 @@ def _check_wrapper(model: nn.Module) -> None:
         )
 
 
-def check_not_quantized(model: nn.Module, base: dict[str, nn.Parameter], method: str) -> None:
-    """Refuse to update quantized base weights."""
-    quantized = [name for name, parameter in base.items() if is_quantized(parameter)]
+def check_can_move(model: nn.Module, method: str, *, by_gradient: bool) -> None:
+    """Refuse a method that would have to update quantised weights themselves.
+
+    An update by zeroth order moves the scales of bitsandbytes layers, which are unnested for it.
+
+    Args:
+        model: the model.
+        method: the method's name, for the message.
+        by_gradient: whether the method updates the base by its gradient.
+    """
+    if not by_gradient and (added := unnest_scales(model)):
+        warnings.warn(
+            "the scales of the quantised base were quantised themselves (double quantisation), so "
+            f"they could not move; they are float32 now, {added:,} bytes more",
+            stacklevel=4,
+        )
+    moves_scales = [m for m in model.modules() if not by_gradient and has_moving_scales(m)]
+    served = {id(p) for module in moves_scales for p in module._parameters.values()}
+    quantized = [
+        name for name, p in model.named_parameters() if is_quantized(p) and id(p) not in served
+    ]
     quantized += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]  # GPTQ
     if quantized:
         raise UserError(
             f"method {method!r} updates the base, but {len(quantized)} of its weights are "
             f"quantized, such as {quantized[0]!r}. An update is smaller than the gap between two "
-            "quantized values. Load the base in bfloat16, or choose fo-peft or zo-peft"
+            "quantized values. Load the base in bfloat16; or in 4 bits or int8 by bitsandbytes, "
+            "whose scales hybrid and zo-ft move; or choose fo-peft or zo-peft"
         )
+
+
+def units_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The units other than 1 of the weights in parameter groups, by tensor index."""
+    pairs = (zip(group["tensors"], group["params"], strict=True) for group in groups)
+    return {tensor: unit_of(p) for group in pairs for tensor, p in group if unit_of(p) != 1}
+
+
+def set_units(groups: Iterable[Mapping[str, Any]], units: Mapping[int, float]) -> None:
+    """Give the scales in parameter groups the units of a trajectory."""
+    for group in groups:
+        for tensor, parameter in zip(group["tensors"], group["params"], strict=True):
+            if isinstance(parameter, Scales):
+                parameter.unit = units.get(tensor, 1.0)
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -257,16 +319,6 @@ def keep_unpacked(model: nn.Module) -> None:
                 "anew and pass it to zofo before you evaluate it"
             )
         module.support_avx512bf16_for_cpu = False
-
-
-def is_quantized(parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds quantized weights."""
-    # A floating dtype proves nothing: bitsandbytes may store 4 bits in one, torchao reports one.
-    return (
-        not parameter.is_floating_point()
-        or hasattr(parameter, "quant_state")
-        or type(parameter.data).__module__.startswith("torchao.")
-    )
 
 
 def _adapter_markers(model: nn.Module) -> list[str] | None:

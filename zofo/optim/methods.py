@@ -26,7 +26,7 @@ from zofo.errors import UserError
 from zofo.optim.blocks import (
     Blocks,
     check_adapter_kinds,
-    check_not_quantized,
+    check_can_move,
     keep_unpacked,
     remember_frozen,
     split_parameters,
@@ -124,7 +124,8 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
         )
     remember_frozen(model, blocks)
     if chosen.base != "frozen":
-        check_not_quantized(model, blocks.base, method)
+        check_can_move(model, method, by_gradient=chosen.base == "first")
+        blocks = split_parameters(model)  # with scales that can move
     keep_unpacked(model)
     for parameter in blocks.base.values():
         parameter.requires_grad_(chosen.base == "first")
@@ -171,7 +172,7 @@ def param_groups(
 
     def add(names: list[str], block: str, order: Order, lr: float, weight_decay: float) -> None:
         is_base = block == "base"
-        source = blocks.base if is_base else blocks.adapter
+        source = blocks.movable if is_base else blocks.adapter
         index = blocks.base_index if is_base else blocks.adapter_index
         spared = set(no_decay) if order == "first" else set()
         for part, decay in (
@@ -194,7 +195,7 @@ def param_groups(
     if chosen.adapter != "frozen":
         add(list(blocks.adapter), "adapter", chosen.adapter, adapter_lr, adapter_weight_decay)
     if chosen.base != "frozen":
-        for pattern, names in _match(rates, list(blocks.base)).items():
+        for pattern, names in _match(rates, list(blocks.movable)).items():
             add(names, "base", chosen.base, rates[pattern], base_weight_decay)
         # Base parameters that no pattern matches need no gradient.
         moved = {name for group in groups if group["block"] == "base" for name in group["names"]}

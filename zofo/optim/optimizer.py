@@ -46,7 +46,7 @@ from zofo.optim.processes import Processes
 from zofo.optim.reports import StepLog, StepNumbers, StepReport
 from zofo.optim.rows import RowPlan, row_gradients, shares_of
 from zofo.optim.state import StatefulOptimizer
-from zofo.optim.trajectory import GroupSpec, Trajectory, Update
+from zofo.optim.trajectory import Trajectory, Update
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.perturb.shards import local_part
 
@@ -110,15 +110,7 @@ class HybridOptimizer(StatefulOptimizer):
             self.defaults |= {k: v for k, v in self.inner.defaults.items() if k != "lr"}
         self.perturbation = self._new_perturbation()
         self.buffers = MovingBuffers(model)
-        # Only the base has a trajectory: a checkpoint holds the adapter itself.
-        recorded = tuple(
-            GroupSpec(tuple(group["names"]), tuple(group["tensors"]))
-            for group in self._groups("zeroth")
-            if group.get("block", "base") == "base"
-        )
-        self._log = StepLog(
-            Trajectory(seed, options.distribution, options.eps, options.estimator, recorded)
-        )
+        self._log = StepLog(self._new_trajectory())
         self._reads_late = reads_late
         self.processes = Processes.of(process_group, model)
         if self.processes is not None:
@@ -162,6 +154,7 @@ class HybridOptimizer(StatefulOptimizer):
     @trajectory.setter
     def trajectory(self, trajectory: Trajectory) -> None:
         self._log.pending, self._log.trajectory = None, trajectory
+        self._keep_units(trajectory.units)
         self._keep_kinds(trajectory.rank_one, [t for g in trajectory.groups for t in g.tensors])
         self._has_moved_base = trajectory.moves_weights
         mark_moved(self.model, has_moved=self._has_moved_base)
@@ -223,6 +216,7 @@ class HybridOptimizer(StatefulOptimizer):
             generators = generators if self.options.replay_dropout else None
             options = self.options
             evaluations = options.num_directions * forwards_per_direction(options.estimator)
+            evaluations *= self.perturbation.forwards_per_evaluation
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             instead = replace(instead, closure=self.unchanged_by(instead.closure))
             reference, before = instead.loss, instead.cost_so_far()

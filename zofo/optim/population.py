@@ -106,6 +106,11 @@ def population_gradients(
             f"a step has {first + num} answers, each with a direction; give fewer than "
             f"{MAX_DIRECTIONS}"
         )
+    if not perturbation.rank_one:
+        raise UserError(
+            "no weight that moves can have a rank-one direction for each answer, which rewards "
+            "need; quantised and compiled layers cannot"
+        )
     batches = population.batches or [range(num)]
 
     def rewards(scale: float, *, check: bool) -> Tensor:

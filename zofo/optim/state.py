@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 
 from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import set_units, split_parameters, units_of
 from zofo.optim.buffers import MovingBuffers
 from zofo.optim.norms import norm_of
 from zofo.optim.options import StepOptions, step_values
 from zofo.optim.population import Population, population_gradients
 from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
+from zofo.optim.trajectory import GroupSpec, Trajectory
 from zofo.perturb.shards import Whole, is_sharded, sharded_as
 from zofo.perturb.view import Perturbation
 
@@ -181,6 +182,14 @@ class StatefulOptimizer(Optimizer):
             overlap=self.options.overlap,
         )
 
+    def _new_trajectory(self) -> Trajectory:
+        # Only the base has a trajectory: a checkpoint holds the adapter itself.
+        base = [g for g in self._groups("zeroth") if g.get("block", "base") == "base"]
+        recorded = tuple(GroupSpec(tuple(g["names"]), tuple(g["tensors"])) for g in base)
+        options, units = self.options, units_of(base)
+        drawing = self.seed, options.distribution, options.eps, options.estimator
+        return Trajectory(*drawing, recorded, units=units)
+
     @property
     def rank_one(self) -> frozenset[int]:
         """Tensor indices of the zeroth-order weights whose directions are rank-one."""
@@ -203,6 +212,13 @@ class StatefulOptimizer(Optimizer):
                 "cannot evaluate on a side path; continue with the model that the run began with, "
                 "not compiled"
             )
+
+    def _keep_units(self, units: Mapping[int, float]) -> None:
+        """Measure the directions of scales in the units of a trajectory, as its run did."""
+        groups = self._groups("zeroth")
+        if self.perturbation is not None and units != units_of(groups):
+            set_units(groups, units)
+            self.perturbation.follow(self.model)
 
     def _rates(self) -> tuple[GroupRate, ...]:
         def num_of(group: Mapping[str, Any], wanted: Collection[int] | None = None) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,11 +43,14 @@ from zofo.disk.files import (
 from zofo.errors import UserError
 from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
+from zofo.perturb.quantized import unit_of
 from zofo.perturb.shards import Whole, local_part
 
 FORMAT_VERSION: Final = 1
 RANK_ONE_VERSION: Final = 2
 """The format of a file with rank-one directions, which older versions of zofo do not know."""
+UNITS_VERSION: Final = 3
+"""The format of a file with scales of quantised weights, whose directions have units."""
 DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
 """How an update is computed and stored. Updates of float64 weights use float64 arithmetic."""
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
@@ -55,6 +59,7 @@ _REPLAY_BLOCK = 4096
 MAX_UPDATES: Final = 1 << 22
 """Steps times parameter groups that a trajectory can hold, in half a GiB of memory."""
 _MAX_BYTES: Final = 1 << 30  # of the file
+_MAX_EXPONENT: Final = 64  # of a unit, far beyond any scale
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,32 @@ class Update:
     lr: float
     weight_decay: float  # decoupled
 
-    def coefficients(self, distribution: Distribution, *, is_rank_one: bool) -> list[float]:
-        """The factor of each direction of a weight.
+    def coefficients(
+        self,
+        distribution: Distribution,
+        *,
+        is_rank_one: bool,
+        unit: float,
+        unread: Tensor | None = None,
+    ) -> list[float] | Tensor:
+        """The factor of each direction of a weight: numbers, or a tensor if `unread` is one.
 
         Args:
             distribution: that of the run.
             is_rank_one: whether the weight's directions are rank-one.
+            unit: unit of the weight's directions.
+            unread: as for `apply`.
         """
-        if is_rank_one:
-            return [-self.lr * s for s in self.projected_grad]
-        if distribution == "rank-one":
-            return [-self.lr * float(total(torch.tensor(self.projected_grad, dtype=torch.float64)))]
-        num_directions = len(self.projected_grad)
-        return [-self.lr * s / num_directions for s in self.projected_grad]
+        scalars = unread
+        if scalars is None:
+            scalars = torch.tensor(self.projected_grad, dtype=torch.float64)
+        if distribution == "rank-one" and not is_rank_one:
+            scalars = total(scalars)[None]
+        factors = scalars * -self.lr
+        if distribution != "rank-one":
+            factors = factors / len(scalars)
+        factors = factors * unit
+        return factors.tolist() if unread is None else factors
 
     @property
     def decay(self) -> float:
@@ -119,23 +137,15 @@ class Update:
         """
         if self.lr == 0:
             return
-        kinds: dict[bool, list[tuple[Tensor, int]]] = {}
+        kinds: dict[tuple[bool, float], list[tuple[Tensor, int]]] = {}
         for parameter, tensor in zip(parameters, tensors, strict=True):
-            kinds.setdefault(tensor in rank_one, []).append((parameter, tensor))
-        for is_rank_one, pairs in kinds.items():
+            kind = tensor in rank_one, unit_of(parameter)
+            kinds.setdefault(kind, []).append((parameter, tensor))
+        for (is_rank_one, unit), pairs in kinds.items():
             parts = [local_part(parameter) for parameter, _ in pairs]
-            coefficients: Sequence[float] | Tensor
-            if unread is None:
-                coefficients = self.coefficients(distribution, is_rank_one=is_rank_one)
-            elif is_rank_one:
-                coefficients = unread * -self.lr
-            elif distribution == "rank-one":
-                coefficients = total(unread)[None] * -self.lr
-            else:
-                coefficients = unread * -self.lr / len(unread)
             combine_many(
                 [part for part, _ in parts],
-                coefficients,
+                self.coefficients(distribution, is_rank_one=is_rank_one, unit=unit, unread=unread),
                 decay=self.decay,
                 seed=seed,
                 step=self.step,
@@ -172,6 +182,8 @@ class Trajectory:
         groups: the recorded parameter groups.
         updates: one row per step, which holds one update per group.
         rank_one: tensor indices of the weights whose directions are rank-one.
+        units: tensor index -> unit of its directions, a power of two, where it is not 1: of scales
+            of quantised weights (`zofo.perturb.quantized`).
     """
 
     seed: int
@@ -181,6 +193,7 @@ class Trajectory:
     groups: tuple[GroupSpec, ...]
     updates: list[tuple[Update, ...]] = field(default_factory=list)
     rank_one: frozenset[int] = frozenset()
+    units: dict[int, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -235,12 +248,12 @@ class Trajectory:
             # An update with learning rate 0 changes no bit, so it is skipped.
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
             for name, tensor in zip(group.names, group.tensors, strict=True):
-                is_rank_one = tensor in self.rank_one
+                is_rank_one, unit = tensor in self.rank_one, self.units.get(tensor, 1.0)
                 shard, offset = local_part(parameters[name])
                 for block in range(0, len(updates), _REPLAY_BLOCK):
                     part = updates[block : block + _REPLAY_BLOCK]
                     coefficients = [
-                        update.coefficients(self.distribution, is_rank_one=is_rank_one)
+                        update.coefficients(self.distribution, is_rank_one=is_rank_one, unit=unit)
                         for update in part
                     ]
                     combine_steps(
@@ -295,6 +308,9 @@ class Trajectory:
             recorded = self.rank_one.intersection(t for g in self.groups for t in g.tensors)
             tensors["num_directions"] = torch.tensor(counts, dtype=torch.int64)
             header |= {"format": RANK_ONE_VERSION, "rank_one": sorted(recorded)}
+        if self.units:
+            exponents = {str(t): round(math.log2(unit)) for t, unit in sorted(self.units.items())}
+            header |= {"format": UNITS_VERSION, "units": exponents}
         header["digest"] = _digest(header, tensors)
         write_tensors(path, tensors, {"zofo": json.dumps(header)})
 
@@ -311,8 +327,9 @@ class Trajectory:
         with refusing(f"{path} is not a trajectory of zofo, or is damaged"):
             header = parse_json(metadata["zofo"])
             is_rank_one = header["distribution"] == "rank-one"
+            plain = RANK_ONE_VERSION if is_rank_one else FORMAT_VERSION
             versions = {
-                "format": RANK_ONE_VERSION if is_rank_one else FORMAT_VERSION,
+                "format": UNITS_VERSION if header.get("units") else plain,
                 "noise_version": NOISE_VERSION,
                 "dtype_policy": DTYPE_POLICY,
             }
@@ -380,6 +397,10 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         and (0 < scalars.shape[1] < MAX_DIRECTIONS or not num_steps),
         "lr and weight_decay": all(_is_table(t, (1, num_steps), len(groups)) for t in tables),
         "rank_one": set(header.get("rank_one", [])) <= set(indices),
+        "units": all(
+            int(tensor) in indices and type(exponent) is int and abs(exponent) <= _MAX_EXPONENT
+            for tensor, exponent in header.get("units", {}).items()
+        ),
         "num_directions": counts.dtype == torch.int64
         and counts.shape == (num_steps,)
         and bool(((counts > 0) & (counts <= scalars.shape[1])).all()),
@@ -398,7 +419,8 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     ]
     rank_one = frozenset(header.get("rank_one", ()))
     drawing = seed, header["distribution"], eps, header["estimator"]
-    return Trajectory(*drawing, groups, updates, rank_one)
+    units = {int(t): 2.0**exponent for t, exponent in header.get("units", {}).items()}
+    return Trajectory(*drawing, groups, updates, rank_one, units)
 
 
 def _filled(rows: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution
 from zofo.perturb.compiled import is_compiled
+from zofo.perturb.quantized import places_of
 from zofo.perturb.shards import is_sharded, kind_of
 from zofo.perturb.slots import Slot
 from zofo.perturb.tiles import ROWS, TiledLinear, is_tileable
@@ -88,10 +89,10 @@ class Owner:
     def swap_out(self) -> None:
         """Put back what the swap replaced."""
         for slot, parameter in zip(self.slots, self.replaced, strict=False):
-            slot.module._parameters[slot.name] = parameter
+            slot.put(parameter)
             for other, first in self.ties:
                 if first is slot:
-                    other.module._parameters[other.name] = parameter
+                    other.put(parameter)
         self.replaced = []
 
 
@@ -136,8 +137,8 @@ def find_owners(
         seen.add(place)
         heads.update(_head_read_by(module))
         fixed = fixed or compiled or isinstance(module, atomic) or _reads_children(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in tensors:
+        for name, parameter in places_of(module):
+            if parameter in tensors:
                 owner = owners.setdefault(holder, Owner(holder))
                 slot = Slot(module, name, parameter, tensors[parameter], f"{path}{name}")
                 first = next((s for s in owner.slots if s.parameter is parameter), None)

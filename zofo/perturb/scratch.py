@@ -36,10 +36,11 @@ class Swap:
     def put_in(self, owner: Owner) -> None:
         """Put the perturbed weights into the owner's places; ties stay ties."""
         owner.replaced = [slot.present for slot in owner.slots]
-        for slot, parameter in zip(owner.slots, self.parameters, strict=True):
-            slot.module._parameters[slot.name] = parameter
+        swapped = dict(zip(owner.slots, self.parameters, strict=True))
+        for slot, parameter in swapped.items():
+            slot.put(parameter)
         for other, slot in owner.ties:
-            other.module._parameters[other.name] = slot.module._parameters[slot.name]
+            other.put(swapped[slot])
 
 
 class Scratch:
@@ -84,16 +85,31 @@ class Scratch:
     def _lay_out(self, owner: Owner, level: int) -> Swap:
         weights = [slot.present for slot in owner.slots]
         views = self._views(weights, level)
+        of_unit: dict[float, list[int]] = {}
+        for i, slot in enumerate(owner.slots):
+            of_unit.setdefault(slot.unit, []).append(i)
+        prepared = [
+            (
+                unit,
+                prepare(
+                    [weights[i] for i in places],
+                    [views[i] for i in places],
+                    tensors=[owner.slots[i].tensor for i in places],
+                    seed=self._seed,
+                    distribution=self._distribution,
+                ),
+            )
+            for unit, places in of_unit.items()
+        ]
+
+        def compute(scale: float, step: int, direction: int) -> None:
+            for unit, run in prepared:
+                run(scale * unit, step, direction)
+
         return Swap(
             [weight.data_ptr() for weight in weights],
             [nn.Parameter(view, requires_grad=False) for view in views],
-            prepare(
-                weights,
-                views,
-                tensors=[slot.tensor for slot in owner.slots],
-                seed=self._seed,
-                distribution=self._distribution,
-            ),
+            compute,
         )
 
     def _views(self, weights: list[nn.Parameter], level: int) -> list[Tensor]:

@@ -3,6 +3,11 @@
     linear        y = W x         + eps · a (b · x)         W is [out, in], a has out signs
     Conv1D        y = Wᵀ x        + eps · b (a · x)         W is [in, out], as in GPT-2
     embedding     y = W[i]        + eps · a[i] b            W is [tokens, width]
+    quantised     y = (s ⊙ q) x   + eps · unit · a ⊙ (q (b' ⊙ x))
+
+In a quantised layer, s is the matrix of scales [out, groups], q are the codes, and b' repeats each
+sign of b for the columns of its group. The path takes another product with the codes. In int8 there
+is one group, and the path follows from the layer's output.
 
 The hook adds the path to the output of the layer's own forward. No weight is computed or written.
 Each row of the batch may have a direction of its own at the price of one forward. The rows of a
@@ -14,7 +19,7 @@ all rows, cannot tell the rows apart (`NotByRows`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 from zofo.noise.rank_one import Side, signs, signs_of_rows
 from zofo.perturb.compiled import is_compiled
 from zofo.perturb.owners import Owner
+from zofo.perturb.quantized import Scales, num_codes, product_of_codes
 from zofo.perturb.shards import kind_of
 from zofo.perturb.slots import Slot
 
@@ -137,14 +143,49 @@ class SidePath:
         return drawn[directions.of_rows - directions.first]
 
 
+class ScalePath(SidePath):
+    """The path beside a quantised linear layer, whose scales are a matrix."""
+
+    def add(
+        self, x: Tensor, output: Tensor, scale: float, step: int, directions: RowDirections
+    ) -> Tensor:
+        """The output at scales + scale · unit · v; arguments as for `SidePath.add`."""
+        if not output.numel():
+            return output
+        rows = 1 if directions.of_rows is None else len(directions.of_rows)
+        across = functools.partial(self._across, step, directions, output.device)
+        a = across(output.shape[-1], "rows")[:, None]  # [rows, 1, out]
+        b = across(self.slot.parameter.shape[1], "columns")  # [rows, groups]
+        y = output.reshape(rows, -1, output.shape[-1])  # [rows, places, out]
+        product = product_of_codes(self.slot.module, x.reshape(rows, -1, x.shape[-1]), y, b)
+        product, a = product.to(y.dtype), a.to(y.dtype)
+        factor = scale * self.slot.unit
+        if torch.is_grad_enabled() and y.requires_grad:
+            return torch.addcmul(y, product, a, value=factor).view(output.shape)
+        return y.addcmul_(product, a, value=factor).view(output.shape)
+
+
+def cost_of(paths: Iterable[SidePath], weights: Iterable[Tensor]) -> float:
+    """The cost of an evaluation in forwards: 4-bit layers compute two products on their path.
+
+    Args:
+        paths: the paths of the model.
+        weights: the perturbed weights, which stand for the products of a forward.
+    """
+    doubled = sum(num_codes(path.slot.module) for path in paths if isinstance(path, ScalePath))
+    others = sum(weight.numel() for weight in weights if not isinstance(weight, Scales))
+    return 1.0 + doubled / (doubled + others) if doubled else 1.0
+
+
 def take_matrices(
     owners: Sequence[Owner], seed: int, excluded: Collection[int]
 ) -> dict[Owner, SidePath]:
     """Remove from their owners the weights that side paths serve, and return the paths.
 
     A weight is served if every place that holds it is the weight of a plain linear layer, `Conv1D`
-    or embedding, which is called for its output. A head that is tied to an embedding therefore has
-    the signs of the embedding, and both are served or neither.
+    or embedding, or the scales of a quantised linear layer, which is called for its output. A head
+    that is tied to an embedding therefore has the signs of the embedding, and both are served or
+    neither.
 
     Args:
         owners: of all perturbed weights; their slots change.
@@ -163,7 +204,8 @@ def take_matrices(
     paths = {}
     for owner, slot in found.items():
         if slot.tensor not in unserved:
-            paths[owner] = SidePath(owner, slot, seed)
+            kind = ScalePath if isinstance(slot.parameter, Scales) else SidePath
+            paths[owner] = kind(owner, slot, seed)
             owner.slots.remove(slot)
     return paths
 
@@ -173,6 +215,10 @@ def _is_served(owner: Owner, slot: Slot) -> bool:
     kind = kind_of(module)
     is_plain = "forward" not in vars(module) and not is_compiled(module)
     is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-    if slot.name != "weight" or slot.parameter.ndim != 2 or not is_plain:
+    if slot.parameter.ndim != 2 or not is_plain:
+        return False
+    if isinstance(slot.parameter, Scales):
+        return True
+    if slot.name != "weight":
         return False
     return kind is nn.Linear or is_conv1d or (kind is nn.Embedding and owner.is_lookup)

@@ -8,12 +8,16 @@ from typing import Any
 from torch import nn
 
 from zofo.errors import UserError
+from zofo.perturb.quantized import Scales, check_in_place, put_scales, unit_of
 from zofo.perturb.shards import is_sharded
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that holds a parameter: the entry `name` of `module`'s parameter table."""
+    """A place that holds a parameter.
+
+    It is the entry `name` of `module`'s parameter table, or the scales of a quantised layer.
+    """
 
     module: nn.Module
     name: str
@@ -22,8 +26,22 @@ class Slot:
     path: str  # full name, for messages
 
     @property
+    def unit(self) -> float:
+        """The unit of the parameter's directions."""
+        return unit_of(self.parameter)
+
+    def put(self, weight: nn.Parameter) -> None:
+        """Let the module compute with another weight."""
+        if isinstance(self.parameter, Scales):
+            put_scales(self.module, weight)
+        else:
+            self.module._parameters[self.name] = weight
+
+    @property
     def present(self) -> nn.Parameter:
         """The whole weight: the parameter, or what FSDP gathers of it for a forward."""
+        if isinstance(self.parameter, Scales):
+            check_in_place(self.module, self.parameter, self.path)
         if not is_sharded(self.parameter):
             return self.parameter
         present: Any = self.module._parameters[self.name]

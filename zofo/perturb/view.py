@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from zofo.noise.combine import Distribution, combine_rows
@@ -44,7 +43,7 @@ from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
 from zofo.perturb.shards import begin_anew, check_sharding, is_sharded, is_unit, reshard
-from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, take_matrices
+from zofo.perturb.side_path import NotByRows, RowDirections, SidePath, cost_of, take_matrices
 from zofo.perturb.slots import Slot
 
 _T = TypeVar("_T")
@@ -144,6 +143,11 @@ class Perturbation:
     def rank_one(self) -> frozenset[int]:
         """Tensor indices of the weights whose directions are rank-one."""
         return frozenset(path.slot.tensor for path in self._paths.values())
+
+    @property
+    def forwards_per_evaluation(self) -> float:
+        """Cost of an evaluation in forwards."""
+        return cost_of(self._paths.values(), self._tensors)
 
     def only_rank_one(self, tensors: Collection[int]) -> None:
         """Give independent signs to all weights whose tensor index is not among `tensors`."""
@@ -272,7 +276,7 @@ class Perturbation:
     def largest_layer_bytes(self) -> int:
         """Size of the scratch for the largest layer, twice with overlap, and the small weights."""
         layers = [o.num_bytes for o in self._owners if not o.is_lookup and o.tiles is None]
-        kind = self._device.type if self._owners else "cpu"
+        kind = self._owners[0].slots[0].parameter.device.type if self._owners else "cpu"
         buffers = 2 if self.overlap and (kind == "meta" or streams_of(kind)) else 1
         return buffers * max(layers, default=0) + self._small.num_bytes + self._tile_bytes
 
@@ -431,16 +435,13 @@ class Perturbation:
         swap.compute(*self._point)
         swap.put_in(owner)
 
-    @property
-    def _device(self) -> torch.device:
-        return self._owners[0].slots[0].parameter.device
-
     def _overlap(self) -> Overlap | None:
         """Begin the overlap of an evaluation; None without one."""
         if not self.overlap or not self._owners:
             return None
-        if self._ahead is None or self._ahead.device != self._device:
-            self._ahead = overlap_on(self._device, self._scratch)
+        device = self._owners[0].slots[0].parameter.device
+        if self._ahead is None or self._ahead.device != device:
+            self._ahead = overlap_on(device, self._scratch)
         if self._ahead is not None:
             self._ahead.begin()
         return self._ahead

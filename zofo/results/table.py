@@ -84,7 +84,8 @@ _NUMBERS: Final = (
 )
 APART: Final = frozenset(
     (
-        *("model.name", "task.name", "task.train", "method", "adapter.type", "adapter.config_file"),
+        *("model.name", "model.quantization", "task.name", "task.train", "method"),
+        *("adapter.type", "adapter.config_file"),
         *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
         *("num_threads", "device", "eval_batch_size", "snapshot_every"),
         *("measure_test", "early_stopping"),
@@ -295,7 +296,7 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
     has_optimizer = orders is not None and orders.first is not None
     return {
-        "model": _text(cell.get("model") or model.get("name")),
+        "model": _text(cell.get("model") or _model_name(model)),
         "task": name,
         "method": _text(cell.get("method") or method),
         "adapter": kind,
@@ -308,6 +309,11 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         "seed": _number(config.get("seed", study.get("seed"))),
         "setting": json_digest({k: v for k, v in flat(config).items() if k not in APART})[:8],
     }
+
+
+def _model_name(model: Mapping[str, Any]) -> str:
+    """The name of a base, with its quantisation if it has one."""
+    return "-".join(_text(model[key]) for key in ("name", "quantization") if model.get(key))
 
 
 def _base_lr(rate: Any) -> float | str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zofo.config.schema import AUTO, RunConfig
 from zofo.environment import resolve_device
+from zofo.models.quantized import num_weights, quantized_bytes
 from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.view import Perturbation
@@ -144,7 +145,7 @@ def _parameters(model: nn.Module, config: RunConfig) -> dict[str, tuple[str, int
     counts = {}
     for block, parameters in (("base", blocks.base), ("adapter", blocks.adapter)):
         moved = sum(p.numel() for g in groups if g["block"] == block for p in g["params"])
-        total = sum(p.numel() for p in parameters.values())
+        total = sum(num_weights(p) for p in parameters.values())
         counts[block] = (str(getattr(method, block)), moved, total)
     return counts
 
@@ -187,13 +188,25 @@ def _memory(
     layers = getattr(text, "num_hidden_layers", 0)
     if getattr(text, "is_encoder_decoder", False):
         layers += getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", layers)) or 0
-    value = next(model.parameters()).element_size()
+    value = next(p for p in model.parameters() if p.is_floating_point()).element_size()
     # Without a backward pass, or if it recomputes them, only one layer's activations are held.
     kept = 1 if config.gradient_checkpointing or not first else layers
     return {
-        "weights": _bytes(list(model.parameters())),
+        **_weights(model),
         "gradients": _bytes(first),
         "optimizer states": states * _bytes(first),
         "perturbation scratch": scratch,
         "activations (estimate)": int(_ACTIVATION_BYTES * value * tokens * hidden * kept),
+    }
+
+
+def _weights(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights; of a quantised base its codes, its scales and the other weights."""
+    total, parts = _bytes(list(model.parameters())), quantized_bytes(model)
+    if not parts.codes:
+        return {"weights": total}
+    return {
+        "codes of the quantised layers": parts.codes,
+        "scales of the quantised layers": parts.scales,
+        "other weights": total - parts.codes,
     }

@@ -15,10 +15,13 @@ from torch import nn
 from zofo.config.schema import RunConfig
 from zofo.disk.files import fingerprint, problem_of_target
 from zofo.disk.locks import LOCK_FILE, take_lock
+from zofo.environment import resolve_device
 from zofo.errors import UserError
+from zofo.models.quantized import notes_on_unnesting
 from zofo.optim.batch_part import num_rows_of
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import check_can_move, split_parameters
 from zofo.optim.methods import METHODS
+from zofo.perturb.quantized import unnest_scales
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
@@ -68,14 +71,20 @@ def prepare(
             "continue it, or begin a new run with another output_dir"
         )
     base = base_of(config, splits)
-    model, tokenizer = base.load()
+    model, tokenizer = base.load(resolve_device(config.device))
+    unnested = 0
+    order = METHODS[config.method].base
+    if order == "zeroth":
+        unnested = unnest_scales(model)
+    if order == "first":
+        check_can_move(model, config.method, by_gradient=True)
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
     encoder = encoder_for(tokenizer, base.head, config.task)
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
-    splits = replace(splits, notes=splits.notes + notes)
+    splits = replace(splits, notes=(*splits.notes, *notes, *notes_on_unnesting(unnested)))
     return Prepared(
         base,
         model,

@@ -224,7 +224,7 @@ def load(
         folder = hub.download(name, revision=revision)
     find_artifact(folder)  # A checkpoint, which `open_source` takes too, is refused.
     source = open_source(folder, trust_remote_code=trust_remote_code)
-    model, tokenizer = source.load(progress)
+    model, tokenizer = source.load(progress, device=device)
     model.to(device)
     return Artifact(
         model,

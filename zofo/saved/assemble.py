@@ -28,9 +28,10 @@ from zofo.disk.files import refusing
 from zofo.errors import UserError
 from zofo.models.loading import load_model
 from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import named_places, split_parameters
 from zofo.optim.moved import mark_moved
 from zofo.optim.trajectory import Trajectory, check_base
+from zofo.perturb.quantized import is_quantized, unnest_scales
 from zofo.saved.buffers import load_buffers
 from zofo.saved.manifest import BaseSpec, check_files
 
@@ -70,6 +71,7 @@ class Assembly:
         model: the base, if `parts` does not name it; the steps change it in place.
         stop: number of updates to replay; None for all.
         progress: called during the replay with the number of weights done and the total number.
+        device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Assembly:
         *,
         stop: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.parts, self._stop, self._progress = parts, stop, progress
+        self._device = device
         self.model: Any = model  # the result of the steps so far
         self.tokenizer: Any = None
         self._trajectory: Trajectory | None = None
@@ -118,7 +122,7 @@ class Assembly:
         if spec is None or (self.parts.whole is not None and self._trajectory is None):
             return None
         with refusing(f"the base {spec.name!r} cannot be loaded", "check its name"):
-            self.model, self.tokenizer = spec.load()
+            self.model, self.tokenizer = spec.load(self._device)
         return f"{spec.name} loads"
 
     def adapter(self) -> str | None:
@@ -138,6 +142,7 @@ class Assembly:
 
     def fingerprint(self) -> str | None:
         """Compare the fingerprint of the base with the recorded one."""
+        self._unnest()
         record = self._record if self.parts.header is None else self.parts.header
         if self.model is None or not record:
             return None
@@ -150,10 +155,16 @@ class Assembly:
         """Apply the recorded updates to the base."""
         if self._trajectory is None:
             return None
+        self._unnest()
         base = split_parameters(self.model).base
         self._trajectory.replay(base, stop=self._stop, progress=self._progress)
         mark_moved(self.model, has_moved=self._trajectory.moves_weights)
         return "every update was applied"
+
+    def _unnest(self) -> None:
+        """Let the scales of a quantised base move, as training did before it began."""
+        if self._trajectory is not None and self.model is not None:
+            unnest_scales(self.model)
 
     def buffers(self) -> str | None:
         """Set the buffers that training has changed. An earlier point of the run has no record."""
@@ -192,7 +203,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def require_finite(model: nn.Module, owner: Path) -> None:
     """Raise a `UserError` that names the first weight with an infinity or NaN."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_places(model):
+        if is_quantized(parameter):  # Codes are finite, whatever dtype they are stored in.
+            continue
         if not bool(parameter.isfinite().all()):
             raise UserError(
                 f"{owner}: the weight {name!r} is not finite; use an earlier checkpoint"

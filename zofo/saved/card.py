@@ -64,7 +64,7 @@ def _body(
     name = public_name(base.name) or LOCAL_MODEL
     data = ", ".join(_datasets(task) or [])
     facts = {
-        "base": f"{name}, {base.dtype}",
+        "base": ", ".join(filter(None, (name, base.dtype, base.quantization))),
         "method": f"{method}: {METHODS[method].description}",
         "adapter": summary["adapter"],
         "task": task["name"] + (f" ({data})" if data else ""),

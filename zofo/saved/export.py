@@ -1,11 +1,16 @@
 """Write a trained model as a plain Hugging Face folder, which tools read without zofo.
 
     DIR/            the trained base, with the adapter merged into it (such as LoRA)
-    DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt)
+    DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt), or whose
+                    base is quantised
 
 The adapter is merged in float32, and the result is rounded once to the requested dtype. zofo writes
 to a temporary folder, loads it with plain transformers and peft, compares it with the trained model
 and then renames it. Every folder that exists has therefore passed the comparison.
+
+A quantised base is written with its codes, its moved scales and its adapter beside it: a folder of
+bitsandbytes that gives the same logits bit for bit. A merge would round the adapter into the codes
+and change the model, so it happens only on request, and the change is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +29,10 @@ from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
 from zofo.models.loading import DTYPES, explaining, model_class, read_model_config
+from zofo.models.quantized import QUANTIZATIONS, device_map, stored_quantization
 from zofo.models.saved_adapters import attach_adapter
-from zofo.optim.blocks import is_peft, split_parameters
+from zofo.optim.blocks import is_peft, keep_unpacked, split_parameters
+from zofo.perturb.quantized import has_codes
 from zofo.saved.artifact import save_adapter
 from zofo.saved.export_card import Exported, describe, usage
 from zofo.saved.export_check import (
@@ -42,6 +49,9 @@ from zofo.saved.export_check import (
 from zofo.saved.manifest import ADAPTER_FOLDER
 from zofo.saved.source import Source, drop_weights, open_source, plain_base
 
+_MERGED_INTO_CODES: Final = 1.0
+"""Tolerance of a merge into codes, whose change is reported: it only excludes a broken model."""
+
 
 @dataclass(frozen=True)
 class Content:
@@ -54,6 +64,7 @@ class Content:
     samples: Samples  # inputs for the comparison
     expected: list[Tensor]  # logits on each input, as `logits_of` gives them
     step: int | None = None  # step of the base, if the base alone is written
+    is_changed: bool = False  # whether the merge has rounded the adapter into codes
 
 
 def export_model(
@@ -61,6 +72,7 @@ def export_model(
     to: str | Path,
     *,
     dtype: str | None = None,
+    merge: bool | None = None,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
 ) -> Exported:
@@ -69,7 +81,10 @@ def export_model(
     Args:
         folder: a run, an artefact, or a checkpoint in a run folder.
         to: the target folder; it must be empty or not exist.
-        dtype: "float32", "bfloat16" or "float16"; None for the dtype of the base.
+        dtype: "float32", "bfloat16" or "float16"; None for the dtype of the base, which a
+            quantised base keeps.
+        merge: whether to merge the adapter into the base, if peft can; None: unless the base is
+            quantised, where a merge changes the model.
         max_shard_size: size limit of a safetensors file, such as "5GB" or "500MB".
         trust_remote_code: whether to run code from the base's repository, if the base needs it.
 
@@ -81,17 +96,31 @@ def export_model(
     to = check_target(to, dtype, max_shard_size)
     source = open_source(folder, trust_remote_code=trust_remote_code)
     trained, tokenizer = source.load()
+    is_quantized = has_codes(trained)
+    if is_quantized and dtype not in (None, source.base.dtype):
+        raise UserError(
+            f"dtype is {dtype}, and the base is quantised, so that its codes and scales have "
+            "dtypes of their own; leave dtype out"
+        )
     samples = sample_inputs(source, trained, tokenizer)
     expected = logits_of(trained, samples)
-    model: Any = _merge(trained, samples, expected)
+    is_wanted = merge or (merge is None and not is_quantized)
+    model: Any = _merge(trained, samples, expected) if is_wanted or not is_peft(trained) else None
     adapter: Any = None
+    if model is None and merge:
+        raise UserError(
+            "peft cannot merge this adapter without an error; leave the merge out, and the adapter "
+            "lies beside the base"
+        )
     if model is None:
         # A failed merge may have changed the weights, so the parts are loaded again.
         drop_weights(trained)
         adapter, tokenizer = source.load_start()
         drop_weights(adapter, split_parameters(adapter).base.values())
         model = plain_base(source)
-    content = Content(model, adapter, source, tokenizer, samples, expected)
+    is_changed = is_quantized and bool(merge) and source.adapter is not None
+    parts = model, adapter, source, tokenizer, samples, expected
+    content = Content(*parts, is_changed=is_changed)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)
 
 
@@ -124,6 +153,8 @@ def write_folder(
     source, samples = content.source, content.samples
     chosen = dtype or source.base.dtype
     tolerance = tolerance_of(chosen, source.base.dtype)
+    if has_codes(content.model):
+        tolerance = _MERGED_INTO_CODES if content.is_changed else 0.0
     tokenizer = source.plain_tokenizer()
     remedy = "Nothing was written there: free space or choose another folder"
     with writing_folder(to, remedy=remedy, is_checkpoint=False) as temporary, quiet():
@@ -144,6 +175,7 @@ def write_folder(
             tolerance * found.scale,
             samples.origin,
             usage(to, source.base.head, is_merged=content.adapter is None),
+            content.is_changed,
         )
         describe(exported, source, content.step, temporary)
     return exported
@@ -155,8 +187,10 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
         return trained
     if not hasattr(trained.base_model, "merge_and_unload"):
         return None
+    is_quantized = has_codes(trained)
     # Merging in 16 bits would round twice: the sum of the weights, and then the exported weight.
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters()):
+    is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters())
+    if is_half and not is_quantized:
         trained.float()
         expected = logits_of(trained, samples)
     try:
@@ -164,6 +198,8 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
             merged: nn.Module = trained.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
         return None
+    if is_quantized:  # The change is measured when the folder is compared.
+        return merged
     # Merging can be wrong: an adapter on a tied embedding would also change the output layer.
     is_same = deviation(logits_of(merged, samples), expected).within(tolerance_of("float32"))
     return merged if is_same else None
@@ -179,7 +215,9 @@ def _save(
     if source.base.head == "classification" and source.labels:
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    if not has_codes(model):
+        model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = content.tokenizer.pad_token
     tokenizer.save_pretrained(folder)
@@ -194,8 +232,14 @@ def load_plain(
     import transformers as hf
 
     with explaining(str(folder), str(folder)), quiet():
-        read_model_config(folder, str(folder), trust_remote_code=trust_remote_code)
-        model = model_class(head).from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_model_config(folder, str(folder), trust_remote_code=trust_remote_code)
+        # The trained model has its logits from the CPU, and bitsandbytes would prefer a GPU.
+        is_quantized = stored_quantization(config) in QUANTIZATIONS
+        kwargs = {"device_map": device_map("cpu")} if is_quantized else {}
+        model = model_class(head).from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **kwargs
+        )
+        keep_unpacked(model)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
 

@@ -37,6 +37,7 @@ class Exported:
         tolerance: the largest difference that was allowed.
         inputs: description of the inputs that were compared.
         usage: a line of Python that loads the folder without zofo.
+        is_changed: whether the merge has rounded the adapter into the codes of a quantised base.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Exported:
     tolerance: float
     inputs: str
     usage: str
+    is_changed: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -155,6 +157,8 @@ def _card(exported: Exported, source: Source, step: int | None, origin: str | No
             *code.split("; "),
             "```\n",
             f"Compared with {compared} on {exported.inputs}: logits differ by at most "
-            f"{exported.max_logit_difference:.3g} ({exported.tolerance:.3g} was allowed).\n",
+            f"{exported.max_logit_difference:.3g} ({exported.tolerance:.3g} was allowed)."
+            + (" The merge rounded the adapter into the codes." if exported.is_changed else "")
+            + "\n",
         ]
     )

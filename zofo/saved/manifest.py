@@ -26,6 +26,7 @@ from zofo.disk.files import file_digest, json_digest, read_json, refusing, write
 from zofo.disk.folders import files_below
 from zofo.errors import UserError
 from zofo.models.loading import HEADS
+from zofo.models.quantized import Quantization
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.saved.layout import ARTIFACT_FOLDER, BUFFERS_FILE
@@ -56,6 +57,7 @@ class BaseSpec:
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether the base needs code from its repository.
         attn_implementation: as in transformers.
+        quantization: "nf4", "fp4" or "int8", if bitsandbytes quantised the base at loading.
     """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
@@ -68,12 +70,17 @@ class BaseSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    quantization: Quantization | None = None
 
-    def load(self) -> tuple[nn.Module, Any]:
-        """Load the base as it was before training, and its tokenizer."""
+    def load(self, device: str = "cpu") -> tuple[nn.Module, Any]:
+        """Load the base as it was before training, and its tokenizer.
+
+        Args:
+            device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
+        """
         from zofo.models.loading import load_model
 
-        return load_model(**vars(self))
+        return load_model(**vars(self), device=device)
 
     def tokenizer(self) -> Any:
         """Load the tokenizer alone."""

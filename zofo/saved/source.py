@@ -87,16 +87,19 @@ class Source(Parts):
                 trust_remote_code=self.base.trust_remote_code,
             )
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> tuple[nn.Module, Any]:
+    def load(
+        self, progress: Callable[[int, int], None] | None = None, *, device: str = "cpu"
+    ) -> tuple[nn.Module, Any]:
         """Load the trained model in evaluation mode, and the tokenizer.
 
         Args:
             progress: called during the replay with the number of weights done and the total number.
+            device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
 
         Raises:
             UserError: as `load_start`, or if the trajectory or the whole model is damaged.
         """
-        made = Assembly(self, progress=progress).run()
+        made = Assembly(self, progress=progress, device=device).run()
         return made.model, made.tokenizer
 
 
@@ -288,4 +291,5 @@ def base_of(config: RunConfig, splits: Splits) -> BaseSpec:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=model.attn_implementation,
+        quantization=model.quantization,
     )

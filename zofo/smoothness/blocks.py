@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 from torch import nn
 
 from zofo.errors import UserError
-from zofo.optim.blocks import split_parameters
+from zofo.optim.blocks import is_quantized, split_parameters
 
 Split = Literal["none", "layer", "type"]
 SPLITS: Final[tuple[str, ...]] = get_args(Split)
@@ -52,11 +52,17 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
             rest. "type": modules with the same place in all layers form one part.
 
     Raises:
-        UserError: if `split` is unknown.
+        UserError: if `split` is unknown, or the base is quantised.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     found = split_parameters(model)
+    codes = next((name for name, p in found.base.items() if is_quantized(p)), None)
+    if codes is not None:
+        raise UserError(
+            f"the base is quantised ({codes}), and a loss has no derivatives in codes; leave "
+            "model.quantization out, or name a model that is not quantised"
+        )
     names = sorted(found.base)
     parts: dict[str, list[str]] = {}
     for name in names if split != "none" else ():

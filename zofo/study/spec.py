@@ -379,11 +379,16 @@ def _check_entries(spec: StudySpec, axis: str) -> list[str]:
 
 
 def label_of(entry: Entry, key: str) -> str:
-    """The name of an entry in cells and runs: its label, or the last part of its value."""
+    """The name of an entry in cells and runs: its label, or the last part of its value.
+
+    A quantised model without a label has the name of its quantisation too.
+    """
     values: Mapping[str, Any] = {key: entry} if isinstance(entry, str) else entry
-    text = str(values.get("label") or values.get(key) or "")
+    text = str(values.get("label") or values.get(key) or "").rstrip("/").split("/")[-1]
+    if key == "name" and values.get("quantization") and not values.get("label"):
+        text += f"-{values['quantization']}"
     # Run names are file names, so only these characters are left in them.
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.rstrip("/").split("/")[-1])
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
 
 
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from zofo.errors import UserError
 from zofo.optim.batch_part import check_fraction
-from zofo.optim.blocks import is_peft, is_quantized, split_parameters
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.methods import apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import MAX_UPDATES
 from zofo.perturb import shards
 from zofo.perturb.compiled import is_wrapper
+from zofo.perturb.quantized import has_moving_scales
 from zofo.trainer.options import read_rates
 
 
@@ -145,10 +147,29 @@ def _no_random_rows(trainer: Any, options: Any, fraction: float) -> list[str]:
     return wrong
 
 
+@contextmanager
+def allowing_scales(model: Any) -> Iterator[None]:
+    """Let Trainer take a quantised model without an adapter; zeroth order moves its scales.
+
+    A method that moves no scales is refused by `check_setup`.
+    """
+    # A PeftModel passes the attribute on to its base, whose own flag stays as it is.
+    known = isinstance(model, nn.Module) and not is_peft(model)
+    if not known or not any(map(has_moving_scales, model.modules())):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True  # Trainer then believes that there is an adapter.
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
 def can_be_hashed(trainer: Any) -> bool:
-    """Whether the base is whole, in memory and not quantized, so that its bits can be read."""
+    """Whether the base is whole and in memory, so that its bits can be read."""
     weights = split_parameters(trainer.model).base.values()
-    return not is_sharded(trainer) and not any(p.is_meta or is_quantized(p) for p in weights)
+    return not is_sharded(trainer) and not any(p.is_meta for p in weights)
 
 
 def is_sharded(trainer: Any) -> bool:

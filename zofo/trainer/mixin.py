@@ -37,7 +37,7 @@ from zofo.rewards.functions import Given
 from zofo.rewards.options import RewardOptions
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
-from zofo.trainer.checks import can_be_hashed, check_setup
+from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup
 from zofo.trainer.losses import BatchLossMixin, metrics_set_aside
 from zofo.trainer.options import HybridArguments as HybridArguments
 from zofo.trainer.options import HybridOptions, read_rates
@@ -95,7 +95,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._base_lr: float | None = None
         self._gradient_bytes = GradientBytes()
         self._checkpoints_folder = self._resumed_accounts = None
-        super().__init__(*args, **kwargs)
+        with allowing_scales(args[0] if args else kwargs.get("model")):
+            super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
         if reward_funcs is not None:
             seed = self.hybrid_options.zo_seed

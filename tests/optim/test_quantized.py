@@ -1,0 +1,188 @@
+"""A quantised base moves by its scales, and its history gives every bit of it."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+
+from tests.optim.test_rows import lm_shares
+from tests.support.models import batch_for, bits, loss_of
+from tests.support.quantized import load_quantized, plain_decoder
+from zofo.disk.files import fingerprint
+from zofo.errors import UserError
+from zofo.optim.blocks import split_parameters
+from zofo.optim.methods import param_groups
+from zofo.optim.optimizer import HybridOptimizer
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.perturb.quantized import Scales, unnest_scales
+from zofo.saved.checkpoint import load_checkpoint, save_checkpoint
+
+MOVING = ["nf4", "fp4", "int8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return plain_decoder(tmp_path_factory.mktemp("base"))
+
+
+def with_adapter(model, kind="lora"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {
+            "lora": lambda: peft.LoraConfig(
+                task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+            ),
+            "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        }[kind]()
+        return peft.get_peft_model(model, config)
+
+
+def optimizer_of(model, method="hybrid", base_lr=1e-4, **options):
+    groups = param_groups(model, method, base_lr=base_lr, adapter_lr=1e-2)
+    return HybridOptimizer(groups, model, optimizer="AdamW", eps=1e-3, **options)
+
+
+def train(optimizer, model, steps):
+    batch = batch_for("llama")
+
+    def loss():
+        if optimizer.options.directions_per_step == 1:
+            return loss_of(model, batch)
+        return lm_shares(model, batch)
+
+    return [float(optimizer.step(loss).sum()) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_directions": 2}, {"distribution": "rank-one", "directions_per_step": "rows"}],
+    ids=["signs", "rows"],
+)
+@pytest.mark.parametrize("adapter", ["lora", "prefix", "prompt"])
+def test_replay_gives_the_trained_base(tmp_path, folder, kind, options, adapter):
+    model = with_adapter(load_quantized(folder, kind), adapter).train()
+    optimizer = optimizer_of(model, **options)
+    before = {n: p.detach().clone() for n, p in split_parameters(model).base.items()}
+    train(optimizer, model, 4)
+    trained = split_parameters(model)
+    moved = {n for n, p in trained.base.items() if not torch.equal(p, before[n])}
+    assert moved == trained.movable.keys()  # The codes stay.
+    save_checkpoint(tmp_path, model, optimizer)
+    with torch.no_grad():
+        expected = loss_of(model.eval(), batch_for("llama"))
+
+    loaded = load_checkpoint(load_quantized(folder, kind), tmp_path)
+    assert fingerprint(split_parameters(loaded).base) == fingerprint(trained.base)
+    assert fingerprint(split_parameters(loaded).adapter) == fingerprint(trained.adapter)
+    with torch.no_grad():
+        assert torch.equal(loss_of(loaded, batch_for("llama")), expected)
+
+
+def test_the_history_of_nested_scales(tmp_path, folder):
+    model = with_adapter(load_quantized(folder, "nested")).train()
+    with pytest.warns(UserWarning, match=r"double quantisation.* [\d,]+ bytes more"):
+        optimizer = optimizer_of(model)
+    train(optimizer, model, 2)
+    save_checkpoint(tmp_path, model, optimizer)
+    loaded = load_checkpoint(load_quantized(folder, "nested"), tmp_path)
+    trained = fingerprint(split_parameters(model).base)
+    assert fingerprint(split_parameters(loaded).base) == trained
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_a_continued_run_is_the_uninterrupted_one(folder, kind):
+    whole = with_adapter(load_quantized(folder, kind)).train()
+    losses = train(optimizer_of(whole), whole, 6)
+
+    first = with_adapter(load_quantized(folder, kind)).train()
+    optimizer = optimizer_of(first)
+    begun = train(optimizer, first, 3)
+    second = with_adapter(load_quantized(folder, kind)).train()
+    again = optimizer_of(second)
+    trajectory = optimizer.trajectory
+    trajectory.replay(split_parameters(second).base)
+    for name, parameter in split_parameters(second).adapter.items():
+        parameter.data.copy_(split_parameters(first).adapter[name])
+    again.load_state_dict(optimizer.state_dict())
+    again.trajectory = trajectory
+    assert begun + train(again, second, 3) == losses
+    assert fingerprint(split_parameters(second).base) == fingerprint(split_parameters(whole).base)
+
+
+def test_a_trajectory_records_the_units(tmp_path, folder):
+    model = with_adapter(load_quantized(folder, "nf4")).train()
+    optimizer = optimizer_of(model)
+    train(optimizer, model, 2)
+    optimizer.trajectory.save(tmp_path / TRAJECTORY_FILE)
+    loaded, _ = Trajectory.load(tmp_path / TRAJECTORY_FILE)
+    blocks = split_parameters(model)
+    scales = {n: p for n, p in blocks.base.items() if isinstance(p, Scales)}
+    assert loaded == optimizer.trajectory
+    assert loaded.units == {blocks.base_index[n]: p.unit for n, p in scales.items()}
+    assert len(set(loaded.units.values())) > 1
+
+    # An optimizer on a base that has moved far measures in the units of the record.
+    far, parameter = next(iter(scales.items()))
+    parameter.data.mul_(2**10)
+    moved = copy.deepcopy(model)
+    for module in moved.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            vars(state).pop("zofo_scales", None)
+    another = optimizer_of(moved)
+    assert another.trajectory.units[blocks.base_index[far]] > parameter.unit
+    another.trajectory = loaded
+    train(another, moved, 1)
+    copied = split_parameters(moved).base
+    assert all(copied[name].unit == parameter.unit for name, parameter in scales.items())
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_a_base_rate_of_zero_is_fo_peft(folder, kind):
+    runs = []
+    for method in ("hybrid", "fo-peft"):
+        model = with_adapter(load_quantized(folder, kind)).train()
+        losses = train(optimizer_of(model, method, base_lr=0.0), model, 3)
+        runs.append((losses, fingerprint(split_parameters(model).adapter)))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_the_scales_alone_learn(folder, kind):
+    """Pure zeroth order moves nothing but the scales, and the loss falls."""
+    model = load_quantized(folder, kind).train()
+    scales = [n for n, p in split_parameters(model).base.items() if isinstance(p, Scales)]
+    optimizer = HybridOptimizer(
+        param_groups(model, "zo-ft", base_lr=dict.fromkeys(scales, 3e-2)),
+        model,
+        estimator="central",
+        num_directions=4,
+        eps=1e-2,
+    )
+    before = bits(model)
+    losses = train(optimizer, model, 12)
+    assert losses[-1] < losses[0] - 0.02
+    after = bits(model)
+    assert all(torch.equal(after[n], before[n]) for n in before if n.endswith("norm.weight"))
+
+
+@pytest.mark.parametrize("kind", [*MOVING, "stored as floats"])
+def test_gradients_cannot_move_a_quantised_base(folder, kind):
+    model = load_quantized(folder, kind)
+    match = r"14 of its weights are quantized, .* scales hybrid and zo-ft move"
+    with pytest.raises(UserError, match=match):
+        param_groups(model, "fo-ft")
+
+
+def test_units_do_not_change_a_base_without_scales(folder):
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).train()
+    model.config.use_cache = False
+    assert unnest_scales(model) == 0
+    assert optimizer_of(model, "zo-ft").trajectory.units == {}
