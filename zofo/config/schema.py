@@ -6,7 +6,6 @@ so `zofo.config.load` fills them in.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -109,7 +108,8 @@ class RewardConfig(Section, RewardOptions):
     functions: str | list[str] | dict[str, float] | None = Field(
         None,
         description="rewards, or a map from them to weights: json, regex:PATTERN, length:LOW-HIGH, "
-        "words:A,B, package.module:function, file.py:function; code runs only if the call names it",
+        "words:A,B, reasoning-gym, package.module:function, file.py:function; code runs only if the "
+        "call names it",
     )
     data: str | None = Field(
         None, description="prompts: a file or a hub dataset id; default: the task's training rows"
@@ -118,15 +118,6 @@ class RewardConfig(Section, RewardOptions):
     num_held_out: int = Field(
         32, ge=0, description="prompts to answer before and after training, and not in between"
     )
-
-    @model_serializer(mode="wrap")
-    def _functions_first(self, serialize: Any) -> dict[str, Any]:
-        values = serialize(self)
-        own = [key for key in values if key not in _REWARD_KEYS]
-        return {key: values[key] for key in (*own, *_REWARD_KEYS)}
-
-
-_REWARD_KEYS: Final = tuple(field.name for field in fields(RewardOptions))
 
 
 class RunConfig(Section, StepOptions):

@@ -19,6 +19,7 @@ from zofo.config.schema import RunConfig
 from zofo.disk.files import write_text
 from zofo.rewards.options import RewardOptions
 from zofo.tasks.files import SUFFIXES
+from zofo.tasks.reasoning import is_generated
 from zofo.tasks.rows import read_table, require_columns
 from zofo.tasks.spec import Completion, Example, Splits
 from zofo.trainer.answers import Answered, RewardSource
@@ -66,7 +67,7 @@ def _of_task(config: RunConfig, examples: Sequence[Any], part: str | None = None
     task = config.task
     if task.name not in ("completion", "chat"):
         return [{"prompt": _prompt_of(row), "answer": _answer_of(row)} for row in examples]
-    if part is None or part.lower().endswith(SUFFIXES):
+    if part is None or part.lower().endswith(SUFFIXES) or is_generated(part):
         table = read_table(part or task.train or "", subset=task.subset)
     else:
         table = read_table(task.train or "", subset=task.subset, split=part)
