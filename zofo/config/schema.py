@@ -108,8 +108,8 @@ class RewardConfig(Section, RewardOptions):
     functions: str | list[str] | dict[str, float] | None = Field(
         None,
         description="rewards, or a map from them to weights: json, regex:PATTERN, length:LOW-HIGH, "
-        "words:A,B, reasoning-gym, package.module:function, file.py:function; code runs only if the "
-        "call names it",
+        "words:A,B, reasoning-gym, package.module:function, file.py:function; code runs only if "
+        "the call names it",
     )
     data: str | None = Field(
         None, description="prompts: a file or a hub dataset id; default: the task's training rows"
