@@ -87,6 +87,9 @@ def test_code_of_a_file_and_of_a_module_runs_only_if_it_is_allowed(tmp_path, mon
         ("own.py:absent", ["absent"]),
         ("own.py:number", ["number"]),
         ("broken.py:f", ["broken.py", "ZeroDivisionError"]),
+        ("leaves.py:f", ["leaves.py", "SystemExit"]),
+        ("a..b:f", ["a..b"]),
+        (":f", ["package.module:function"]),
         ("regex:(", ["regular expression"]),
         ("length:5-2", ["length:1-20"]),
         ("length:many", ["length:1-20"]),
@@ -100,5 +103,6 @@ def test_code_of_a_file_and_of_a_module_runs_only_if_it_is_allowed(tmp_path, mon
 def test_a_wrong_name_is_one_error(tmp_path, monkeypatch, name, words):
     (tmp_path / "own.py").write_text(CODE)
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit('two\\nlines')\n")
     monkeypatch.chdir(tmp_path)
     refused(lambda: load_rewards(name, is_allowed=True), *words)

@@ -177,6 +177,7 @@ def test_without_any_reward_the_run_stops_with_a_checkpoint(folder, decoder_fold
         (["distribution=gaussian"], "rank-one"),
         (["base_batch_fraction=0.5"], "base_batch_fraction"),
         (["model.head=classification"], "decoder"),
+        (["method=zo-ft", "steps=null", "epochs=1"], "give steps"),
         (["base_lr=auto"], "zo_objective is reward"),
         (["reward.temperature=-1"], "temperature"),
         (["reward.answers=3"], "unknown key reward.answers"),

@@ -126,6 +126,11 @@ def _check_rewards(config: RunConfig) -> list[str]:
             "zo_objective is reward, which does not use the examples; leave base_batch_fraction "
             "at 1, and set reward.batch_size"
         )
+    if config.epochs is not None and not METHODS[config.method].first:
+        problems.append(
+            f"epochs is {config.epochs:g}, which counts examples, and method {config.method} with "
+            "zo_objective=reward reads none; give steps"
+        )
     if config.model.head not in ("auto", "causal-lm"):
         problems.append(
             f"zo_objective is reward and model.head is {config.model.head}; rewards need a decoder "

@@ -135,10 +135,10 @@ def _load(name: str, is_allowed: bool) -> RewardFunction:
         )
     except UserError:
         raise
-    except Exception as error:  # whatever the module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the module raises while it is imported
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"the reward {name} cannot be imported ({type(error).__name__}: {error}); correct the "
-            "name or the code"
+            f"the reward {name} cannot be imported ({said}); correct the name or the code"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

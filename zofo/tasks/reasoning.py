@@ -45,8 +45,9 @@ def generated_rows(source: str) -> list[tuple[int, dict[str, Any]]]:
     try:
         entries = list(make(name, **options))
     except Exception as error:  # whatever a generator raises to refuse its options
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"{source} cannot make rows ({type(error).__name__}: {error}); write it as "
+            f"{source} cannot make rows ({said}); write it as "
             f"{PREFIX}chain_sum?size=500&seed=0, with the options of that data set"
         ) from error
     rows = []
