@@ -12,9 +12,12 @@ import transformers as hf
 
 from zofo.config.load import load_config
 from zofo.errors import UserError
+from zofo.models.adapter_kinds import ADAPTER_TYPES
+from zofo.models.adapters import create_adapter
+from zofo.models.fitting import new_weights
 from zofo.models.loading import empty_model, load_model
 from zofo.models.quantized import num_weights, quantized_bytes
-from zofo.optim.blocks import is_quantized
+from zofo.optim.blocks import is_quantized, split_parameters
 
 pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "fp4", "int8")
@@ -132,3 +135,56 @@ def test_another_method_is_no_kind_of_bitsandbytes(tmp_path, decoder_folder):
         load_model(str(tmp_path / "gptq"))
     with pytest.raises(UserError, match=r"is nf4, and the weights .* are already quantised .*gptq"):
         load_model(str(tmp_path / "gptq"), quantization="nf4")
+
+
+HEADS = {"decoder": "causal-lm", "encoder": "classification", "encoder_decoder": "seq2seq"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", HEADS)
+def test_every_family_of_models(request, family, kind):
+    folder = request.getfixturevalue(f"{family}_folder")
+    options = {"head": HEADS[family], "quantization": kind}
+    loaded, _ = load_model(folder, **options)
+    empty = empty_model(folder, **options)
+    assert quantized_bytes(empty) == quantized_bytes(loaded)
+    assert quantized_bytes(loaded).codes
+    assert new_weights(empty) == new_weights(loaded)
+    extra = {"decoder_input_ids": IDS} if family == "encoder_decoder" else {}
+    loss = loaded(input_ids=IDS, **extra).logits.square().mean()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("adapter", [name for name in ADAPTER_TYPES if name != "none"])
+def test_every_kind_of_adapter_learns_on_a_quantised_base(decoder_folder, adapter, kind):
+    model, _ = load_model(decoder_folder, quantization=kind)
+    if (adapter, kind) == ("dora", "int8"):
+        with pytest.raises(UserError, match=r"DoRA on an 8-bit base on the CPU; choose .*nf4"):
+            create_adapter(model, adapter)
+        return
+    adapted = create_adapter(model, adapter).train()
+    blocks = split_parameters(adapted)
+    codes = {name: p.clone() for name, p in blocks.base.items()}
+    trainer = torch.optim.AdamW(blocks.adapter.values(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        trainer.zero_grad()
+        loss.backward()
+        trainer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, codes[name]) for name, p in blocks.base.items())
+
+
+def test_a_new_head_is_never_held_in_codes(tmp_path, encoder_folder):
+    model, tokenizer = load_model(encoder_folder, head="classification", quantization="nf4")
+    assert not any(is_quantized(model.get_parameter(name)) for name in new_weights(model))
+    bare = hf.AutoModel.from_pretrained(
+        encoder_folder, quantization_config=hf.BitsAndBytesConfig(load_in_4bit=True)
+    )
+    bare.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"the head of .* is new .*asks for codes of it"):
+        load_model(str(tmp_path / "bare"), head="classification")

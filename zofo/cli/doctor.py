@@ -79,6 +79,8 @@ def doctor() -> None:
     is_sound &= _report_cache(console)
     for device in devices:
         is_sound &= _report_directions(console, device)
+        if _version("bitsandbytes") is not None:
+            is_sound &= _report_quantized(console, device)
     if not is_sound:
         raise typer.Exit(1)
 
@@ -135,6 +137,22 @@ def _report_directions(console: Console, device: str) -> bool:
         found = Text.assemble(("fails", "red"), f", {type(error).__name__}: {first}")
     console.print(Text(f"directions on {device}: {backends.in_words(device)}; ").append(found))
     return is_same
+
+
+def _report_quantized(console: Console, device: str) -> bool:
+    """Print whether layers in 4 and 8 bits compute on a device what their weights say, roughly."""
+    from zofo.models.quantized import QUANTIZATIONS, error_of_layer
+
+    try:
+        errors = {kind: error_of_layer(kind, device) for kind in QUANTIZATIONS}
+    except Exception as error:  # As above.
+        first = (str(error).strip().splitlines() or [""])[0]
+        # bitsandbytes is optional, and not made for every device.
+        console.print(f"quantised bases on {device}: not usable, {type(error).__name__}: {first}")
+        return True
+    found = ", ".join(f"{kind} within {error:.1%}" for kind, error in errors.items())
+    console.print(f"quantised bases on {device}: {found} of a float32 layer")
+    return all(error < 0.2 for error in errors.values())
 
 
 def signs_on(device: str) -> Tensor:

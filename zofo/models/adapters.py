@@ -23,6 +23,7 @@ from zofo.models.fitting import new_modules
 from zofo.models.initial_values import set_initial_values, takes
 from zofo.models.limits import limited_memory
 from zofo.models.loading import Head
+from zofo.models.quantized import check_dora
 from zofo.optim.blocks import check_adapter_config, split_parameters
 
 _TASK_TYPES: Final = {
@@ -97,6 +98,8 @@ def create_adapter(
         raise UserError(f"adapter type is {type!r}; choose one of {', '.join(ADAPTER_TYPES)}")
     if getattr(config, "is_prompt_learning", False):
         _require_cache(model, config)
+    if getattr(config, "use_dora", False):
+        check_dora(model)
     # By itself, peft trains only these two modules of a new head and freezes the rest at random.
     fresh = [name for name in new_modules(model) if name not in ("classifier", "score")]
     if fresh:

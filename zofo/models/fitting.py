@@ -80,6 +80,26 @@ def mark_new(model: nn.Module, stored: Collection[str]) -> None:
     setattr(model, _NEW, frozenset(key for key in missing if _is_of_head(key, model)))
 
 
+def modules_of_head(head: str, config: Any, *, trust_remote_code: bool = False) -> list[str]:
+    """The modules of a classification head with the pooler before it; none for another head.
+
+    Args:
+        head: "causal-lm", "seq2seq" or "classification".
+        config: configuration of the model.
+        trust_remote_code: whether to run code from the model's repository.
+    """
+    import transformers as hf
+
+    if head != "classification":
+        return []
+    with torch.device("meta"):  # Nothing is computed, so the simplest attention will do.
+        model = hf.AutoModelForSequenceClassification.from_config(
+            config, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    names = (name for name, _ in model.named_parameters())
+    return sorted({name.rpartition(".")[0] for name in names if _is_of_head(name, model)})
+
+
 def load_fitting(
     cls: Any, source: str, *, name: str, is_classifier: bool, seed: int, **kwargs: Any
 ) -> nn.Module:

@@ -18,18 +18,18 @@ from zofo.console import quiet
 from zofo.disk.files import StoredTensors, open_tensors
 from zofo.errors import UserError
 from zofo.models.embedded import ALIASES, embedded_folder
-from zofo.models.fitting import explained, load_fitting, mark_new
+from zofo.models.fitting import explained, load_fitting, mark_new, modules_of_head, new_weights
 from zofo.models.limits import check_model_config
 from zofo.models.model_folders import check_digests, check_model_folder
 from zofo.models.quantized import (
     QUANTIZATIONS,
     bitsandbytes_config,
+    check_new_weights,
     check_quantization,
     device_map,
     explaining_method,
     keep_savable,
     quantize_empty,
-    stored_quantization,
 )
 from zofo.models.trust import check_kernels
 from zofo.optim.blocks import keep_unpacked
@@ -131,16 +131,18 @@ def load_model(
             config = read_model_config(
                 source, name, **shared, attn_implementation=attn_implementation
             )
-            check_quantization(quantization, config, name)
-            stored = stored_quantization(config)
+            stored = check_quantization(quantization, config, name)
             if (stored or quantization) in QUANTIZATIONS:
                 kwargs["device_map"] = device_map(device)
             if quantization is not None and stored is None:
+                rest = modules_of_head(head, config, trust_remote_code=trust_remote_code)
                 kwargs["quantization_config"] = bitsandbytes_config(
-                    quantization, DTYPES[dtype], device
+                    quantization, DTYPES[dtype], device, rest
                 )
             if head == "classification":
                 kwargs["num_labels"] = num_labels
+                if stored in QUANTIZATIONS:  # transformers would fail at a new head in codes.
+                    _ = empty_model(name, head=head, num_labels=num_labels, **shared)
             else:
                 _require_head(head, config, name)
         is_classifier = head == "classification"
@@ -234,8 +236,7 @@ def empty_model(
             "attn_implementation": "eager",
         }
         config = read_model_config(source, name, revision=revision, **shared)
-        check_quantization(quantization, config, name)
-        stored = stored_quantization(config)
+        stored = check_quantization(quantization, config, name)
         kwargs = {**shared, "dtype": DTYPES[dtype]}
         if head == "classification":
             config.num_labels = num_labels
@@ -245,9 +246,11 @@ def empty_model(
         if stored in QUANTIZATIONS:
             quantize_empty(model, config.quantization_config)
         elif quantization is not None:
-            quantize_empty(model, bitsandbytes_config(quantization, DTYPES[dtype], "cpu"))
+            rest = modules_of_head(head, config, trust_remote_code=trust_remote_code)
+            quantize_empty(model, bitsandbytes_config(quantization, DTYPES[dtype], "cpu", rest))
     if head == "classification":
         mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
+        check_new_weights(model, new_weights(model), name)
     return model
 
 

@@ -84,8 +84,15 @@ _NUMBERS: Final = (
 )
 APART: Final = frozenset(
     (
-        *("model.name", "model.quantization", "task.name", "task.train", "method"),
-        *("adapter.type", "adapter.config_file"),
+        *(
+            "model.name",
+            "model.quantization",
+            "task.name",
+            "task.train",
+            "method",
+            "adapter.type",
+            "adapter.config_file",
+        ),
         *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
         *("num_threads", "device", "eval_batch_size", "snapshot_every"),
         *("measure_test", "early_stopping"),

@@ -12,13 +12,21 @@ from typing import Final, Literal, get_args
 
 from torch import nn
 
+from zofo.config.schema import RunConfig
 from zofo.errors import UserError
+from zofo.models.loading import read_model_config, resolve
+from zofo.models.quantized import stored_quantization
 from zofo.optim.blocks import is_quantized, split_parameters
 
 Split = Literal["none", "layer", "type"]
 SPLITS: Final[tuple[str, ...]] = get_args(Split)
 # The names that transformers gives to the list of layers, such as `model.layers.3.` or `h.3.`.
 _LAYER: Final = re.compile(r"(?:^|\.)(layers?|h|blocks?|block)\.(\d+)\.")
+
+_NO_DERIVATIVES: Final = (
+    "the base is quantised ({}), and a loss has no derivatives in codes; leave model.quantization "
+    "out, or name a model that is not quantised"
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,9 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     found = split_parameters(model)
-    codes = next((name for name, p in found.base.items() if is_quantized(p)), None)
-    if codes is not None:
-        raise UserError(
-            f"the base is quantised ({codes}), and a loss has no derivatives in codes; leave "
-            "model.quantization out, or name a model that is not quantised"
-        )
+    for name, parameter in found.base.items():
+        if is_quantized(parameter):
+            raise UserError(_NO_DERIVATIVES.format(name))
     names = sorted(found.base)
     parts: dict[str, list[str]] = {}
     for name in names if split != "none" else ():
@@ -80,6 +85,26 @@ def blocks_of(model: nn.Module, split: Split = "none") -> dict[str, Block]:
         )
         for block, inside in members.items()
     }
+
+
+def require_derivatives(config: RunConfig) -> None:
+    """Refuse a configuration of a quantised base before anything is loaded.
+
+    Raises:
+        UserError: if the configuration, or the folder that it names, quantises the base.
+    """
+    model = config.model
+    stored = model.quantization or stored_quantization(
+        read_model_config(
+            resolve(model.name),
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation="eager",  # No model is built here, so none is looked for.
+        )
+    )
+    if stored is not None:
+        raise UserError(_NO_DERIVATIVES.format(stored))
 
 
 def layer_of(name: str) -> str:

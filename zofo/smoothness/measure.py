@@ -32,7 +32,7 @@ from zofo.perturb.view import Perturbation
 from zofo.run.prepare import Prepared, default_name, prepare, run_folder
 from zofo.run.resume import is_finished
 from zofo.run.train import train_in
-from zofo.smoothness.blocks import Block, blocks_of
+from zofo.smoothness.blocks import Block, blocks_of, require_derivatives
 from zofo.smoothness.directional import directional_curvature
 from zofo.smoothness.majoriser import check_majoriser
 from zofo.smoothness.objective import Objective, choose_rows, objective_of_trainer
@@ -279,6 +279,7 @@ def measure_run(
 
     if options.points and options.lanczos_steps:
         import zofo.smoothness.hessian  # noqa: F401  fails now if a dependency is missing
+    require_derivatives(config)
     console = console or plain_console(stderr=True)
     with run_folder(config, resume, name=f"{default_name(config)}-smoothness") as folder:
         config = config.model_copy(update={"output_dir": str(folder)})
