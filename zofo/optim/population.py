@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,34 +112,11 @@ def population_gradients(
             "no weight that moves can have a rank-one direction for each answer, which rewards "
             "need; quantised and compiled layers cannot"
         )
-    batches = population.batches or [range(num)]
-
-    def rewards(scale: float, *, check: bool) -> Tensor:
-        answers: list[Any] = [None] * num
-        for rows in batches:
-            directions = RowDirections(first, num, torch.tensor(list(rows)) + first)
-            is_checked, check = check, False
-
-            def respond(
-                rows: Sequence[int] = rows,
-                directions: RowDirections = directions,
-                is_checked: bool = is_checked,
-            ) -> Sequence[Any]:
-                seen = perturbation.at(
-                    scale, step=step, self_check=is_checked, directions=directions
-                )
-                with untouched(), seen:
-                    return population.respond(rows)
-
-            written = perturbation.checked(respond) if is_checked else respond()
-            for row, answer in zip(rows, written, strict=True):
-                answers[row] = answer
-        return population.score(answers).detach().double().cpu()
-
+    evaluated = functools.partial(_rewards, population, perturbation, step=step, first=first)
     while True:
         try:
-            ahead = rewards(eps, check=self_check)
-            behind = rewards(-eps, check=False) if estimator == "central" else None
+            ahead = evaluated(eps, self_check=self_check)
+            behind = evaluated(-eps) if estimator == "central" else None
             break
         except NotByRows as error:
             if has_moved:
@@ -156,6 +134,37 @@ def population_gradients(
     scalars = found * (-population.weight / (eps * is_scored.sum()))
     kept = torch.where(is_scored | ~is_scored.any(), scalars, 0.0)
     return kept, (~is_scored).sum()
+
+
+def _rewards(
+    population: Population,
+    perturbation: Perturbation,
+    scale: float,
+    *,
+    step: int,
+    first: int,
+    self_check: bool = False,
+) -> Tensor:
+    """The rewards of all rows at w + scale · v, float64 [rows]."""
+    num = population.num_rows
+    answers: list[Any] = [None] * num
+    for rows in population.batches or [range(num)]:
+        directions = RowDirections(first, num, torch.tensor(list(rows)) + first)
+
+        def respond(
+            rows: Sequence[int] = rows,
+            directions: RowDirections = directions,
+            is_checked: bool = self_check,
+        ) -> Sequence[Any]:
+            seen = perturbation.at(scale, step=step, self_check=is_checked, directions=directions)
+            with untouched(), seen:
+                return population.respond(rows)
+
+        written = perturbation.checked(respond) if self_check else respond()
+        self_check = False
+        for row, answer in zip(rows, written, strict=True):
+            answers[row] = answer
+    return population.score(answers).detach().double().cpu()
 
 
 def advantages(ahead: Tensor, behind: Tensor | None, scale: Scale) -> Tensor:

@@ -305,7 +305,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             report = optimizer.last_step
             # Between two updates of the base, the logs repeat the numbers of the last one.
             measured = optimizer.last_measured
-            if measured is not None:
+            # The scalars of answers that are compared with each other have the mean 0.
+            if measured is not None and self._rewards is None:
                 scalars = measured.projected_grad
                 logs["projected_grad"] = sum(scalars) / len(scalars)
             if self._base_lr is not None:
