@@ -87,8 +87,7 @@ class Settings:
 
 def contenders_on(device: str, quantization: str | None = None) -> tuple[str, ...]:
     """The contenders that can run on such a device, with a base that is quantised or not."""
-    without = () if quantization is None else _ON_FLOATS
-    without += () if device == "cuda" else _ON_CUDA_ONLY
+    without = {*(_ON_FLOATS if quantization else ()), *(() if device == "cuda" else _ON_CUDA_ONLY)}
     return tuple(name for name in CONTENDERS if name not in without)
 
 
