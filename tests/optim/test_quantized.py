@@ -186,3 +186,63 @@ def test_units_do_not_change_a_base_without_scales(folder):
     model.config.use_cache = False
     assert unnest_scales(model) == 0
     assert optimizer_of(model, "zo-ft").trajectory.units == {}
+
+
+class Line(torch.nn.Module):
+    """One quantised layer with a bias, and two groups a row in 4 bits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        bnb = pytest.importorskip("bitsandbytes")
+        torch.manual_seed(3)
+        if kind == "int8":
+            layer = bnb.nn.Linear8bitLt(128, 3, has_fp16_weights=False)
+        else:
+            layer = bnb.nn.Linear4bit(128, 3, quant_type=kind, compress_statistics=False)
+        self.layer = layer.to("cpu")
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize("per_step", [None, "rows"])
+def test_estimates_are_unbiased_for_the_gradient_of_the_scales(kind, per_step):
+    """Of quadratic losses, a central difference is the exact derivative along a direction."""
+    model = Line(kind).train()
+    (scales,) = (p for p in split_parameters(model).base.values() if isinstance(p, Scales))
+    x, y = torch.randn(5, 128), torch.randn(5, 3)
+    groups = scales.shape[1]
+
+    def shares():
+        return (model(x) - y).square().sum(1) / 2
+
+    with torch.no_grad():
+        errors = model(x) - y  # [rows, out]
+        parts = []  # each group's part of the output, per unit of its scale: [rows, out]
+        for group in range(groups):
+            cut = torch.zeros_like(x)
+            place = slice(group * 128 // groups, (group + 1) * 128 // groups)
+            cut[:, place] = x[:, place]
+            parts.append((model(cut) - model.layer.bias) / scales[:, group])
+        exact = torch.stack([(errors * part).sum(0) for part in parts], 1)  # [out, groups]
+
+    options = {"distribution": "rank-one", "directions_per_step": per_step} if per_step else {}
+    optimizer = HybridOptimizer(
+        param_groups(model, "zo-ft", base_lr={"layer.[wS]*": 1.0}),
+        model,
+        estimator="central",
+        eps=1e-2,
+        self_check=False,
+        seed=11,
+        **options,
+    )
+    start, found = scales.detach().clone(), []
+    for _ in range(400):
+        optimizer.step(shares if per_step else lambda: shares().sum())
+        found.append((start - scales) / scales.unit)
+        scales.data.copy_(start)
+    found = torch.stack(found)  # [steps, out, groups]
+    error = (found.mean(0) - exact * scales.unit) / (found.std(0) / len(found) ** 0.5)
+    assert error.abs().max() < 4.5
+    assert found.mean(0).abs().max() > 10 * (found.std(0) / len(found) ** 0.5).min()

@@ -123,6 +123,14 @@ def test_scales_that_the_layer_no_longer_reads_are_refused(folder, kind):
         loss_of(model, batch_for("llama"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_whose_scales_move_is_refused(folder):
+    model = load_quantized(folder, "nf4")
+    model.model.layers[0].compile()
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer is compiled, and the scales"):
+        view_of(model)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_difference_of_losses_is_the_derivative_along_the_direction(folder, kind):
     """Against the dequantised model, whose weights have gradients."""

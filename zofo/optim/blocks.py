@@ -21,7 +21,7 @@ from zofo.perturb.quantized import (
     unit_of,
     unnest_scales,
 )
-from zofo.perturb.shards import reshard
+from zofo.perturb.shards import is_sharded, reshard
 
 ADAPTER_TENSORS_FROM: Final = 1 << 19
 """First tensor index of the adapter. Base indices lie below it, so no direction is shared."""
@@ -273,6 +273,11 @@ def check_can_move(model: nn.Module, method: str, *, by_gradient: bool) -> None:
             "the scales of the quantised base were quantised themselves (double quantisation), so "
             f"they could not move; they are float32 now, {added:,} bytes more",
             stacklevel=4,
+        )
+    if any(is_quantized(p) and is_sharded(p) for p in model.parameters()):
+        raise UserError(
+            f"method {method!r} updates the base, which is quantised and sharded; leave "
+            "fully_shard out, because the codes take a quarter of the memory or less"
         )
     moves_scales = [m for m in model.modules() if not by_gradient and has_moving_scales(m)]
     served = {id(p) for module in moves_scales for p in module._parameters.values()}

@@ -183,6 +183,19 @@ def product_of_codes(module: Any, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def refuse_compiled(compiled: Collection[nn.Module], weights: Collection[Tensor]) -> None:
+    """Refuse compiled modules in a model whose scales move: a graph may keep the old scales.
+
+    Raises:
+        UserError: if there are both.
+    """
+    if compiled and any(isinstance(weight, Scales) for weight in weights):
+        raise UserError(
+            f"{type(next(iter(compiled))).__name__} is compiled, and the scales of the quantised "
+            "base move, which its graph may not see; leave torch.compile out"
+        )
+
+
 def check_in_place(module: nn.Module, scales: Tensor, path: str) -> None:
     """Check that a layer still reads the scales that the optimizer moves.
 

@@ -39,6 +39,7 @@ from zofo.perturb.overlap import Overlap, overlap_on, streams_of
 from zofo.perturb.owners import ATOMIC as ATOMIC
 from zofo.perturb.owners import CHILDREN_READ as CHILDREN_READ
 from zofo.perturb.owners import Owner, find_owners, give_tiles, take_small
+from zofo.perturb.quantized import refuse_compiled
 from zofo.perturb.scratch import Scratch
 from zofo.perturb.self_check import ReadWatch
 from zofo.perturb.self_check import SelfCheckError as SelfCheckError
@@ -96,6 +97,7 @@ class Perturbation:
         self._model, self._modules = model, list(model.modules())
         self._compiled = compiled_modules(self._modules)
         check_sharding(model, self.parameters)
+        refuse_compiled(self._compiled, self.parameters)
         reshard(model)
         owners = find_owners(model, self._tensors, ATOMIC, self._children_read)
         largest = max((o.num_bytes for o in owners if not o.is_lookup), default=0)
