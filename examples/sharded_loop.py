@@ -5,10 +5,12 @@ processes exchange a few scalars a step for the base. The script runs on the CPU
 
     torchrun --nproc-per-node 2 examples/sharded_loop.py
 
-It also takes a model from the hub (`--model`), as `minimal_loop.py` does.
+With `--resume`, it continues from its checkpoint, on any number of processes. It also takes a model
+from the hub (`--model`), as `minimal_loop.py` does.
 """
 
 import argparse
+from pathlib import Path
 
 import peft
 import torch
@@ -18,7 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from zofo import HybridOptimizer, ReshufflingSampler, param_groups, save_checkpoint
+from zofo import (
+    HybridOptimizer,
+    ReshufflingSampler,
+    Trajectory,
+    load_checkpoint,
+    param_groups,
+    save_checkpoint,
+)
 
 
 def main() -> None:
@@ -28,6 +37,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2, help="of the adapter")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", default="sharded-checkpoint", help="folder of the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     args = parser.parse_args()
     rank, size = dist.get_rank(), dist.get_world_size()
 
@@ -49,6 +59,10 @@ def main() -> None:
     optimizer = HybridOptimizer(
         groups, model, optimizer="AdamW", max_grad_norm=1.0, process_group=dist.group.WORLD
     )
+    if args.resume:  # each process replays the updates on its own rows
+        load_checkpoint(model, args.out)
+        optimizer.load_state_dict(torch.load(f"{args.out}/optimizer.pt", weights_only=True))
+        optimizer.trajectory = Trajectory.load(Path(args.out, "base_trajectory.safetensors"))[0]
     for epoch in range(args.epochs):
         model.train()
         for batch in loader:
@@ -60,6 +74,9 @@ def main() -> None:
                 loss = optimizer.last_step.loss  # the mean over the processes
                 print(f"epoch {epoch + 1}: loss {loss:.3f}, dev accuracy {score:.2f}")
     save_checkpoint(args.out, model, optimizer)  # all processes call it, the first one writes
+    state = optimizer.state_dict()  # this too
+    if rank == 0:
+        torch.save(state, f"{args.out}/optimizer.pt")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.groups import in_group
+from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ["minimal_loop", "hf_trainer", "trl_sft"]
@@ -61,10 +62,10 @@ def test_the_command_in_the_header(tmp_path, monkeypatch, capsys, name):
         assert found[-1] == found[-2]  # The reloaded model has the same accuracy.
 
 
-def sharded(out):
+def sharded(out, *arguments):
     """Run the sharded loop in this process, which has joined the others."""
     sys.path.insert(0, str(FOLDER))
-    sys.argv = [f"{SHARDED}.py", "--epochs", "5", "--out", str(out)]
+    sys.argv = [f"{SHARDED}.py", "--epochs", "5", "--out", str(out), *arguments]
     with redirect_stdout(io.StringIO()) as output:
         runpy.run_path(str(FOLDER / f"{SHARDED}.py"), run_name="example")["main"]()
     return output.getvalue()
@@ -77,7 +78,11 @@ def test_the_sharded_loop(tmp_path):
     first, second = in_group(2, sharded, tmp_path)
     assert accuracies(first)
     assert second == ""  # only the first process writes
-    assert (tmp_path / "base_trajectory.safetensors").is_file()
+    trajectory, _ = Trajectory.load(tmp_path / TRAJECTORY_FILE)
+    assert accuracies(in_group(2, sharded, tmp_path, "--resume")[0])
+    resumed, _ = Trajectory.load(tmp_path / TRAJECTORY_FILE)
+    assert resumed.updates[: len(trajectory)] == trajectory.updates
+    assert len(resumed) == 2 * len(trajectory) > 0
 
 
 @pytest.mark.slow

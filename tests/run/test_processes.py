@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import socket
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
+from tests.support.forks import in_forks
 from tests.support.groups import in_group
 from zofo.cli.exits import app
 from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError, UserError
+from zofo.run import peers
 from zofo.run.peers import Peers, joined
 from zofo.run.train import train
 from zofo.saved.artifact import load
@@ -179,6 +183,26 @@ def test_only_the_first_process_speaks(tmp_path, reviews, decoder_folder):
     assert first[0] == second[0] == 2
     assert first[2].count("error:") == 1
     assert second[1:] == ["", ""]
+
+
+def refused_by(listener):
+    """What a process says that is sent to a port of another program, which never answers."""
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
+    peers._ANSWER = timedelta(seconds=0.5)
+    return command(["train"])
+
+
+def test_a_port_of_another_program_ends_a_process_with_one_error():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        [(code, out, err)] = in_forks((refused_by, listener))
+    assert code == 2
+    assert out == ""
+    assert err.count("error:") == 1
+    assert "another program listens there" in err
+    assert "--master-port" in err
 
 
 def test_other_commands_run_by_themselves(monkeypatch):

@@ -267,7 +267,7 @@ def error_of_layer(quantization: str, device: str) -> float:
         layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
     else:
         layer = Linear4bit(64, 64, bias=False, quant_type=quantization)
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        layer.support_avx512bf16_for_cpu = False
     layer.load_state_dict({"weight": weight})
     with torch.no_grad():
         outputs = layer.to(device)(inputs.to(device)).cpu()

@@ -31,6 +31,7 @@ from zofo.errors import UserError
 from zofo.models.limits import check_adapter_values, limited_memory
 from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.perturb.shards import reshard, sharded_as
 
 ACTIVE_KEY: Final = "active_adapters"
 """Key in the metadata of a trajectory: the names of the adapters that were trained."""
@@ -154,12 +155,13 @@ def _prompt_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load every adapter of a model into its parameters in place.
+    """Load every adapter of a model into its parameters in place, of shards each process its own.
 
     Raises:
         UserError: if a file is missing or damaged, does not belong to the trajectory beside it, or
             does not fit the model, or if other adapters were trained than are active now.
     """
+    reshard(model)
     active = list(model.active_adapters)
     saved = names_in(folder)
     if (folder / TRAJECTORY_FILE).exists():
@@ -176,7 +178,7 @@ def load_adapter(model: Any, folder: Path) -> None:
         stored, _ = read_tensors(folder / PROMPT_FILE)
         with refusing(f"{folder / PROMPT_FILE} does not fit this model"):
             for key, parameter in _prompt_parameters(model).items():
-                parameter.data.copy_(stored[key])
+                parameter.data.copy_(sharded_as(stored[key], parameter))
         return
     for name in model.peft_config:
         if name in active or name in saved:
@@ -196,8 +198,9 @@ def _load_weights(model: Any, folder: Path, name: str) -> None:
     of_base = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in base}
     if strange := sorted(weights.keys() - own.keys() - of_base):
         raise ValueError(f"it holds {len(strange)} tensors more, such as {strange[0]}")
+    values = {key: sharded_as(weights[key], own[key]) for key in own}
     with quiet():
-        set_peft_model_state_dict(model, {key: weights[key] for key in own}, adapter_name=name)
+        set_peft_model_state_dict(model, values, adapter_name=name)
 
 
 def sort_sets(model: Any, folder: Path) -> None:

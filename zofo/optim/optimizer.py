@@ -215,8 +215,9 @@ class HybridOptimizer(StatefulOptimizer):
         elif self.perturbation is not None and self.zeroth_is_due:
             generators = generators if self.options.replay_dropout else None
             options = self.options
-            evaluations = options.num_directions * forwards_per_direction(options.estimator)
-            evaluations *= self.perturbation.forwards_per_evaluation
+            per_direction = forwards_per_direction(options.estimator)
+            each = self.perturbation.forwards_per_evaluation
+            evaluations = options.num_directions * per_direction * each
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             instead = replace(instead, closure=self.unchanged_by(instead.closure))
             reference, before = instead.loss, instead.cost_so_far()

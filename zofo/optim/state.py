@@ -24,7 +24,7 @@ from zofo.optim.population import Population, population_gradients
 from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
 from zofo.optim.trajectory import GroupSpec, Trajectory
-from zofo.perturb.shards import Whole, is_sharded, sharded_as
+from zofo.perturb.shards import Whole, sharded_as
 from zofo.perturb.view import Perturbation
 
 _COPIED: Final = (
@@ -259,7 +259,7 @@ class StatefulOptimizer(Optimizer):
     def _shard_state(self) -> None:
         """Divide the state of sharded parameters as they are divided."""
         for parameter, state in self.state.items():
-            for key, value in state.items() if is_sharded(parameter) else ():
+            for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[key] = sharded_as(value, parameter)
 

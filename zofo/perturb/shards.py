@@ -76,7 +76,9 @@ class Whole(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def sharded_as(whole: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor, which every process has, divided as the sharded `weight` of its shape is."""
+    """A whole tensor, which every process has, divided as `weight` of its shape is, if it is."""
+    if not is_sharded(weight):
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = weight

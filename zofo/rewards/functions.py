@@ -130,9 +130,8 @@ def _load(name: str, is_allowed: bool) -> RewardFunction:
             "line, reward.functions=..., or pass the function itself in Python"
         )
     try:
-        module = (
-            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        )
+        is_file = where.endswith(".py")
+        found = _from_file(Path(where)) if is_file else importlib.import_module(where)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the module raises while it is imported
@@ -140,7 +139,7 @@ def _load(name: str, is_allowed: bool) -> RewardFunction:
         raise UserError(
             f"the reward {name} cannot be imported ({said}); correct the name or the code"
         ) from error
-    function = getattr(module, attribute, None)
+    function = getattr(found, attribute, None)
     if not callable(function):
         raise UserError(f"{where} has no function {attribute!r}, which the reward {name} names")
     return function

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +26,8 @@ _T = TypeVar("_T")
 _ENDINGS: Final = (UserError, TrainingStoppedError, OSError)
 """What the first process reports without a traceback."""
 _LIMIT: Final = timedelta(days=1)  # The others wait while the first one evaluates.
+_START: Final = timedelta(minutes=5)  # The processes need not start at the same time.
+_ANSWER: Final = timedelta(seconds=10)  # of a store that listens
 _LOST: Final = ("onnection closed", "onnection reset", "NCCL", "ncclRemoteError", "Timed out")
 
 
@@ -172,7 +176,8 @@ def _connect() -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        _check_store()
+        store, rank, size = next(dist.rendezvous("env://", timeout=_START))
         # Under torchrun, the store still holds the addresses of processes before a restart.
         count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {count}", store)
@@ -184,6 +189,42 @@ def _connect() -> None:
             f"the {started_processes()} processes cannot be connected at {address} ({reason}); let "
             "torchrun choose a free port with --standalone, or give another --master-port"
         ) from error
+
+
+def _check_store() -> None:
+    """Check that a free-standing process finds the store of process 0 at its address.
+
+    Torch would wait without an end for the answer of another program.
+
+    Raises:
+        RuntimeError, ValueError: if nothing listens there, or another program does.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "0"))
+    is_started = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    if is_started or not host or os.environ.get("RANK", "0") == "0":
+        return
+    end = time.monotonic() + _START.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise RuntimeError("nothing listens there") from None
+            time.sleep(0.2)
+    found = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            found.append(
+                dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+            )
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * _ANSWER.total_seconds())
+    if not found:
+        raise RuntimeError("another program listens there")
 
 
 def _part() -> None:

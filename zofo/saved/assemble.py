@@ -25,13 +25,14 @@ from typing import Any, Final
 from torch import nn
 
 from zofo.disk.files import refusing
+from zofo.disk.mapped import move_to_disk
 from zofo.errors import UserError
 from zofo.models.loading import load_model
-from zofo.models.saved_adapters import attach_adapter, check_adapter, names_in
-from zofo.optim.blocks import named_places, split_parameters
+from zofo.models.saved_adapters import attach_adapter, check_adapter, load_adapter, names_in
+from zofo.optim.blocks import is_peft, named_places, split_parameters
 from zofo.optim.moved import mark_moved
 from zofo.optim.trajectory import Trajectory, check_base
-from zofo.perturb.quantized import is_quantized, unnest_scales
+from zofo.perturb.quantized import Scales, is_quantized, unnest_scales
 from zofo.saved.buffers import load_buffers
 from zofo.saved.manifest import BaseSpec, check_files
 
@@ -72,6 +73,7 @@ class Assembly:
         stop: number of updates to replay; None for all.
         progress: called during the replay with the number of weights done and the total number.
         device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
+        disk: a folder for temporary files that hold the replayed base; None: memory holds it.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Assembly:
         stop: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         device: str = "cpu",
+        disk: Path | None = None,
     ) -> None:
         self.parts, self._stop, self._progress = parts, stop, progress
-        self._device = device
+        self._device, self._disk = device, disk
         self.model: Any = model  # the result of the steps so far
         self.tokenizer: Any = None
         self._trajectory: Trajectory | None = None
@@ -126,10 +129,13 @@ class Assembly:
         return f"{spec.name} loads"
 
     def adapter(self) -> str | None:
-        """Attach the adapter."""
+        """Attach the adapter, or load it into the one that the model has."""
         folder, trajectory = self.parts.adapter, self.parts.trajectory
         if folder is None:
             return None
+        if is_peft(self.model):
+            load_adapter(self.model, folder)
+            return "the adapter's tensors were loaded"
         # In a checkpoint, the trajectory lies beside the adapter and records its digest. In an
         # artefact, `zofo.json` records the digests of both.
         header = None
@@ -157,6 +163,9 @@ class Assembly:
             return None
         self._unnest()
         base = split_parameters(self.model).base
+        if self._disk is not None:
+            whole = (p for p in base.values() if not (is_quantized(p) or isinstance(p, Scales)))
+            move_to_disk(whole, self._disk)
         self._trajectory.replay(base, stop=self._stop, progress=self._progress)
         mark_moved(self.model, has_moved=self._trajectory.moves_weights)
         return "every update was applied"

@@ -103,7 +103,9 @@ def load_checkpoint(base: nn.Module, folder: str | Path) -> nn.Module:
     """Load a checkpoint, or a folder that `HybridTrainer.save_model` or `save_checkpoint` wrote.
 
     Args:
-        base: the model that training began with, without adapter; it is changed in place.
+        base: the model that training began with; it is changed in place. Either it has no adapter,
+            or it is the `PeftModel` as it was when training began, perhaps sharded by FSDP2: then
+            all processes call this, and each changes its own rows.
         folder: the folder that holds the adapter and the trajectory.
 
     Returns:

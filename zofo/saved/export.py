@@ -4,7 +4,8 @@
     DIR/adapter/    files of peft, for an adapter that cannot be merged (prefix, prompt), or whose
                     base is quantised
 
-The adapter is merged in float32, and the result is rounded once to the requested dtype. zofo writes
+The adapter is merged in float32, and the result is rounded once to the requested dtype. Changed
+weights lie in temporary files beside the target, so memory holds one of them at a time. zofo writes
 to a temporary folder, loads it with plain transformers and peft, compares it with the trained model
 and then renames it. Every folder that exists has therefore passed the comparison.
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from zofo.console import quiet
 from zofo.disk.files import problem_of_target
 from zofo.disk.folders import writing_folder
+from zofo.disk.mapped import move_to_disk
 from zofo.errors import UserError
 from zofo.models.loading import DTYPES, explaining, model_class, read_model_config
 from zofo.models.quantized import QUANTIZATIONS, device_map, stored_quantization
@@ -94,8 +96,8 @@ def export_model(
             (`zofo.saved.export_check`). The export then leaves no files.
     """
     to = check_target(to, dtype, max_shard_size)
-    source = open_source(folder, trust_remote_code=trust_remote_code)
-    trained, tokenizer = source.load()
+    source, disk = open_source(folder, trust_remote_code=trust_remote_code), _disk_of(to)
+    trained, tokenizer = source.load(disk=disk)
     is_quantized = has_codes(trained)
     if is_quantized and dtype not in (None, source.base.dtype):
         raise UserError(
@@ -104,8 +106,8 @@ def export_model(
         )
     samples = sample_inputs(source, trained, tokenizer)
     expected = logits_of(trained, samples)
-    is_wanted = merge or (merge is None and not is_quantized)
-    model: Any = _merge(trained, samples, expected) if is_wanted or not is_peft(trained) else None
+    is_wanted = merge or (merge is None and not is_quantized) or not is_peft(trained)
+    model: Any = _merge(trained, samples, expected, disk) if is_wanted else None
     adapter: Any = None
     if model is None and merge:
         raise UserError(
@@ -117,7 +119,7 @@ def export_model(
         drop_weights(trained)
         adapter, tokenizer = source.load_start()
         drop_weights(adapter, split_parameters(adapter).base.values())
-        model = plain_base(source)
+        model = plain_base(source, disk=disk)
     is_changed = is_quantized and bool(merge) and source.adapter is not None
     parts = model, adapter, source, tokenizer, samples, expected
     content = Content(*parts, is_changed=is_changed)
@@ -181,7 +183,12 @@ def write_folder(
     return exported
 
 
-def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module | None:
+def _disk_of(to: Path) -> Path:
+    """The folder for temporary files: the nearest one above the target that exists."""
+    return next(folder for folder in to.absolute().parents if folder.is_dir())
+
+
+def _merge(trained: Any, samples: Samples, expected: list[Tensor], disk: Path) -> nn.Module | None:
     """The model with the adapter merged in float32; None if peft cannot merge it correctly."""
     if not is_peft(trained):
         return trained
@@ -191,10 +198,12 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
     # Merging in 16 bits would round twice: the sum of the weights, and then the exported weight.
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained.parameters())
     if is_half and not is_quantized:
-        trained.float()
+        move_to_disk(trained.parameters(), disk, torch.float32)
+        trained.float()  # its buffers
         expected = logits_of(trained, samples)
     try:
         with quiet():
+            _merge_layers(trained, disk)
             merged: nn.Module = trained.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
         return None
@@ -203,6 +212,16 @@ def _merge(trained: Any, samples: Samples, expected: list[Tensor]) -> nn.Module 
     # Merging can be wrong: an adapter on a tied embedding would also change the output layer.
     is_same = deviation(logits_of(merged, samples), expected).within(tolerance_of("float32"))
     return merged if is_same else None
+
+
+def _merge_layers(trained: Any, disk: Path) -> None:
+    """Merge the layers one by one, so that memory holds one changed layer; peft skips these."""
+    layers = [module for module in trained.modules() if hasattr(module, "get_base_layer")]
+    if any(hasattr(layer, "unload_and_optionally_merge_module") for layer in layers):
+        return  # Such a layer contains others, which it merges itself.
+    for layer in layers:
+        layer.merge()
+        move_to_disk(layer.get_base_layer().parameters(), disk)
 
 
 def _save(
@@ -216,6 +235,7 @@ def _save(
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: i for i, label in enumerate(source.labels)}
     if not has_codes(model):
+        move_to_disk((p for p in model.parameters() if p.dtype != dtype), _disk_of(to), dtype)
         model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer.pad_token is None:
@@ -292,7 +312,7 @@ def replay_base(
         )
     start, tokenizer = source.load_start()
     drop_weights(start)  # Loading has checked that base and adapter fit.
-    model = plain_base(source, stop=step, progress=progress)
+    model = plain_base(source, stop=step, progress=progress, disk=_disk_of(to))
     samples = sample_inputs(source, model, tokenizer)
     content = Content(model, None, source, tokenizer, samples, logits_of(model, samples), step=step)
     return write_folder(content, to, dtype=dtype, max_shard_size=max_shard_size)

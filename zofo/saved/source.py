@@ -88,18 +88,23 @@ class Source(Parts):
             )
 
     def load(
-        self, progress: Callable[[int, int], None] | None = None, *, device: str = "cpu"
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        device: str = "cpu",
+        disk: Path | None = None,
     ) -> tuple[nn.Module, Any]:
         """Load the trained model in evaluation mode, and the tokenizer.
 
         Args:
             progress: called during the replay with the number of weights done and the total number.
             device: where bitsandbytes puts a quantised base; any other is loaded on the CPU.
+            disk: a folder for temporary files that hold the base; None: memory holds it.
 
         Raises:
             UserError: as `load_start`, or if the trajectory or the whole model is damaged.
         """
-        made = Assembly(self, progress=progress, device=device).run()
+        made = Assembly(self, progress=progress, device=device, disk=disk).run()
         return made.model, made.tokenizer
 
 
@@ -161,12 +166,13 @@ def plain_base(
     *,
     stop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    disk: Path | None = None,
 ) -> nn.Module:
     """Load the base without adapter, and replay its first `stop` updates; None for all.
 
-    `Source.load_start` must have checked the base.
+    `Source.load_start` must have checked the base. `disk` is that of `Source.load`.
     """
-    assembly = Assembly(source, stop=stop, progress=progress)
+    assembly = Assembly(source, stop=stop, progress=progress, disk=disk)
     model: nn.Module = assembly.run("history", "base", "replay", "buffers", "finite").model
     return model
 

@@ -37,7 +37,7 @@ from zofo.rewards.functions import Given
 from zofo.rewards.options import RewardOptions
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
-from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup
+from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup, has_shards
 from zofo.trainer.losses import BatchLossMixin, metrics_set_aside
 from zofo.trainer.options import HybridArguments as HybridArguments
 from zofo.trainer.options import HybridOptions, read_rates
@@ -151,8 +151,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 optimizer.original_fingerprint()  # so that a resume refuses another base
         if self._history is not None and self.args.load_best_model_at_end:
             self._history.keep_original()
-        if self.hybrid_optimizer.processes is not None and self.hybrid_optimizer.inner is None:
+        has_no_gradient = self.hybrid_optimizer.inner is None
+        if self.hybrid_optimizer.processes is not None and (has_no_gradient or has_shards(self)):
             # DistributedDataParallel refuses a model without gradients, and none have to be joined.
+            # Of shards, FSDP2 joins them.
             prepare: Any = type(self.accelerator).prepare_model
             vars(self.accelerator)["prepare_model"] = functools.partial(
                 prepare, self.accelerator, evaluation_mode=True
