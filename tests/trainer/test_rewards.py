@@ -162,6 +162,33 @@ def test_the_trainer_equals_a_bare_loop(tmp_path, loaded, accumulation):
     assert_same_bits(bits(trainer.model), bits(model))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_mean_reward_of_unperturbed_answers_rises(loaded, seed):
+    """The share of the letter e, from 0.01, in 60 steps of antithetic pairs."""
+    model, tokenizer = model_of(loaded, "zo-ft")
+
+    def share(prompts, completions):
+        return [text.count("e") / max(len(text), 1) for text in completions]
+
+    prompts = [{"prompt": text} for text in ("the film is", "great", "What is it", "an actor")]
+    options = RewardOptions(num_answers=8, batch_size=4, max_new_tokens=6)
+    source = RewardSource(prompts, share, tokenizer, options, seed=seed)
+    optimizer = HybridOptimizer(
+        param_groups(model, "zo-ft", base_lr=3e-3),
+        model,
+        eps=3e-2,
+        seed=seed,
+        estimator="central",
+        distribution="rank-one",
+        directions_per_step="rows",
+    )
+    before = sum(source.answer_all(model).rewards)
+    for step in range(60):
+        optimizer.step(zeroth_loss=lambda i=step: source.population(model, i))
+    assert sum(source.answer_all(model).rewards) > before + 0.1 * len(prompts)
+
+
 class Stops:
     """A reward that the user interrupts in the middle of a step."""
 

@@ -117,8 +117,8 @@ def _name(part: Any) -> str:
 
 def _load(name: str, is_allowed: bool) -> RewardFunction:
     if name in _OWN:
-        module, attribute = _OWN[name]
-        own: RewardFunction = getattr(importlib.import_module(module), attribute)
+        home, function_name = _OWN[name]
+        own: RewardFunction = getattr(importlib.import_module(home), function_name)
         return own
     check = checker(name)
     if check is not None:
