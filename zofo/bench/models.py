@@ -54,12 +54,14 @@ def model_facts(settings: Settings) -> ModelFacts:
         sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         for module in model.modules()
     ]
+    base_bytes = sum(p.nbytes for p in model.parameters()) + quantized_bytes(model).scales
     with torch.device("meta"):
-        blocks = split_parameters(create_adapter(model, settings.adapter))
+        adapted = create_adapter(model, settings.adapter)
+    blocks = split_parameters(adapted)
     return ModelFacts(
-        sum(num_weights(p) for p in blocks.base.values()),
+        num_weights(adapted, blocks.base.values()),
         sum(p.numel() for p in blocks.adapter.values()),
-        sum(p.nbytes for p in blocks.base.values()) + quantized_bytes(model).scales,
+        base_bytes,
         max(layers),
     )
 
