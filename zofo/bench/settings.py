@@ -29,7 +29,17 @@ CONTENDERS: Final = (
     "fo-ft",
     "fo-ft-fused",
 )
-_ON_QUANTIZED: Final = ("forward", "fo-peft")
+_ON_QUANTIZED: Final = (
+    "forward",
+    "fo-peft",
+    "hybrid",
+    "hybrid-central",
+    "hybrid-overlap",
+    "hybrid-rows",
+    "zo-ft",
+    "zo-ft-rows",
+    "zo-ft-central",
+)
 """The contenders that can run on a quantised base."""
 _ON_CUDA_ONLY: Final = ("hybrid-overlap",)
 _ADAPTERS: Final = tuple(name for name in ADAPTER_TYPES if name != "none")
