@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 MARKER = re.compile(r"^<!-- generated: (\w+) ([\w-]+) -->$", re.MULTILINE)
 COPIED = ("*.md", "LICENSE", "examples/*.py", "configs/**/*.yaml", "benchmarks/*.py")
 """Files outside docs/ that a page may link to."""
-SECTIONS = {"model": "model.", "adapter": "adapter.", "task": "task."}
+SECTIONS = {"model": "model.", "adapter": "adapter.", "task": "task.", "reward": "reward."}
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zofo.optim.zeroth_loss import ZerothLoss as ZerothLoss
     from zofo.perturb.view import Perturbation as Perturbation
     from zofo.perturb.view import SelfCheckError as SelfCheckError
+    from zofo.rewards.options import RewardOptions as RewardOptions
     from zofo.saved.artifact import BaseSpec as BaseSpec
     from zofo.saved.artifact import load as load
     from zofo.saved.artifact import save_artifact as save_artifact
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from zofo.saved.export import export_model as export_model
     from zofo.saved.export_card import Exported as Exported
     from zofo.saved.hub import push_to_hub as push_to_hub
+    from zofo.trainer.answers import RewardSource as RewardSource
     from zofo.trainer.interrupt import StopOnSignal as StopOnSignal
     from zofo.trainer.interrupt import TrainingInterrupt as TrainingInterrupt
     from zofo.trainer.mixin import HybridArguments as HybridArguments
@@ -49,6 +51,8 @@ _HOMES = {
     "HybridTrainer": "trainer.mixin",
     "Perturbation": "perturb.view",
     "ReshufflingSampler": "optim.reshuffle",
+    "RewardOptions": "rewards.options",
+    "RewardSource": "trainer.answers",
     "SelfCheckError": "perturb.self_check",
     "StopOnSignal": "trainer.interrupt",
     "TrainingInterrupt": "trainer.interrupt",

@@ -175,7 +175,7 @@ def test_a_row_that_is_not_finite_is_left_out_and_said():
         shares = lm_shares(model, batch)
         return shares if torch.is_grad_enabled() else shares + bad
 
-    with pytest.warns(UserWarning, match="1 rows have a loss difference that is not finite"):
+    with pytest.warns(UserWarning, match="1 rows have a loss difference or a reward"):
         optimizer.step(closure)
     scalars = optimizer.last_step.projected_grad
     assert scalars[2] == 0

@@ -54,14 +54,14 @@ def model_facts(settings: Settings) -> ModelFacts:
         sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         for module in model.modules()
     ]
-    base_bytes = sum(p.nbytes for p in model.parameters()) + quantized_bytes(model).scales
+    base = list(model.parameters())
+    num_bytes = sum(p.nbytes for p in base) + quantized_bytes(model).scales
     with torch.device("meta"):
-        adapted = create_adapter(model, settings.adapter)
-    blocks = split_parameters(adapted)
+        adapter = split_parameters(create_adapter(model, settings.adapter)).adapter
     return ModelFacts(
-        num_weights(adapted, blocks.base.values()),
-        sum(p.numel() for p in blocks.adapter.values()),
-        base_bytes,
+        num_weights(model, base),
+        sum(p.numel() for p in adapter.values()),
+        num_bytes,
         max(layers),
     )
 
@@ -105,8 +105,10 @@ class Workbench:
 
     @property
     def base(self) -> list[nn.Parameter]:
-        """The weights of the base, each tied weight once."""
-        return list(self.plain.parameters())
+        """The weights of the base, each tied weight once; of quantised ones codes and scales."""
+        from zofo.optim.blocks import split_parameters
+
+        return list(split_parameters(self.plain).base.values())
 
     @property
     def adapter(self) -> list[nn.Parameter]:

@@ -29,18 +29,8 @@ CONTENDERS: Final = (
     "fo-ft",
     "fo-ft-fused",
 )
-_ON_QUANTIZED: Final = (
-    "forward",
-    "fo-peft",
-    "hybrid",
-    "hybrid-central",
-    "hybrid-overlap",
-    "hybrid-rows",
-    "zo-ft",
-    "zo-ft-rows",
-    "zo-ft-central",
-)
-"""The contenders that can run on a quantised base."""
+_ON_FLOATS: Final = ("pass", "mezo", "naive-hybrid", "fo-ft", "fo-ft-fused")
+"""The contenders that write or differentiate every weight, which a quantised base cannot have."""
 _ON_CUDA_ONLY: Final = ("hybrid-overlap",)
 _ADAPTERS: Final = tuple(name for name in ADAPTER_TYPES if name != "none")
 _LIMITS: Final = {
@@ -97,8 +87,8 @@ class Settings:
 
 def contenders_on(device: str, quantization: str | None = None) -> tuple[str, ...]:
     """The contenders that can run on such a device, with a base that is quantised or not."""
-    can_be = CONTENDERS if quantization is None else _ON_QUANTIZED
-    return tuple(n for n in can_be if device == "cuda" or n not in _ON_CUDA_ONLY)
+    without = {*(_ON_FLOATS if quantization else ()), *(() if device == "cuda" else _ON_CUDA_ONLY)}
+    return tuple(name for name in CONTENDERS if name not in without)
 
 
 def settings_from(

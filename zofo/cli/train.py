@@ -186,6 +186,8 @@ def _show(result: Result) -> None:
     console = plain_console()
     if result.before is not None and result.after is not None:
         console.print(_table(result.before, result.after))
+    for when, figures in result.rewards.items():
+        console.print(f"reward {when} training  {figures['reward']:.4g}, on held-out prompts")
     cost = result.cost
     console.print(
         f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "

@@ -22,6 +22,7 @@ PATHS: Final = {
     "model": ("name",),
     "task": ("train", "dev", "test", "data_dir"),
     "adapter": ("config_file",),
+    "reward": ("data",),
 }
 """Section -> its options that may be paths."""
 
@@ -71,7 +72,9 @@ def check_sections(config: RunConfig) -> list[str]:
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
     problems += _check_paths(config) + _check_scores(config) + _check_reports(config)
-    problems += rank_one_problems(config)
+    problems += _check_rewards(config)
+    if config.zo_objective != "reward":  # which sets the directions of the rows itself
+        problems += rank_one_problems(config)
     if config.directions_per_step != 1 and config.zo_objective == "f1":
         problems.append(
             f"directions_per_step is {config.directions_per_step!r} and zo_objective is f1, whose "
@@ -92,6 +95,47 @@ def check_sections(config: RunConfig) -> list[str]:
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
             problems.append(f"{name} is {rate}; a learning rate is at least 0")
     problems += _check_scheduler(config.scheduler)
+    return problems
+
+
+def _check_rewards(config: RunConfig) -> list[str]:
+    """A message for each contradiction between rewards and other options."""
+    from zofo.rewards.functions import problem_of
+
+    given = config.reward.functions
+    if config.zo_objective != "reward":
+        wrong = (
+            f"reward is given and zo_objective is {config.zo_objective}; set zo_objective=reward"
+        )
+        return [wrong] if given else []
+    if not given:
+        return ["zo_objective is reward, and reward names none; give one, such as reward=json"]
+    problems = [problem for problem in [problem_of(given)] if problem]
+    if not METHODS[config.method].zeroth:
+        problems.append(
+            f"zo_objective is reward and method {config.method} has no zeroth-order block; choose "
+            f"{methods_that(lambda m: bool(m.zeroth))}"
+        )
+    if config.distribution == "gaussian" or config.num_directions > 1:
+        problems.append(
+            "zo_objective is reward, whose answers have a rank-one direction each; leave "
+            "distribution and num_directions out"
+        )
+    if config.base_batch_fraction < 1:
+        problems.append(
+            "zo_objective is reward, which does not use the examples; leave base_batch_fraction "
+            "at 1, and set reward.batch_size"
+        )
+    if config.epochs is not None and not METHODS[config.method].first:
+        problems.append(
+            f"epochs is {config.epochs:g}, which counts examples, and method {config.method} with "
+            "zo_objective=reward reads none; give steps"
+        )
+    if config.model.head not in ("auto", "causal-lm"):
+        problems.append(
+            f"zo_objective is reward and model.head is {config.model.head}; rewards need a decoder "
+            "that writes text"
+        )
     return problems
 
 

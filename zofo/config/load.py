@@ -12,20 +12,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from zofo.config.checks import check_sections
-from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RunConfig
+from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RewardConfig, RunConfig
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
 from zofo.models.quantized import require_bitsandbytes
 from zofo.models.trust import require_trust
 from zofo.optim.methods import METHODS
+from zofo.rewards.functions import is_code, names_of
 from zofo.tasks.spec import TaskSpec
 
-_SHORTHANDS: Final = {"model": "name", "adapter": "type", "task": "name"}  # section -> key
+_SHORTHANDS: Final = {  # section -> key
+    "model": "name",
+    "adapter": "type",
+    "task": "name",
+    "reward": "functions",
+}
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "task": TaskSpec,
+    "reward": RewardConfig,
 }
 # pydantic names the members of a union in the path of an error, where a user would not write them.
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
@@ -66,6 +73,15 @@ def load_config(
         attention=None if "attn_implementation" in typed else model.attn_implementation,
         is_allowed=trust_remote_code or typed.get("trust_remote_code") is True,
     )
+    typed = own.get("reward")
+    named = names_of((typed if isinstance(typed, dict) else {}).get("functions") or [])
+    for name in names_of(config.reward.functions or []):
+        if is_code(name) and name not in named and not trust_remote_code:
+            raise UserError(
+                f"{'the configuration' if path is None else path} asks for the code of the reward "
+                f"{name}, and no file can allow that: name it in this call too, such as "
+                f"reward={name} on the command line"
+            )
     if model.quantization is not None:
         require_bitsandbytes(f"model.quantization={model.quantization}")
     return config
@@ -209,4 +225,8 @@ def _complete(config: RunConfig) -> RunConfig:
         update["eps"] = kind.zo_eps
     if config.steps is None and config.epochs is None:
         update["steps"] = 200
+    if config.zo_objective == "reward":
+        update |= {"distribution": "rank-one", "directions_per_step": "rows"}
+        if "select_best" not in config.model_fields_set:
+            update["select_best"] = False  # The dev loss does not tell which base has the rewards.
     return config.model_copy(update=update)

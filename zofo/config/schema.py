@@ -17,6 +17,7 @@ from zofo.models.quantized import Quantization
 from zofo.optim.batch_part import num_rows_of
 from zofo.optim.methods import METHODS, MethodName
 from zofo.optim.options import STEP_KEYS, Radius, StepOptions
+from zofo.rewards.options import RewardOptions
 from zofo.sections import MAX_COUNT, MAX_THREADS, Section
 from zofo.tasks.spec import TaskSpec
 
@@ -101,6 +102,24 @@ class AdapterConfig(Section):
         return create_adapter(model, head=head, tokenizer=tokenizer, seed=seed, **values)  # type: ignore[arg-type]
 
 
+class RewardConfig(Section, RewardOptions):
+    """The rewards of zo_objective reward; the fields of `RewardOptions` are among its keys."""
+
+    functions: str | list[str] | dict[str, float] | None = Field(
+        None,
+        description="rewards, or a map from them to weights: json, regex:PATTERN, length:LOW-HIGH, "
+        "words:A,B, reasoning-gym, package.module:function, file.py:function; code runs only if "
+        "the call names it",
+    )
+    data: str | None = Field(
+        None, description="prompts: a file or a hub dataset id; default: the task's training rows"
+    )
+    prompt: str = Field("prompt", description="column of the prompt, a text or messages, in data")
+    num_held_out: int = Field(
+        32, ge=0, description="prompts to answer before and after training, and not in between"
+    )
+
+
 class RunConfig(Section, StepOptions):
     """One run; the fields of `StepOptions` are among its keys."""
 
@@ -108,6 +127,7 @@ class RunConfig(Section, StepOptions):
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     task: TaskSpec = TaskSpec()
+    reward: RewardConfig = RewardConfig()
 
     base_lr: BaseRate | None = Field(
         None,
@@ -136,9 +156,9 @@ class RunConfig(Section, StepOptions):
     base_batch_fraction: float = Field(
         1.0, gt=0, le=1, description="share of each batch on which the loss difference is measured"
     )
-    zo_objective: Literal["loss", "accuracy", "f1"] = Field(
+    zo_objective: Literal["loss", "accuracy", "f1", "reward"] = Field(
         "loss",
-        description="what the zeroth-order block minimizes: training loss, 1 - accuracy or 1 - F1",
+        description="what the zeroth-order block follows: training loss, accuracy, F1 or reward",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a loss is not finite: stop with a checkpoint, or skip the step"

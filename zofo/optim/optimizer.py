@@ -41,6 +41,7 @@ from zofo.optim.options import (
     optimizer_problems,
     step_values,
 )
+from zofo.optim.population import Population
 from zofo.optim.processes import Processes
 from zofo.optim.reports import StepLog, StepNumbers, StepReport
 from zofo.optim.rows import RowPlan, row_gradients, shares_of
@@ -187,7 +188,7 @@ class HybridOptimizer(StatefulOptimizer):
         closure: Callable[[], Tensor],
         loss: Tensor | None,
         generators: GeneratorState | None = None,
-        zeroth_loss: ZerothLoss | None = None,
+        zeroth_loss: ZerothLoss | Population | None = None,
         examples: Tensor | None = None,
     ) -> None:
         """Add the loss differences of one micro-batch to the current step.
@@ -200,7 +201,7 @@ class HybridOptimizer(StatefulOptimizer):
             loss: the unperturbed loss of the micro-batch, shape [] or [rows].
             generators: what `before_pass` returned before `loss` was computed; None: do not
                 replay masks.
-            zeroth_loss: the loss to evaluate instead of `closure`; None: `closure`.
+            zeroth_loss: the loss or the population to evaluate; None: `closure`.
             examples: the number of the share that each row of the model's input belongs to, int64
                 [rows of the input]; None: one row for each share.
 
@@ -209,11 +210,14 @@ class HybridOptimizer(StatefulOptimizer):
                 if rows act on each other's loss.
         """
         # The sums change only after all evaluations, so an interrupted call has no effect.
-        if self.perturbation is not None and self.zeroth_is_due:
+        if isinstance(zeroth_loss, Population):
+            self._measure_population(zeroth_loss)
+        elif self.perturbation is not None and self.zeroth_is_due:
             generators = generators if self.options.replay_dropout else None
             options = self.options
-            evaluations = options.num_directions * forwards_per_direction(options.estimator)
-            evaluations *= self.perturbation.forwards_per_evaluation
+            per_direction = forwards_per_direction(options.estimator)
+            each = self.perturbation.forwards_per_evaluation
+            evaluations = options.num_directions * per_direction * each
             instead = zeroth_loss or ZerothLoss(closure, 1.0, loss)
             instead = replace(instead, closure=self.unchanged_by(instead.closure))
             reference, before = instead.loss, instead.cost_so_far()
@@ -241,16 +245,8 @@ class HybridOptimizer(StatefulOptimizer):
             self._self_check = False
             if loss is not None:  # a loss of another kind may lie on another device
                 scalars = scalars.to(loss.device)
-            if self._scalars is None:
-                self._scalars = scalars
-            elif options.directions_per_step == "rows":
-                self._scalars = torch.cat((self._scalars, scalars))
-            else:
-                self._scalars = self._scalars + scalars
-            self._rows += [counts] if counts else []
-            if left_out is not None:
-                self._left_out = left_out if self._left_out is None else self._left_out + left_out
-            self._num_forwards += instead.cost_since(before, evaluations)
+            cost = instead.cost_since(before, evaluations)
+            self.add_scalars(scalars, cost, left_out, counts)
             self.buffers.forget()
         if loss is not None:
             value = loss.detach().double().sum()
@@ -301,7 +297,7 @@ class HybridOptimizer(StatefulOptimizer):
     def accumulate(
         self,
         closure: Callable[[], Tensor],
-        zeroth_loss: Callable[[], ZerothLoss] | None = None,
+        zeroth_loss: Callable[[], ZerothLoss | Population] | None = None,
     ) -> Tensor:
         """Run forward, backward and loss differences of one micro-batch, without an update.
 
@@ -347,14 +343,14 @@ class HybridOptimizer(StatefulOptimizer):
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
-        zeroth_loss: Callable[[], ZerothLoss] | None = None,
+        zeroth_loss: Callable[[], ZerothLoss | Population] | None = None,
     ) -> Tensor | None:
         """Update both blocks.
 
         Args:
             closure: as for `accumulate`, which is called first if a closure is given. Gradients are
                 zeroed before it unless micro-batches were accumulated.
-            zeroth_loss: as for `accumulate`.
+            zeroth_loss: as for `accumulate`; without a closure, a population.
 
         Returns:
             The unperturbed loss of the closure, or None without a closure.
@@ -365,6 +361,8 @@ class HybridOptimizer(StatefulOptimizer):
                 self.zero_grad()
             with torch.enable_grad():
                 loss = self.accumulate(closure, zeroth_loss)
+        elif zeroth_loss is not None:
+            self.measure(lambda: torch.zeros(()), None, zeroth_loss=zeroth_loss())
         elif self.zeroth_is_due and self._scalars is None:
             raise ValueError(
                 "nothing was measured for the zeroth-order block; pass a closure to step(), or "

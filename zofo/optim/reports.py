@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zofo.errors import UserError
+from zofo.errors import UserError, shown
 from zofo.optim.trajectory import Trajectory, Update
 
 
@@ -224,17 +224,24 @@ class StepLog:
             if row:
                 self.trajectory.updates.append(tuple(row))
             norms |= _expected_norms(scalars, rates, self.trajectory.distribution)
-        if not is_finite:
+        left_out = int(values.get("rows_left_out", (0,))[0])
+        if not is_finite and loss_is_finite and 0 < len(scalars) == left_out:
             warnings.warn(
-                f"step {step} was not applied, because loss {loss} or projected gradient {scalars} "
-                "is not finite. Lower the learning rates; in float16, raise eps or use bfloat16",
+                f"step {step} did not move the base, because no row has a loss difference or a "
+                "reward that is finite",
                 stacklevel=4,
             )
-        left_out = int(values.get("rows_left_out", (0,))[0])
-        if left_out and is_finite:
+        elif not is_finite:
             warnings.warn(
-                f"step {step}: {left_out} rows have a loss difference that is not finite, so the "
-                "estimate leaves them out",
+                f"step {step} was not applied, because loss {loss} or projected gradient "
+                f"{shown(scalars)} is not finite. Lower the learning rates; in float16, raise eps "
+                "or use bfloat16",
+                stacklevel=4,
+            )
+        elif left_out:
+            warnings.warn(
+                f"step {step}: {left_out} rows have a loss difference or a reward that is not "
+                "finite, so the estimate leaves them out",
                 stacklevel=4,
             )
         self.last = StepReport(

@@ -20,6 +20,7 @@ from zofo.optim.blocks import set_units, split_parameters, units_of
 from zofo.optim.buffers import MovingBuffers
 from zofo.optim.norms import norm_of
 from zofo.optim.options import StepOptions, step_values
+from zofo.optim.population import Population, population_gradients
 from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
 from zofo.optim.trajectory import GroupSpec, Trajectory
@@ -57,6 +58,7 @@ class StatefulOptimizer(Optimizer):
     _num_forwards: float  # of this step
     _rows: list[list[int]]  # of this step: rows with directions, [micro-batches][processes]
     _left_out: Tensor | None  # of this step: rows whose difference is not finite, []
+    _self_check: bool  # whether the next evaluation is checked
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a group that was not given to the constructor, which calls this for its groups.
@@ -260,6 +262,59 @@ class StatefulOptimizer(Optimizer):
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[key] = sharded_as(value, parameter)
+
+    def add_scalars(
+        self,
+        scalars: Tensor,
+        cost: float,
+        left_out: Tensor | None = None,
+        counts: Sequence[int] = (),
+    ) -> None:
+        """Add the scalars of one micro-batch to the current step.
+
+        Args:
+            scalars: s_k, float64 [directions]. If each row has one, those of further micro-batches
+                are further directions; otherwise they belong to the same directions.
+            cost: of their evaluations, in forward-equivalents of the micro-batch.
+            left_out: number of rows without a finite value, shape []; None: rows are not counted.
+            counts: each process's number of rows with directions.
+        """
+        if self._scalars is None:
+            self._scalars = scalars
+        elif self.options.directions_per_step == "rows":
+            self._scalars = torch.cat((self._scalars, scalars))
+        else:
+            self._scalars = self._scalars + scalars
+        self._rows += [list(counts)] if counts else []
+        if left_out is not None:
+            self._left_out = left_out if self._left_out is None else self._left_out + left_out
+        self._num_forwards += cost
+
+    def _measure_population(self, population: Population) -> None:
+        """Add the scalars of a population, if the step has any."""
+        if self.perturbation is None or self.step_count % self.options.base_every:
+            return
+        if self.options.directions_per_step != "rows" or self.processes is not None:
+            raise UserError(
+                f"rewards need directions_per_step='rows' and one process, and here "
+                f"directions_per_step is {self.options.directions_per_step!r} and the number of "
+                f"processes {1 if self.processes is None else self.processes.size}"
+            )
+        before = population.cost()
+        scalars, left_out = population_gradients(
+            population,
+            self.perturbation,
+            eps=self.options.eps,
+            step=self.step_count,
+            first=0 if self._scalars is None else len(self._scalars),
+            estimator=self.options.estimator,
+            self_check=self._self_check,
+            has_moved=self._has_moved_base,
+        )
+        self._self_check = False
+        if self._loss is not None:  # a loss that was computed elsewhere
+            scalars, left_out = scalars.to(self._loss.device), left_out.to(self._loss.device)
+        self.add_scalars(scalars, population.cost() - before, left_out)
 
     def discard_measurements(self) -> None:
         """Discard the losses and scalars of the current step, so that it starts again."""

@@ -82,31 +82,21 @@ class Update:
     weight_decay: float  # decoupled
 
     def coefficients(
-        self,
-        distribution: Distribution,
-        *,
-        is_rank_one: bool,
-        unit: float,
-        unread: Tensor | None = None,
-    ) -> list[float] | Tensor:
-        """The factor of each direction of a weight: numbers, or a tensor if `unread` is one.
+        self, kind: tuple[Distribution, bool, float], unread: Tensor | None = None
+    ) -> Tensor:
+        """The factor of each direction of a weight: float64, [directions].
 
         Args:
-            distribution: that of the run.
-            is_rank_one: whether the weight's directions are rank-one.
-            unit: unit of the weight's directions.
+            kind: distribution of the run, whether the weight's directions are rank-one, their unit.
             unread: as for `apply`.
         """
-        scalars = unread
-        if scalars is None:
-            scalars = torch.tensor(self.projected_grad, dtype=torch.float64)
+        distribution, is_rank_one, unit = kind
+        own = self.projected_grad
+        scalars = torch.tensor(own, dtype=torch.float64) if unread is None else unread
         if distribution == "rank-one" and not is_rank_one:
             scalars = total(scalars)[None]
         factors = scalars * -self.lr
-        if distribution != "rank-one":
-            factors = factors / len(scalars)
-        factors = factors * unit
-        return factors.tolist() if unread is None else factors
+        return (factors if distribution == "rank-one" else factors / len(scalars)) * unit
 
     @property
     def decay(self) -> float:
@@ -143,9 +133,10 @@ class Update:
             kinds.setdefault(kind, []).append((parameter, tensor))
         for (is_rank_one, unit), pairs in kinds.items():
             parts = [local_part(parameter) for parameter, _ in pairs]
+            factors = self.coefficients((distribution, is_rank_one, unit), unread)
             combine_many(
                 [part for part, _ in parts],
-                self.coefficients(distribution, is_rank_one=is_rank_one, unit=unit, unread=unread),
+                factors.tolist() if unread is None else factors,
                 decay=self.decay,
                 seed=seed,
                 step=self.step,
@@ -248,14 +239,12 @@ class Trajectory:
             # An update with learning rate 0 changes no bit, so it is skipped.
             updates = [row[g] for row in self.updates[start:stop] if row[g].lr != 0]
             for name, tensor in zip(group.names, group.tensors, strict=True):
-                is_rank_one, unit = tensor in self.rank_one, self.units.get(tensor, 1.0)
+                is_rank_one = tensor in self.rank_one
+                kind = self.distribution, is_rank_one, self.units.get(tensor, 1.0)
                 shard, offset = local_part(parameters[name])
                 for block in range(0, len(updates), _REPLAY_BLOCK):
                     part = updates[block : block + _REPLAY_BLOCK]
-                    coefficients = [
-                        update.coefficients(self.distribution, is_rank_one=is_rank_one, unit=unit)
-                        for update in part
-                    ]
+                    coefficients = [update.coefficients(kind).tolist() for update in part]
                     combine_steps(
                         shard,
                         _filled(coefficients),

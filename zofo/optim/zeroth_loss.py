@@ -37,7 +37,7 @@ class ZerothLoss:
         """The cost of all evaluations so far if `cost` is a function, else 0."""
         return self.cost() if callable(self.cost) else 0.0
 
-    def cost_since(self, before: float, num_evaluations: int) -> float:
+    def cost_since(self, before: float, num_evaluations: float) -> float:
         """The cost of the last `num_evaluations`; `before` is `cost_so_far` before them."""
         if callable(self.cost):
             return self.cost() - before

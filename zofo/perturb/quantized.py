@@ -136,8 +136,9 @@ def unnest_scales(model: nn.Module) -> int:
     import importlib
 
     added = 0
-    for module in model.modules():
-        state = _state_of(module)[0] if has_moving_scales(module) else None
+    layers: list[Any] = [m for m in model.modules() if has_moving_scales(m)]
+    for module in layers:
+        state = _state_of(module)[0]
         if not getattr(state, "nested", False):
             continue
         dequantize = importlib.import_module("bitsandbytes.functional").dequantize_blockwise
@@ -146,7 +147,7 @@ def unnest_scales(model: nn.Module) -> int:
         state.offset = state.state2 = None
         state.nested = module.weight.compress_statistics = False
         added += state.absmax.nbytes - before
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if added and getattr(config, "bnb_4bit_use_double_quant", False):
         config.bnb_4bit_use_double_quant = False
     return added

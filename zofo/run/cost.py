@@ -20,6 +20,13 @@ def forward_equivalents(
         cost_of_answers: cost of generating the answers of a micro-batch, in its forward passes.
     """
     method, share = METHODS[config.method], share_of(config)
+    if config.zo_objective == "reward":
+        moves = cost.num_moves(steps, config.base_every)
+        return cost.forward_equivalents(
+            config.accumulation * steps if method.first else 0,
+            method.forwards_per_gradient,
+            config.accumulation * moves * cost_of_answers,
+        )
     writes = config.zo_objective == "f1"
     again = writes or (share < 1 and part_again)
     # A central difference of the whole batch needs no unperturbed loss.

@@ -19,6 +19,7 @@ from zofo.errors import UserError
 
 _SHOWN = {
     "loss": "loss {:.4f}",
+    "reward": "reward {:.4f}",
     "projected_grad": "s {:+.3g}",
     "learning_rate": "adapter_lr {:.2g}",
     "base_lr": "base_lr {:.2g}",

@@ -27,7 +27,7 @@ _ENDINGS: Final = (UserError, TrainingStoppedError, OSError)
 """What the first process reports without a traceback."""
 _LIMIT: Final = timedelta(days=1)  # The others wait while the first one evaluates.
 _START: Final = timedelta(minutes=5)  # The processes need not start at the same time.
-_ANSWER: Final = timedelta(seconds=15)  # of a store that listens
+_ANSWER: Final = timedelta(seconds=10)  # of a store that listens
 _LOST: Final = ("onnection closed", "onnection reset", "NCCL", "ncclRemoteError", "Timed out")
 
 

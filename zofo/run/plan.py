@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from zofo.config.schema import AUTO, RunConfig
 from zofo.environment import resolve_device
 from zofo.models.quantized import num_weights, quantized_bytes
+from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.quantized import unnest_scales
 from zofo.perturb.view import Perturbation
 from zofo.run.cost import forward_equivalents
 from zofo.run.prepare import num_steps
+from zofo.run.rewards import has_rewards, reward_options, reward_rows
 from zofo.saved.source import base_of
 from zofo.tasks.encode import Encoded, encoder_for
 from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
+from zofo.tasks.spec import Splits
+from zofo.trainer.answers import RewardSource, bytes_of_answer
 
 _ACTIVATION_BYTES = 34 / 2  # bytes that a layer keeps per hidden value, over the bytes of a value
 
@@ -63,14 +67,17 @@ def make_plan(config: RunConfig) -> Plan:
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
     steps = num_steps(config, len(rows["train"]))
+    prompts = _prompts(config, splits, tokenizer, model)
+    answers = _cost_of_answers(config, rows["train"], prompts)
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(
         steps=steps,
         forward_equivalents=forward_equivalents(
-            config, steps, part_again=again, cost_of_answers=_cost_of_answers(config, rows["train"])
+            config, steps, part_again=again, cost_of_answers=answers
         ),
         num_parameters=_parameters(model, config),
-        memory_bytes=_memory(model, config, config_of_model, rows["train"]),
+        memory_bytes=_memory(model, config, config_of_model, rows["train"])
+        | _memory_of_answers(model, config, prompts),
         num_rows={part: len(encoded) for part, encoded in rows.items()},
         max_tokens=max(row.length for part in rows.values() for row in part),
         notes=(*splits.notes, *notes, *_of_auto(config, len(rows["train"]))),
@@ -90,8 +97,37 @@ def _of_auto(config: RunConfig, num_rows: int) -> list[str]:
     return [f"{', '.join(asked)}: {what}; zofo advise shows them"]
 
 
-def _cost_of_answers(config: RunConfig, train: Sequence[Encoded]) -> float:
+def _prompts(config: RunConfig, splits: Splits, tokenizer: Any, model: Any) -> list[int]:
+    """The numbers of tokens of the prompts that rewards need; empty without rewards."""
+    if not has_rewards(config):
+        return []
+    rows, _ = reward_rows(config, splits)
+    functions: Any = config.reward.functions
+    source = RewardSource(rows, functions, tokenizer, reward_options(config))
+    source.check(model)
+    return [len(ids) for ids in source.ids]
+
+
+def _memory_of_answers(model: Any, config: RunConfig, prompts: Sequence[int]) -> dict[str, int]:
+    """Memory of the answers that are written together."""
+    if not prompts:
+        return {}
+    chosen = config.reward
+    one = bytes_of_answer(model, max(prompts) + chosen.max_new_tokens)
+    most = max(one, int(chosen.memory_gib * 2**30))
+    return {"answers": min(most, one * chosen.num_answers * chosen.batch_size)}
+
+
+def _cost_of_answers(config: RunConfig, train: Sequence[Encoded], prompts: Sequence[int]) -> float:
     """Cost of generating the longest answers, in forward passes over the rows."""
+    if prompts:
+        chosen, mean = config.reward, sum(prompts) / len(prompts)
+        sides = forwards_per_direction(config.estimator)
+        answers = chosen.batch_size * chosen.num_answers * sides
+        length = sum(row.length for row in train) / len(train)
+        has_examples = bool(METHODS[config.method].first)
+        unit = config.batch_size * length if has_examples else chosen.batch_size * mean
+        return answers * (mean + chosen.max_new_tokens - 1) / unit
     if config.zo_objective != "f1":
         return 1.0
     # The last token of an answer is not fed back into the model.

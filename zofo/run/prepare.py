@@ -121,6 +121,11 @@ def check_processes(config: RunConfig, size: int) -> None:
         UserError: if its rows, or those that the base sees, cannot be shared evenly.
     """
     fraction, num_rows = config.base_batch_fraction, config.batch_size
+    if size > 1 and config.zo_objective == "reward":
+        raise UserError(
+            f"zo_objective is reward, whose answers one process writes, and there are {size} "
+            "processes; start one"
+        )
     if num_rows % size:
         raise UserError(
             f"batch_size is {num_rows}, which the {size} processes share, and it is not divisible "

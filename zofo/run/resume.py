@@ -31,6 +31,7 @@ FREE: Final = frozenset(
     )
 )
 """Keys that may differ from those of the saved run."""
+_SECTIONS: Final = ("model", "adapter", "task", "reward")
 
 
 def resumed_config(
@@ -106,10 +107,10 @@ def newest_checkpoint(folder: Path, report: Callable[[str], Any] | None = None) 
 
 
 def flat_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options with dotted keys for those of the model, the adapter and the task."""
+    """The options with dotted keys for those of a section."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and prefix == "" and key in ("model", "adapter", "task"):
+        if isinstance(value, Mapping) and prefix == "" and key in _SECTIONS:
             flat |= flat_options(value, f"{key}.")
         else:
             flat[prefix + key] = value

@@ -45,10 +45,13 @@ class StopEarly(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record a step at which the watch has found a value that is not finite."""
         if self.trainer.watch.stopped_at is not None and self.reason is None:
+            found = "the loss or the projected gradient is not finite"
+            if self.trainer.lacks_rewards:
+                found = "no answer has a reward"
             self._record(
                 state.global_step,
-                f"stopped at step {self.trainer.watch.stopped_at}: the loss or the projected "
-                "gradient is not finite, and the base was not moved by it",
+                f"stopped at step {self.trainer.watch.stopped_at}: {found}, and the base was not "
+                "moved by it",
             )
 
     def on_evaluate(

@@ -25,6 +25,7 @@ from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.display import MetricsFile, TrainingDisplay
 from zofo.run.peers import Peers
+from zofo.run.rewards import has_rewards, reward_options
 from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
@@ -86,6 +87,7 @@ class TaskTrainer(HybridTrainer):
         peers: Peers | None = None,
         **kwargs: Any,
     ) -> None:
+        self.reward_tokenizer = writer.tokenizer
         collate = _keeping_examples(collator) if zo_objective == "f1" else collator
         super().__init__(*args, data_collator=collate, eval_dataset=dev, **kwargs)
         self.clock, self.peers = TrainingClock(), peers or Peers()
@@ -341,6 +343,7 @@ def build_trainer(
     digests: RowDigests | None = None,
     run_id: str | None = None,
     peers: Peers | None = None,
+    prompts: Sequence[Mapping[str, Any]] = (),
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -358,8 +361,16 @@ def build_trainer(
         digests: those of the rows, which every checkpoint keeps.
         run_id: names the run, in every checkpoint.
         peers: the processes that share each micro-batch; None: one.
+        prompts: rows with the prompts that rewards score the answers to.
     """
     peers = peers or Peers()
+    rewarded: dict[str, Any] = {}
+    if has_rewards(config):
+        rewarded = {
+            "reward_funcs": config.reward.functions,
+            "reward_dataset": prompts,
+            "reward": reward_options(config),
+        }
     written = [MetricsFile(folder / METRICS_FILE)] if peers.is_first else []
     with quiet():
         trainer = TaskTrainer(
@@ -381,6 +392,7 @@ def build_trainer(
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],
+            **rewarded,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from zofo.run.prepare import (
 )
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
+from zofo.run.rewards import HeldOut, has_rewards, reward_rows
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.artifact import save_artifact
@@ -76,6 +77,8 @@ class Result:
     before: Metrics | None  # scores on the test rows before training; None without measure_test
     after: Metrics | None  # the same after training
     cost: dict[str, float]  # seconds, forward-equivalents, peak memory, bytes of the artefact
+    rewards: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """On held-out prompts, "before" and "after" training; empty without rewards."""
 
 
 def train(
@@ -153,6 +156,8 @@ def train_in(
     config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
     run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
     with peers.together():
+        prompts, held = reward_rows(config, prepared.splits) if has_rewards(config) else ([], [])
+        answers = HeldOut(held, config, prepared.tokenizer)
         trainer = build_trainer(
             config,
             prepared.model,
@@ -167,6 +172,7 @@ def train_in(
             digests=RowDigests.of(prepared.splits),
             run_id=run_id,
             peers=peers,
+            prompts=prompts,
         )
     peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
     if on_start is not None:
@@ -177,6 +183,7 @@ def train_in(
 
     prepared.model.to(trainer.args.device)
     before = measured("test before") if config.measure_test else None
+    answers.measure(prepared.model, "before")
     dev_before = measured("dev before") if config.early_stopping is not None else None
     stop_early = StopEarly(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
@@ -186,6 +193,7 @@ def train_in(
         trainer.add_callback(watcher)
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = measured("test after") if config.measure_test else None
+    answers.measure(prepared.model, "after")
 
     def save() -> Result:
         require_kept(folder)
@@ -198,8 +206,9 @@ def train_in(
             "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
             "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
         }
-        result = Result(folder, before, after, cost)
+        result = Result(folder, before, after, cost, answers.figures())
         require_kept(folder)
+        answers.write(folder)
         _write_result(artifact, config, prepared, trainer, result, dev_before)
         return result
 
@@ -247,9 +256,12 @@ def _fit(
         close_displays(trainer)
     if stop_early.reason is not None:
         remedy = "on_non_finite=skip" if trainer.watch.stopped_at else "early_stopping=null"
+        what = "Lower base_lr and adapter_lr"
+        if trainer.lacks_rewards:
+            what = "Correct the reward, or raise reward.time_limit_s"
         raise TrainingStoppedError(
             f"{stop_early.reason}. The last good step is in {newest_checkpoint(stop_early.folder)}."
-            f" Lower base_lr and adapter_lr, or set {remedy}"
+            f" {what}, or set {remedy}"
         )
     return time.monotonic() - began
 
@@ -292,6 +304,7 @@ def _write_result(
         "adapter": config.adapter.label,
         "seed": config.seed,
         **({"test": scores} if scores else {}),
+        **({"rewards": result.rewards} if result.rewards else {}),
         "dev": {
             **({} if dev_before is None else {"before": dev_before.as_dict()}),
             "after": _dev_scores(trainer.state, config.select_best),

@@ -14,6 +14,7 @@ from zofo.tasks.families import family, passages
 from zofo.tasks.families.table import BUILTIN, builtin_tables
 from zofo.tasks.files import SUFFIXES
 from zofo.tasks.labels import Classes, class_names, label_of, require_known
+from zofo.tasks.reasoning import is_generated
 from zofo.tasks.rows import Table, read_table, require_columns
 from zofo.tasks.spec import Kind, Sizes, Splits, TaskSpec
 from zofo.tasks.split_notes import split_notes
@@ -171,7 +172,7 @@ def _own_rows(spec: TaskSpec, tokenizer: Any, known: Sequence[str]) -> _Rows:
     def read(part: str | None) -> Any:
         if part is None:
             return None
-        if part.lower().endswith(SUFFIXES) or part == source:
+        if part.lower().endswith(SUFFIXES) or part == source or is_generated(part):
             return read_table(part, subset=spec.subset)
         # Other names are splits, which only a hub dataset has.
         if source.lower().endswith(SUFFIXES):

@@ -15,6 +15,7 @@ from zofo.disk.files import refusing, require_regular
 from zofo.disk.plain import MAX_DEPTH
 from zofo.errors import UserError, shown
 from zofo.tasks.files import READERS, SUFFIXES
+from zofo.tasks.reasoning import generated_rows, is_generated
 
 MAX_TEXT: Final = 1 << 22
 """Choice: characters of one text of a row; no model reads a tenth of it."""
@@ -42,11 +43,13 @@ class Table:
 
 
 def read_table(source: str, *, subset: str | None = None, split: str = "train") -> Table:
-    """Read a file by its suffix, or a split of a hub dataset.
+    """Read a file by its suffix, a generator of reasoning-gym, or a split of a hub dataset.
 
     Raises:
         UserError: if the source is missing, cannot be read, or a file has no rows.
     """
+    if is_generated(source):
+        return Table(generated_rows(source), source, {})
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:

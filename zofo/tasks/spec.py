@@ -24,7 +24,9 @@ class TaskSpec(Section):
         description="a built-in task, or classification, completion or chat for your own rows",
     )
     train: str | None = Field(
-        None, description="your rows: a jsonl, json, csv, tsv or parquet file, or a hub dataset id"
+        None,
+        description="your rows: a jsonl, json, csv, tsv or parquet file, a hub dataset id, or "
+        "reasoning-gym:NAME?OPTIONS",
     )
     dev: str | None = Field(
         None, description="file, or name of the hub split; default: carved from train"

@@ -21,6 +21,7 @@ from zofo.errors import UserError
 from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory, check_base
+from zofo.perturb.shards import sharded_as
 from zofo.saved.layout import ORIGINAL_BASE_FILE, SNAPSHOT_FILE
 
 
@@ -211,7 +212,7 @@ def _on_cpu(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _copy_into(base: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in base.items():
-        parameter.data.copy_(values[name])
+        parameter.data.copy_(sharded_as(values[name], parameter))
 
 
 def _digest(trajectory: Trajectory, num_updates: int) -> str:

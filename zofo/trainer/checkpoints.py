@@ -22,10 +22,11 @@ from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
 from zofo.models.loading import copy_weights
 from zofo.models.saved_adapters import load_adapter, save_prompt_encoder, sort_sets
-from zofo.optim.blocks import is_peft
+from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.gradient_bytes import GradientBytes
 from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
+from zofo.perturb.shards import gathered
 from zofo.saved.buffers import load_buffers, save_buffers
 from zofo.saved.checkpoint import save_history
 from zofo.saved.checkpoint_folders import (
@@ -35,7 +36,7 @@ from zofo.saved.checkpoint_folders import (
     rotate,
 )
 from zofo.saved.layout import ACCOUNTS_FILE, CHECKPOINT_PREFIX, STATE_FILE
-from zofo.trainer.checks import is_sharded
+from zofo.trainer.checks import has_shards, is_sharded
 from zofo.trainer.trainer_mixin import TrainerMixin
 
 
@@ -99,16 +100,20 @@ class CheckpointMixin(TrainerMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model) and the trajectory, if the base has one."""
-        with saving_adapter(self.model), warnings.catch_warnings():
-            # The copy of the embeddings that peft then writes is not read: the base has a record.
-            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-            super().save_model(output_dir, _internal_call)
+        adapter = split_parameters(self.model).adapter if has_shards(self) else {}
+        folder = Path(output_dir or self._output_folder)
+        with gathered(self.model, adapter.values()):
+            with saving_adapter(self.model), warnings.catch_warnings():
+                # The copy of the embeddings that peft then writes is not read: the base has a
+                # record.
+                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                save_prompt_encoder(self.model, folder)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self._output_folder)
         if is_peft(self.model):
             sort_sets(self.model, folder)
-        save_prompt_encoder(self.model, folder)
         if self._history is not None:
             save_history(folder, self.model, self._history.optimizer)
         elif is_peft(self.model):
@@ -225,6 +230,16 @@ class CheckpointMixin(TrainerMixin):
         ):
             with naming_damage(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if has_shards(self) and not is_sharded(self):
+            # All processes gather the state, and the first one writes it.
+            state = self.optimizer.state_dict()
+            vars(self.optimizer)["state_dict"] = lambda: state
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            vars(self.optimizer).pop("state_dict", None)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with naming_damage(checkpoint):

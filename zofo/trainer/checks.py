@@ -68,9 +68,12 @@ def check_setup(trainer: Any, options: Any) -> None:
         )
     if is_sharded(trainer):
         wrong.append(
-            "FSDP and DeepSpeed shard the base: use plain DDP, choose fo-peft, or shard it with "
-            "torch.distributed.fsdp.fully_shard in a loop of your own around zofo.HybridOptimizer"
+            "the FSDP or DeepSpeed of accelerate would shard the base after the optimizer is made: "
+            "leave it out of accelerate's configuration, and in a script shard the model with "
+            "torch.distributed.fsdp.fully_shard before you make the trainer"
         )
+    elif has_shards(trainer):
+        wrong += _not_on_shards(trainer, options)
     if hasattr(trainer, "_generate_and_score_completions"):
         wrong.append(
             "a loss cannot be computed again in trainers that generate their batches, such as "
@@ -173,6 +176,28 @@ def can_be_hashed(trainer: Any) -> bool:
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether FSDP or DeepSpeed shards the weights, or will."""
-    is_asked = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return bool(is_asked or any(map(shards.is_sharded, trainer.model.parameters())))
+    """Whether the FSDP or DeepSpeed of accelerate shards the weights, or will."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def has_shards(trainer: Any) -> bool:
+    """Whether the caller has sharded the model with `fully_shard`."""
+    return any(map(shards.is_sharded, trainer.model.parameters()))
+
+
+def _not_on_shards(trainer: Any, options: Any) -> list[str]:
+    """What a trainer cannot do with a model that the caller has sharded."""
+    wrong = []
+    if not is_peft(trainer.model):
+        wrong.append(
+            "the model is sharded and has no adapter, so a checkpoint would gather all of it: use "
+            "a loop of your own around zofo.HybridOptimizer"
+        )
+    if options.snapshot_every is not None:
+        wrong.append("snapshot_every would gather the sharded base: leave it out")
+    if trainer.args.load_best_model_at_end and trainer._original_base is None:
+        wrong.append(
+            "load_best_model_at_end would copy the sharded base: pass original_base, which returns "
+            "the weights of its files by name"
+        )
+    return wrong

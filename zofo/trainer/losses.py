@@ -19,13 +19,14 @@ from zofo.errors import UserError
 from zofo.optim.batch_part import batch_rows, num_rows_of, split_rows
 from zofo.optim.estimator import unperturbed
 from zofo.optim.generators import GeneratorState
+from zofo.optim.population import Population
 from zofo.optim.processes import Processes
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.trainer.rewards import RewardMixin
 from zofo.trainer.row_losses import check_shares, row_shares
-from zofo.trainer.trainer_mixin import TrainerMixin
 
 
-class BatchLossMixin(TrainerMixin):
+class BatchLossMixin(RewardMixin):
     """Evaluates the losses of `HybridMixin`."""
 
     _shares_are_checked = False
@@ -56,7 +57,8 @@ class BatchLossMixin(TrainerMixin):
     @property
     def has_zeroth_loss(self) -> bool:
         """Whether the zeroth-order block follows another loss than the first-order one."""
-        return type(self).compute_zeroth_loss is not BatchLossMixin.compute_zeroth_loss
+        own = type(self).compute_zeroth_loss
+        return self._rewards is not None or own is not BatchLossMixin.compute_zeroth_loss
 
     def whole_batch(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
@@ -134,8 +136,8 @@ class BatchLossMixin(TrainerMixin):
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether the rows of a batch have directions of their own."""
-        return self.hybrid_optimizer.options.directions_per_step != 1
+        """Whether the rows of a batch of examples have directions of their own."""
+        return self._rewards is None and self.hybrid_optimizer.options.directions_per_step != 1
 
     @contextmanager
     def noting_row_losses(self) -> Iterator[list[Tensor]]:
@@ -220,8 +222,10 @@ class BatchLossMixin(TrainerMixin):
         inputs: Mapping[str, Any],
         num_items_in_batch: Any,
         generators: GeneratorState,
-    ) -> tuple[ZerothLoss | None, ZerothLoss | None]:
+    ) -> tuple[ZerothLoss | Population | None, ZerothLoss | None]:
         """The loss that is differenced (None for the training loss), and that of the other rows."""
+        if self._rewards is not None:
+            return self._population(model, inputs), None
         fraction = self.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)

@@ -13,7 +13,7 @@ accumulation and `report_to` keep working.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,9 +32,12 @@ from zofo.optim.methods import get_method, param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.reshuffle import RankBatches, ReshufflingSampler
 from zofo.optim.trajectory import Trajectory
+from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.rewards.functions import Given
+from zofo.rewards.options import RewardOptions
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
-from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup
+from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup, has_shards
 from zofo.trainer.losses import BatchLossMixin, metrics_set_aside
 from zofo.trainer.options import HybridArguments as HybridArguments
 from zofo.trainer.options import HybridOptions, read_rates
@@ -49,6 +52,13 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
 
     Args:
         hybrid: the options, for argument classes that do not hold them.
+        reward_funcs: rewards that the zeroth-order block follows instead of the loss: functions
+            with TRL's signature, or names as of `zofo.rewards.functions`; a first-order block still
+            follows the loss of the training data.
+        reward_weights: one for each reward; None: 1.
+        reward_dataset: rows with the key "prompt", a text or chat messages, and further columns for
+            the rewards; None: those of `train_dataset`.
+        reward: how answers are written and compared.
         original_base: returns the base before training, name -> tensor. It is needed to return to
             the best checkpoint. Default: a temporary copy beside the checkpoints.
 
@@ -71,6 +81,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         *args: Any,
         hybrid: HybridOptions | None = None,
         original_base: Callable[[], Mapping[str, Tensor]] | None = None,
+        reward_funcs: Given | None = None,
+        reward_weights: Sequence[float] | None = None,
+        reward_dataset: Any = None,
+        reward: RewardOptions | None = None,
         **kwargs: Any,
     ) -> None:
         # Trainer's __init__ may call methods of this class, so the attributes are set before it.
@@ -84,6 +98,9 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         with allowing_scales(args[0] if args else kwargs.get("model")):
             super().__init__(*args, **kwargs)
         check_setup(self, self.hybrid_options)
+        if reward_funcs is not None:
+            seed = self.hybrid_options.zo_seed
+            self._take_rewards(reward_funcs, reward_weights, reward_dataset, reward, seed)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
         self.add_callback(self.watch)
         self.add_callback(RestoreAccounts(self))
@@ -106,8 +123,9 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         costs 2 units and that of all weights 3; see `zofo.optim.cost`.
         """
         optimizer = self.hybrid_optimizer
+        num_passes = optimizer.step_count * self.args.gradient_accumulation_steps
         return forward_equivalents(
-            optimizer.step_count * self.args.gradient_accumulation_steps,
+            num_passes if self.has_examples else 0,
             get_method(self.hybrid_options.method).forwards_per_gradient,
             optimizer.num_forwards,
         )
@@ -133,8 +151,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 optimizer.original_fingerprint()  # so that a resume refuses another base
         if self._history is not None and self.args.load_best_model_at_end:
             self._history.keep_original()
-        if self.hybrid_optimizer.processes is not None and self.hybrid_optimizer.inner is None:
+        has_no_gradient = self.hybrid_optimizer.inner is None
+        if self.hybrid_optimizer.processes is not None and (has_no_gradient or has_shards(self)):
             # DistributedDataParallel refuses a model without gradients, and none have to be joined.
+            # Of shards, FSDP2 joins them.
             prepare: Any = type(self.accelerator).prepare_model
             vars(self.accelerator)["prepare_model"] = functools.partial(
                 prepare, self.accelerator, evaluation_mode=True
@@ -158,14 +178,16 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         if self._measured_step != self.state.global_step:
             # If a gradient scaler skipped the previous step, its measurements are invalid.
             optimizer.discard_measurements()
+            self._number_in_step = -1
+        self._number_in_step += 1
         self._measured_step = self.state.global_step
         rates = [g["lr"] for g in optimizer.param_groups if g.get("block", "base") == "base"]
         self._base_lr = float(rates[0]) if rates else None
         if not optimizer.zeroth_is_due:  # A step between two updates of the base (`base_every`).
             with self.weighing_loss(num_items_in_batch):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            optimizer.measure(lambda: loss, loss)
-            return loss
+                usual = super().training_step(model, inputs, num_items_in_batch)
+            optimizer.measure(lambda: usual, usual)
+            return usual
 
         by_rows = self.is_by_rows
 
@@ -185,11 +207,12 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         noting: AbstractContextManager[list[Tensor]] = nullcontext([])
         if by_rows:
             noting = self.noting_row_losses()
+        loss: Tensor | None = None
         with noting as noted:
             if optimizer.inner is not None:
                 with self.weighing_loss(num_items_in_batch):
                     loss = super().training_step(model, dict(inputs), num_items_in_batch)
-            else:
+            elif self.has_examples:
                 model.train()
                 with torch.no_grad():
                     loss = self._loss_of(inner, inputs, num_items_in_batch).detach()  # []
@@ -197,14 +220,24 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         with metrics_set_aside(self):
             # Unless the masks are replayed, dropout makes two evaluations differ.
             is_wanted = self.hybrid_options.self_check and optimizer.options.replay_dropout
-            if is_wanted and not self._parts_are_checked and instead and rest:
+            if (
+                is_wanted
+                and rest
+                and isinstance(instead, ZerothLoss)
+                and not self._parts_are_checked
+            ):
                 whole = self.whole_batch(inner, inputs, num_items_in_batch)
                 known = None if self.has_zeroth_loss else loss
                 self._check_parts(known, whole, instead, rest, generators)
             self._parts_are_checked = True
-            measured = noted[-1].to(loss.device) if by_rows else loss
+            measured = noted[-1] if by_rows else loss
+            if measured is not None and loss is not None:
+                measured = measured.to(loss.device)
             examples = self.examples_of(inputs)
             optimizer.measure(closure, measured, generators, instead, examples)
+        if loss is None:
+            loss = torch.tensor(-self._reward_logs()["reward"], device=self.args.device)
+            loss = loss / self.current_gradient_accumulation_steps
         return loss
 
     def _new_optimizer(self, model: Any) -> HybridOptimizer:
@@ -234,6 +267,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
             seed=args.seed if options.zo_seed is None else options.zo_seed,
             options=options,
+            **self.reward_changes,
             process_group=dist.group.WORLD if args.world_size > 1 else None,
         )
 
@@ -273,7 +307,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             report = optimizer.last_step
             # Between two updates of the base, the logs repeat the numbers of the last one.
             measured = optimizer.last_measured
-            if measured is not None:
+            # The scalars of answers that are compared with each other have the mean 0.
+            if measured is not None and self._rewards is None:
                 scalars = measured.projected_grad
                 logs["projected_grad"] = sum(scalars) / len(scalars)
             if self._base_lr is not None:
@@ -295,6 +330,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 logs["signal_to_rounding"] = watch.signal_to_rounding(
                     measured.loss, measured.projected_grad
                 )
+            logs |= self._reward_logs()
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
         if "train_loss" in logs:  # The mean over all steps includes those before a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)

@@ -26,6 +26,7 @@ import torch
 from transformers import TrainerCallback
 
 from zofo.optim.reports import StepReport
+from zofo.perturb.shards import Whole
 
 OnNonFinite = Literal["stop", "skip"]
 _WINDOW: Final = 20  # Steps per check. One unusual batch hardly changes a median of twenty.
@@ -141,7 +142,7 @@ class StopOnNonFinite(TrainerCallback):
         zeroth = [g for g in optimizer.param_groups if g["order"] == "zeroth"]
         sample = zeroth[0]["params"] if zeroth else []
         if sample:
-            largest = max(sample, key=lambda p: p.numel())
+            largest = Whole({"": max(sample, key=lambda p: p.numel())})[""]
             self.watch = Watch(
                 # The loss is float32, but the arithmetic before it rounds as the weights do.
                 loss_dtype=largest.dtype,
