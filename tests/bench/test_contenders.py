@@ -12,11 +12,12 @@ import zofo.perturb.overlap
 from zofo.bench.contenders import EPS, RATE
 from zofo.bench.contenders import KINDS as ALL_KINDS
 from zofo.bench.models import Workbench, model_facts
-from zofo.bench.settings import CONTENDERS, Settings, contenders_on
+from zofo.bench.settings import CONTENDERS, Settings, contenders_on, settings_from
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS as ADAPTERS
 from zofo.optim.blocks import split_parameters
+from zofo.perturb.quantized import is_quantized
 from zofo.run.cost import forward_equivalents
 
 SETTINGS = Settings("random:llama-tiny", batch=2, length=8, device="cpu", threads=(1,))
@@ -41,6 +42,34 @@ def one_step(contender):
     contender.enter()
     contender.step()
     contender.leave()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_contenders_on_a_quantised_base_share_its_codes(decoder_folder, quantization):
+    pytest.importorskip("bitsandbytes")
+    settings = dataclasses.replace(SETTINGS, model=decoder_folder, quantization=quantization)
+    bench = Workbench(settings)
+    codes = [p for p in bench.base if is_quantized(p)]
+    before, adapter = copies(codes), bench.adapter
+    plain = model_facts(dataclasses.replace(settings, quantization=None))
+    assert model_facts(settings).base_bytes < plain.base_bytes
+    assert model_facts(settings).num_parameters == plain.num_parameters
+    for name in contenders_on("cpu", quantization):
+        start = copies(adapter)
+        one_step(KINDS[name](bench, BIG))
+        assert differ(start, adapter) == (name.startswith(("hybrid", "fo-peft")))
+    assert not differ(before, codes)
+
+
+def test_what_a_quantised_base_cannot_run_is_refused():
+    asked = {"quantization": "nf4", "device": "cpu", "threads": None}
+    with pytest.raises(UserError, match=r"mezo cannot run on a base in nf4; choose from forward"):
+        settings_from(only="mezo", **asked)
+    with pytest.raises(UserError, match=r"random:llama-tiny has no weights that could be"):
+        settings_from(only=None, model="random:llama-tiny", **asked)
+    chosen = settings_from(only=None, **asked)
+    assert "--only" not in chosen.arguments()
+    assert "--quantization" in chosen.arguments()
 
 
 def test_every_name_has_its_contender_in_order():

@@ -113,8 +113,17 @@ def test_the_plan_counts_what_a_run_holds(tmp_path, reviews, decoder_folder, qua
     rest = sum(p.nbytes for p in model.parameters()) - parts.codes
     assert plan.memory_bytes["other weights"] == rest
     plain = split_parameters(load_model(decoder_folder)[0]).base.values()
-    counted = sum(num_weights(p) for p in split_parameters(model).base.values())
+    counted = num_weights(model, split_parameters(model).base.values())
     assert plan.num_parameters["base"][2] == counted == sum(p.numel() for p in plain)
+
+
+def test_the_plan_of_a_moved_base_counts_unnested_scales(tmp_path, reviews, nested_folder):
+    scales = {}
+    for method in ("fo-peft", "hybrid"):
+        config = config_for(tmp_path / "run", reviews, nested_folder, f"method={method}")
+        scales[method] = make_plan(config).memory_bytes["scales of the quantised layers"]
+        assert scales[method] == quantized_bytes(prepare(config).model).scales
+    assert scales["hybrid"] != scales["fo-peft"]
 
 
 def test_only_methods_that_move_the_base_unnest_its_scales(tmp_path, reviews, nested_folder):

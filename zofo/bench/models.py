@@ -59,7 +59,7 @@ def model_facts(settings: Settings) -> ModelFacts:
     with torch.device("meta"):
         adapter = split_parameters(create_adapter(model, settings.adapter)).adapter
     return ModelFacts(
-        sum(map(num_weights, base)),
+        num_weights(model, base),
         sum(p.numel() for p in adapter.values()),
         num_bytes,
         max(layers),

@@ -9,7 +9,7 @@ are nested: 8-bit codes with scales of their own.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -222,14 +222,19 @@ def quantize_empty(model: Any, config: Any) -> None:
         if isinstance(module, Linear8bitLt):
             codes = empty(*module.weight.shape, dtype=torch.int8)
             scales = empty(module.out_features)
-            module.weight = Int8Params(codes, requires_grad=False, SCB=scales)
+            module.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         elif isinstance(module, Linear4bit):
             own: Any = module.weight
             num, size = own.numel(), own.blocksize
             num_scales = -(-num // size)  # rounded up
             state = QuantState(empty(num_scales), own.shape, empty(16), size, own.quant_type)
             if is_nested:
-                outer = QuantState(empty(-(-num_scales // 256)), code=empty(256), blocksize=256)
+                outer = QuantState(
+                    empty(-(-num_scales // 256)),
+                    code=empty(256),
+                    blocksize=256,
+                    dtype=torch.float32,
+                )
                 scales = empty(num_scales, dtype=torch.uint8)
                 state = QuantState(
                     scales, own.shape, state.code, size, own.quant_type, None, empty(), outer
@@ -292,10 +297,15 @@ def quantized_bytes(model: nn.Module) -> QuantizedBytes:
     return QuantizedBytes(codes, scales)
 
 
-def num_weights(parameter: Tensor) -> int:
-    """The number of weights in a parameter, which may hold several in one element."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+def num_weights(model: nn.Module, parameters: Iterable[Tensor]) -> int:
+    """The number of weights in parameters of a model.
+
+    A parameter in 4 bits holds several weights in one element, and scales are no weights of their
+    own.
+    """
+    own = set(map(id, model.parameters()))
+    shapes = (getattr(p, "quant_state", p).shape for p in parameters if id(p) in own)
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def notes_on_unnesting(num_bytes: int) -> list[str]:

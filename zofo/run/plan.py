@@ -19,7 +19,7 @@ from zofo.environment import resolve_device
 from zofo.models.quantized import num_weights, quantized_bytes
 from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
-from zofo.perturb.quantized import Scales
+from zofo.perturb.quantized import unnest_scales
 from zofo.perturb.view import Perturbation
 from zofo.run.cost import forward_equivalents
 from zofo.run.prepare import num_steps
@@ -59,6 +59,8 @@ def make_plan(config: RunConfig) -> Plan:
     encoder = encoder_for(tokenizer, base.head, config.task)
     model: Any = base.empty()
     config_of_model = model.config
+    if METHODS[config.method].base == "zeroth":
+        unnest_scales(model)
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer)
     rows, notes = encode_parts(
@@ -146,7 +148,7 @@ def _parameters(model: nn.Module, config: RunConfig) -> dict[str, tuple[str, int
     counts = {}
     for block, parameters in (("base", blocks.base), ("adapter", blocks.adapter)):
         moved = sum(p.numel() for g in groups if g["block"] == block for p in g["params"])
-        total = sum(num_weights(p) for p in parameters.values() if not isinstance(p, Scales))
+        total = num_weights(model, parameters.values())
         counts[block] = (str(getattr(method, block)), moved, total)
     return counts
 
