@@ -199,6 +199,10 @@ KINDS = [
     for dtype, every in (("float32", "null"), ("bfloat16", "5"))
     for optimizer in ("adamw", "sgd")
 ]
+QUANTISED = [
+    ("model.quantization=nf4", "snapshot_every=5"),
+    ("model.quantization=int8", "snapshot_every=null"),
+]
 
 
 def compare(tmp_path, reviews, model, *more, kills, seed):
@@ -215,8 +219,14 @@ def test_killed_three_times(tmp_path, reviews, decoder_folder):
     assert compare(tmp_path, reviews, decoder_folder, *KINDS[2], kills=3, seed=1) >= 2
 
 
+@pytest.mark.parametrize("kind", QUANTISED, ids=" ".join)
+def test_killed_on_a_quantised_base(tmp_path, reviews, decoder_folder, kind):
+    pytest.importorskip("bitsandbytes")
+    assert compare(tmp_path, reviews, decoder_folder, *kind, kills=2, seed=3) >= 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+@pytest.mark.parametrize("kind", [*KINDS, *QUANTISED], ids=" ".join)
 def test_killed_twenty_five_times(tmp_path, reviews, decoder_folder, kind):
     # A run may end before its last kill. The loop then starts another run, until 25 kills have hit
     # a live one.
