@@ -110,7 +110,7 @@ def population_gradients(
     if not perturbation.rank_one:
         raise UserError(
             "no weight that moves can have a rank-one direction for each answer, which rewards "
-            "need; quantised and compiled layers cannot"
+            "need; compiled layers cannot"
         )
     evaluated = functools.partial(_rewards, population, perturbation, step=step, first=first)
     while True:
