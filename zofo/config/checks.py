@@ -9,7 +9,7 @@ from typing import Final
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
 from zofo.disk.files import problem_of_name
 from zofo.models.adapter_kinds import KINDS
-from zofo.optim.methods import METHODS, methods_that
+from zofo.optim.methods import METHODS, anchor_problem, methods_that
 from zofo.optim.options import STEP_KEYS, rank_one_problems
 
 _NEED_ARGUMENTS: Final = (
@@ -94,6 +94,14 @@ def check_sections(config: RunConfig) -> list[str]:
         if isinstance(rate, float) and rate < 0:
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"
             problems.append(f"{name} is {rate}; a learning rate is at least 0")
+    numbers = [rate for rate in rates.values() if isinstance(rate, float)]
+    if problem := anchor_problem(config.base_anchor, config.method, numbers):
+        problems.append(problem)
+    if config.base_anchor and method.base == "zeroth" and config.model.quantization is not None:
+        problems.append(
+            f"base_anchor is {config.base_anchor} and model.quantization "
+            f"{config.model.quantization}, whose scales have no anchor; leave one of them out"
+        )
     problems += _check_scheduler(config.scheduler)
     return problems
 
@@ -224,6 +232,8 @@ def idle_options(config: RunConfig) -> list[str]:
         idle += ["optimizer", "max_grad_norm"]
     if method.base != "zeroth" or not method.needs_adapter:
         idle.append("snapshot_every")
+    if method.base == "frozen":
+        idle.append("base_anchor")
     found = [
         f"{key} has no effect with method {config.method}"
         for key in idle

@@ -142,6 +142,13 @@ class RunConfig(Section, StepOptions):
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     base_weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the base")
+    base_anchor: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="pull of a zeroth-order base to its original weights: each update goes the "
+        "share base_lr · base_anchor of the way back",
+    )
     adapter_weight_decay: float = Field(
         0.0, ge=0, description="weight decay of the adapter's optimizer"
     )

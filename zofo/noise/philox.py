@@ -157,9 +157,12 @@ def gaussian(elements: Tensor, *, seed: int, step: int, direction: int, tensor: 
     return (radius * torch.where((elements & 1) == 0, angle.cos(), angle.sin())).float()
 
 
-def rounding_bits(elements: Tensor, *, seed: int, step: int, tensor: int) -> Tensor:
-    """Sixteen uniform bits for each element: int64 in [0, 2^16), shape of `elements`."""
-    four = words(elements, seed=seed, step=step, direction=0, tensor=tensor, purpose=ROUNDING)
+def rounding_bits(elements: Tensor, *, seed: int, step: int, tensor: int, draw: int = 0) -> Tensor:
+    """Sixteen uniform bits for each element: int64 in [0, 2^16), shape of `elements`.
+
+    A step that rounds more than once has a `draw` for each; the kernels' is 0.
+    """
+    four = words(elements, seed=seed, step=step, direction=draw, tensor=tensor, purpose=ROUNDING)
     # A word holds two draws: bits 1 and 2 of the index choose the word, bit 0 the half.
     word = four.gather(-1, ((elements >> 1) & 3).unsqueeze(-1)).squeeze(-1)
     return (word >> (16 * (elements & 1))) & 0xFFFF

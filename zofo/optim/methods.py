@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -134,6 +135,24 @@ def apply_method(model: nn.Module, method: str) -> Blocks:
     return blocks
 
 
+def anchor_problem(anchor: float, method: str, rates: Iterable[float]) -> str | None:
+    """Why a base with these learning rates cannot have an anchor; None if it can, or is frozen."""
+    order, highest = get_method(method).base, max(rates, default=0)
+    if not 0 <= anchor < math.inf:
+        return f"base_anchor is {anchor}; it must be a number of at least 0"
+    if anchor and order == "first":
+        return (
+            f"base_anchor is {anchor}, and method {method} moves the base by its gradient; leave "
+            f"it at 0, or choose {methods_that(lambda m: m.base == 'zeroth')}"
+        )
+    if anchor * highest > 1 and order == "zeroth":
+        return (
+            f"base_anchor is {anchor} and base_lr {highest}, and their product is the share of the "
+            f"way back that an update goes; lower base_anchor to at most {1 / highest:g}"
+        )
+    return None
+
+
 def param_groups(
     model: nn.Module,
     method: str = "hybrid",
@@ -141,6 +160,7 @@ def param_groups(
     base_lr: float | Mapping[str, float] = 1e-5,
     adapter_lr: float = 1e-3,
     base_weight_decay: float = 0.0,
+    base_anchor: float = 0.0,
     adapter_weight_decay: float = 0.0,
     no_decay: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
@@ -154,20 +174,25 @@ def param_groups(
             that no pattern matches stays frozen.
         adapter_lr: learning rate of the adapter.
         base_weight_decay: decoupled weight decay of the base.
+        base_anchor: λ of a zeroth-order base; each update moves a weight the share base_lr · λ of
+            the way back to its original value. A frozen base has none.
         adapter_weight_decay: weight decay, passed to the adapter's optimizer.
         no_decay: names of first-order parameters that have no weight decay.
 
     Returns:
         Dicts with `params`, `names`, `tensors` (tensor indices of the directions), `order`,
-        `block`, `lr` and `weight_decay`.
+        `block`, `lr`, `weight_decay`, and `anchor` if there is one.
 
     Raises:
-        UserError: for a pattern that matches no parameter, or a negative learning rate.
+        UserError: for a pattern that matches no parameter, a negative learning rate, or an anchor
+            that the method or the rates do not allow.
     """
     blocks, chosen = apply_method(model, method), get_method(method)
     no_decay = [name.replace(WRAPPED_NAME, "") for name in no_decay]
     rates = dict(base_lr) if isinstance(base_lr, Mapping) else {"*": base_lr}
     _check_rates({**{f"base_lr[{k!r}]": v for k, v in rates.items()}, "adapter_lr": adapter_lr})
+    if problem := anchor_problem(base_anchor, method, rates.values()):
+        raise UserError(problem)
     groups: list[dict[str, Any]] = []
 
     def add(names: list[str], block: str, order: Order, lr: float, weight_decay: float) -> None:
@@ -175,6 +200,7 @@ def param_groups(
         source = blocks.movable if is_base else blocks.adapter
         index = blocks.base_index if is_base else blocks.adapter_index
         spared = set(no_decay) if order == "first" else set()
+        has_anchor = base_anchor > 0
         for part, decay in (
             ([n for n in names if n not in spared], weight_decay),
             ([n for n in names if n in spared], 0.0),
@@ -189,6 +215,7 @@ def param_groups(
                         "block": block,
                         "lr": lr,
                         "weight_decay": decay,
+                        **({"anchor": base_anchor} if has_anchor and is_base else {}),
                     }
                 )
 

@@ -2,7 +2,7 @@
 
     loss = f(x, y)                          forward and backward pass, gradients for y only
     s_k  = (f(x + eps v_k, y) − loss) / eps without gradients; or the central difference
-    x ← (1 − lr_x · weight_decay) x − lr_x · mean_k s_k v_k
+    x ← (1 − lr_x · weight_decay) x − lr_x · mean_k s_k v_k      after x ← x + lr_x λ (x_0 − x)
     y ← optimizer(y, ∇_y loss)              any torch optimizer
 
 x is the zeroth-order block and y the first-order block. Both are updated at the end of the step,
@@ -33,7 +33,6 @@ from zofo.optim.estimator import forwards_per_direction, projected_gradients, un
 from zofo.optim.generators import GeneratorState
 from zofo.optim.methods import check_groups
 from zofo.optim.moved import mark_moved
-from zofo.optim.norms import clip_gradients
 from zofo.optim.options import (
     StepOptions,
     checked_options,
@@ -68,6 +67,8 @@ class HybridOptimizer(StatefulOptimizer):
         reads_late: keep the scalars s_k of a step on the device and read them one step later, so
             that the host never waits. The results are the same. None: True on CUDA. `last_step`,
             `trajectory` and `state_dict` wait for the newest scalars.
+        original: the base before training, name in the model without adapter -> tensor, read one at
+            a time if a group has an `anchor`; None: a temporary file takes a copy of the base.
         options: the step options. The optimizer holds a checked copy as `options`. With
             `base_every` k, zeroth-order groups are evaluated and updated only in steps 0, k, 2k.
         **changes: fields of `StepOptions`, such as `eps=1e-3`; they take precedence over `options`.
@@ -87,6 +88,7 @@ class HybridOptimizer(StatefulOptimizer):
         max_grad_norm: float | None = None,
         process_group: Any = None,
         reads_late: bool | None = None,
+        original: Mapping[str, Tensor] | None = None,
         options: StepOptions | None = None,
         **changes: Any,
     ) -> None:
@@ -116,9 +118,10 @@ class HybridOptimizer(StatefulOptimizer):
         if self.processes is not None:
             self._log.part_in_words = self.processes.part_in_words
         self._has_stepped = self._ran_backward = self._has_moved_base = False
-        self.base_fingerprint = None
+        self.base_fingerprint, self.original = None, original
         self.step_count = self.num_forwards = 0
         self.discard_measurements()
+        self._check_anchor()
         self._is_built = True
 
     @property
@@ -408,7 +411,8 @@ class HybridOptimizer(StatefulOptimizer):
         ):
             self._note_first_move()
         for group in zeroth:
-            rates = float(group["lr"]), float(group["weight_decay"])
+            anchor = float(group.get("anchor", 0.0))
+            rates = float(group["lr"]), float(group["weight_decay"]), anchor
             Update(self.step_count, numbers.projected_grad, *rates).apply(
                 group["params"],
                 group["tensors"],
@@ -416,27 +420,17 @@ class HybridOptimizer(StatefulOptimizer):
                 distribution=self.options.distribution,
                 rank_one=self.rank_one,
                 unread=numbers.unread,
+                original=map((self.original or {}).__getitem__, group["names"] if anchor else ()),
             )
         self._log.trajectory.rank_one = self.rank_one
         self._log.add(self.step_count, self._num_forwards, self._rates(), numbers)
-
-    def _note_first_move(self) -> None:
-        """Note which base this run began with, and keep peft from saving an adapter alone."""
-        if hasattr(self.model, "peft_config"):
-            self.original_fingerprint()
-        mark_moved(self.model)
-        self._has_moved_base = True
 
     def _is_read_late(self) -> bool:
         """Whether to read later; never in the first step, which may create optimizer state."""
         has_small_first = all(g.get("block") == "adapter" for g in self._groups("first"))
         measured = self._scalars if self._loss is None else self._loss
         device = None if measured is None else measured.device
-        if device is None or not self._has_stepped or not has_small_first:
+        is_early = not self._has_stepped or self._has_anchor  # whose weights the host reads anyway
+        if device is None or is_early or not has_small_first:
             return False
         return device.type == "cuda" if self._reads_late is None else self._reads_late
-
-    def _clip(self) -> Tensor | None:
-        if self.max_grad_norm is None or self.inner is None:
-            return None
-        return clip_gradients(self._first_parameters(), self.max_grad_norm)

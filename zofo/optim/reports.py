@@ -21,13 +21,14 @@ from zofo.optim.trajectory import Trajectory, Update
 
 
 class GroupRate(NamedTuple):
-    """One zeroth-order group: its block, numbers of weights, learning rate and weight decay."""
+    """One zeroth-order group: its block, numbers of weights, and what an update of it records."""
 
     block: str
     num_weights: int
     num_rank_one: int  # of them, those with rank-one directions
     lr: float
     weight_decay: float
+    anchor: float = 0.0
 
 
 Rates = tuple[GroupRate, ...]
@@ -45,8 +46,8 @@ class StepReport:
         grad_norm: norm of the first-order gradient before clipping; None without `max_grad_norm`.
         non_finite: whether the step was skipped because its loss or a scalar was not finite.
         num_forwards: forward passes of the zeroth-order estimate; some rows count as their share.
-        update_norms: block -> norm of its update without weight decay. A first-order adapter's is
-            measured. A zeroth-order block's is the expectation over the directions,
+        update_norms: block -> norm of its update without weight decay and anchor. A first-order
+            adapter's is measured. A zeroth-order block's is the expectation over the directions,
             lr sqrt(d Σ s_k²) / K with d weights, exact for one Rademacher direction. Rank-one
             directions of rows are not averaged over K.
         rows_left_out: rows whose share of the difference is not finite and counts as 0.
@@ -217,7 +218,7 @@ class StepLog:
             norms["adapter"] = adapter_norm
         if is_finite and scalars:
             row = [
-                Update(step, scalars, rate.lr, rate.weight_decay)
+                Update(step, scalars, rate.lr, rate.weight_decay, rate.anchor)
                 for rate in rates
                 if rate.block == "base"
             ]
@@ -279,7 +280,7 @@ def _expected_norms(
 ) -> dict[str, float]:
     squares: dict[str, float] = {}
     sum_of_squares = math.fsum(s * s for s in scalars)
-    for block, num_weights, num_rank_one, lr, _ in rates:
+    for block, num_weights, num_rank_one, lr, *_ in rates:
         if distribution == "rank-one":
             others = (num_weights - num_rank_one) * math.fsum(scalars) ** 2
             square = num_rank_one * sum_of_squares + others

@@ -14,24 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zofo.disk.copied import CopyOnDisk
 from zofo.disk.files import fingerprint, refusing
 from zofo.errors import UserError
+from zofo.optim.anchor import OriginalBase
 from zofo.optim.blocks import set_units, split_parameters, units_of
 from zofo.optim.buffers import MovingBuffers
-from zofo.optim.norms import norm_of
+from zofo.optim.moved import mark_moved
+from zofo.optim.norms import clip_gradients, norm_of
 from zofo.optim.options import StepOptions, step_values
 from zofo.optim.population import Population, population_gradients
 from zofo.optim.processes import Processes
 from zofo.optim.reports import GroupRate, StepLog, StepReport
 from zofo.optim.trajectory import GroupSpec, Trajectory
-from zofo.perturb.shards import Whole, sharded_as
+from zofo.perturb.quantized import Scales
+from zofo.perturb.shards import Whole, is_sharded, sharded_as
 from zofo.perturb.view import Perturbation
 
 _COPIED: Final = (
     "model", "options", "seed", "max_grad_norm", "inner", "step_count", "num_forwards",
     "base_fingerprint", "_self_check", "buffers", "_log", "_reads_late", "_has_stepped",
     "_is_built", "_ran_backward", "_has_moved_base", "_loss", "_scalars", "_num_forwards",
-    "_rows", "_left_out",
+    "_rows", "_left_out", "original",
 )  # fmt: skip
 """Attributes that a copy or a pickle of the optimizer keeps, beside torch's own."""
 
@@ -51,6 +55,8 @@ class StatefulOptimizer(Optimizer):
     _log: StepLog
     buffers: MovingBuffers
     processes: Processes | None = None  # a copy or a pickle has none
+    original: Mapping[str, Tensor] | None  # the base before training, read for an anchor
+    max_grad_norm: float | None
     _is_built: bool = False
     _ran_backward: bool  # whether `accumulate` has run a backward pass in this step
     _loss: Tensor | None  # of this step, float64, []
@@ -134,6 +140,7 @@ class StatefulOptimizer(Optimizer):
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "zofo"})
         self._share_state()
         self._shard_state()
+        self._check_anchor()
         self.step_count, self.num_forwards = own["step_count"], own["num_forwards"]
         self.base_fingerprint = saved or self.base_fingerprint
         self._keep_kinds(own.get("rank_one", ()), self._zeroth_tensors())
@@ -161,6 +168,42 @@ class StatefulOptimizer(Optimizer):
         if self.base_fingerprint is None:
             self.base_fingerprint = fingerprint(Whole(split_parameters(self.model).base))
         return self.base_fingerprint
+
+    @property
+    def _has_anchor(self) -> bool:
+        """Whether a group is pulled towards its original weights."""
+        return any(group.get("anchor") for group in self._groups("zeroth"))
+
+    def _check_anchor(self) -> None:
+        """Make sure that the original weights are at hand, if a group has an anchor.
+
+        Raises:
+            UserError: if they are not, or these weights cannot have an anchor.
+        """
+        groups = [group for group in self._groups("zeroth") if group.get("anchor")]
+        if not groups:
+            return
+        weights = [p for group in groups for p in group["params"]]
+        wrong = {
+            "several processes, start one": self.processes is not None,
+            "sharded weights, leave the sharding out": any(map(is_sharded, weights)),
+            "scales of quantised weights, load the base without quantization": any(
+                isinstance(p, Scales) for p in weights
+            ),
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                raise UserError(f"base_anchor does not work with {what}, or set base_anchor=0")
+        if self.original is None:
+            if self._has_moved_base:
+                raise UserError(
+                    "base_anchor needs the base before training, and this base has moved; pass "
+                    "original, name -> tensor, such as what safetensors files hold"
+                )
+            self.original = CopyOnDisk(split_parameters(self.model).base)
+        if self.base_fingerprint is None:  # so that a state of another base is refused
+            self.original = OriginalBase(self.original, split_parameters(self.model).base)
+            self.base_fingerprint = fingerprint(self.original)
 
     def _settings(self) -> dict[str, Any]:
         """What the processes of a group must agree on, besides the weights."""
@@ -232,6 +275,7 @@ class StatefulOptimizer(Optimizer):
                 num_of(group, self.rank_one),
                 float(group["lr"]),
                 float(group["weight_decay"]),
+                float(group.get("anchor", 0.0)),
             )
             for group in self._groups("zeroth")
         )
@@ -245,6 +289,24 @@ class StatefulOptimizer(Optimizer):
 
     def _distance_from(self, before: list[Tensor]) -> Tensor:
         return norm_of(torch._foreach_sub(self._first_parameters("adapter"), before))
+
+    def _note_first_move(self) -> None:
+        """Note which base this run began with, and keep peft from saving an adapter alone."""
+        if hasattr(self.model, "peft_config"):
+            self.original_fingerprint()
+        base = Whole(split_parameters(self.model).base)
+        if self._has_anchor and fingerprint(base) != self.base_fingerprint:
+            raise UserError(
+                "the base is not the original of its anchor; load the base that the run began "
+                "with, or set optimizer.trajectory to the updates that it has had since"
+            )
+        mark_moved(self.model)
+        self._has_moved_base = True
+
+    def _clip(self) -> Tensor | None:
+        if self.max_grad_norm is None or self.inner is None:
+            return None
+        return clip_gradients(self._first_parameters(), self.max_grad_norm)
 
     def _share_state(self) -> None:
         if self.inner is not None:

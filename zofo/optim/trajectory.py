@@ -12,7 +12,7 @@ Directions and stochastic rounding are pure functions of their address (seed, st
 element). The recorded scalars and learning rates therefore turn the original base into the trained
 one: a fine-tuned model costs a few bytes per step. Training updates the weights with
 `Update.apply`, one step at a time. `Trajectory.replay` applies many updates in one pass over the
-weights and gives the same bits.
+weights and gives the same bits. With an anchor (`zofo.optim.update`), it applies them one by one.
 
 References:
     Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023, on storing a run
@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -41,9 +41,11 @@ from zofo.disk.files import (
     write_tensors,
 )
 from zofo.errors import UserError
-from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_many, combine_steps
+from zofo.noise.combine import DISTRIBUTIONS, Distribution, combine_steps
 from zofo.noise.philox import MAX_DIRECTIONS, MAX_STEP, MAX_TENSORS, NOISE_VERSION
-from zofo.perturb.quantized import unit_of
+from zofo.optim.update import GroupSpec as GroupSpec
+from zofo.optim.update import Update as Update
+from zofo.optim.update import drawn_from
 from zofo.perturb.shards import Whole, local_part
 
 FORMAT_VERSION: Final = 1
@@ -51,6 +53,8 @@ RANK_ONE_VERSION: Final = 2
 """The format of a file with rank-one directions, which older versions of zofo do not know."""
 UNITS_VERSION: Final = 3
 """The format of a file with scales of quantised weights, whose directions have units."""
+ANCHOR_VERSION: Final = 4
+"""The format of a file with an anchor, of weights that are not quantised."""
 DTYPE_POLICY = "float32 arithmetic, stochastic rounding to 16 bits"
 """How an update is computed and stored. Updates of float64 weights use float64 arithmetic."""
 TRAJECTORY_FILE: Final = "base_trajectory.safetensors"
@@ -60,105 +64,6 @@ MAX_UPDATES: Final = 1 << 22
 """Steps times parameter groups that a trajectory can hold, in half a GiB of memory."""
 _MAX_BYTES: Final = 1 << 30  # of the file
 _MAX_EXPONENT: Final = 64  # of a unit, far beyond any scale
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """The base tensors of a parameter group: their names and their tensor indices."""
-
-    # Keep the names and fields of GroupSpec and Update: zofo.trainer.base_history hashes their
-    # `repr` to check whether a copy of the base belongs to a trajectory.
-    names: tuple[str, ...]
-    tensors: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)  # A long run keeps millions.
-class Update:
-    """One step of one parameter group."""
-
-    step: int  # addresses the directions
-    projected_grad: tuple[float, ...]  # s_k, one per direction
-    lr: float
-    weight_decay: float  # decoupled
-
-    def coefficients(
-        self, kind: tuple[Distribution, bool, float], unread: Tensor | None = None
-    ) -> Tensor:
-        """The factor of each direction of a weight: float64, [directions].
-
-        Args:
-            kind: distribution of the run, whether the weight's directions are rank-one, their unit.
-            unread: as for `apply`.
-        """
-        distribution, is_rank_one, unit = kind
-        own = self.projected_grad
-        scalars = torch.tensor(own, dtype=torch.float64) if unread is None else unread
-        if distribution == "rank-one" and not is_rank_one:
-            scalars = total(scalars)[None]
-        factors = scalars * -self.lr
-        return (factors if distribution == "rank-one" else factors / len(scalars)) * unit
-
-    @property
-    def decay(self) -> float:
-        """The factor of the weight: 1 − lr · weight_decay."""
-        return 1.0 - self.lr * self.weight_decay
-
-    def apply(
-        self,
-        parameters: Iterable[Tensor],
-        tensors: Iterable[int],
-        *,
-        seed: int,
-        distribution: Distribution,
-        rank_one: Collection[int] = (),
-        unread: Tensor | None = None,
-    ) -> None:
-        """Update the parameters in place. A learning rate of 0 leaves every bit unchanged.
-
-        Args:
-            parameters: the weights of the group; of a sharded one, this process's shard changes.
-            tensors: the tensor indices that address their directions.
-            seed: seed of the run.
-            distribution: distribution of the directions.
-            rank_one: tensor indices of the weights whose directions are rank-one.
-            unread: the scalars s_k while they are on the device, float64, shape [directions]. They
-                replace `projected_grad` and give the same bits. If any is NaN or infinite, no
-                weight changes. None: use `projected_grad`.
-        """
-        if self.lr == 0:
-            return
-        kinds: dict[tuple[bool, float], list[tuple[Tensor, int]]] = {}
-        for parameter, tensor in zip(parameters, tensors, strict=True):
-            kind = tensor in rank_one, unit_of(parameter)
-            kinds.setdefault(kind, []).append((parameter, tensor))
-        for (is_rank_one, unit), pairs in kinds.items():
-            parts = [local_part(parameter) for parameter, _ in pairs]
-            factors = self.coefficients((distribution, is_rank_one, unit), unread)
-            combine_many(
-                [part for part, _ in parts],
-                factors.tolist() if unread is None else factors,
-                decay=self.decay,
-                seed=seed,
-                step=self.step,
-                tensors=[tensor for _, tensor in pairs],
-                offsets=[offset for _, offset in parts],
-                distribution=drawn_from(distribution, is_rank_one=is_rank_one),
-                rounding="stochastic",
-            )
-
-
-def drawn_from(distribution: Distribution, *, is_rank_one: bool) -> Distribution:
-    """The distribution of one weight: a run with rank-one directions has signs elsewhere."""
-    return "rademacher" if distribution == "rank-one" and not is_rank_one else distribution
-
-
-def total(scalars: Tensor) -> Tensor:
-    """Sum float64 scalars [n] to [], with the same bits on every device: by halves."""
-    while len(scalars) > 1:
-        half = len(scalars) // 2
-        pairs = scalars[:half] + scalars[half : 2 * half]
-        scalars = torch.cat((pairs, scalars[2 * half :]))
-    return scalars.sum()  # of one, or of none
 
 
 @dataclass
@@ -194,6 +99,11 @@ class Trajectory:
         """Whether some update has a learning rate above 0."""
         return any(update.lr != 0 for row in self.updates for update in row)
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether some update pulls the weights towards their values before training."""
+        return any(update.anchor and update.lr for row in self.updates for update in row)
+
     def replay(
         self,
         parameters: Mapping[str, nn.Parameter],
@@ -201,6 +111,7 @@ class Trajectory:
         start: int = 0,
         stop: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        original: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Apply the updates start .. stop − 1 to the parameters, in place.
 
@@ -212,10 +123,17 @@ class Trajectory:
             start: first update.
             stop: one past the last update; None: all.
             progress: called with the number of weights done and their total number.
+            original: name -> value before update 0, read one at a time if the updates have an
+                anchor; None: that of `parameters`, if `start` is 0.
 
         Raises:
-            UserError: if the parameters lack a recorded name.
+            UserError: if the parameters lack a recorded name, or the original is needed.
         """
+        if start and original is None and self.has_anchor:
+            raise UserError(
+                "the trajectory has an anchor, so a replay from its middle needs the weights "
+                "before training; pass original, or replay from the start"
+            )
         missing = [n for g in self.groups for n in g.names if n not in parameters]
         if missing:
             raise UserError(
@@ -242,8 +160,15 @@ class Trajectory:
                 is_rank_one = tensor in self.rank_one
                 kind = self.distribution, is_rank_one, self.units.get(tensor, 1.0)
                 shard, offset = local_part(parameters[name])
-                for block in range(0, len(updates), _REPLAY_BLOCK):
-                    part = updates[block : block + _REPLAY_BLOCK]
+                is_anchored = any(update.anchor for update in updates)
+                # A pull is a pass of its own, so each update is one.
+                size, origin = (1 if is_anchored else _REPLAY_BLOCK), None
+                if is_anchored:
+                    origin = shard.detach().clone() if original is None else original[name]
+                for block in range(0, len(updates), size):
+                    part = updates[block : block + size]
+                    if origin is not None and part[0].anchor:
+                        part[0].pull(shard, origin, seed=self.seed, tensor=tensor)
                     coefficients = [update.coefficients(kind).tolist() for update in part]
                     combine_steps(
                         shard,
@@ -297,6 +222,9 @@ class Trajectory:
             recorded = self.rank_one.intersection(t for g in self.groups for t in g.tensors)
             tensors["num_directions"] = torch.tensor(counts, dtype=torch.int64)
             header |= {"format": RANK_ONE_VERSION, "rank_one": sorted(recorded)}
+        if any(update.anchor for row in rows for update in row):
+            tensors["anchor"] = column(lambda update: update.anchor)
+            header["format"] = ANCHOR_VERSION
         if self.units:
             exponents = {str(t): round(math.log2(unit)) for t, unit in sorted(self.units.items())}
             header |= {"format": UNITS_VERSION, "units": exponents}
@@ -317,6 +245,7 @@ class Trajectory:
             header = parse_json(metadata["zofo"])
             is_rank_one = header["distribution"] == "rank-one"
             plain = RANK_ONE_VERSION if is_rank_one else FORMAT_VERSION
+            plain = ANCHOR_VERSION if "anchor" in tensors else plain
             versions = {
                 "format": UNITS_VERSION if header.get("units") else plain,
                 "noise_version": NOISE_VERSION,
@@ -365,6 +294,7 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
     steps, scalars = tensors["step"], tensors["projected_grad"]
     num_steps = len(scalars)
     tables = [tensors[key] for key in ("lr", "weight_decay")]
+    tables.append(tensors.get("anchor", torch.zeros_like(tables[0])))
     seed, eps = header["seed"], header["eps"]
     counts = tensors.get("num_directions")
     if counts is None:
@@ -384,7 +314,9 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         and bool(((steps >= 0) & (steps < MAX_STEP - num_steps)).all()),
         "projected_grad": _is_table(scalars, (num_steps,))
         and (0 < scalars.shape[1] < MAX_DIRECTIONS or not num_steps),
-        "lr and weight_decay": all(_is_table(t, (1, num_steps), len(groups)) for t in tables),
+        "lr, weight_decay and anchor": all(
+            _is_table(t, (1, num_steps), len(groups)) for t in tables
+        ),
         "rank_one": set(header.get("rank_one", [])) <= set(indices),
         "units": all(
             int(tensor) in indices and type(exponent) is int and abs(exponent) <= _MAX_EXPONENT
@@ -399,11 +331,12 @@ def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Traj
         raise ValueError(f"invalid values of {', '.join(wrong)}")
     if len(steps) < num_steps:  # the file holds only the first of consecutive steps
         steps = steps + torch.arange(num_steps)
-    lrs, decays = (table.expand(num_steps, len(groups)).tolist() for table in tables)
+    # [steps, groups, 3], in the order of the fields of `Update`
+    rates = torch.stack([table.expand(num_steps, len(groups)) for table in tables], -1)
     updates = [
-        tuple(Update(step, tuple(s[:n]), lr, wd) for lr, wd in zip(row_lr, row_wd, strict=True))
-        for step, s, n, row_lr, row_wd in zip(
-            steps.tolist(), scalars.tolist(), counts.tolist(), lrs, decays, strict=True
+        tuple(Update(step, tuple(s[:n]), *group) for group in row)
+        for step, s, n, row in zip(
+            steps.tolist(), scalars.tolist(), counts.tolist(), rates.tolist(), strict=True
         )
     ]
     rank_one = frozenset(header.get("rank_one", ()))

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 CELL: Final = ("model", "task", "method", "adapter", "optimizer")
 COSTS: Final = ("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes")
 CURVE_COSTS: Final = ("step", "forward_equivalents", "elapsed_s")
-_ZEROTH_ONLY: Final = frozenset((*STEP_KEYS, "base_batch_fraction", "base_weight_decay"))
+_ZEROTH_ONLY: Final = frozenset(
+    (*STEP_KEYS, "base_batch_fraction", "base_weight_decay", "base_anchor")
+)
 """Options without effect on fo-peft, so the two runs of a pair may differ in them."""
 
 

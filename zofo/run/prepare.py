@@ -126,6 +126,11 @@ def check_processes(config: RunConfig, size: int) -> None:
             f"zo_objective is reward, whose answers one process writes, and there are {size} "
             "processes; start one"
         )
+    if size > 1 and config.base_anchor:
+        raise UserError(
+            f"base_anchor is {config.base_anchor}, which needs one process, and there are {size}; "
+            "start one, or set it to 0"
+        )
     if num_rows % size:
         raise UserError(
             f"batch_size is {num_rows}, which the {size} processes share, and it is not divisible "

@@ -290,6 +290,7 @@ def _arguments(
         warmup_steps=config.warmup_steps,
         weight_decay=config.adapter_weight_decay,
         base_weight_decay=config.base_weight_decay,
+        base_anchor=config.base_anchor,
         max_grad_norm=config.max_grad_norm or 0.0,
         **step_values(config),
         base_batch_fraction=config.base_batch_fraction,

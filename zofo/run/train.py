@@ -328,12 +328,12 @@ def _write_result(
 def _original_base(
     config: RunConfig, prepared: Prepared
 ) -> Callable[[], Mapping[str, Tensor]] | None:
-    """A function that reads the original base, from which the trainer returns to the best step.
+    """A function that reads the original base, which the best step and an anchor need.
 
     None if nothing needs it, or if the model's files lack a weight. In the second case, the trainer
     keeps its own copy on disk.
     """
-    if not config.select_best or METHODS[config.method].base != "zeroth":
+    if not (config.select_best or config.base_anchor) or METHODS[config.method].base != "zeroth":
         return None
     model, base = prepared.model, prepared.base
     moved = split_parameters(model).base

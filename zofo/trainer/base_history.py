@@ -113,7 +113,9 @@ class BaseHistory:
                 original = header.get("base_fingerprint")
                 check_base(self.base, original, str(folder))
                 start = self._snapshot.restore(self.base, target, original)
-            target.replay(self.base, start=start)
+            target.replay(self.base, start=start, original=self.optimizer.original)
+        elif self.optimizer.original is not None:
+            check_base(self.optimizer.original, header.get("base_fingerprint"), str(folder))
         self.optimizer.base_fingerprint = header.get("base_fingerprint")
         self.optimizer.trajectory = target
 
@@ -218,11 +220,14 @@ def _copy_into(base: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 def _digest(trajectory: Trajectory, num_updates: int) -> str:
     """Digest of the first updates and of everything that turns them into weights.
 
-    It hashes the `repr` of GroupSpec and Update. Keep their names and fields, or copies that other
-    versions wrote are no longer recognised.
+    It hashes the `repr` of GroupSpec and Update. Keep their names and shown fields, or copies that
+    other versions wrote are no longer recognised.
     """
     parts: tuple[Any, ...] = (trajectory.seed, trajectory.distribution, trajectory.groups)
     if trajectory.rank_one:
         parts = (*parts, sorted(trajectory.rank_one))
-    text = repr((parts, trajectory.updates[:num_updates]))
+    updates = trajectory.updates[:num_updates]
+    if any(update.anchor for row in updates for update in row):
+        parts = (*parts, [[update.anchor for update in row] for row in updates])
+    text = repr((parts, updates))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
+from zofo.disk.copied import CopyOnDisk
 from zofo.disk.files import read_json_object, write_json
 from zofo.disk.folders import writing_folder
 from zofo.errors import UserError
@@ -24,6 +25,7 @@ from zofo.models.loading import copy_weights
 from zofo.models.saved_adapters import load_adapter, save_prompt_encoder, sort_sets
 from zofo.optim.blocks import is_peft, split_parameters
 from zofo.optim.gradient_bytes import GradientBytes
+from zofo.optim.methods import get_method
 from zofo.optim.moved import saving_adapter
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
 from zofo.perturb.shards import gathered
@@ -93,10 +95,22 @@ class CheckpointMixin(TrainerMixin):
             newest = newest_whole(folder, lambda text: warnings.warn(text, stacklevel=3))
             resume_from_checkpoint = True if newest is None else str(newest)
         self._resumed_accounts = None
+        self._keep_original()  # before Trainer reads the weights of a checkpoint
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._history is not None:
             self._history.drop_copies()
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _keep_original(self) -> None:
+        """Make sure that the original base can be read, if an anchor will need it."""
+        options = self.hybrid_options
+        is_needed = options.base_anchor and get_method(options.method).base == "zeroth"
+        if is_needed and self._original is None and self.optimizer is None:
+            self._original = (
+                CopyOnDisk(split_parameters(self.model).base, self._output_folder)
+                if self._original_base is None
+                else self._original_base()
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model) and the trajectory, if the base has one."""

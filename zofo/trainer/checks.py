@@ -13,7 +13,7 @@ from torch import nn
 from zofo.errors import UserError
 from zofo.optim.batch_part import check_fraction
 from zofo.optim.blocks import is_peft, split_parameters
-from zofo.optim.methods import apply_method, get_method
+from zofo.optim.methods import anchor_problem, apply_method, get_method
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import MAX_UPDATES
 from zofo.perturb import shards
@@ -96,10 +96,33 @@ def check_setup(trainer: Any, options: Any) -> None:
             f"{args.max_steps} steps with {num_groups} learning rates of the base are more than "
             f"the {MAX_UPDATES} updates that a trajectory can hold: lower either"
         )
+    if base:
+        wrong += _no_anchor(trainer, options)
     if fraction < 1:
         wrong += _no_random_rows(trainer, options, fraction)
     if wrong:
         raise UserError(f"method {method!r} cannot train here: " + "; ".join(wrong))
+
+
+def _no_anchor(trainer: Any, options: Any) -> list[str]:
+    """Describe why the base cannot have an anchor here."""
+    rates = read_rates(options.base_lr)
+    problem = anchor_problem(
+        options.base_anchor,
+        options.method,
+        rates.values() if isinstance(rates, dict) else [float(rates)],
+    )
+    wrong = [problem] if problem else []
+    if options.base_anchor and trainer.args.world_size > 1:
+        wrong.append("base_anchor needs one process: start only one, or set it to 0")
+    if options.base_anchor and has_shards(trainer):
+        wrong.append("base_anchor does not know shards: leave the sharding out, or set it to 0")
+    if options.base_anchor and any(map(has_moving_scales, trainer.model.modules())):
+        wrong.append(
+            "base_anchor does not know the scales of quantised weights: load the base without "
+            "quantization, or set it to 0"
+        )
+    return wrong
 
 
 def _warn_of_random(model: Any, base: Mapping[str, nn.Parameter]) -> None:

@@ -60,7 +60,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             the rewards; None: those of `train_dataset`.
         reward: how answers are written and compared.
         original_base: returns the base before training, name -> tensor. It is needed to return to
-            the best checkpoint. Default: a temporary copy beside the checkpoints.
+            the best checkpoint, and for `base_anchor`. Default: a temporary copy beside the
+            checkpoints.
 
     Raises:
         UserError: if the method does not fit the model, the arguments or the hardware.
@@ -136,6 +137,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         self._shares_are_checked = False
         if self.optimizer is None:
             self._hybrid = self._history = None
+            self._keep_original()
             self.optimizer = self._new_optimizer(self.model if model is None else model)
         if self._hybrid is None:
             optimizer = self._hybrid = self.optimizer
@@ -259,6 +261,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 base_lr=read_rates(options.base_lr),
                 adapter_lr=inner_kwargs.get("lr", args.learning_rate),
                 base_weight_decay=options.base_weight_decay,
+                base_anchor=options.base_anchor,
                 adapter_weight_decay=args.weight_decay,
                 no_decay=[n for n, _ in model.named_parameters() if n not in decayed],
             ),
@@ -266,6 +269,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             optimizer=inner_class,
             optimizer_kwargs={k: v for k, v in inner_kwargs.items() if k != "lr"},
             seed=args.seed if options.zo_seed is None else options.zo_seed,
+            original=self._original,
             options=options,
             **self.reward_changes,
             process_group=dist.group.WORLD if args.world_size > 1 else None,

@@ -35,6 +35,13 @@ class HybridOptions(StepOptions):
     base_weight_decay: float = field(
         default=0.0, metadata={"help": "decoupled weight decay of the base"}
     )
+    base_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "pull of a zeroth-order base to its original weights: each update goes the "
+            "share base_lr · base_anchor of the way back"
+        },
+    )
     zo_seed: int | None = field(
         default=None, metadata={"help": "seed of the directions; default: seed"}
     )

@@ -6,8 +6,11 @@ A mixin stands before a Trainer class, so at run time it has no base class. The 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from zofo.errors import UserError
 from zofo.optim.optimizer import HybridOptimizer
@@ -27,6 +30,8 @@ class TrainerMixin(_Trainer):
     optimizer: Any  # a HybridOptimizer, which accelerate may wrap
     _given_options: HybridOptions | None
     _hybrid: HybridOptimizer | None  # the optimizer without accelerate's wrapper
+    _original: Mapping[str, Tensor] | None = None  # the base before training, for an anchor
+    _original_base: Callable[[], Mapping[str, Tensor]] | None  # as the caller gave it
     _history: BaseHistory | None  # None unless zeroth-order steps train the base
 
     @property
