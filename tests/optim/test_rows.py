@@ -15,7 +15,8 @@ from zofo.errors import UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.trajectory import Trajectory, total
+from zofo.optim.trajectory import Trajectory
+from zofo.optim.update import total
 
 ROWS, STEPS = 5, 500
 ZO = {"base_lr": 1e-4, "adapter_lr": 1e-2}

@@ -16,10 +16,12 @@ from zofo.config.load import load_config
 from zofo.disk.files import read_json, read_tensors
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.optim.blocks import split_parameters
+from zofo.optim.trajectory import Trajectory
 from zofo.run.plan import make_plan
 from zofo.run.resume import resumed_config
 from zofo.run.train import train
 from zofo.saved.artifact import load
+from zofo.saved.verify import verify
 
 QUIET = Console(quiet=True)
 CODE = """
@@ -77,7 +79,8 @@ def config_of(decoder_folder, *overrides):
 
 
 def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder):
-    train(config_of(decoder_folder, "output_dir=whole"), console=QUIET)
+    anchor = "base_anchor=50"
+    train(config_of(decoder_folder, "output_dir=whole", anchor), console=QUIET)
     logs = untimed_metrics(folder / "whole" / "metrics.jsonl")
     assert sum("reward" in row for row in logs) == 4
     found = read_json(folder / "whole" / "result.json")["rewards"]
@@ -90,7 +93,7 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
 
     stops = (f"reward=rewards.py:{name}" for name in ("wanted",))
     with pytest.raises(KeyboardInterrupt):
-        train(config_of(decoder_folder), console=QUIET, watchers=lambda _: [_StopAt(3)])
+        train(config_of(decoder_folder, anchor), console=QUIET, watchers=lambda _: [_StopAt(3)])
     (folder / "ran").unlink()
     for call in (
         lambda: resumed_config(folder / "run"),
@@ -113,6 +116,8 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
     assert_same_bits(*trained)
     replayed = [dict(split_parameters(load(name).model).base) for name in ("run", "whole")]
     assert_same_bits(*replayed)
+    assert Trajectory.load(folder / "run/artifact/base_trajectory.safetensors")[0].has_anchor
+    assert all(check.is_sound for check in verify("run/artifact"))
 
 
 def _StopAt(step):  # noqa: N802
