@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import zofo.optim.trajectory
+import zofo.optim.update
 from tests.support.models import assert_same_bits, batch_for, bits, build, loss_of
 from zofo import HybridOptimizer, param_groups
 
@@ -77,7 +77,7 @@ def test_the_host_does_not_wait_for_the_step_it_queues(monkeypatch, estimator):
     optimizer = optimizer_of(model, late=True, self_check=False, estimator=estimator, **options)
     optimizer.step(lambda: model(ids))
     # The CPU kernels read their coefficients on the host, so the test replaces them.
-    monkeypatch.setattr(zofo.optim.trajectory, "combine_many", lambda *args, **kwargs: None)
+    monkeypatch.setattr(zofo.optim.update, "combine_many", lambda *args, **kwargs: None)
     for _ in range(3):
         with NoWaiting():
             optimizer.step(lambda: model(ids))
