@@ -78,6 +78,18 @@ def test_a_pull_is_the_same_for_every_layout():
     assert torch.equal(table, other)
 
 
+def test_a_weight_is_rounded_alike_whatever_its_neighbours_do():
+    """Of few weights off their origin and of many, each draws the bits of its own place."""
+    goal = torch.zeros(4096, dtype=torch.bfloat16)
+    many, few = torch.full_like(goal, 3.0), torch.zeros_like(goal)
+    few[5::64] = 3.0
+    update = Update(0, (0.0,), 0.5, 0.0, 1e-3)
+    for weight in (many, few):
+        update.pull(weight, goal, seed=3, tensor=2)
+    assert torch.equal(many[5::64], few[5::64])
+    assert 0 < int((many[5::64] != 3.0).sum()) < 64
+
+
 def test_the_step_is_that_of_the_equation():
     """In float64: w − lr Σ s v / K − lr λ (w − w_0), up to rounding."""
     model = build("llama", "lora", dtype=torch.float64)

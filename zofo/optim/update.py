@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 
 from zofo.noise.combine import Distribution, combine_many
-from zofo.noise.philox import round_stochastically, rounding_bits
+from zofo.noise.philox import (
+    ELEMENTS_PER_BLOCK,
+    ROUNDING,
+    round_stochastically,
+    rounding_bits,
+    words,
+)
 from zofo.perturb.quantized import unit_of
 from zofo.perturb.shards import local_part
 
 _CHUNK: Final = 1 << 18
-"""Elements that a pull takes at a time, whose random words take some 30 MB."""
+"""Elements that a pull takes at a time: a multiple of a block of random words."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +145,26 @@ class Update:
             if weight.dtype == wide:
                 here += (there - here) * share
                 continue
-            places = (here != there).nonzero()[:, 0]  # few in 16 bits, where most updates are lost
+            places = (here != there).nonzero()[
+                :, 0
+            ]  # few, if updates are small
             exact = here[places].to(wide)
             exact += (there[places].to(wide) - exact) * share
-            bits = rounding_bits(places + start, seed=seed, step=self.step, tensor=tensor, draw=1)
+            bits = _bits_at(places, start, len(here), seed=seed, step=self.step, tensor=tensor)
             here[places] = round_stochastically(exact, bits, weight.dtype)
         if flat.data_ptr() != weight.data_ptr():
             weight.copy_(flat.view(weight.shape))
+
+
+def _bits_at(places: Tensor, start: int, size: int, **address: int) -> Tensor:
+    """The bits of a pull's rounding at some places of the `size` elements from `start` on."""
+    each = ELEMENTS_PER_BLOCK[ROUNDING]
+    if len(places) * each < size:
+        return rounding_bits(places + start, draw=1, **address)
+    # The bits of all elements cost less, because those of a block come from one evaluation.
+    first = torch.arange(start, start + size, each, device=places.device)
+    four = words(first, direction=1, purpose=ROUNDING, **address)  # [blocks, 4], two in each
+    return torch.stack((four & 0xFFFF, four >> 16), -1).reshape(-1)[places]
 
 
 def drawn_from(distribution: Distribution, *, is_rank_one: bool) -> Distribution:
