@@ -83,6 +83,9 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
     train(config_of(decoder_folder, "output_dir=whole", anchor), console=QUIET)
     logs = untimed_metrics(folder / "whole" / "metrics.jsonl")
     assert sum("reward" in row for row in logs) == 4
+    drifts = [row["eval_drift"] for row in logs if "eval_drift" in row]
+    assert len(drifts) == 2
+    assert min(drifts) > 0
     found = read_json(folder / "whole" / "result.json")["rewards"]
     lines = (folder / "whole" / "held_out_answers.jsonl").read_text().splitlines()
     first = json.loads(lines[0])

@@ -145,9 +145,7 @@ class Update:
             if weight.dtype == wide:
                 here += (there - here) * share
                 continue
-            places = (here != there).nonzero()[
-                :, 0
-            ]  # few, if updates are small
+            places = (here != there).nonzero()[:, 0]  # few, if updates are small
             exact = here[places].to(wide)
             exact += (there[places].to(wide) - exact) * share
             bits = _bits_at(places, start, len(here), seed=seed, step=self.step, tensor=tensor)

@@ -27,6 +27,7 @@ from zofo.run.display import MetricsFile, TrainingDisplay
 from zofo.run.peers import Peers
 from zofo.run.rewards import has_rewards, reward_options
 from zofo.saved.layout import METRICS_FILE
+from zofo.scoring.drift import Drift
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
 from zofo.tasks.digests import RowDigests
@@ -72,6 +73,8 @@ class TrainingClock:
 
 class TaskTrainer(HybridTrainer):
     """`HybridTrainer` whose loss is the task's objective and whose dev scores are zofo's."""
+
+    drift: Drift | None = None  # measured at each evaluation
 
     def __init__(
         self,
@@ -189,7 +192,10 @@ class TaskTrainer(HybridTrainer):
                     writer=self.writer,
                 )
             )
+            drift = None if self.drift is None else self.drift.measure(self.model)
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
+        if drift is not None:
+            logs[f"{metric_key_prefix}_drift"] = drift
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -396,4 +402,6 @@ def build_trainer(
             **rewarded,
         )
     trainer.remove_callback(PrinterCallback)
+    if rewarded:
+        trainer.drift = Drift(model, writer.tokenizer)
     return trainer
