@@ -207,19 +207,21 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=300, help="dev rows; twice as many test rows")
     parser.add_argument("--cost", type=int, default=450, help="forward-equivalents of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bases", nargs="+", default=["nf4", "float32"])
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     study, best = Study(args), {}
-    for contender in CONTENDERS:
+    contenders = [contender for contender in CONTENDERS if contender[0] in args.bases]
+    for contender in contenders:
         grid = [study.run(*contender, rate, args.seeds[0]) for rate in GRID[contender[2]]]
         sound = [run for run in grid if run["dev_loss"] == run["dev_loss"]]  # not NaN
         best[contender] = min(sound, key=lambda run: run["dev_loss"])["rate"]
-    for seed, contender in itertools.product(args.seeds[1:], CONTENDERS):
+    for seed, contender in itertools.product(args.seeds[1:], contenders):
         study.run(*contender, best[contender], seed)
     print("| base | adapter | method | rate | dev loss | accuracy | AUC | accuracy − fo-peft |")
     print("|---|---|---|---|---|---|---|---|")
-    for contender in CONTENDERS:
+    for contender in contenders:
         runs = [study.run(*contender, best[contender], seed) for seed in args.seeds]
         first = [study.run(*contender[:2], "fo-peft", 0.0, seed) for seed in args.seeds]
         means = [sum(r[k] for r in runs) / len(runs) for k in ("dev_loss", "accuracy", "auc")]
