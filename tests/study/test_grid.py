@@ -302,3 +302,27 @@ def test_the_study_that_does_not_exist():
         load_spec("latop")
     with pytest.raises(UserError, match="no study folder"):
         load_spec(Path(__file__).parent)
+
+
+def test_an_adapter_in_the_last_layers_makes_more_steps_with_a_budget(write, decoder_folder):
+    adapters = ["lora", {"type": "lora", "layers": "last 1", "label": "top"}]
+    changes = {"models": [decoder_folder], "adapters": adapters, "steps": None, "budget": 60}
+    rates = [{"base_lr": 1e-4, "adapter_lr": 1e-3}]
+    grid = expand(load_spec(write(methods=["fo-peft", "hybrid"], rates=rates, **changes)))
+    steps = {(r.cell.method, r.cell.adapter): grid.config(r).steps for r in grid.search}
+    # A first-order pass costs 2, or 1.5 if the backward pass ends at the last of two layers.
+    assert steps == {
+        ("fo-peft", "lora"): 30,
+        ("fo-peft", "top"): 40,
+        ("hybrid", "lora"): 20,
+        ("hybrid", "top"): 24,
+    }
+
+
+def test_layers_that_the_model_of_a_study_lacks(write, decoder_folder):
+    adapters = [{"type": "lora", "layers": "last 3"}]
+    spec = load_spec(
+        write(models=[decoder_folder], adapters=adapters, steps=None, budget=60, methods=["hybrid"])
+    )
+    with pytest.raises(UserError, match="has 2; choose at most 2, or all"):
+        expand(spec)
