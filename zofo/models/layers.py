@@ -139,8 +139,8 @@ def _stack_sizes(config: Any) -> list[int]:
 def backward_share(model: Any) -> float:
     """The share of the layers that a backward pass reaches, from 0 to 1.
 
-    It is 1 if the layers cannot be found, or if something below them needs a gradient: an embedding,
-    a prompt, or the output of the embeddings, which gradient checkpointing asks for.
+    It is 1 if the layers cannot be found, or if something below them needs a gradient: a prompt, an
+    embedding, or the output of an embedding, as with gradient checkpointing.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     moved = {p for p in model.parameters() if p.requires_grad}
@@ -158,7 +158,7 @@ def backward_share(model: Any) -> float:
 
 
 def _asks_for_gradients_of_inputs(model: nn.Module) -> bool:
-    """Whether transformers or peft has put its hook on an embedding, whose only trace is its name."""
+    """Whether transformers or peft has put its hook on an embedding; only its name tells."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     return any("make_inputs_require_grad" in getattr(hook, "__name__", "") for hook in hooks)
 
