@@ -326,3 +326,28 @@ def test_layers_that_the_model_of_a_study_lacks(write, decoder_folder):
     )
     with pytest.raises(UserError, match="has 2; choose at most 2, or all"):
         expand(spec)
+
+
+@pytest.mark.parametrize("methods", [["hybrid", "fo-peft"], ["hybrid", "fo-ft", "fo-peft"]])
+def test_a_gate_runs_full_fine_tuning_with_adamw_first_and_at_the_same_cost(write, methods):
+    changes = {"gate": True, "optimizers": ["sgd"], "steps": None, "budget": 60}
+    grid = expand(load_spec(write(methods=methods, **changes)))
+    order = list(dict.fromkeys((c.method, c.optimizer) for c in grid.rates))
+    extra = [("fo-ft", "sgd")] if "fo-ft" in methods else []
+    assert order == [("fo-ft", "adamw"), *extra, ("fo-peft", "sgd"), ("hybrid", "sgd")]
+    steps = {run.cell.method: grid.config(run).steps for run in grid.search}
+    assert steps == {"fo-ft": 20, "fo-peft": 30, "hybrid": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 4}, "gate is true and compares at equal cost; give budget in place of steps"),
+        ({"budget": 60, "methods": ["hybrid"]}, "add fo-peft to methods"),
+        ({"budget": 60, "rates": [{"adapter_lr": 1e-3}]}, "no base_lr for .*fo-ft.*; add them"),
+    ],
+)
+def test_a_gate_that_cannot_compare(write, changes, message):
+    given = {"gate": True, "steps": None, "methods": ["fo-peft"], **changes}
+    with pytest.raises(UserError, match=message):
+        expand(load_spec(write(**given)))
