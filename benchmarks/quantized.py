@@ -48,7 +48,7 @@ from zofo.tasks.spec import TaskSpec
 
 EPS: Final = 1e-3
 COST: Final = {"fo-peft": 2, "hybrid": 3, "codes": 3}
-GRID: Final = {"fo-peft": [0.0], "hybrid": [3e-5, 1e-4, 3e-4], "codes": [1e-6, 1e-5, 1e-4]}
+GRID: Final = {"fo-peft": [0.0], "hybrid": [3e-5, 1e-4, 3e-4], "codes": [1e-6, 1e-5]}
 CONTENDERS: Final = [
     *itertools.product(("nf4",), ("prompt", "lora"), ("fo-peft", "hybrid", "codes")),
     *itertools.product(("float32",), ("prompt", "lora"), ("fo-peft", "hybrid")),

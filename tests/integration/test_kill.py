@@ -219,7 +219,9 @@ def test_killed_three_times(tmp_path, reviews, decoder_folder):
     assert compare(tmp_path, reviews, decoder_folder, *KINDS[2], kills=3, seed=1) >= 2
 
 
-@pytest.mark.parametrize("kind", QUANTISED, ids=" ".join)
+@pytest.mark.parametrize(
+    "kind", [QUANTISED[0], pytest.param(QUANTISED[1], marks=pytest.mark.slow)], ids=" ".join
+)
 def test_killed_on_a_quantised_base(tmp_path, reviews, decoder_folder, kind):
     pytest.importorskip("bitsandbytes")
     assert compare(tmp_path, reviews, decoder_folder, *kind, kills=2, seed=3) >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import peft
 import pytest
@@ -57,13 +58,24 @@ def train(optimizer, model, steps):
     return [float(optimizer.step(loss).sum()) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("kind", MOVING)
+SIGNS = {"num_directions": 2}
+ROWS = {"distribution": "rank-one", "directions_per_step": "rows"}
+TELLING = [
+    *(("nf4", SIGNS, adapter) for adapter in ("lora", "prefix", "prompt")),
+    *(("fp4", SIGNS, "lora"), ("int8", SIGNS, "lora"), ("nf4", ROWS, "lora")),
+    ("int8", ROWS, "prompt"),
+]
+OTHERS = [
+    case
+    for case in itertools.product(MOVING, (SIGNS, ROWS), ("lora", "prefix", "prompt"))
+    if case not in TELLING
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"num_directions": 2}, {"distribution": "rank-one", "directions_per_step": "rows"}],
-    ids=["signs", "rows"],
+    ("kind", "options", "adapter"),
+    [*TELLING, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
-@pytest.mark.parametrize("adapter", ["lora", "prefix", "prompt"])
 def test_replay_gives_the_trained_base(tmp_path, folder, kind, options, adapter):
     model = with_adapter(load_quantized(folder, kind), adapter).train()
     optimizer = optimizer_of(model, **options)
@@ -152,7 +164,9 @@ def test_a_base_rate_of_zero_is_fo_peft(folder, kind):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize(
+    "kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp4", "int8"))]
+)
 def test_the_scales_alone_learn(folder, kind):
     """Pure zeroth order moves nothing but the scales, and the loss falls."""
     model = load_quantized(folder, kind).train()
@@ -205,8 +219,16 @@ class Line(torch.nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("kind", MOVING)
-@pytest.mark.parametrize("per_step", [None, "rows"])
+@pytest.mark.parametrize(
+    ("kind", "per_step"),
+    [
+        *(("nf4", None), ("nf4", "rows"), ("int8", "rows")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("fp4", None), ("fp4", "rows"), ("int8", None))
+        ),
+    ],
+)
 def test_estimates_are_unbiased_for_the_gradient_of_the_scales(kind, per_step):
     """Of quadratic losses, a central difference is the exact derivative along a direction."""
     model = Line(kind).train()

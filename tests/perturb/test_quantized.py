@@ -35,8 +35,9 @@ def view_of(model, distribution="rademacher"):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(
+    ("kind", "distribution"), [*((kind, "rademacher") for kind in KINDS), ("nf4", "gaussian")]
+)
 def test_a_perturbed_evaluation_is_that_of_a_rescaled_copy(folder, kind, distribution):
     model = load_quantized(folder, kind).train()
     unnest_scales(model)

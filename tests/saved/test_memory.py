@@ -28,10 +28,10 @@ ADAPTERS = {
 }
 
 
-def save_trained(folder, dtype, width, adapter="lora"):
+def save_trained(folder, dtype, width, adapter="lora", stored=None):
     """Save a base, and an artefact and a checkpoint whose base has moved; the bytes of the base.
 
-    The base is a tied decoder whose rows do not divide by three.
+    The base is a tied decoder whose rows do not divide by three. Its files have the dtype `stored`.
     """
     tokenizer = make_tokenizer()
     config = hf.LlamaConfig(
@@ -45,7 +45,7 @@ def save_trained(folder, dtype, width, adapter="lora"):
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    hf.LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "base")
+    hf.LlamaForCausalLM(config).to(stored or dtype).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     base = BaseSpec(str(folder / "base"), dtype=str(dtype).removeprefix("torch."))
     with quiet():
@@ -111,18 +111,19 @@ def test_resuming_on_shards_takes_the_memory_of_shards(tmp_path, dtype, width):
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("adapter", "dtype", "width"),
+    ("adapter", "dtype", "width", "stored"),
     [
-        ("lora", torch.bfloat16, 480),
-        ("prompt", torch.float32, 320),
-        pytest.param("lora", torch.float32, 320, marks=pytest.mark.slow),
-        pytest.param("prompt", torch.bfloat16, 480, marks=pytest.mark.slow),
+        ("lora", torch.bfloat16, 480, None),
+        ("prompt", torch.float32, 320, None),
+        ("lora", torch.float32, 320, torch.bfloat16),
+        pytest.param("lora", torch.float32, 320, None, marks=pytest.mark.slow),
+        pytest.param("prompt", torch.bfloat16, 480, None, marks=pytest.mark.slow),
     ],
 )
-def test_an_export_takes_the_memory_of_few_weights(tmp_path, adapter, dtype, width):
+def test_an_export_takes_the_memory_of_few_weights(tmp_path, adapter, dtype, width, stored):
     small, large = tmp_path / "small", tmp_path / "large"
-    save_trained(small, dtype, 16, adapter)
-    num_bytes = save_trained(large, dtype, width, adapter)
+    save_trained(small, dtype, 16, adapter, stored)
+    num_bytes = save_trained(large, dtype, width, adapter, stored)
     export_model(small / "artifact", tmp_path / "first")
     exported, taken = growth(export_model, large / "artifact", tmp_path / "plain")
     with quiet():

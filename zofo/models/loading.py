@@ -249,7 +249,7 @@ def empty_model(
             rest = modules_of_head(head, config, trust_remote_code=trust_remote_code)
             quantize_empty(model, bitsandbytes_config(quantization, DTYPES[dtype], "cpu", rest))
     if head == "classification":
-        mark_new(model, open_tensors(*_weight_files(source, revision))[0].keys())
+        mark_new(model, open_tensors(*weight_files(source, revision))[0].keys())
         check_new_weights(model, new_weights(model), name)
     return model
 
@@ -273,7 +273,7 @@ def stored_weights(
         Name -> tensor in the parameter's dtype; None if there are no safetensors files, or if they
         do not hold every weight bit for bit.
     """
-    stored, _ = open_tensors(*_weight_files(resolve(name), revision))
+    stored, _ = open_tensors(*weight_files(resolve(name), revision))
     names: dict[int, list[str]] = {}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(alias)
@@ -319,7 +319,7 @@ def copy_weights(folder: Path, model: nn.Module) -> bool:
     return True
 
 
-def _weight_files(source: str, revision: str | None) -> list[Path]:
+def weight_files(source: str, revision: str | None) -> list[Path]:
     """The safetensors files of a folder, or of a hub id in the cache."""
     folder = Path(source)
     if not folder.is_dir():

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 
-from zofo.disk.files import refusing
+from zofo.disk.files import open_tensors, refusing
 from zofo.disk.mapped import move_to_disk
 from zofo.errors import UserError
-from zofo.models.loading import load_model
+from zofo.models.loading import load_model, resolve, weight_files
 from zofo.models.saved_adapters import attach_adapter, check_adapter, load_adapter, names_in
 from zofo.optim.blocks import is_peft, named_places, split_parameters
 from zofo.optim.moved import mark_moved
@@ -125,8 +126,18 @@ class Assembly:
         if spec is None or (self.parts.whole is not None and self._trajectory is None):
             return None
         with refusing(f"the base {spec.name!r} cannot be loaded", "check its name"):
-            self.model, self.tokenizer = spec.load(self._device)
+            self.model, self.tokenizer = self._load(spec)
         return f"{spec.name} loads"
+
+    def _load(self, spec: BaseSpec) -> tuple[nn.Module, Any]:
+        """Load the base; if a folder for temporary files is given, the base stays in files."""
+        stored = None if self._disk is None else _half_dtype_of(spec)
+        if self._disk is None or stored is None or spec.dtype != "float32":
+            return spec.load(self._device)
+        # Its files are mapped in their own dtype only. The cast is done one weight at a time.
+        model, tokenizer = dataclasses.replace(spec, dtype=stored).load(self._device)
+        move_to_disk(model.parameters(), self._disk, torch.float32)
+        return model.float(), tokenizer
 
     def adapter(self) -> str | None:
         """Attach the adapter, or load it into the one that the model has."""
@@ -203,6 +214,19 @@ class Assembly:
         """Check that every weight is finite."""
         require_finite(self.model, self.parts.folder)
         return "every weight is finite"
+
+
+def _half_dtype_of(spec: BaseSpec) -> str | None:
+    """The dtype of a base whose files hold 16 bits; None for others, and for heads that may be new.
+
+    The initial values of a new head depend on the dtype that it is made in.
+    """
+    if spec.head == "classification" or spec.quantization is not None:
+        return None
+    files = weight_files(resolve(spec.name), spec.revision)
+    found = {tensor.dtype for tensor in open_tensors(*files)[0].values()} if files else set()
+    names = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return names.get(found.pop()) if len(found) == 1 else None
 
 
 def has_tokenizer(folder: Path) -> bool:
