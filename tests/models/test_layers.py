@@ -231,9 +231,9 @@ def test_other_forms_are_refused(layers):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("last 3", "has 2; choose at most 2"),
-        ("first 99999999", "has 2; choose at most 2"),
-        ([0, 2], "has 2; choose from 0 to 1"),
+        ("last 3", "has 2 layers; choose at most 2"),
+        ("first 99999999", "has 2 layers; choose at most 2"),
+        ([0, 2], "has 2 layers; choose from 0 to 1"),
     ],
 )
 def test_more_layers_than_the_model_has(layers, message):

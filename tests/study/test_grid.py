@@ -324,7 +324,7 @@ def test_layers_that_the_model_of_a_study_lacks(write, decoder_folder):
     spec = load_spec(
         write(models=[decoder_folder], adapters=adapters, steps=None, budget=60, methods=["hybrid"])
     )
-    with pytest.raises(UserError, match="has 2; choose at most 2, or all"):
+    with pytest.raises(UserError, match="has 2 layers; choose at most 2, or all"):
         expand(spec)
 
 

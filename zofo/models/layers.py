@@ -77,7 +77,7 @@ def numbers_of(layers: Layers, num_layers: int, model: str) -> list[int]:
         layers = checked_layers(layers)
     except ValueError as error:
         raise UserError(f"the adapter's layers are {shown(layers)}; they {error}") from None
-    problem = f"the adapter's layers are {shown(layers)}, and {model} has {num_layers}"
+    problem = f"the adapter's layers are {shown(layers)}, and {model} has {num_layers} layers"
     if isinstance(layers, list):
         if max(layers) >= num_layers:
             raise UserError(f"{problem}; choose from 0 to {num_layers - 1}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from zofo.results.comparison import Group
 from zofo.results.table import Runs
@@ -50,7 +50,7 @@ def gates_of(groups: Sequence[Group], runs: Runs) -> tuple[Gate, ...]:
         groups: groups of runs; those that represent their cells count.
         runs: the runs of these groups.
     """
-    accuracy: dict[str, float] = runs.table.set_index("run")["accuracy"].to_dict()
+    accuracy: dict[Any, float] = runs.table.set_index("run")["accuracy"].to_dict()
     chosen = [group for group in groups if group.is_chosen]
     full = {(g.model, g.task): g for g in chosen if (g.method, g.optimizer) == ("fo-ft", "adamw")}
     gates = []
