@@ -296,10 +296,13 @@ def test_options_that_an_adapter_does_not_take_are_named(adapter):
         "alpha": 8,
         "dropout": 0.1,
         "targets": "q_proj",
+        "layers": "last 1",
         "num_virtual_tokens": 3,
         "init_text": "words",
     }
     assert {*given, "type", "config_file"} == set(AdapterConfig.model_fields)
+    if "layers" not in KINDS[adapter].options:
+        del given["layers"]  # It is refused, as `test_layers.py` checks.
     values = [f"adapter.{key}={value}" for key, value in given.items()]
     found = idle_options(load_config(overrides=[f"adapter={adapter}", *values]))
     expected = [key for key in given if key not in KINDS[adapter].options]
@@ -337,10 +340,15 @@ def test_options_are_what_peft_is_given(adapter):
         "alpha": 8,
         "dropout": 0.1,
         "targets": "o_proj",
+        "layers": [1],
         "num_virtual_tokens": 3,
         "init_text": "words",
     }
     for key, value in given.items():
+        if key == "layers" and key not in KINDS[adapter].options:
+            with pytest.raises(UserError):
+                made(layers=value)
+            continue
         changed = made(**{key: value})
         same = changed[0] == plain[0] and all(map(torch.equal, changed[1], plain[1]))
         assert same == (key not in KINDS[adapter].options), key

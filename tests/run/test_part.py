@@ -157,6 +157,8 @@ def config_for(folder, reviews, model, *more):
         ("decoder_folder", ["accumulation=2"], 5.0),
         ("decoder_folder", ["estimator=central"], 3.0),
         ("decoder_folder", ["adapter.dropout=0.3"], 3.0),
+        # The backward pass of an adapter in the last of two layers passes half of them.
+        ("decoder_folder", ["adapter.layers=last 1"], 2.0),
         ("decoder_folder", ["num_directions=3", "base_batch_fraction=0.25"], 2.75),
         ("encoder_folder", [], 3.0),  # This encoder has dropout of its own.
         ("encoder_folder", ["base_every=4"], 14 / 6),

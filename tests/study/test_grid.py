@@ -302,3 +302,52 @@ def test_the_study_that_does_not_exist():
         load_spec("latop")
     with pytest.raises(UserError, match="no study folder"):
         load_spec(Path(__file__).parent)
+
+
+def test_an_adapter_in_the_last_layers_makes_more_steps_with_a_budget(write, decoder_folder):
+    adapters = ["lora", {"type": "lora", "layers": "last 1", "label": "top"}]
+    changes = {"models": [decoder_folder], "adapters": adapters, "steps": None, "budget": 60}
+    rates = [{"base_lr": 1e-4, "adapter_lr": 1e-3}]
+    grid = expand(load_spec(write(methods=["fo-peft", "hybrid"], rates=rates, **changes)))
+    steps = {(r.cell.method, r.cell.adapter): grid.config(r).steps for r in grid.search}
+    # A first-order pass costs 2, or 1.5 if the backward pass ends at the last of two layers.
+    assert steps == {
+        ("fo-peft", "lora"): 30,
+        ("fo-peft", "top"): 40,
+        ("hybrid", "lora"): 20,
+        ("hybrid", "top"): 24,
+    }
+
+
+def test_layers_that_the_model_of_a_study_lacks(write, decoder_folder):
+    adapters = [{"type": "lora", "layers": "last 3"}]
+    spec = load_spec(
+        write(models=[decoder_folder], adapters=adapters, steps=None, budget=60, methods=["hybrid"])
+    )
+    with pytest.raises(UserError, match="has 2 layers; choose at most 2, or all"):
+        expand(spec)
+
+
+@pytest.mark.parametrize("methods", [["hybrid", "fo-peft"], ["hybrid", "fo-ft", "fo-peft"]])
+def test_a_gate_runs_full_fine_tuning_with_adamw_first_and_at_the_same_cost(write, methods):
+    changes = {"gate": True, "optimizers": ["sgd"], "steps": None, "budget": 60}
+    grid = expand(load_spec(write(methods=methods, **changes)))
+    order = list(dict.fromkeys((c.method, c.optimizer) for c in grid.rates))
+    extra = [("fo-ft", "sgd")] if "fo-ft" in methods else []
+    assert order == [("fo-ft", "adamw"), *extra, ("fo-peft", "sgd"), ("hybrid", "sgd")]
+    steps = {run.cell.method: grid.config(run).steps for run in grid.search}
+    assert steps == {"fo-ft": 20, "fo-peft": 30, "hybrid": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 4}, "gate is true and compares at equal cost; give budget in place of steps"),
+        ({"budget": 60, "methods": ["hybrid"]}, "add fo-peft to methods"),
+        ({"budget": 60, "rates": [{"adapter_lr": 1e-3}]}, "no base_lr for .*fo-ft.*; add them"),
+    ],
+)
+def test_a_gate_that_cannot_compare(write, changes, message):
+    given = {"gate": True, "steps": None, "methods": ["fo-peft"], **changes}
+    with pytest.raises(UserError, match=message):
+        expand(load_spec(write(**given)))

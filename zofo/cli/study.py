@@ -132,10 +132,11 @@ def _show_plan(name: str, overrides: Sequence[str]) -> None:
     console = stdout_console(_PLAIN_WIDTH)
     costs = Costs(grid)
     table = Table("method", "cells", "searches", "other seeds", "steps", title=spec.name)
-    for method in spec.methods:
+    first = {run.cell: run for run in reversed(grid.search)}
+    for method in dict.fromkeys(cell.method for cell in grid.rates):
         cells = [cell for cell in grid.rates if cell.method == method]
         if cells:
-            steps = {str(grid.config(r).steps) for r in grid.search if r.cell in cells[:1]}
+            steps = dict.fromkeys(str(grid.config(first[cell]).steps) for cell in cells)
             pairs = sum(len(grid.rates[cell]) for cell in cells)
             searches = pairs * len(spec.choosing_seeds)
             others = len(cells) * len(grid.other_seeds)

@@ -9,6 +9,7 @@ from typing import Final
 from zofo.config.schema import AdapterConfig, RunConfig, share_of
 from zofo.disk.files import problem_of_name
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.layers import problem_of_layers
 from zofo.optim.methods import METHODS, anchor_problem, methods_that
 from zofo.optim.options import STEP_KEYS, rank_one_problems
 
@@ -44,6 +45,9 @@ def check_sections(config: RunConfig) -> list[str]:
             f"method {config.method} moves an adapter and adapter.type is none; choose one, "
             f"such as lora or prompt, or method {methods_that(lambda m: not m.needs_adapter)}"
         )
+    in_file = config.adapter.config_file is not None
+    wrong = problem_of_layers(config.adapter.layers, config.adapter.type, in_file=in_file)
+    problems += [] if wrong is None else [wrong]
     is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
     if method.base == "first" and config.model.quantization is not None:
         problems.append(

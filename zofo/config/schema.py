@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serialize
 
 from zofo.disk.yaml import yaml_text
 from zofo.models.adapter_kinds import AdapterType
+from zofo.models.layers import ALL, Layers, checked_layers
 from zofo.models.quantized import Quantization
 from zofo.optim.batch_part import num_rows_of
 from zofo.optim.methods import METHODS, MethodName
@@ -82,6 +83,9 @@ class AdapterConfig(Section):
     targets: str | list[str] | None = Field(
         None,
         description="modules that lora, dora, rslora, ia3 adapt: names, all-linear, peft's choice",
+    )
+    layers: Annotated[Layers, BeforeValidator(checked_layers)] = Field(
+        ALL, description="layers in which they do so: all, last 4, first 4, or a list of numbers"
     )
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="length of prefix (default 5), prompt and p-tuning (default 10)"

@@ -21,6 +21,7 @@ from zofo.models.adapter_files import config_from_file
 from zofo.models.adapter_kinds import ADAPTER_TYPES, KINDS
 from zofo.models.fitting import new_modules
 from zofo.models.initial_values import set_initial_values, takes
+from zofo.models.layers import ALL, Layers, chosen_layers, problem_of_layers
 from zofo.models.limits import limited_memory
 from zofo.models.loading import Head
 from zofo.models.quantized import check_dora
@@ -47,6 +48,7 @@ def create_adapter(
     alpha: float = 16,
     dropout: float = 0.0,
     targets: str | Sequence[str] | None = None,
+    layers: Layers = ALL,
     num_virtual_tokens: int | None = None,
     init_text: str | None = None,
     config_file: str | Path | None = None,
@@ -65,6 +67,7 @@ def create_adapter(
         targets: the modules that LoRA, DoRA, rsLoRA and IA3 adapt: ends of module names,
             "all-linear", or None for peft's choice for this architecture. Each must match at least
             one linear module.
+        layers: the layers in which they do so: "all", "last 4", "first 4", or numbers from 0.
         num_virtual_tokens: length of prefix (default 5), prompt or p-tuning (default 10).
         init_text: text whose tokens (prompt) or activations (prefix) are the initial values;
             default: random tokens of the vocabulary.
@@ -73,10 +76,14 @@ def create_adapter(
 
     Raises:
         UserError: for an unknown type, a target that matches nothing, an unreadable file, or an
-            adapter that peft cannot attach to this model or run on it.
+            adapter that peft cannot attach to this model or run on it; for layers that the model
+            or the type does not have.
     """
     import peft
 
+    problem = problem_of_layers(layers, type, in_file=config_file is not None)
+    if problem is not None:
+        raise UserError(problem)
     task = peft.TaskType(_TASK_TYPES[head])
     num = num_virtual_tokens or getattr(KINDS.get(type), "num_virtual_tokens", None) or 0
     if config_file is not None:
@@ -87,11 +94,12 @@ def create_adapter(
         ):
             _check_targets(model, getattr(config, "target_modules", None) or "all-linear")
     elif type in ("lora", "dora", "rslora"):
+        resolved = _within(model, _targets(model, targets), layers)
         config = _lora_config(
-            model, type, task, targets, r=r, lora_alpha=_plain(alpha), lora_dropout=dropout
+            model, type, task, resolved, r=r, lora_alpha=_plain(alpha), lora_dropout=dropout
         )
     elif type == "ia3":
-        config = _ia3_config(model, task, targets)
+        config = _ia3_config(model, task, _within(model, _targets(model, targets, "ia3"), layers))
     elif type in KINDS:
         config = _prompt_config(model, type, task, num)
     else:
@@ -148,11 +156,10 @@ def _kind_of(config: Any) -> str:
 def _lora_config(model: nn.Module, type: str, task: Any, targets: Any, **values: Any) -> Any:
     import peft
 
-    resolved = _targets(model, targets)
     return peft.LoraConfig(
         task_type=task,
-        target_modules=resolved,
-        fan_in_fan_out=_are_transposed(model, resolved),
+        target_modules=targets,
+        fan_in_fan_out=_are_transposed(model, targets),
         use_dora=type == "dora",
         use_rslora=type == "rslora",
         **values,
@@ -167,12 +174,11 @@ def _plain(number: float) -> float:
 def _ia3_config(model: nn.Module, task: Any, targets: Any) -> Any:
     import peft
 
-    resolved = _targets(model, targets, "ia3")
     return peft.IA3Config(
         task_type=task,
-        target_modules=resolved,
-        feedforward_modules=_feedforward_of(model, resolved),
-        fan_in_fan_out=_are_transposed(model, resolved),
+        target_modules=targets,
+        feedforward_modules=_feedforward_of(model, targets),
+        fan_in_fan_out=_are_transposed(model, targets),
     )
 
 
@@ -261,6 +267,32 @@ def _targets(model: nn.Module, targets: str | Sequence[str] | None, kind: str = 
         raise UserError("the adapter's targets are empty; leave them out for the default")
     _check_targets(model, chosen)
     return chosen
+
+
+def _within(model: nn.Module, targets: Any, layers: Layers) -> Any:
+    """The modules of the chosen layers that targets match, by their whole names."""
+    if layers == ALL:
+        return targets
+    from transformers.pytorch_utils import Conv1D
+
+    chosen = tuple(f"{name}." for name in chosen_layers(model, layers))
+    names = [name for name in _linear_names(model) if name.startswith(chosen)]
+    if targets == "all-linear":
+        kinds = (nn.Linear, Conv1D)
+        return [name for name in names if isinstance(model.get_submodule(name), kinds)]
+    matched: dict[str, list[str]] = (
+        {targets: [name for name in names if re.fullmatch(targets, name)]}
+        if isinstance(targets, str)
+        else {t: [name for name in names if _matches(name, t)] for t in targets}
+    )
+    unmatched = [target for target, found in matched.items() if not found]
+    if unmatched:
+        raise UserError(
+            f"adapter target {', '.join(map(repr, unmatched))} matches no linear module in the "
+            f"layers {layers}; choose other layers or targets"
+        )
+    every = {name for found in matched.values() for name in found}
+    return [name for name in names if name in every]
 
 
 def _pefts_targets(model: nn.Module, kind: str) -> Any:

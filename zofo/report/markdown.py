@@ -15,7 +15,7 @@ from zofo.disk.files import write_text
 from zofo.pages.document import check_target
 from zofo.pages.tables import Table
 from zofo.report.page import Report, smoothness_of
-from zofo.report.tables import group_table, pair_table, rank_table, reach_table
+from zofo.report.tables import gate_table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
 _SIGNS: Final = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
@@ -52,6 +52,7 @@ def render_markdown(report: Report) -> str:
         parts.append("\n".join(f"- {escape(note)}" for note in verdict.notes))
     sections = [
         ("Scores and costs", group_table(comparison)),
+        ("Room for the base: fo-ft against fo-peft", gate_table(report.gates)),
         ("Hybrid against fo-peft", pair_table(comparison.pairs)),
         ("What it took to reach fo-peft's best dev loss", reach_table(comparison.pairs)),
     ]

@@ -20,8 +20,16 @@ from zofo.pages.themes import THEMES, template_of
 from zofo.report.curves_figure import curve_figures
 from zofo.report.rates_figure import rate_figures
 from zofo.report.scores_figure import difference_figure, pareto_figures
-from zofo.report.tables import group_table, pair_table, rank_table, reach_table, run_table
+from zofo.report.tables import (
+    gate_table,
+    group_table,
+    pair_table,
+    rank_table,
+    reach_table,
+    run_table,
+)
 from zofo.results.comparison import Comparison, compare
+from zofo.results.gate import Gate, gates_of
 from zofo.results.table import Runs, read_runs, relative_to
 from zofo.results.verdict import Verdict, judge
 from zofo.statistics.estimates import Estimate
@@ -32,11 +40,12 @@ _MAX_VALUES: Final = 12  # The page counts further values of an option without l
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The content of a page: runs, their comparison, and the verdict on hybrid against fo-peft."""
+    """The content of a page: runs, their comparison, the verdict on hybrid, and the gates."""
 
     runs: Runs
     comparison: Comparison
     verdict: Verdict
+    gates: tuple[Gate, ...]
 
 
 def make_report(paths: Sequence[str | Path]) -> Report:
@@ -47,7 +56,8 @@ def make_report(paths: Sequence[str | Path]) -> Report:
     """
     runs = read_runs(paths)
     comparison = compare(runs)
-    return Report(runs, comparison, judge(comparison.pairs))
+    gates = gates_of(comparison.groups, runs)
+    return Report(runs, comparison, judge(comparison.pairs, gates), gates)
 
 
 def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
@@ -83,6 +93,7 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
         "num_runs": len(rows),
         "verdict": verdict,
         "groups": _nonempty(group_table(comparison)),
+        "gates": _nonempty(gate_table(report.gates)),
         "pairs": _nonempty(pair_table(comparison.pairs)),
         "reach": _nonempty(reach_table(comparison.pairs)),
         "ranks": comparison.ranks,
@@ -145,6 +156,10 @@ def summary_of(report: Report) -> dict[str, Any]:
         vars(p) | {"hybrid": indices[id(p.hybrid)], "fo_peft": indices[id(p.fo_peft)]}
         for p in comparison.pairs
     ]
+    gates = [
+        vars(gate) | {"full": indices[id(gate.full)], "fo_peft": indices[id(gate.fo_peft)]}
+        for gate in report.gates
+    ]
     ranks = comparison.ranks and vars(comparison.ranks) | {
         "p_values": [[*names, p] for names, p in comparison.ranks.p_values.items()]
     }
@@ -153,6 +168,7 @@ def summary_of(report: Report) -> dict[str, Any]:
             "verdict": verdict,
             "groups": comparison.groups,
             "pairs": pairs,
+            "gates": gates,
             "ranks": ranks,
             "grids": comparison.grids,
             "left_out": comparison.left_out,

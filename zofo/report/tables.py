@@ -12,6 +12,7 @@ from typing import Any
 
 from zofo.pages.tables import Cell, Column, Columns, Table, make_short_table, text_cell
 from zofo.results.comparison import Comparison, Group, Pair, treatment_of
+from zofo.results.gate import Gate
 from zofo.statistics.estimates import Estimate, Ranks
 
 _MIB = 2**20
@@ -102,6 +103,27 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
         Column("unlike", "other options that differ", False): unlike,
     }
     return make_short_table(columns, pairs)
+
+
+def gate_table(gates: Sequence[Gate]) -> Table:
+    """Full fine-tuning against fo-peft, with one row per fo-peft group."""
+
+    def of(key: str, mark: str = "") -> Any:
+        return lambda gate: text_cell(getattr(gate.fo_peft, key), mark)
+
+    columns: Columns = {
+        Column("task", "task", False): of("task", "name"),
+        Column("model", "model", False): of("model"),
+        Column("adapter", "adapter", False): of("adapter"),
+        Column("optimizer", "optimizer", False): of("optimizer"),
+        Column("difference", "fo-ft − fo-peft, points [95% interval]"): lambda gate: estimate_cell(
+            gate.difference.estimate, 100, "+.2f"
+        ),
+        Column("seeds", "seeds"): lambda gate: _number(len(gate.difference.seeds), ".0f"),
+        Column("state", "room for the base", False): lambda gate: text_cell(gate.state),
+        Column("forward_equivalents", "× forward-eq."): lambda g: _number(g.cost_ratio, ".2f"),
+    }
+    return make_short_table(columns, gates)
 
 
 def reach_table(pairs: Sequence[Pair]) -> Table:

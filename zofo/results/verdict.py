@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zofo.results.comparison import COSTS, Pair
+from zofo.results.gate import Gate, notes_on_gates
 from zofo.statistics.estimates import Estimate, mean_over_pairs, outcome_of
 
 _COST_WORDS = {
@@ -27,7 +28,7 @@ class Verdict:
         outcome: "higher" or "lower" test accuracy of hybrid; "undecided" if the interval contains 0
             or if there is no interval; "none" if there are no pairs.
         sentence: the outcome in words, with interval and number of seeds.
-        notes: costs, outcomes of the pairs, and the limits of the sentence.
+        notes: costs, outcomes of the pairs, room for the base, and the limits of the sentence.
         estimate: mean of the pairs' mean differences.
         counts: win, tie, loss or undecided -> number of pairs.
     """
@@ -39,14 +40,20 @@ class Verdict:
     counts: dict[str, int]
 
 
-def judge(pairs: Sequence[Pair]) -> Verdict:
-    """The verdict on hybrid against fo-peft, which claims no more than the interval supports."""
+def judge(pairs: Sequence[Pair], gates: Sequence[Gate] = ()) -> Verdict:
+    """The verdict on hybrid against fo-peft, which claims no more than the interval supports.
+
+    Args:
+        pairs: hybrid and fo-peft.
+        gates: fo-ft and fo-peft, which say whether there is room for the base.
+    """
+    room = notes_on_gates(gates)
     if not pairs:
         sentence = (
             "Nothing to compare yet: no hybrid and fo-peft runs of one model, task, adapter, "
             "optimizer and seed have both finished."
         )
-        return Verdict("none", sentence, (), None, {})
+        return Verdict("none", sentence, tuple(room), None, {})
     # For the same seed all pairs of a task use the same rows, whatever their model and adapter.
     estimate = mean_over_pairs([pair.values for pair in pairs], [p.hybrid.task for p in pairs])
     counts = Counter(pair.difference.outcome for pair in pairs)
@@ -62,8 +69,12 @@ def judge(pairs: Sequence[Pair]) -> Verdict:
     else:
         reason = "The interval holds 0" if result == "tie" else "Too few seeds for an interval"
         sentence = f"Undecided: hybrid − fo-peft is {found}. {reason}."
+    closed = {id(gate.fo_peft) for gate in gates if gate.state == "closed"}
+    if all(id(pair.fo_peft) in closed for pair in pairs):
+        sentence += " There is no room for the base here: full fine-tuning is below fo-peft."
     all_counts = {name: counts.get(name, 0) for name in ("win", "tie", "loss", "undecided")}
-    return Verdict(outcome, sentence, tuple(_notes(pairs, all_counts)), estimate, all_counts)
+    notes = (*room, *_notes(pairs, all_counts))
+    return Verdict(outcome, sentence, notes, estimate, all_counts)
 
 
 def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zofo.config.schema import RunConfig, share_of
+from zofo.models.layers import ALL, share_by_config
 from zofo.optim import cost
 from zofo.optim.methods import METHODS
 
@@ -18,6 +19,10 @@ def forward_equivalents(
         part_again: whether the unperturbed loss of a part of the batch needs a second forward pass,
             as with dropout or in half precision.
         cost_of_answers: cost of generating the answers of a micro-batch, in its forward passes.
+
+    Raises:
+        UserError: if the adapter is in some layers only, and the model's `config.json` cannot be
+            read or has fewer layers.
     """
     method, share = METHODS[config.method], share_of(config)
     if config.zo_objective == "reward":
@@ -26,6 +31,7 @@ def forward_equivalents(
             config.accumulation * steps if method.first else 0,
             method.forwards_per_gradient,
             config.accumulation * moves * cost_of_answers,
+            _backward_share(config),
         )
     writes = config.zo_objective == "f1"
     again = writes or (share < 1 and part_again)
@@ -42,4 +48,16 @@ def forward_equivalents(
         config.accumulation * steps,
         method.forwards_per_gradient,
         config.accumulation * moves * a_move,
+        _backward_share(config),
     )
+
+
+def _backward_share(config: RunConfig) -> float:
+    """The share of the layers that the backward pass of the adapter reaches."""
+    layers, model = config.adapter.layers, config.model
+    # Gradient checkpointing of transformers asks for the gradient of the embeddings' output.
+    reaches_all = layers == ALL or config.gradient_checkpointing
+    if reaches_all or METHODS[config.method].first != "adapter":
+        return 1.0
+    given = layers if isinstance(layers, str) else tuple(layers)
+    return share_by_config(given, model.name, model.revision, model.trust_remote_code)

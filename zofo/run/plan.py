@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zofo.config.schema import AUTO, RunConfig
 from zofo.environment import resolve_device
+from zofo.models.layers import backward_share
 from zofo.models.quantized import num_weights, quantized_bytes
 from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
@@ -192,8 +193,10 @@ def _memory(
     if getattr(text, "is_encoder_decoder", False):
         layers += getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", layers)) or 0
     value = next(p for p in model.parameters() if p.is_floating_point()).element_size()
-    # Without a backward pass, or if it recomputes them, only one layer's activations are held.
-    kept = 1 if config.gradient_checkpointing or not first else layers
+    # Activations are held from the lowest layer that the backward pass reaches. Without such a
+    # pass, or if it recomputes them, only one layer's are held.
+    reached = round(layers * backward_share(model)) if first else 0
+    kept = 1 if config.gradient_checkpointing else max(reached, 1)
     return {
         **_weights(model),
         "gradients": _bytes(first),

@@ -259,13 +259,22 @@ def _cells(spec: StudySpec) -> Iterator[Cell]:
     """Every different combination, in the order of the axes."""
     for model in spec.models:
         for task in spec.tasks:
-            for method in spec.methods:
+            for method, optimizers in _methods(spec).items():
                 orders = method_of(method)
                 adapters = [label_of(a, "type") for a in spec.adapters]
                 for adapter in adapters if orders.needs_adapter else [NONE]:
-                    for optimizer in spec.optimizers if orders.first is not None else [NONE]:
+                    for optimizer in optimizers if orders.first is not None else [NONE]:
                         labels = label_of(model, "name"), label_of(task, "name")
                         yield Cell(*labels, method, adapter, optimizer)
+
+
+def _methods(spec: StudySpec) -> dict[str, list[str]]:
+    """Method -> its optimizers, in the order of the runs; both methods of a gate come first."""
+    found: dict[str, list[str]] = {method: list(spec.optimizers) for method in spec.methods}
+    if spec.gate:
+        full = dict.fromkeys(["adamw", *found.pop("fo-ft", [])])
+        found = {"fo-ft": list(full), "fo-peft": found.pop("fo-peft"), **found}
+    return found
 
 
 def _pairs(spec: StudySpec, cell: Cell) -> tuple[tuple[Pair, ...], list[str]]:

@@ -4,9 +4,9 @@
     runs  = cells x rates x seeds
 
 A method that does not update an adapter has no adapter axis, and a method without a gradient has no
-optimizer axis. `hybrid-tied` is hybrid with one learning rate for both blocks. If an axis is
-omitted, it takes its value from `base`. A section of `base` holds the options that all entries of
-its axis share.
+optimizer axis. `hybrid-tied` is hybrid with one learning rate for both blocks. A gate adds fo-ft.
+If an axis is omitted, it takes its value from `base`. A section of `base` holds the options that
+all entries of its axis share.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ class StudySpec(Section):
     tasks: list[Entry] = Field(min_length=1, description="names, or sections with a label")
     methods: list[StudyMethod] = Field(
         min_length=1, description="methods; also hybrid-tied, which has one rate for both blocks"
+    )
+    gate: bool = Field(
+        False, description="also run fo-ft with adamw, first: is there room for the base at all?"
     )
     adapters: list[Entry] = Field(min_length=1, description="types, or sections with a label")
     optimizers: list[Literal["adamw", "sgd"]] = Field(
@@ -320,6 +323,10 @@ def _check(spec: StudySpec) -> list[str]:
     problems = []
     if (spec.budget is None) == (spec.steps is None):
         problems.append("give budget (forward-equivalents a run) or steps: one of the two")
+    if spec.gate and spec.budget is None:
+        problems.append("gate is true and compares at equal cost; give budget in place of steps")
+    if spec.gate and "fo-peft" not in spec.methods:
+        problems.append("gate is true and compares fo-ft with fo-peft; add fo-peft to methods")
     if spec.num_evaluations is not None and "eval_every" in spec.base:
         problems.append("num_evaluations and base.eval_every are both given; keep one")
     if spec.base.get("eps") == AUTO:

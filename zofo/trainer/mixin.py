@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from zofo.environment import peak_memory_bytes
 from zofo.errors import UserError
+from zofo.models.layers import backward_share
 from zofo.optim.blocks import is_peft
 from zofo.optim.cost import forward_equivalents
 from zofo.optim.gradient_bytes import GradientBytes
@@ -121,7 +122,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         """Cost of training so far in forward-equivalents, including first-order passes.
 
         One unit is one forward pass of a micro-batch without gradients. The gradient of an adapter
-        costs 2 units and that of all weights 3; see `zofo.optim.cost`.
+        costs 2 units and that of all weights 3, less if it ends above the lowest layer; see
+        `zofo.optim.cost`.
         """
         optimizer = self.hybrid_optimizer
         num_passes = optimizer.step_count * self.args.gradient_accumulation_steps
@@ -129,6 +131,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             num_passes if self.has_examples else 0,
             get_method(self.hybrid_options.method).forwards_per_gradient,
             optimizer.num_forwards,
+            backward_share(self.model),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
