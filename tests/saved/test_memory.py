@@ -113,9 +113,9 @@ def test_resuming_on_shards_takes_the_memory_of_shards(tmp_path, dtype, width):
 @pytest.mark.parametrize(
     ("adapter", "dtype", "width", "stored"),
     [
-        ("lora", torch.bfloat16, 480, None),
         ("prompt", torch.float32, 320, None),
         ("lora", torch.float32, 320, torch.bfloat16),
+        pytest.param("lora", torch.bfloat16, 480, None, marks=pytest.mark.slow),
         pytest.param("lora", torch.float32, 320, None, marks=pytest.mark.slow),
         pytest.param("prompt", torch.bfloat16, 480, None, marks=pytest.mark.slow),
     ],
