@@ -14,11 +14,13 @@ from tests.support.models import batch_for, bits, loss_of
 from tests.support.quantized import load_quantized, plain_decoder
 from zofo.disk.files import fingerprint
 from zofo.errors import UserError
+from zofo.models.loading import load_model
+from zofo.noise.combine import combine
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.perturb.quantized import Scales, unnest_scales
+from zofo.perturb.quantized import Scales, is_quantized, unit_of, unnest_scales
 from zofo.saved.checkpoint import load_checkpoint, save_checkpoint
 
 MOVING = ["nf4", "fp4", "int8"]
@@ -268,3 +270,46 @@ def test_estimates_are_unbiased_for_the_gradient_of_the_scales(kind, per_step):
     error = (found.mean(0) - exact * scales.unit) / (found.std(0) / len(found) ** 0.5)
     assert error.abs().max() < 4.5
     assert found.mean(0).abs().max() > 10 * (found.std(0) / len(found) ** 0.5).min()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("adapter", ["lora", "prefix", "prompt"])
+def test_a_real_model(tmp_path, kind, adapter):
+    """SmolLM2: a perturbed loss is that of a moved copy; replay and resume give every bit."""
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 40_000, (2, 16), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def base():
+        model, _ = load_model("smollm2-135m", quantization=kind)
+        model.config.use_cache = False
+        return model
+
+    def step(optimizer, model):
+        return float(optimizer.step(lambda: model(**batch).loss))
+
+    model, copied = (with_adapter(base(), adapter).train() for _ in range(2))
+    optimizer, blocks = optimizer_of(model, base_lr=1e-6, seed=5), split_parameters(model)
+    codes = {n: p for n, p in blocks.base.items() if is_quantized(p)}
+    before = fingerprint(codes)
+    for name, parameter in split_parameters(copied).movable.items():
+        tensor, change = blocks.base_index[name], (1e-3 * unit_of(parameter),)
+        combine(parameter.data, change, seed=5, step=9, tensor=tensor)
+    with torch.no_grad():
+        expected = copied(**batch).loss
+        with optimizer.perturbation.at(1e-3, step=9):
+            assert torch.equal(model(**batch).loss, expected)
+    del copied
+    for _ in range(3):
+        step(optimizer, model)
+    save_checkpoint(tmp_path, model, optimizer)
+    again = load_checkpoint(base(), tmp_path).train()
+    assert fingerprint(split_parameters(again).base) == fingerprint(blocks.base)
+    resumed = optimizer_of(again, base_lr=1e-6, seed=5)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.trajectory = copy.deepcopy(optimizer.trajectory)
+    assert step(resumed, again) == step(optimizer, model)
+    assert fingerprint(split_parameters(again).base) == fingerprint(blocks.base)
+    assert fingerprint(codes) == before
