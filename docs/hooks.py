@@ -32,7 +32,9 @@ ROOT = Path(__file__).parent.parent
 MARKER = re.compile(r"^<!-- generated: (\w+) ([\w-]+) -->$", re.MULTILINE)
 COPIED = ("*.md", "LICENSE", "examples/*.py", "configs/**/*.yaml", "benchmarks/*.py")
 """Files outside docs/ that a page may link to."""
-SECTIONS = {"model": "model.", "adapter": "adapter.", "task": "task.", "reward": "reward."}
+SECTIONS = {
+    name: f"{name}." for name in ("model", "adapter", "task", "reward", "preference")
+}
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

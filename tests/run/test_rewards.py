@@ -147,7 +147,7 @@ def test_rewards_alone_on_prompts_of_their_own(folder, decoder_folder):
     result = train(config, console=QUIET)
     lines = (folder / "run" / "held_out_answers.jsonl").read_text().splitlines()
     assert len(lines) == 2  # a fifth of them
-    assert result.rewards["before"]["reward"] >= 0
+    assert result.held_out["rewards"]["before"]["reward"] >= 0
     plan = make_plan(config)
     assert result.cost["forward_equivalents"] <= plan.forward_equivalents * 1.1
     assert plan.memory_bytes["answers"] > 0

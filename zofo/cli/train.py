@@ -186,8 +186,13 @@ def _show(result: Result) -> None:
     console = plain_console()
     if result.before is not None and result.after is not None:
         console.print(_table(result.before, result.after))
-    for when, figures in result.rewards.items():
+    for when, figures in result.held_out.get("rewards", {}).items():
         console.print(f"reward {when} training  {figures['reward']:.4g}, on held-out prompts")
+    for when, figures in result.held_out.get("preference", {}).items():
+        console.print(
+            f"pairs {when} training  margin {figures['preference_margin']:.4g} nats, "
+            f"{figures['preference_ranked_right']:.1%} ranked right, held out"
+        )
     cost = result.cost
     console.print(
         f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "

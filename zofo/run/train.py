@@ -36,6 +36,7 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
 from zofo.results.belonging import digests_of
+from zofo.run.own_rows import own_rows
 from zofo.run.peers import Peers, joined
 from zofo.run.prepare import (
     Prepared,
@@ -47,7 +48,6 @@ from zofo.run.prepare import (
 )
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
-from zofo.run.rewards import HeldOut, has_rewards, reward_rows
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.artifact import save_artifact
@@ -77,8 +77,8 @@ class Result:
     before: Metrics | None  # scores on the test rows before training; None without measure_test
     after: Metrics | None  # the same after training
     cost: dict[str, float]  # seconds, forward-equivalents, peak memory, bytes of the artefact
-    rewards: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """On held-out prompts, "before" and "after" training; empty without rewards."""
+    held_out: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """"rewards" or "preference" -> "before" and "after" training -> figures of held-out rows."""
 
 
 def train(
@@ -156,8 +156,9 @@ def train_in(
     config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
     run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
     with peers.together():
-        prompts, held = reward_rows(config, prepared.splits) if has_rewards(config) else ([], [])
-        answers = HeldOut(held, config, prepared.tokenizer)
+        own = own_rows(config, prepared.splits, prepared.tokenizer, prepared.base.head)
+        for note in own.notes:
+            _note(console, note)
         trainer = build_trainer(
             config,
             prepared.model,
@@ -172,7 +173,7 @@ def train_in(
             digests=RowDigests.of(prepared.splits),
             run_id=run_id,
             peers=peers,
-            prompts=prompts,
+            own=own,
         )
     peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
     if on_start is not None:
@@ -183,7 +184,7 @@ def train_in(
 
     prepared.model.to(trainer.args.device)
     before = measured("test before") if config.measure_test else None
-    answers.measure(prepared.model, "before")
+    own.measure(prepared.model, "before")
     dev_before = measured("dev before") if config.early_stopping is not None else None
     stop_early = StopEarly(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
@@ -193,7 +194,7 @@ def train_in(
         trainer.add_callback(watcher)
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = measured("test after") if config.measure_test else None
-    answers.measure(prepared.model, "after")
+    own.measure(prepared.model, "after")
 
     def save() -> Result:
         require_kept(folder)
@@ -206,9 +207,9 @@ def train_in(
             "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
             "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
         }
-        result = Result(folder, before, after, cost, answers.figures())
+        result = Result(folder, before, after, cost, own.figures())
         require_kept(folder)
-        answers.write(folder)
+        own.write(folder)
         _write_result(artifact, config, prepared, trainer, result, dev_before)
         return result
 
@@ -304,7 +305,7 @@ def _write_result(
         "adapter": config.adapter.label,
         "seed": config.seed,
         **({"test": scores} if scores else {}),
-        **({"rewards": result.rewards} if result.rewards else {}),
+        **result.held_out,
         "dev": {
             **({} if dev_before is None else {"before": dev_before.as_dict()}),
             "after": _dev_scores(trainer.state, config.select_best),
@@ -312,7 +313,7 @@ def _write_result(
         "best_dev": trainer.state.best_metric,
         "best_checkpoint": Path(best).name if best else None,
         "cost": result.cost,
-        "notes": list(prepared.splits.notes),
+        "notes": [*prepared.splits.notes, *trainer.own.notes],
         "files": digests_of(result.folder),
     }
     write_json(result.folder / RESULT_FILE, summary)
