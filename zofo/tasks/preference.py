@@ -100,8 +100,10 @@ def _of_texts(row: dict[str, Any], columns: tuple[str, str, str], number: int) -
                 "give the prompt in a column of its own"
             )
         texts = [text[len(before) :] for text in texts]
-    sides = (Completion(((before, False), (text, True)), before + text, number) for text in texts)
-    return Pair(*sides, number)
+    chosen, rejected = (
+        Completion(((before, False), (text, True)), before + text, number) for text in texts
+    )
+    return Pair(chosen, rejected, number)
 
 
 def _of_messages(
@@ -118,10 +120,10 @@ def _of_messages(
             num += 1
         before = messages[0][:num]
         messages = [found[num:] for found in messages]
-    sides = (
+    chosen, rejected = (
         conversation(before, Chat(found, chats[0].tools), number, tokenizer) for found in messages
     )
-    return Pair(*sides, number)
+    return Pair(chosen, rejected, number)
 
 
 def encode_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[Encoded], tuple[str, ...]]:

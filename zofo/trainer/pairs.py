@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class PairSource:
             now = self._log_likelihoods(model, batch, context)
             found = Compared(now, reference.to(now.device), self.options.beta)
             if not is_seen:
-                is_seen, self.last = True, found
+                is_seen, self.last = True, replace(found, now=now.detach())
             return found.losses * (weight / len(rows))
 
         num_tokens = batch["input_ids"].numel()
