@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.support.hub_folders import make_tokenizer
+from tests.support.hub_folders import CHAT_TEMPLATE, make_tokenizer
 from zofo.errors import UserError
 from zofo.models.loading import load_model
 from zofo.tasks.encode import Encoder
@@ -16,7 +16,6 @@ from zofo.tasks.preference import (
     Compared,
     PreferenceOptions,
     encode_pairs,
-    pair_log_likelihoods,
     read_pairs,
 )
 from zofo.tasks.rows import Table
@@ -27,10 +26,6 @@ ROWS = [
     {"prompt": "What is it?", "chosen": " good", "rejected": " a dull, lifeless thing"},
     {"prompt": "It was", "chosen": " an actor", "rejected": " badly acted and dull"},
 ]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +125,7 @@ def assistant(text):
 
 def test_all_layouts_of_trl_give_the_same_pair():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     text = {"prompt": "Is it 3? A:", "chosen": " yes, good", "rejected": " yes, bad"}
     whole = {side: text["prompt"] + text[side] for side in ("chosen", "rejected")}
     assert written(read_pairs(table(text), tokenizer)[0]) == [
@@ -179,14 +174,19 @@ def test_pairs_that_tell_nothing_are_left_out_and_counted(loaded):
 )
 def test_bad_rows_are_one_error(rows, words):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
+    tokenizer.chat_template, tokenizer.pad_token = CHAT_TEMPLATE, tokenizer.eos_token
     with pytest.raises(UserError, match=words):
         PairSource(rows, tokenizer)
 
 
-def test_the_likelihood_of_an_encoder_decoder_is_that_of_its_output(encoder_decoder_folder):
+@torch.no_grad()
+def test_the_likelihood_of_an_encoder_decoder_is_that_of_its_labels(encoder_decoder_folder):
+    """Minus transformers' loss, times the number of labels."""
     model, tokenizer = load_model(encoder_decoder_folder, head="seq2seq")
-    source = PairSource(ROWS, tokenizer, head="seq2seq")
-    assert source.compare(model.eval()).now.lt(0).all()
-    batch = source._batch(model, [0])
-    assert pair_log_likelihoods(model, batch).shape == (1, 2)
+    found = PairSource(ROWS, tokenizer, head="seq2seq").compare(model.eval()).now
+    for row, sums in zip(ROWS, found, strict=True):
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        for side, value in zip(("chosen", "rejected"), sums, strict=True):
+            labels = torch.tensor([tokenizer(text_target=row[side])["input_ids"]])
+            loss = model(input_ids=ids, labels=labels).loss
+            assert float(value) == pytest.approx(-float(loss) * labels.numel(), rel=1e-5)
