@@ -19,20 +19,24 @@ _NEED_ARGUMENTS: Final = (
     "warmup_stable_decay",
 )
 """Schedules of transformers that have arguments without defaults."""
+_DATA: Final = ("train", "dev", "test", "data_dir")
 PATHS: Final = {
     "model": ("name",),
-    "task": ("train", "dev", "test", "data_dir"),
+    "task": _DATA,
     "adapter": ("config_file",),
     "reward": ("data",),
+    "watch_task": _DATA,
 }
 """Section -> its options that may be paths."""
 
 
 def check_sections(config: RunConfig) -> list[str]:
     """A message for each combination of fields that cannot work."""
-    from zofo.tasks.load import check_spec
+    from zofo.tasks.load import check_spec, in_watch_task
 
     problems = check_spec(config.task)
+    if config.watch_task is not None:
+        problems += map(in_watch_task, check_spec(config.watch_task, only_dev=True))
     method = METHODS[config.method]
     full = not method.needs_adapter
     if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
@@ -175,7 +179,8 @@ def _check_paths(config: RunConfig) -> list[str]:
     """A message for each option that names a file or a folder that cannot exist."""
     named = {"output_dir": config.output_dir}
     for section, keys in PATHS.items():
-        named |= {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys}
+        values = getattr(config, section)
+        named |= {f"{section}.{key}": getattr(values, key, None) for key in keys}
     problems = {k: problem_of_name(Path(path)) for k, path in named.items() if path}
     return [f"{key}: {problem}" for key, problem in problems.items() if problem]
 

@@ -27,6 +27,7 @@ SHORTHANDS: Final = {
     "adapter": "type",
     "task": "name",
     "reward": "functions",
+    "watch_task": "name",
 }
 """Section -> the key that a text in place of the section sets."""
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
@@ -34,6 +35,7 @@ _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "adapter": AdapterConfig,
     "task": TaskSpec,
     "reward": RewardConfig,
+    "watch_task": TaskSpec,
 }
 # pydantic names the members of a union in the path of an error, where a user would not write them.
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
