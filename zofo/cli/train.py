@@ -28,7 +28,7 @@ from zofo.errors import TrainingStoppedError, UserError
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.run.peers import Peers
-    from zofo.run.train import Result
+    from zofo.run.result import Result
     from zofo.scoring.evaluate import Metrics
 
 _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")

@@ -32,12 +32,7 @@ PATHS: Final = {
 
 def check_sections(config: RunConfig) -> list[str]:
     """A message for each combination of fields that cannot work."""
-    from zofo.tasks.load import check_spec, in_watch_task
-
-    problems = check_spec(config.task)
-    if config.watch_task is not None:
-        problems += map(in_watch_task, check_spec(config.watch_task, only_dev=True))
-    method = METHODS[config.method]
+    problems, method = _check_tasks(config), METHODS[config.method]
     full = not method.needs_adapter
     if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
         problems.append(
@@ -112,6 +107,15 @@ def check_sections(config: RunConfig) -> list[str]:
         )
     problems += _check_scheduler(config.scheduler)
     return problems
+
+
+def _check_tasks(config: RunConfig) -> list[str]:
+    """A message for each problem of the options of a task."""
+    from zofo.tasks.load import check_spec, in_watch_task
+
+    watched = config.watch_task
+    found = [] if watched is None else check_spec(watched, only_dev=True)
+    return [*check_spec(config.task), *map(in_watch_task, found)]
 
 
 def _check_rewards(config: RunConfig) -> list[str]:

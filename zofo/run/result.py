@@ -9,6 +9,7 @@ from typing import Any
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import write_json
+from zofo.environment import peak_memory_bytes
 from zofo.results.belonging import digests_of
 from zofo.run.prepare import Prepared
 from zofo.run.task_trainer import TaskTrainer
@@ -50,6 +51,20 @@ def save_run_artifact(
         rows=RowDigests.of(prepared.splits),
         buffers=trainer.moved_buffers,
     )
+
+
+def run_cost(
+    trainer: TaskTrainer, artifact: Path, *, train_s: float, total_s: float
+) -> dict[str, float]:
+    """The cost of a finished run, for `Result.cost`."""
+    return {
+        "steps": trainer.state.global_step,
+        "train_s": round(train_s, 3),
+        "total_s": round(total_s, 3),
+        "forward_equivalents": trainer.forward_equivalents,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+    }
 
 
 def write_result(

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.console import new_progress, plain_console
 from zofo.disk.files import json_digest, remove_file, write_json, write_text
-from zofo.environment import environment, peak_memory_bytes, resolve_device
+from zofo.environment import environment, resolve_device
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
@@ -43,8 +43,7 @@ from zofo.run.prepare import (
     require_kept,
     run_folder,
 )
-from zofo.run.result import Result as Result
-from zofo.run.result import save_run_artifact, watch_scores, write_result
+from zofo.run.result import Result, run_cost, save_run_artifact, watch_scores, write_result
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.rewards import HeldOut, has_rewards, reward_rows
@@ -183,14 +182,7 @@ def train_in(
     def save() -> Result:
         require_kept(folder)
         artifact = save_run_artifact(folder, config, prepared, trainer)
-        cost = {
-            "steps": trainer.state.global_step,
-            "train_s": round(trained_s, 3),
-            "total_s": round(time.monotonic() - started, 3),
-            "forward_equivalents": trainer.forward_equivalents,
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-            "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
-        }
+        cost = run_cost(trainer, artifact, train_s=trained_s, total_s=time.monotonic() - started)
         watch = watch_scores(trainer.state, config.select_best)
         result = Result(folder, before, after, cost, answers.figures(), watch)
         require_kept(folder)
