@@ -79,13 +79,14 @@ def config_of(decoder_folder, *overrides):
 
 
 def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder):
-    anchor = "base_anchor=50"
-    train(config_of(decoder_folder, "output_dir=whole", anchor), console=QUIET)
+    more = "base_anchor=50", "watch_task={name: completion, dev: rows.jsonl, num_dev: 9}"
+    train(config_of(decoder_folder, "output_dir=whole", *more), console=QUIET)
     logs = untimed_metrics(folder / "whole" / "metrics.jsonl")
     assert sum("reward" in row for row in logs) == 4
     drifts = [row["eval_drift"] for row in logs if "eval_drift" in row]
     assert len(drifts) == 2
     assert min(drifts) > 0
+    assert [row["step"] for row in logs if "watch_perplexity" in row] == [0, 2, 4]
     found = read_json(folder / "whole" / "result.json")["rewards"]
     lines = (folder / "whole" / "held_out_answers.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
@@ -96,7 +97,7 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
 
     stops = (f"reward=rewards.py:{name}" for name in ("wanted",))
     with pytest.raises(KeyboardInterrupt):
-        train(config_of(decoder_folder, anchor), console=QUIET, watchers=lambda _: [_StopAt(3)])
+        train(config_of(decoder_folder, *more), console=QUIET, watchers=lambda _: [_StopAt(3)])
     (folder / "ran").unlink()
     for call in (
         lambda: resumed_config(folder / "run"),

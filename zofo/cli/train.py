@@ -28,7 +28,7 @@ from zofo.errors import TrainingStoppedError, UserError
 if TYPE_CHECKING:
     from zofo.config.schema import RunConfig
     from zofo.run.peers import Peers
-    from zofo.run.train import Result
+    from zofo.run.result import Result
     from zofo.scoring.evaluate import Metrics
 
 _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
@@ -188,6 +188,11 @@ def _show(result: Result) -> None:
         console.print(_table(result.before, result.after))
     for when, figures in result.rewards.items():
         console.print(f"reward {when} training  {figures['reward']:.4g}, on held-out prompts")
+    if result.watch:
+        then, now = result.watch["before"], result.watch["after"]
+        names = [name for name in _SHOWN if name in now]
+        texts = (f"{name} {then[name]:.3f} -> {now[name]:.3f}" for name in names)
+        console.print(f"watch_task  {', '.join(texts)}, on {now['num_rows']} dev rows")
     cost = result.cost
     console.print(
         f"{cost['steps']} steps, {cost['forward_equivalents']:,} forward-equivalents, "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zofo.optim.methods import METHODS
 from zofo.optim.options import STEP_KEYS
-from zofo.results.table import APART, Runs
+from zofo.results.table import Runs, is_apart
 from zofo.statistics.estimates import (
     Difference,
     Estimate,
@@ -285,8 +285,7 @@ def _reach(
 
 
 def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    ignored = APART | _ZEROTH_ONLY
-    keys = [k for k in dict.fromkeys((*ours, *theirs)) if k not in ignored]
+    keys = [k for k in dict.fromkeys((*ours, *theirs)) if not is_apart(k) and k not in _ZEROTH_ONLY]
     return {k: (ours.get(k), theirs.get(k)) for k in keys if ours.get(k) != theirs.get(k)}
 
 

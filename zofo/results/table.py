@@ -95,10 +95,15 @@ APART: Final = frozenset(
         ),
         *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
         *("num_threads", "device", "eval_batch_size", "snapshot_every"),
-        *("measure_test", "early_stopping"),
+        *("measure_test", "early_stopping", "watch_task"),
     )
 )
-"""Options with a column of their own, or without effect on a result."""
+"""Options or sections with a column of their own, or without effect on a result."""
+
+
+def is_apart(key: str) -> bool:
+    """Whether an option with a dotted key is one of `APART`, or in such a section."""
+    return not APART.isdisjoint((key, key.partition(".")[0]))
 
 
 @dataclass(frozen=True)
@@ -314,7 +319,7 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         "adapter_lr": adapter_lr,
         "rates": f"{base_lr}, {adapter_lr}",
         "seed": _number(config.get("seed", study.get("seed"))),
-        "setting": json_digest({k: v for k, v in flat(config).items() if k not in APART})[:8],
+        "setting": json_digest({k: v for k, v in flat(config).items() if not is_apart(k)})[:8],
     }
 
 

@@ -30,6 +30,7 @@ from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.drift import Drift
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
+from zofo.scoring.watched import Watched
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded
 from zofo.tasks.losses import first_examples, losses_and_errors
@@ -75,6 +76,7 @@ class TaskTrainer(HybridTrainer):
     """`HybridTrainer` whose loss is the task's objective and whose dev scores are zofo's."""
 
     drift: Drift | None = None  # measured at each evaluation
+    watched: Watched | None = None  # scored at each evaluation and before training
 
     def __init__(
         self,
@@ -193,12 +195,22 @@ class TaskTrainer(HybridTrainer):
                 )
             )
             drift = None if self.drift is None else self.drift.measure(self.model)
+            watch = self.watch_logs()
         logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
         if drift is not None:
             logs[f"{metric_key_prefix}_drift"] = drift
+        logs |= watch
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def watch_logs(self) -> dict[str, float]:
+        """The scores of the second task, under names that decide nothing; empty without one."""
+        watched = self.watched
+        if watched is None:
+            return {}
+        scores = self.peers.from_first(lambda: watched.measure(self.model).as_dict())
+        return {f"watch_{key}": value for key, value in scores.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the cost of training so far, so that curves can be drawn against it."""
@@ -262,6 +274,19 @@ class _Answered:
 def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
     """A collator whose batches also hold their examples, which F1 needs."""
     return lambda examples: {**collator(examples), "examples": list(examples)}
+
+
+class _WatchTheStart(TrainerCallback):
+    """Logs the scores of the second task before training, as those of step 0."""
+
+    def __init__(self, trainer: TaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            with self.trainer.clock.paused():
+                logs = self.trainer.watch_logs()
+            self.trainer.log(logs)
 
 
 class _MeasureAtTheEnd(TrainerCallback):
@@ -351,6 +376,7 @@ def build_trainer(
     run_id: str | None = None,
     peers: Peers | None = None,
     prompts: Sequence[Mapping[str, Any]] = (),
+    watched: Watched | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -369,6 +395,7 @@ def build_trainer(
         run_id: names the run, in every checkpoint.
         peers: the processes that share each micro-batch; None: one.
         prompts: rows with the prompts that rewards score the answers to.
+        watched: the second task.
     """
     peers = peers or Peers()
     rewarded: dict[str, Any] = {}
@@ -404,4 +431,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     if rewarded:
         trainer.drift = Drift(model, writer.tokenizer)
+    if watched is not None:
+        trainer.watched = watched
+        trainer.add_callback(_WatchTheStart(trainer))
     return trainer
