@@ -23,8 +23,8 @@ from zofo.results.answers import (
 )
 from zofo.results.table import Runs
 
-MAX_ROWS: Final = 20
-_MAX_STEPS: Final = 5  # of training, from the first to the last
+MAX_ROWS: Final = 12
+_MAX_STEPS: Final = 6  # of training, from the first to the last
 _MAX_SIDE: Final = 4  # runs side by side
 _MAX_RUNS: Final = 12  # The page says how many further ones it leaves out.
 _SHORT, _LONG = 160, 8_000  # characters

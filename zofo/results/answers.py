@@ -29,6 +29,7 @@ FIGURES: Final[dict[str, str]] = {
     "eval_drift": "KL divergence of the next token from the model before training, nats per token",
 }
 """Figures in the log of a run with rewards, and what they mean."""
+_COSTS: Final = frozenset(("forward_equivalents", "elapsed_s"))
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def reward_points(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if step is None or not known:
             continue
         point = points.setdefault(step, {"step": step, **dict.fromkeys(FIGURES)})
-        for key in (*known, "forward_equivalents", "elapsed_s"):
-            point[key] = number_of(entry.get(key))
+        for key in (*known, *(_COSTS & entry.keys())):
+            point[key] = number_of(entry[key])
     return [points[step] for step in sorted(points)]
 
 
