@@ -48,7 +48,8 @@ def address(tmp_path_factory):
             folder / "runs" / f"{HOSTILE.replace('/', '')}-{method}", method=method, task=HOSTILE
         )
     run = write_run(folder / "runs" / f"rewards-{HOSTILE.replace('/', '')}", method="zo-ft")
-    add_rewards(run, prompts=[HOSTILE * 20, "b?"], after=[HOSTILE + "\n" * 3 + HOSTILE, "short"])
+    answers = {"before": ["x", "y"], "after": [HOSTILE + "\n" * 3 + HOSTILE, "short"]}
+    add_rewards(run, prompts=[HOSTILE * 20, "b?"], **answers)
     write_report([folder], folder / "report.html")
     return (folder / "report.html").as_uri()
 
