@@ -65,8 +65,7 @@ def _lines(comparison: Comparison, runs: Runs) -> list[dict[str, Any]]:
         is_known = apart.run in known - grouped - comparison.left_out.keys()
         if is_known and apart.stage == "final":
             name = f"{apart.run} ({apart.status})"
-            keys = ("model", "task", "method")
-            line = {key: getattr(apart, key) for key in keys}
+            line = {key: getattr(apart, key) for key in ("model", "task", "method")}
             lines.append(line | {"runs": (apart.run,), "name": name, "alone": True})
     return lines
 

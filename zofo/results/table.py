@@ -144,20 +144,20 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     configs, environments = {}, {}
     for name, folder in zip(_names(folders), folders, strict=True):
         config = _read_config(folder)
-        row, curve, steps = _read_run(folder, config)
+        row, curve, figures = _read_run(folder, config)
         rows.append({"run": name, "folder": folder, **row})
         points += [{"run": name, **point} for point in curve]
-        rewards += [{"run": name, **point} for point in steps]
+        rewards += [{"run": name, **point} for point in figures]
         configs[name] = flat(config)
         environments[name] = flat(_mapping(folder / "environment.json"))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in _NUMBERS:
         table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
-    both = []
-    for found, columns in ((points, CURVE_COLUMNS), (rewards, REWARD_COLUMNS)):
-        frame = pd.DataFrame(found, columns=list(columns))
-        both.append(frame.astype({column: float for column in columns if column != "run"}))
-    return Runs(table, *both, configs, environments)
+    curves, steps = (
+        pd.DataFrame(found, columns=list(columns)).astype(dict.fromkeys(list(columns)[1:], float))
+        for found, columns in ((points, CURVE_COLUMNS), (rewards, REWARD_COLUMNS))
+    )
+    return Runs(table, curves, steps, configs, environments)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
