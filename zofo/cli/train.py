@@ -215,8 +215,12 @@ def _show_answers(folder: Path, console: Console) -> None:
 
     held_out = read_held_out(folder)
     for sample in held_out[:_NUM_PROMPTS]:
-        console.print(one_line(" ".join(sample.prompt.split())), no_wrap=True, overflow="ellipsis")
-        width = max(len(reward_text(answer.reward)) for answer in sample.answers.values())
+        prompt, start = " ".join(sample.prompt.split()), console.width // 3
+        if len(prompt) > console.width:  # Prompts often begin alike, so their ends are shown too.
+            prompt = f"{prompt[:start]}…{prompt[start + 1 - console.width :]}"
+        console.print(one_line(prompt), no_wrap=True, overflow="ellipsis")
+        rewards = [reward_text(answer.reward) for answer in sample.answers.values()]
+        width = max(map(len, rewards), default=0)
         for when, answer in sample.answers.items():
             text = " ".join(answer.text.split()) or "(no text)"
             line = f"  {when:6}  {reward_text(answer.reward):>{width}}  {text}"
