@@ -21,10 +21,12 @@ import torch
 from tests.support.forks import context
 from tests.support.models import assert_same_bits
 from tests.support.trainers import untimed_metrics
+from zofo.config.load import read_config
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import TRAJECTORY_FILE, Trajectory
-from zofo.run.resume import is_finished, newest_checkpoint, resumed_config
+from zofo.run.resume import is_finished, newest_checkpoint
 from zofo.saved.artifact import load
+from zofo.saved.layout import CONFIG_FILE
 
 STEPS = 24
 ADAPTER = "adapter_model.safetensors"
@@ -144,7 +146,7 @@ def kill_and_resume(folder, arguments, log, *, kills, seed):
 def last_checkpoint(folder):
     path = newest_checkpoint(folder)
     assert path is not None
-    assert path.name == f"checkpoint-{resumed_config(folder).steps}"
+    assert path.name == f"checkpoint-{read_config(folder / CONFIG_FILE).steps}"
     return path
 
 
@@ -238,6 +240,79 @@ def test_killed_twenty_five_times(tmp_path, reviews, decoder_folder, kind):
         folder.mkdir()
         done += compare(folder, reviews, decoder_folder, *kind, kills=25 - done, seed=seed)
         seed += 1
+
+
+DEADLY = """
+import os
+import signal
+from pathlib import Path
+
+def letters(prompts, completions, **columns):
+    here = Path(__file__).parent
+    with open(here / "calls", "a") as file:
+        file.write("x")
+    fatal = here / "fatal"  # the numbers of the calls that kill the process
+    if fatal.exists() and str((here / "calls").stat().st_size) in fatal.read_text().split():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("fatal", "kills"),
+    [((5,), 1), pytest.param(range(2, 30, 4), 5, marks=pytest.mark.slow)],
+    ids=["once", "often"],
+)
+def test_killed_while_answers_are_scored(tmp_path, decoder_folder, fatal, kills):
+    """The reward kills its process on some of its calls.
+
+    A process calls it once for the held-out prompts, then twice a step, for both sides of the
+    antithetic pairs. The fifth call is thus in the middle of a population, after a checkpoint.
+    """
+    rows = [{"prompt": f"What is {i}?", "completion": f" {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run_options(folder):
+        folder.mkdir()
+        reward = folder / "deadly.py"
+        reward.write_text(DEADLY)
+        more = ["num_answers=3", "batch_size=2", "max_new_tokens=4", "temperature=1"]
+        return f"reward={reward}:letters", [
+            f"model={decoder_folder}",
+            "task=completion",
+            f"task.train={tmp_path / 'rows.jsonl'}",
+            "zo_objective=reward",
+            f"reward={reward}:letters",
+            *(f"reward.{option}" for option in more),
+            "estimator=central",
+            "steps=4",
+            "eval_every=1",
+            "log_every=1",
+            "eps=0.05",
+            "base_lr=1e-3",
+            "device=cpu",
+            "num_threads=1",
+            f"output_dir={folder / 'run'}",
+        ]
+
+    folders, log = (tmp_path / "whole", tmp_path / "killed"), tmp_path / "log"
+    complete(run_options(folders[0])[1], log)
+    reward, arguments = run_options(folders[1])
+    whole, killed = (folder / "run" for folder in folders)
+    (folders[1] / "fatal").write_text(" ".join(map(str, fatal)))
+    for _ in range(kills):
+        process = start(arguments, log)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        arguments = ["--resume", killed, reward]
+    assert newest_checkpoint(killed) is not None
+    complete(arguments, log)
+    assert_same_run(whole, killed)
+    for name in ("answers.jsonl", "held_out_answers.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, killed)]
+    assert results[0]["rewards"] == results[1]["rewards"]
+    assert results[0]["dev"] == results[1]["dev"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from zofo.config.schema import (
     RewardConfig,
     RunConfig,
 )
-from zofo.results.table import COLUMNS, CURVE_COLUMNS
+from zofo.results.table import COLUMNS, CURVE_COLUMNS, REWARD_COLUMNS
 from zofo.smoothness.options import SmoothnessOptions, load_smoothness
 from zofo.study.spec import StudySpec, load_spec
 from zofo.tasks.families.table import BUILTIN
@@ -91,7 +91,7 @@ def test_every_task_is_documented_with_its_prompt():
 
 def test_every_column_of_the_tables_of_runs_is_documented():
     text = built("files.md")
-    for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items()):
+    for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items(), *REWARD_COLUMNS.items()):
         assert f"| `{name}` | {meaning} |" in text
 
 

@@ -259,9 +259,11 @@ def test_a_run_folder_that_vanishes_is_one_error(run, monkeypatch):
 def test_a_run_folder_that_vanishes_beside_training_is_one_error(
     run, monkeypatch, moment, is_begun_again
 ):
+    import zofo.run.result
     import zofo.run.train
 
-    real = getattr(zofo.run.train, moment)
+    home = zofo.run.train if moment == "evaluate" else zofo.run.result
+    real = getattr(home, moment)
 
     def vanish(*args, **kwargs):
         found = real(*args, **kwargs)
@@ -272,7 +274,7 @@ def test_a_run_folder_that_vanishes_beside_training_is_one_error(
                 (run / name).write_text("of another run")
         return found
 
-    monkeypatch.setattr(zofo.run.train, moment, vanish)
+    monkeypatch.setattr(home, moment, vanish)
     done = invoke("train", "--resume", run)
     assert done.exit_code == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -17,6 +17,8 @@ from zofo.disk.files import read_json, read_tensors
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
+from zofo.results.answers import read_held_out, read_samples
+from zofo.results.table import read_runs
 from zofo.run.plan import make_plan
 from zofo.run.resume import resumed_config
 from zofo.run.train import train
@@ -79,13 +81,14 @@ def config_of(decoder_folder, *overrides):
 
 
 def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder):
-    anchor = "base_anchor=50"
-    train(config_of(decoder_folder, "output_dir=whole", anchor), console=QUIET)
+    more = "base_anchor=50", "watch_task={name: completion, dev: rows.jsonl, num_dev: 9}"
+    train(config_of(decoder_folder, "output_dir=whole", *more), console=QUIET)
     logs = untimed_metrics(folder / "whole" / "metrics.jsonl")
     assert sum("reward" in row for row in logs) == 4
     drifts = [row["eval_drift"] for row in logs if "eval_drift" in row]
     assert len(drifts) == 2
     assert min(drifts) > 0
+    assert [row["step"] for row in logs if "watch_perplexity" in row] == [0, 2, 4]
     found = read_json(folder / "whole" / "result.json")["rewards"]
     lines = (folder / "whole" / "held_out_answers.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
@@ -93,10 +96,16 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
     for when in ("before", "after"):
         rewards = [json.loads(line)[f"reward_{when}"] for line in lines]
         assert found[when]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    runs = read_runs(["whole"])
+    assert runs.table["reward"].tolist() == [found["after"]["reward"]]
+    assert runs.table["drift"].tolist() == runs.rewards["eval_drift"].dropna().tolist()[-1:]
+    assert runs.rewards["step"].tolist() == [1, 2, 3, 4]
+    assert len(read_held_out(folder / "whole")) == len(lines)
+    assert {sample.step for sample in read_samples(folder / "whole")} == {1, 2, 3, 4}
 
     stops = (f"reward=rewards.py:{name}" for name in ("wanted",))
     with pytest.raises(KeyboardInterrupt):
-        train(config_of(decoder_folder, anchor), console=QUIET, watchers=lambda _: [_StopAt(3)])
+        train(config_of(decoder_folder, *more), console=QUIET, watchers=lambda _: [_StopAt(3)])
     (folder / "ran").unlink()
     for call in (
         lambda: resumed_config(folder / "run"),

@@ -270,6 +270,30 @@ def test_a_saved_study_reads_back(write, tmp_path):
     assert differences(spec, load_spec(tmp_path / "again.yaml")) == []
 
 
+def test_files_of_a_study_do_not_depend_on_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "prompts.jsonl", "schema.json", "own.py"):
+        (tmp_path / name).write_text("{}")
+    reward = {"data": "prompts.jsonl"}
+    functions = ["json:schema.json", "json:absent.json", "regex:rows.csv", "own.py:f"]
+    wanted = [f"json:{tmp_path}/schema.json", *functions[1:3], f"{tmp_path}/own.py:f"]
+    base = {"model": "some/model", "task": {"name": "completion", "train": "rows.csv"}}
+    for given, made in (
+        (functions, wanted),
+        (functions[0], wanted[0]),
+        (dict.fromkeys(functions, 1.0), dict.fromkeys(wanted, 1.0)),
+    ):
+        study = {"output": "out", "steps": 1, "rates": {"base_lr": 1e-6, "adapter_lr": 1e-3}}
+        study["base"] = {**base, "reward": {**reward, "functions": given}}
+        (tmp_path / "s.yaml").write_text(json.dumps(study))
+        spec = load_spec("s.yaml")
+        assert spec.base["task"]["train"] == f"{tmp_path}/rows.csv"
+        assert spec.base["reward"] == {"data": f"{tmp_path}/prompts.jsonl", "functions": made}
+    study["base"]["reward"] = functions[0]
+    (tmp_path / "s.yaml").write_text(json.dumps(study))
+    assert load_spec("s.yaml").base["reward"] == wanted[0]
+
+
 def test_a_study_may_grow_by_seeds_only(write):
     spec = load_spec(write())
     assert differences(spec, load_spec(write(seeds=[0, 1, 2]))) == []

@@ -19,22 +19,21 @@ _NEED_ARGUMENTS: Final = (
     "warmup_stable_decay",
 )
 """Schedules of transformers that have arguments without defaults."""
+_DATA: Final = ("train", "dev", "test", "data_dir")
 PATHS: Final = {
     "model": ("name",),
-    "task": ("train", "dev", "test", "data_dir"),
+    "task": _DATA,
     "adapter": ("config_file",),
     "reward": ("data",),
     "preference": ("data",),
+    "watch_task": _DATA,
 }
 """Section -> its options that may be paths."""
 
 
 def check_sections(config: RunConfig) -> list[str]:
     """A message for each combination of fields that cannot work."""
-    from zofo.tasks.load import check_spec
-
-    problems = check_spec(config.task)
-    method = METHODS[config.method]
+    problems, method = _check_tasks(config), METHODS[config.method]
     full = not method.needs_adapter
     if full and "adapter" in config.model_fields_set and config.adapter.type != "none":
         problems.append(
@@ -109,6 +108,15 @@ def check_sections(config: RunConfig) -> list[str]:
         )
     problems += _check_scheduler(config.scheduler)
     return problems
+
+
+def _check_tasks(config: RunConfig) -> list[str]:
+    """A message for each problem of the options of a task."""
+    from zofo.tasks.load import check_spec, in_watch_task
+
+    watched = config.watch_task
+    found = [] if watched is None else check_spec(watched, only_dev=True)
+    return [*check_spec(config.task), *map(in_watch_task, found)]
 
 
 def _check_rewards(config: RunConfig) -> list[str]:
@@ -207,7 +215,8 @@ def _check_paths(config: RunConfig) -> list[str]:
     """A message for each option that names a file or a folder that cannot exist."""
     named = {"output_dir": config.output_dir}
     for section, keys in PATHS.items():
-        named |= {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys}
+        values = getattr(config, section)
+        named |= {f"{section}.{key}": getattr(values, key, None) for key in keys}
     problems = {k: problem_of_name(Path(path)) for k, path in named.items() if path}
     return [f"{key}: {problem}" for key, problem in problems.items() if problem]
 

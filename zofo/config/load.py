@@ -31,19 +31,22 @@ from zofo.optim.methods import METHODS
 from zofo.rewards.functions import is_code, names_of
 from zofo.tasks.spec import TaskSpec
 
-_SHORTHANDS: Final = {  # section -> key
+SHORTHANDS: Final = {
     "model": "name",
     "adapter": "type",
     "task": "name",
     "reward": "functions",
     "preference": "data",
+    "watch_task": "name",
 }
+"""Section -> the key that a text in place of the section sets."""
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "task": TaskSpec,
     "reward": RewardConfig,
     "preference": PreferenceConfig,
+    "watch_task": TaskSpec,
 }
 # pydantic names the members of a union in the path of an error, where a user would not write them.
 _UNION_PARTS: Final = ("float", "dict[str,float]", "number", AUTO)
@@ -150,7 +153,7 @@ def join_problems(where: str, problems: Sequence[str]) -> str:
 def _expand(given: Mapping[str, Any]) -> dict[str, Any]:
     """Expand short forms: `task: boolq` means `task: {name: boolq}`."""
     return {
-        key: {_SHORTHANDS[key]: value} if key in _SHORTHANDS and isinstance(value, str) else value
+        key: {SHORTHANDS[key]: value} if key in SHORTHANDS and isinstance(value, str) else value
         for key, value in given.items()
     }
 
@@ -167,8 +170,8 @@ def apply_override(given: dict[str, Any], override: str) -> list[str]:
     except yaml.YAMLError:
         value = text  # A text such as "[x" need not be YAML.
     path = key.strip().split(".")
-    if len(path) == 1 and path[0] in _SHORTHANDS and isinstance(value, str):
-        path.append(_SHORTHANDS[path[0]])
+    if len(path) == 1 and path[0] in SHORTHANDS and isinstance(value, str):
+        path.append(SHORTHANDS[path[0]])
     target = given
     # Each section is copied before it changes, because the caller's mapping may share it.
     for part in path[:-1]:

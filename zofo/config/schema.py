@@ -151,6 +151,11 @@ class RunConfig(Section, StepOptions):
     task: TaskSpec = TaskSpec()
     reward: RewardConfig = RewardConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    watch_task: TaskSpec | None = Field(
+        None,
+        description="a second task, by its name or with the keys of task; its score on dev rows is "
+        "logged before training and at each evaluation, and decides nothing",
+    )
 
     base_lr: BaseRate | None = Field(
         None,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from zofo.disk.files import require_regular
+from zofo.disk.files import problem_of_name, require_regular
 from zofo.errors import UserError, shown
 from zofo.rewards.checkers import as_reward, checker
 
@@ -47,6 +47,28 @@ def names_of(given: Given) -> list[str]:
 def is_code(name: str) -> bool:
     """Whether a name stands for code, because it names no built-in checker."""
     return name not in _OWN and checker(name) is None
+
+
+def with_absolute_paths(given: Any) -> Any:
+    """The same rewards; the existing files that they name have absolute paths."""
+    if isinstance(given, Mapping):
+        return {with_absolute_paths(name): weight for name, weight in given.items()}
+    if isinstance(given, list):
+        return [with_absolute_paths(name) for name in given]
+    if not isinstance(given, str):
+        return given  # which the configuration refuses
+    kind, _, schema = given.partition(":")
+    code, _, function = given.rpartition(":")
+    if kind == "json" and _is_file(schema):
+        return f"json:{Path(schema).expanduser().absolute()}"
+    if code.endswith(".py") and _is_file(code):
+        return f"{Path(code).expanduser().absolute()}:{function}"
+    return given
+
+
+def _is_file(name: str) -> bool:
+    path = Path(name)
+    return problem_of_name(path) is None and path.expanduser().is_file()
 
 
 def problem_of(given: str | Sequence[str] | Mapping[str, float]) -> str | None:

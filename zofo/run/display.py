@@ -54,10 +54,12 @@ class TrainingDisplay(TrainerCallback):
     ) -> None:
         """Show losses, projected gradient, learning rates and samples per second."""
         logs = logs or {}
-        if "eval_loss" in logs:
-            line = f"step {state.global_step}: dev loss {logs['eval_loss']:.4f}"
+        for what, prefix in (("dev", "eval_"), ("watch_task", "watch_")):
+            if f"{prefix}loss" not in logs:
+                continue
+            line = f"step {state.global_step}: {what} loss {logs[f'{prefix}loss']:.4f}"
             for name, title in (("accuracy", "accuracy"), ("f1", "F1")):
-                value = logs.get(f"eval_{name}")
+                value = logs.get(f"{prefix}{name}")
                 line += "" if value is None else f", {title} {value:.3f}"
             self.console.print(line, highlight=False, soft_wrap=True)
         if "loss" not in logs or self._last is None:

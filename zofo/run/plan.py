@@ -28,6 +28,7 @@ from zofo.run.pairs import PairRows
 from zofo.run.prepare import num_steps
 from zofo.run.rewards import has_rewards, reward_options, reward_rows
 from zofo.saved.source import base_of
+from zofo.scoring.watched import encode_watched, read_watched
 from zofo.tasks.encode import Encoded, encoder_for
 from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
@@ -71,6 +72,13 @@ def make_plan(config: RunConfig) -> Plan:
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
     steps = num_steps(config, len(rows["train"]))
+    if config.watch_task is not None:
+        second, seed = config.watch_task, config.seed
+        read = read_watched(second, base, splits.labels, seed=seed, tokenizer=tokenizer)
+        watched = encode_watched(second, read, base, tokenizer, model, batch_size=1)
+        rows["watch_task"] = [*watched.rows]
+        scored = f"watch_task {second.name} is scored before training and at each evaluation"
+        notes = (*notes, *watched.notes, scored)
     prompts = _prompts(config, splits, tokenizer, model)
     pairs = _pairs(config, splits, tokenizer, base.head, model)
     answers = _cost_of_answers(config, rows["train"], prompts)

@@ -25,6 +25,7 @@ from zofo.perturb.quantized import unnest_scales
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
+from zofo.scoring.watched import Watched, encode_watched, read_watched
 from zofo.sections import MAX_COUNT
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded, encoder_for
@@ -44,6 +45,7 @@ class Prepared:
     rows: dict[str, list[Encoded]]  # part of the data -> encoded rows
     collator: Collator
     base_fingerprint: str  # of the base before training
+    watched: Watched | None = None  # the second task
 
 
 def prepare(
@@ -61,7 +63,8 @@ def prepare(
             run that is continued has changed.
     """
     # Only the task "chat" needs the tokenizer to read its rows.
-    tokenizer = config.model.tokenizer() if config.task.name == "chat" else None
+    is_chat = "chat" in (config.task.name, config.watch_task and config.watch_task.name)
+    tokenizer = config.model.tokenizer() if is_chat else None
     splits = load_splits(
         config.task, seed=config.seed, tokenizer=tokenizer, labels=labels, known=known
     )
@@ -70,7 +73,11 @@ def prepare(
             f"the data has changed since the run began: {splits.lost}. Put the old rows back to "
             "continue it, or begin a new run with another output_dir"
         )
-    base = base_of(config, splits)
+    base, second = base_of(config, splits), config.watch_task
+    if second is not None:
+        watched_splits = read_watched(
+            second, base, splits.labels, seed=config.seed, tokenizer=tokenizer
+        )
     model, tokenizer = base.load(resolve_device(config.device))
     unnested = 0
     order = METHODS[config.method].base
@@ -84,6 +91,12 @@ def prepare(
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
+    watched = None
+    if second is not None:
+        watched = encode_watched(
+            second, watched_splits, base, tokenizer, model, batch_size=config.eval_batch_size
+        )
+        notes = (*notes, *watched.notes)
     splits = replace(splits, notes=(*splits.notes, *notes, *notes_on_unnesting(unnested)))
     return Prepared(
         base,
@@ -93,6 +106,7 @@ def prepare(
         rows,
         Collator(tokenizer.pad_token_id),
         fingerprint(split_parameters(model).base),
+        watched,
     )
 
 

@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import write_text
+from zofo.results.answers import HELD_OUT_FILE
 from zofo.rewards.options import RewardOptions
 from zofo.tasks.files import SUFFIXES
 from zofo.tasks.reasoning import is_generated
@@ -24,7 +25,6 @@ from zofo.tasks.rows import Table, read_table, require_columns
 from zofo.tasks.spec import Completion, Example, Splits, TaskSpec
 from zofo.trainer.answers import Answered, RewardSource
 
-HELD_OUT_FILE: Final = "held_out_answers.jsonl"
 Rows = list[dict[str, Any]]
 
 

@@ -30,6 +30,7 @@ from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.drift import Drift
 from zofo.scoring.evaluate import evaluate
 from zofo.scoring.generate import Writer
+from zofo.scoring.watched import Watched
 from zofo.tasks.digests import RowDigests
 from zofo.tasks.encode import Collator, Encoded
 from zofo.tasks.losses import first_examples, losses_and_errors
@@ -76,6 +77,7 @@ class TaskTrainer(HybridTrainer):
 
     drift: Drift | None = None  # measured at each evaluation
     own: OwnRows = NoRows()
+    watched: Watched | None = None  # scored at each evaluation and before training
 
     def __init__(
         self,
@@ -196,10 +198,19 @@ class TaskTrainer(HybridTrainer):
             values = metrics.as_dict() | self.own.at_evaluation(self.model)
             if self.drift is not None:
                 values["drift"] = self.drift.measure(self.model)
-        logs = {f"{metric_key_prefix}_{key}": value for key, value in values.items()}
+            watch = self.watch_logs()
+        logs = {f"{metric_key_prefix}_{key}": value for key, value in values.items()} | watch
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def watch_logs(self) -> dict[str, float]:
+        """The scores of the second task, under names that decide nothing; empty without one."""
+        watched = self.watched
+        if watched is None:
+            return {}
+        scores = self.peers.from_first(lambda: watched.measure(self.model).as_dict())
+        return {f"watch_{key}": value for key, value in scores.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the cost of training so far, so that curves can be drawn against it."""
@@ -263,6 +274,19 @@ class _Answered:
 def _keeping_examples(collator: Collator) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
     """A collator whose batches also hold their examples, which F1 needs."""
     return lambda examples: {**collator(examples), "examples": list(examples)}
+
+
+class _WatchTheStart(TrainerCallback):
+    """Logs the scores of the second task before training, as those of step 0."""
+
+    def __init__(self, trainer: TaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            with self.trainer.clock.paused():
+                logs = self.trainer.watch_logs()
+            self.trainer.log(logs)
 
 
 class _MeasureAtTheEnd(TrainerCallback):
@@ -352,6 +376,7 @@ def build_trainer(
     run_id: str | None = None,
     peers: Peers | None = None,
     own: OwnRows | None = None,
+    watched: Watched | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
 
@@ -370,6 +395,7 @@ def build_trainer(
         run_id: names the run, in every checkpoint.
         peers: the processes that share each micro-batch; None: one.
         own: the rows of the zeroth-order block's own; None: it follows the examples.
+        watched: the second task.
     """
     peers, own = peers or Peers(), own or NoRows()
     written = [MetricsFile(folder / METRICS_FILE)] if peers.is_first else []
@@ -399,4 +425,7 @@ def build_trainer(
     trainer.own = own
     if own.arguments and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
         trainer.drift = Drift(model, writer.tokenizer)
+    if watched is not None:
+        trainer.watched = watched
+        trainer.add_callback(_WatchTheStart(trainer))
     return trainer

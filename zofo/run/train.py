@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ from transformers import TrainerCallback
 from zofo.config.schema import AUTO, AUTO_KEYS, RunConfig
 from zofo.console import new_progress, plain_console
 from zofo.disk.files import json_digest, remove_file, write_json, write_text
-from zofo.environment import environment, peak_memory_bytes, resolve_device
+from zofo.environment import environment, resolve_device
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.models.fitting import notes_on_new
 from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
-from zofo.results.belonging import digests_of
 from zofo.run.own_rows import own_rows
 from zofo.run.peers import Peers, joined
 from zofo.run.prepare import (
@@ -46,39 +44,24 @@ from zofo.run.prepare import (
     require_kept,
     run_folder,
 )
+from zofo.run.result import Result, run_cost, save_run_artifact, watch_scores, write_result
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
-from zofo.saved.artifact import save_artifact
-from zofo.saved.card import write_card
 from zofo.saved.checkpoint_folders import find_misfit, remove_leftovers
 from zofo.saved.layout import (
     ADVICE_FILE,
-    ARTIFACT_FOLDER,
     BASE_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
-    RESULT_FILE,
     STOPPED_FILE,
 )
-from zofo.saved.source import read_base, run_id_of, write_base
+from zofo.saved.source import read_base, run_id_of, watched_rows_of, write_base
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.tasks.digests import RowDigests
 from zofo.trainer.interrupt import StopOnSignal
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run."""
-
-    folder: Path  # the run folder
-    before: Metrics | None  # scores on the test rows before training; None without measure_test
-    after: Metrics | None  # the same after training
-    cost: dict[str, float]  # seconds, forward-equivalents, peak memory, bytes of the artefact
-    held_out: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
-    """"rewards" or "preference" -> "before" and "after" training -> figures of held-out rows."""
 
 
 def train(
@@ -174,6 +157,7 @@ def train_in(
             run_id=run_id,
             peers=peers,
             own=own,
+            watched=prepared.watched,
         )
     peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
     if on_start is not None:
@@ -198,19 +182,13 @@ def train_in(
 
     def save() -> Result:
         require_kept(folder)
-        artifact = _save_artifact(folder, config, prepared, trainer)
-        cost = {
-            "steps": trainer.state.global_step,
-            "train_s": round(trained_s, 3),
-            "total_s": round(time.monotonic() - started, 3),
-            "forward_equivalents": trainer.forward_equivalents,
-            "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-            "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
-        }
-        result = Result(folder, before, after, cost, own.figures())
+        artifact = save_run_artifact(folder, config, prepared, trainer)
+        cost = run_cost(trainer, artifact, train_s=trained_s, total_s=time.monotonic() - started)
+        watch = watch_scores(trainer.state, config.select_best)
+        result = Result(folder, before, after, cost, own.figures(), watch)
         require_kept(folder)
         own.write(folder)
-        _write_result(artifact, config, prepared, trainer, result, dev_before)
+        write_result(artifact, config, prepared, trainer, result, dev_before)
         return result
 
     return peers.from_first(save)
@@ -221,7 +199,13 @@ def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:
     run = checkpoint.parent
     # Runs of older versions may have neither file.
     labels = read_base(run)[1] if (run / BASE_FILE).exists() else ()
-    return prepare(config, known=RowDigests.load(checkpoint), labels=labels)
+    prepared = prepare(config, known=RowDigests.load(checkpoint), labels=labels)
+    if prepared.watched and prepared.watched.digest != watched_rows_of(run):
+        raise UserError(
+            "watch_task: its rows have changed since the run began; put the old rows back to "
+            "continue it, or begin a new run with another output_dir"
+        )
+    return prepared
 
 
 def _checkpoint(folder: Path, config: RunConfig, console: Console) -> Path | None:
@@ -265,65 +249,6 @@ def _fit(
             f" {what}, or set {remedy}"
         )
     return time.monotonic() - began
-
-
-def _save_artifact(
-    folder: Path, config: RunConfig, prepared: Prepared, trainer: TaskTrainer
-) -> Path:
-    return save_artifact(
-        folder / ARTIFACT_FOLDER,
-        prepared.model,
-        base=prepared.base,
-        method=config.method,
-        trajectory=trainer.trajectory,
-        base_fingerprint=prepared.base_fingerprint,
-        tokenizer=prepared.tokenizer,
-        task=config.task.model_dump(),
-        labels=prepared.splits.labels,
-        rows=RowDigests.of(prepared.splits),
-        buffers=trainer.moved_buffers,
-    )
-
-
-def _write_result(
-    artifact: Path,
-    config: RunConfig,
-    prepared: Prepared,
-    trainer: TaskTrainer,
-    result: Result,
-    dev_before: Metrics | None,
-) -> None:
-    """Write result.json and, with the same numbers, the artefact's card."""
-    best = trainer.state.best_model_checkpoint
-    scores = {}
-    if result.before is not None and result.after is not None:
-        scores = {"before": result.before.as_dict(), "after": result.after.as_dict()}
-    summary = {
-        "method": config.method,
-        "task": config.task.name,
-        "model": config.model.name,
-        "adapter": config.adapter.label,
-        "seed": config.seed,
-        **({"test": scores} if scores else {}),
-        **result.held_out,
-        "dev": {
-            **({} if dev_before is None else {"before": dev_before.as_dict()}),
-            "after": _dev_scores(trainer.state, config.select_best),
-        },
-        "best_dev": trainer.state.best_metric,
-        "best_checkpoint": Path(best).name if best else None,
-        "cost": result.cost,
-        "notes": [*prepared.splits.notes, *trainer.own.notes],
-        "files": digests_of(result.folder),
-    }
-    write_json(result.folder / RESULT_FILE, summary)
-    write_card(
-        artifact,
-        base=prepared.base,
-        task=config.task.model_dump(),
-        num_rows={part: len(rows) for part, rows in prepared.rows.items()},
-        summary=summary,
-    )
 
 
 def _original_base(
@@ -379,19 +304,6 @@ def _measured(prepared: Prepared, config: RunConfig, console: Console, what: str
         )
 
 
-def _dev_scores(state: Any, select_best: bool) -> dict[str, float]:
-    """The dev scores of the saved model: of the best checkpoint, or of the last step."""
-    measured = {
-        entry["step"]: {
-            k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")
-        }
-        for entry in state.log_history
-        if "eval_loss" in entry
-    }
-    step = state.best_global_step if select_best and state.best_global_step else max(measured)
-    return {"step": step, **measured[step]}
-
-
 def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
@@ -424,6 +336,7 @@ def _contents(prepared: Prepared) -> dict[str, str]:
         "the base (fingerprint)": prepared.base_fingerprint,
         "the classes": str(prepared.splits.labels),
         **{f"the rows of {part} (digest)": json_digest(rows[part]) for part in rows},
+        "the rows of watch_task (digest)": prepared.watched.digest if prepared.watched else "",
     }
 
 
@@ -437,7 +350,8 @@ def _begin_folder(
     remove_leftovers(folder)
     remove_file(folder / STOPPED_FILE)
     write_text(folder / CONFIG_FILE, config.to_yaml())
-    write_base(folder, prepared.base, prepared.splits.labels, run_id)
+    watched = None if prepared.watched is None else prepared.watched.digest
+    write_base(folder, prepared.base, prepared.splits.labels, run_id, watched)
     write_json(folder / ENVIRONMENT_FILE, environment())
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)

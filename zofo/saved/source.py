@@ -223,11 +223,20 @@ class _BaseFile(pydantic.BaseModel):
     base: BaseSpec
     labels: list[str]
     run: str | None = None
+    watched_rows: str | None = None  # digest of the rows of `watch_task`
 
 
-def write_base(run: Path, base: BaseSpec, labels: Sequence[str], run_id: str | None) -> None:
+def write_base(
+    run: Path,
+    base: BaseSpec,
+    labels: Sequence[str],
+    run_id: str | None,
+    watched_rows: str | None = None,
+) -> None:
     """Write `base.json`, so that a checkpoint of the run loads without the data of the task."""
-    write_json(run / BASE_FILE, {"base": vars(base), "labels": list(labels), "run": run_id})
+    watched = {} if watched_rows is None else {"watched_rows": watched_rows}
+    values = {"base": vars(base), "labels": list(labels), "run": run_id, **watched}
+    write_json(run / BASE_FILE, values)
 
 
 def _read_base_file(run: Path) -> _BaseFile:
@@ -243,6 +252,15 @@ def run_id_of(run: Path) -> str | None:
         UserError: if `base.json` is damaged.
     """
     return _read_base_file(run).run if (run / BASE_FILE).exists() else None
+
+
+def watched_rows_of(run: Path) -> str | None:
+    """The digest of the rows of a run's `watch_task`; None if it has none.
+
+    Raises:
+        UserError: if `base.json` is damaged.
+    """
+    return _read_base_file(run).watched_rows if (run / BASE_FILE).exists() else None
 
 
 def read_base(run: Path, *, trust_remote_code: bool = False) -> tuple[BaseSpec, tuple[str, ...]]:

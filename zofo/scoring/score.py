@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from zofo.errors import UserError
 from zofo.saved.artifact import Artifact
+from zofo.saved.manifest import BaseSpec
 from zofo.scoring.evaluate import Metrics, evaluate
 from zofo.scoring.generate import writer_for
 from zofo.tasks.encode import Collator, encoder_for
@@ -53,7 +54,7 @@ def evaluate_artifact(
     splits = load_splits(
         task, seed=seed, tokenizer=artifact.tokenizer, labels=_classes(artifact, task), known=known
     )
-    _require_classes(artifact, splits)
+    require_classes(artifact.base, splits)
     if not splits.part(part):
         raise UserError(
             f"no {part} row of the run is left in the data ({splits.lost}); put the rows back, or "
@@ -92,10 +93,10 @@ def _classes(artifact: Artifact, task: TaskSpec) -> tuple[str, ...]:
     return artifact.labels if is_own or artifact.base.head == "classification" else ()
 
 
-def _require_classes(artifact: Artifact, splits: Splits) -> None:
+def require_classes(base: BaseSpec, splits: Splits) -> None:
     """Raise UserError if a classification head cannot score the classes of the splits."""
-    num_classes = artifact.base.num_labels
-    if artifact.base.head == "classification" and len(splits.labels) != num_classes:
+    num_classes = base.num_labels
+    if base.head == "classification" and len(splits.labels) != num_classes:
         raise UserError(
             f"the model has {num_classes} classes, and the task has {len(splits.labels)} "
             f"({', '.join(splits.labels) or 'none'}); choose the task it was trained on"

@@ -23,11 +23,12 @@ from urllib.parse import unquote
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from zofo.config.checks import PATHS
-from zofo.config.load import apply_override, describe_problem, join_problems
+from zofo.config.load import SHORTHANDS, apply_override, describe_problem, join_problems
 from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
 from zofo.disk.yaml import read_yaml, yaml_text
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS, MethodName
+from zofo.rewards.functions import with_absolute_paths
 from zofo.sections import MAX_THREADS, Section
 from zofo.tasks.spec import TaskSpec
 
@@ -404,15 +405,15 @@ def _with_absolute_paths(spec: StudySpec) -> StudySpec:
     for section in SECTIONS:
         entries = getattr(spec, f"{section}s")
         update[f"{section}s"] = [_absolute(entry, section) for entry in entries]
-    shared = {key: _absolute(spec.base[key], key) for key in SECTIONS if key in spec.base}
+    shared = {key: _absolute(spec.base[key], key) for key in PATHS if spec.base.get(key)}
     return spec.model_copy(update={**update, "base": {**spec.base, **shared}})
 
 
-def _absolute(entry: Entry, section: str) -> Entry:
+def _absolute(entry: Any, section: str) -> Any:
     from zofo.models.embedded import ALIASES
 
-    key = SECTIONS[section]
-    values = {key: entry} if isinstance(entry, str) else dict(entry)
+    key = SHORTHANDS[section]
+    values = dict(entry) if isinstance(entry, Mapping) else {key: entry}
     for name in PATHS[section]:
         value = values.get(name)
         if not isinstance(value, str) or value in ALIASES:
@@ -421,4 +422,6 @@ def _absolute(entry: Entry, section: str) -> Entry:
         # Data options may name a hub dataset or its split, and a folder may have the same name.
         if path.is_dir() if name in ("name", "data_dir") else path.is_file():
             values[name] = str(path.absolute())
-    return values[key] if isinstance(entry, str) else values
+    if section == "reward" and values.get(key):
+        values[key] = with_absolute_paths(values[key])
+    return values if isinstance(entry, Mapping) else values[key]

@@ -16,7 +16,7 @@ from zofo.tasks.spec import Splits
 
 _NEED: Final = {
     "train": "Without them nothing can be learnt",
-    "dev": "They choose the best step; give other rows as task.dev, or more by task.num_dev",
+    "dev": "They are scored during training; give other rows as task.dev, or more by task.num_dev",
     "test": "They measure the result; give other rows as task.test, more by task.num_test, or set "
     "measure_test=false",
 }

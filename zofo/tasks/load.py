@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -18,7 +19,7 @@ from zofo.tasks.reasoning import is_generated
 from zofo.tasks.rows import Table, read_table, require_columns
 from zofo.tasks.spec import Kind, Sizes, Splits, TaskSpec
 from zofo.tasks.split_notes import split_notes
-from zofo.tasks.splits import separate
+from zofo.tasks.splits import cut, separate, shuffled
 
 OWN_TASKS: Final = {
     "classification": "your rows of text and label",
@@ -60,8 +61,13 @@ def writes_text(spec: TaskSpec) -> bool:
     return spec.name in ("completion", "chat") or writes_answers(spec)
 
 
-def check_spec(spec: TaskSpec) -> list[str]:
-    """Problems of a task's options, found before any file is read."""
+def check_spec(spec: TaskSpec, *, only_dev: bool = False) -> list[str]:
+    """Problems of a task's options, found before any file is read.
+
+    Args:
+        spec: the options.
+        only_dev: whether the rows are for `load_dev`.
+    """
     names = task_names()
     if spec.name not in names:
         near = difflib.get_close_matches(spec.name, names, n=1)
@@ -78,10 +84,10 @@ def check_spec(spec: TaskSpec) -> list[str]:
         problems.append(
             f"task {spec.name} does not use {', '.join(unused)}; remove, or choose another task"
         )
-    if spec.name in OWN_TASKS and spec.train is None:
+    if spec.name in OWN_TASKS and spec.train is None and not (only_dev and spec.dev):
         problems.append(
-            f"task {spec.name} needs train: a file (jsonl, json, csv, tsv, parquet) or a hub "
-            "dataset id"
+            f"task {spec.name} needs {'dev or ' if only_dev else ''}train: a file (jsonl, json, "
+            "csv, tsv, parquet) or a hub dataset id"
         )
     if writes_answers(spec) and spec.max_new_tokens >= spec.max_length:
         problems.append(
@@ -90,6 +96,11 @@ def check_spec(spec: TaskSpec) -> list[str]:
             "the second"
         )
     return problems
+
+
+def in_watch_task(problem: str) -> str:
+    """A problem of the options or the rows of `task`, as one of `watch_task`."""
+    return "watch_task: " + re.sub(r"\btask\.(?=\w)", "watch_task.", problem)
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,34 @@ def load_splits(
     if known is not None and known != RowDigests.of(found):
         found = known.find([row for table in tables for row in table or ()], found)
     return replace(found, notes=found.notes + split_notes(found))
+
+
+def load_dev(
+    spec: TaskSpec, *, seed: int = 0, tokenizer: Any = None, labels: Sequence[str] = ()
+) -> Splits:
+    """The dev rows of a task that nothing is trained on, without other rows.
+
+    They are those of `load_splits`. If rows of the user's own have a dev file and no training file,
+    they are all rows of that file, or `num_dev` of them.
+
+    Args:
+        spec: the options.
+        seed: as for `load_splits`, like the others.
+        tokenizer: holds the chat template.
+        labels: the classes of the model; empty: those of the rows.
+
+    Raises:
+        UserError: as `load_splits`.
+    """
+    if spec.name not in OWN_TASKS or spec.train is not None or spec.dev is None:
+        found = load_splits(spec, seed=seed, tokenizer=tokenizer, labels=labels)
+        return replace(found, train=(), test=(), notes=())
+    if problems := check_spec(spec, only_dev=True):
+        raise UserError("; ".join(problems))
+    source = spec.model_copy(update={"train": spec.dev, "dev": None, "test": None})
+    rows = _own_rows(source, tokenizer, labels)
+    dev = cut(shuffled(rows.train, seed), spec.num_dev, None, "dev")
+    return Splits(rows.kind, (), tuple(dev), (), labels=rows.labels)
 
 
 def _builtin_rows(spec: TaskSpec, known: Sequence[str]) -> _Rows:

@@ -72,7 +72,7 @@ def separate(
         size = sizes[2] or _carved_size(limits[2], fractions[1], total)
         final_test, pool = _carve(pool, size, "test", total, notes)
     else:
-        final_test = _cut(shuffled(test, seed), sizes[2], limits[2], "test")
+        final_test = cut(shuffled(test, seed), sizes[2], limits[2], "test")
     # A given test set counts as a whole, so that the other parts do not depend on num_test.
     test_keys = {key_of(row) for row in (*final_test, *(test or ()))}
     num_before = len(pool)
@@ -83,7 +83,7 @@ def separate(
         final_dev = [row for row in shuffled(dev, seed) if key_of(row) not in test_keys]
         if len(final_dev) < len(dev):
             notes.append(f"{len(dev) - len(final_dev)} dev rows dropped: also in test")
-        final_dev = _cut(final_dev, sizes[1], limits[1], "dev")
+        final_dev = cut(final_dev, sizes[1], limits[1], "dev")
     elif pool:
         size = sizes[1] or _carved_size(limits[1], fractions[0], total)
         final_dev, pool = _carve(pool, size, "dev", total, notes)
@@ -96,7 +96,7 @@ def separate(
         raise UserError("no dev rows are left outside test; give other rows")
     if not final_train:
         raise UserError("no training rows are left; give more rows")
-    final_train = _cut(final_train, sizes[0], limits[0], "train")
+    final_train = cut(final_train, sizes[0], limits[0], "train")
     return tuple(final_train), tuple(final_dev), tuple(final_test), tuple(notes)
 
 
@@ -137,7 +137,8 @@ def _by_group(rows: Sequence[Any]) -> list[Any]:
     return sorted(rows, key=lambda row: first[_group(row) or id(row)])
 
 
-def _cut(rows: list[Any], size: int | None, limit: int | None, what: str) -> list[Any]:
+def cut(rows: list[Any], size: int | None, limit: int | None, what: str) -> list[Any]:
+    """The first `size` rows, or at most `limit`; raises UserError if there are too few."""
     if size is None:
         return rows[:limit]
     if size > len(rows):

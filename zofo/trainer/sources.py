@@ -25,6 +25,7 @@ from zofo.optim.cost import num_moves
 from zofo.optim.methods import get_method, methods_that
 from zofo.optim.population import Population
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.results.answers import ANSWERS_FILE
 from zofo.rewards.functions import Given
 from zofo.rewards.options import RewardOptions
 from zofo.saved.layout import REFERENCE_FILE
@@ -33,7 +34,6 @@ from zofo.trainer.answers import RewardSource
 from zofo.trainer.pairs import PairSource
 from zofo.trainer.trainer_mixin import TrainerMixin
 
-ANSWERS_FILE: Final = "answers.jsonl"
 _SAMPLES: Final = 4  # answers of a step that the file keeps
 
 
@@ -244,8 +244,9 @@ class SampleAnswers(TrainerCallback):
         """Keep the answers of the finished steps."""
         self._lines = []
         if state.global_step and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self._lines = [x for x in lines if json.loads(x)["step"] <= state.global_step]
+            # splitlines would also split at U+2028, which an answer may contain.
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            self._lines = [x for x in lines if x and json.loads(x)["step"] <= state.global_step]
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
