@@ -297,12 +297,14 @@ def test_options_that_an_adapter_does_not_take_are_named(adapter):
         "dropout": 0.1,
         "targets": "q_proj",
         "layers": "last 1",
+        "budget": 9999,
+        "budget_batches": 3,
         "num_virtual_tokens": 3,
         "init_text": "words",
     }
-    assert {*given, "type", "config_file"} == set(AdapterConfig.model_fields)
+    assert {*given, "type", "modules", "config_file"} == set(AdapterConfig.model_fields)
     if "layers" not in KINDS[adapter].options:
-        del given["layers"]  # It is refused, as `test_layers.py` checks.
+        del given["layers"], given["budget"]  # They are refused, as other tests check.
     values = [f"adapter.{key}={value}" for key, value in given.items()]
     found = idle_options(load_config(overrides=[f"adapter={adapter}", *values]))
     expected = [key for key in given if key not in KINDS[adapter].options]

@@ -42,7 +42,7 @@ def test_the_file_of_another_run(two, name):
     assert "put the run's own file back" in row.error
 
 
-@pytest.mark.parametrize("name", ["advise.json", "stopped.json"])
+@pytest.mark.parametrize("name", ["advise.json", "modules.json", "stopped.json"])
 def test_a_record_that_only_some_runs_have(two, name):
     own, other = two
     for folder, step in ((own, 3), (other, 4)):

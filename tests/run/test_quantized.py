@@ -24,7 +24,7 @@ from zofo.scoring.score import evaluate_artifact
 from zofo.smoothness.blocks import blocks_of
 from zofo.smoothness.measure import measure_run
 from zofo.smoothness.options import SmoothnessOptions
-from zofo.study.spec import label_of
+from zofo.study.entries import label_of
 
 pytest.importorskip("bitsandbytes")
 QUIET = Console(quiet=True)

@@ -343,6 +343,59 @@ def test_an_adapter_in_the_last_layers_makes_more_steps_with_a_budget(write, dec
     }
 
 
+def test_each_combination_of_places_is_an_entry_with_a_label(write):
+    each = {"layers": ["all", "last 1", [0, 2]], "targets": [["q_proj"], ["q_proj", "v_proj"]]}
+    adapters = [{"type": "lora", "r": 4, "each": each}, "prompt"]
+    spec = load_spec(write(adapters=adapters, methods=["fo-peft"]))
+    grid = expand(spec)
+    found = {r.cell.adapter: grid.config(r).adapter for r in grid.search}
+    assert {label: (a.layers, a.targets) for label, a in found.items() if label != "prompt"} == {
+        "lora-layers-all-targets-q-proj": ("all", ["q_proj"]),
+        "lora-layers-all-targets-q-proj-v-proj": ("all", ["q_proj", "v_proj"]),
+        "lora-layers-last-1-targets-q-proj": ("last 1", ["q_proj"]),
+        "lora-layers-last-1-targets-q-proj-v-proj": ("last 1", ["q_proj", "v_proj"]),
+        "lora-layers-0-2-targets-q-proj": ([0, 2], ["q_proj"]),
+        "lora-layers-0-2-targets-q-proj-v-proj": ([0, 2], ["q_proj", "v_proj"]),
+    }
+    assert {a.r for a in found.values() if a.type == "lora"} == {4}
+    # The saved study has the entries themselves, so it reads back to the same.
+    (Path(spec.output)).mkdir(parents=True)
+    (Path(spec.output) / "study.yaml").write_text(spec.to_yaml())
+    assert differences(spec, load_spec(spec.output)) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"type": "lora", "each": "layers"}, "takes options with a list of values"),
+        ({"type": "lora", "each": {"r": 4}}, "takes options with a list of values"),
+        ({"type": "lora", "each": {"layers": []}}, "takes options with a list of values"),
+        ({"type": "lora", "r": 8, "each": {"r": [4]}}, "give every option once"),
+        ({"type": "lora", "each": {"label": ["a"]}}, "give every option once"),
+        ({"type": "lora", "each": {"layer": ["all"]}}, "unknown key layer .* did you mean layers"),
+        ({"type": "lora", "each": {"layers": ["lots"]}}, "adapter.layers is 'lots'"),
+        ({"type": "lora", "each": {"r": [4, 4]}}, "holds lora-r-4 twice"),
+    ],
+)
+def test_a_wrong_each_is_refused_in_one_message(write, entry, problem):
+    with pytest.raises(UserError, match=problem):
+        expand(load_spec(write(adapters=[entry], methods=["fo-peft"])))
+
+
+def test_choosing_the_modules_of_an_adapter_is_part_of_the_budget(write):
+    each = {"budget": [500, 5000], "budget_batches": [5]}
+    adapters = ["lora", {"type": "lora", "label": "at-most", "each": each}]
+    spec = load_spec(write(adapters=adapters, methods=["fo-peft"], steps=None, budget=60))
+    grid = expand(spec)
+    steps = {r.cell.adapter: grid.config(r).steps for r in grid.search}
+    # A step costs 2, and the gradient of 5 batches 10 before the first.
+    assert steps == {
+        "lora": 30,
+        "at-most-budget-500-budget-batches-5": 25,
+        "at-most-budget-5000-budget-batches-5": 25,
+    }
+
+
 def test_layers_that_the_model_of_a_study_lacks(write, decoder_folder):
     adapters = [{"type": "lora", "layers": "last 3"}]
     spec = load_spec(

@@ -13,8 +13,9 @@ from tests.support.tiny_study import complete, num_ended
 from zofo.cli.app import app
 from zofo.config.schema import RunConfig
 from zofo.run.train import train
+from zofo.study.entries import label_of
 from zofo.study.grid import Grid, Run, expand
-from zofo.study.spec import label_of, load_spec, presets
+from zofo.study.spec import load_spec, presets
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 STUDIES = {**presets(), **{path.name: path for path in FILES}}

@@ -9,6 +9,7 @@ from typing import Final
 from zofo.config.schema import AdapterConfig, RunConfig, has_own_rows, share_of
 from zofo.disk.files import problem_of_name
 from zofo.models.adapter_kinds import KINDS
+from zofo.models.budget import problem_of_budget
 from zofo.models.layers import problem_of_layers
 from zofo.optim.methods import METHODS, anchor_problem, methods_that
 from zofo.optim.options import STEP_KEYS, rank_one_problems
@@ -48,6 +49,7 @@ def check_sections(config: RunConfig) -> list[str]:
     in_file = config.adapter.config_file is not None
     wrong = problem_of_layers(config.adapter.layers, config.adapter.type, in_file=in_file)
     problems += [] if wrong is None else [wrong]
+    problems += _check_budget(config)
     is_prefix = config.adapter.type == "prefix" and config.adapter.config_file is None
     if method.base == "first" and config.model.quantization is not None:
         problems.append(
@@ -117,6 +119,21 @@ def _check_tasks(config: RunConfig) -> list[str]:
     watched = config.watch_task
     found = [] if watched is None else check_spec(watched, only_dev=True)
     return [*check_spec(config.task), *map(in_watch_task, found)]
+
+
+def _check_budget(config: RunConfig) -> list[str]:
+    """A message for each reason why the adapter's modules cannot be chosen within a budget."""
+    adapter, method = config.adapter, METHODS[config.method]
+    if not method.needs_adapter:
+        return []
+    in_file = adapter.config_file is not None
+    wrong = problem_of_budget(adapter.budget, adapter.modules, adapter.type, in_file=in_file)
+    if wrong is None and adapter.budget and has_own_rows(config) and not method.first:
+        wrong = (
+            f"adapter.budget is {adapter.budget}, which measures the loss of examples, and method "
+            f"{config.method} with zo_objective={config.zo_objective} reads none; leave it out"
+        )
+    return [] if wrong is None else [wrong]
 
 
 def _check_rewards(config: RunConfig) -> list[str]:
@@ -290,12 +307,16 @@ def idle_options(config: RunConfig) -> list[str]:
 
 
 def _idle_adapter_options(adapter: AdapterConfig) -> list[str]:
-    used, choice = {"config_file"}, "adapter.config_file"
+    used, choice = {"config_file", "modules"}, "adapter.config_file"
     if adapter.config_file is None:
         taken = KINDS[adapter.type].options if adapter.type in KINDS else ()
-        used, choice = {"type", "config_file", *taken}, f"adapter {adapter.type}"
-    return [
+        used, choice = {"type", *used, *taken}, f"adapter {adapter.type}"
+    found = [
         f"adapter.{key} has no effect with {choice}"
         for key, field in AdapterConfig.model_fields.items()
         if key not in used and getattr(adapter, key) != field.default
     ]
+    unused = adapter.budget is None and "budget_batches" in used
+    if unused and adapter.budget_batches != AdapterConfig.model_fields["budget_batches"].default:
+        found.append("adapter.budget_batches has no effect without adapter.budget")
+    return found

@@ -88,6 +88,18 @@ class AdapterConfig(Section):
     layers: Annotated[Layers, BeforeValidator(checked_layers)] = Field(
         ALL, description="layers in which they do so: all, last 4, first 4, or a list of numbers"
     )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="the most parameters that they have: only the most important of the modules "
+        "hold the adapter, measured before the run",
+    )
+    budget_batches: int = Field(
+        16, ge=1, le=MAX_COUNT, description="batches of training rows that measure the importance"
+    )
+    modules: list[str] | None = Field(
+        None, min_length=1, description="modules chosen for budget; zofo writes them into run.yaml"
+    )
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="length of prefix (default 5), prompt and p-tuning (default 10)"
     )
@@ -99,11 +111,18 @@ class AdapterConfig(Section):
         """Its name in results and folders: the type, or the name of the configuration file."""
         return self.type if self.config_file is None else Path(self.config_file).stem
 
+    @property
+    def has_open_budget(self) -> bool:
+        """Whether the modules for the budget are still to be chosen, so that `build` is wide."""
+        return self.budget is not None and self.modules is None
+
     def build(self, model: Any, head: str, tokenizer: Any, *, seed: int = 0) -> Any:
         """The model with this adapter on it, as `zofo.create_adapter` makes it."""
         from zofo.models.adapters import create_adapter
 
-        values = self.model_dump()
+        values = self.model_dump(exclude={"budget", "budget_batches", "modules"})
+        if self.modules is not None:
+            values |= {"targets": self.modules, "layers": ALL}
         return create_adapter(model, head=head, tokenizer=tokenizer, seed=seed, **values)  # type: ignore[arg-type]
 
 

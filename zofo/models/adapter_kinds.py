@@ -17,7 +17,8 @@ from typing import Final, Literal, get_args
 AdapterType = Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning", "none"]
 ADAPTER_TYPES: Final[tuple[str, ...]] = get_args(AdapterType)
 
-_LORA_OPTIONS: Final = ("r", "alpha", "dropout", "targets", "layers")
+_PLACES: Final = ("targets", "layers", "budget", "budget_batches")
+_LORA_OPTIONS: Final = ("r", "alpha", "dropout", *_PLACES)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ KINDS: Final[Mapping[str, AdapterKind]] = {
     ),
     "ia3": AdapterKind(
         "a factor for every key, value and inner activation",
-        ("targets", "layers"),
+        _PLACES,
         lr=3e-3,
         lr_source="the rate of IA3's authors, with Adafactor (arXiv 2205.05638)",
         zo_lr=1e-4,

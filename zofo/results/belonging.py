@@ -1,7 +1,7 @@
 """Whether the files of a run folder belong to the same run.
 
     result.json    files: digests of run.yaml, base.json, metrics.jsonl, artifact/zofo.json and,
-                   where the run has them, advise.json and stopped.json
+                   where the run has them, advise.json, modules.json and stopped.json
     study.json     files: digest of run.yaml
 
 A run writes `result.json` last, and its study writes `study.json` after that. Records of older
@@ -23,7 +23,15 @@ CONFIG: Final = "run.yaml"
 RESULT: Final = "result.json"
 STUDY: Final = "study.json"
 HEADER: Final = "artifact/zofo.json"
-SEALED: Final = (CONFIG, "base.json", "metrics.jsonl", HEADER, "advise.json", "stopped.json")
+SEALED: Final = (
+    CONFIG,
+    "base.json",
+    "metrics.jsonl",
+    HEADER,
+    "advise.json",
+    "modules.json",
+    "stopped.json",
+)
 """Files of a run that do not change once its result is written."""
 
 

@@ -98,6 +98,7 @@ APART: Final = frozenset(
             "method",
             "adapter.type",
             "adapter.config_file",
+            "adapter.modules",
         ),
         *("optimizer", "base_lr", "adapter_lr", "seed", "output_dir", "log_every", "report_to"),
         *("num_threads", "device", "eval_batch_size", "snapshot_every"),

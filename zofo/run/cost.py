@@ -11,7 +11,7 @@ from zofo.optim.methods import METHODS
 def forward_equivalents(
     config: RunConfig, steps: int, *, part_again: bool = False, cost_of_answers: float = 1.0
 ) -> float:
-    """The cost of training, counted by `zofo.optim.cost`.
+    """The cost of training and of choosing modules before it, counted by `zofo.optim.cost`.
 
     Args:
         config: resolved.
@@ -25,10 +25,10 @@ def forward_equivalents(
         UserError: if the adapter is in some layers only, and the model's `config.json` cannot be
             read or has fewer layers.
     """
-    method, share = METHODS[config.method], share_of(config)
+    method, share, before = METHODS[config.method], share_of(config), cost_of_budget(config)
     if has_own_rows(config):
         moves = cost.num_moves(steps, config.base_every)
-        return cost.forward_equivalents(
+        return before + cost.forward_equivalents(
             config.accumulation * steps if method.first else 0,
             method.forwards_per_gradient,
             config.accumulation * moves * cost_of_answers,
@@ -45,11 +45,25 @@ def forward_equivalents(
         again=again and is_needed,
     )
     moves = cost.num_moves(steps, config.base_every) if method.zeroth else 0
-    return cost.forward_equivalents(
+    return before + cost.forward_equivalents(
         config.accumulation * steps,
         method.forwards_per_gradient,
         config.accumulation * moves * a_move,
         _backward_share(config),
+    )
+
+
+def cost_of_budget(config: RunConfig) -> float:
+    """The cost of choosing the adapter's modules within `adapter.budget`; 0 without one.
+
+    It is that of the gradient of the wide adapter on `adapter.budget_batches` micro-batches, also
+    if the modules are already known.
+    """
+    if config.adapter.budget is None:
+        return 0
+    forwards = METHODS["fo-peft"].forwards_per_gradient
+    return cost.forward_equivalents(
+        config.adapter.budget_batches, forwards, 0, _backward_share(config)
     )
 
 

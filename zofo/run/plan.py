@@ -23,8 +23,9 @@ from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.quantized import unnest_scales
 from zofo.perturb.view import Perturbation
-from zofo.run.cost import forward_equivalents
+from zofo.run.cost import cost_of_budget, forward_equivalents
 from zofo.run.pairs import PairRows
+from zofo.run.places import largest, sizes_of
 from zofo.run.prepare import num_steps
 from zofo.run.rewards import has_rewards, reward_options, reward_rows
 from zofo.saved.source import base_of
@@ -68,6 +69,13 @@ def make_plan(config: RunConfig) -> Plan:
         unnest_scales(model)
     if METHODS[config.method].needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer)
+    budget_notes: list[str] = []
+    if config.adapter.has_open_budget:
+        config, budget_notes = _within_budget(config, model)
+        model = base.empty()
+        if METHODS[config.method].base == "zeroth":
+            unnest_scales(model)
+        model = config.adapter.build(model, base.head, tokenizer)
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
@@ -96,8 +104,25 @@ def make_plan(config: RunConfig) -> Plan:
         | _memory_of_answers(model, config, prompts),
         num_rows={part: len(encoded) for part, encoded in rows.items()},
         max_tokens=max(row.length for part in rows.values() for row in part),
-        notes=(*splits.notes, *notes, *_of_auto(config, len(rows["train"]))),
+        notes=(*splits.notes, *notes, *budget_notes, *_of_auto(config, len(rows["train"]))),
     )
+
+
+def _within_budget(config: RunConfig, model: nn.Module) -> tuple[RunConfig, list[str]]:
+    """The configuration with modules that stand for those to be chosen, and a note on the choice.
+
+    Args:
+        config: a configuration with `adapter.budget`.
+        model: the model with the wide adapter.
+    """
+    sizes, adapter = sizes_of(config, model), config.adapter
+    note = (
+        f"adapter.budget: at most {adapter.budget:,} of the {sum(sizes.values()):,} parameters in "
+        f"{len(sizes)} modules; they are chosen before the run, for {cost_of_budget(config):,} "
+        "forward-equivalents, which are counted below. The numbers are those of the first modules"
+    )
+    chosen = adapter.model_copy(update={"modules": largest(config, model)})
+    return config.model_copy(update={"adapter": chosen}), [note]
 
 
 def _of_auto(config: RunConfig, num_rows: int) -> list[str]:

@@ -17,11 +17,13 @@ from zofo.disk.files import fingerprint, problem_of_target
 from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.environment import resolve_device
 from zofo.errors import UserError
+from zofo.models.budget import Choice
 from zofo.models.quantized import notes_on_unnesting
 from zofo.optim.batch_part import num_rows_of
 from zofo.optim.blocks import check_can_move, split_parameters
 from zofo.optim.methods import METHODS
 from zofo.perturb.quantized import unnest_scales
+from zofo.run.places import choose, sizes_of
 from zofo.saved.artifact import BaseSpec
 from zofo.saved.layout import CONFIG_FILE
 from zofo.saved.source import base_of
@@ -45,7 +47,9 @@ class Prepared:
     rows: dict[str, list[Encoded]]  # part of the data -> encoded rows
     collator: Collator
     base_fingerprint: str  # of the base before training
+    config: RunConfig  # with the modules that `adapter.budget` has chosen
     watched: Watched | None = None  # the second task
+    choice: Choice | None = None  # of these modules, if it was made here
 
 
 def prepare(
@@ -78,15 +82,9 @@ def prepare(
         watched_splits = read_watched(
             second, base, splits.labels, seed=config.seed, tokenizer=tokenizer
         )
-    model, tokenizer = base.load(resolve_device(config.device))
-    unnested = 0
-    order = METHODS[config.method].base
-    if order == "zeroth":
-        unnested = unnest_scales(model)
-    if order == "first":
-        check_can_move(model, config.method, by_gradient=True)
-    if METHODS[config.method].needs_adapter:
-        model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
+    model, tokenizer, unnested = _built(config, base)
+    if config.adapter.has_open_budget:
+        sizes_of(config, model)  # A budget that is too small is refused before the rows are read.
     encoder = encoder_for(tokenizer, base.head, config.task)
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
@@ -98,16 +96,39 @@ def prepare(
         )
         notes = (*notes, *watched.notes)
     splits = replace(splits, notes=(*splits.notes, *notes, *notes_on_unnesting(unnested)))
+    collator, choice = Collator(tokenizer.pad_token_id), None
+    if config.adapter.has_open_budget:
+        choice = choose(config, model, rows["train"], collator)
+        adapter = config.adapter.model_copy(update={"modules": choice.modules})
+        config = config.model_copy(update={"adapter": adapter})
+        # Loaded anew, the run is the one that names these modules, whatever peft leaves behind.
+        del model
+        model, tokenizer, _ = _built(config, base)
     return Prepared(
         base,
         model,
         tokenizer,
         splits,
         rows,
-        Collator(tokenizer.pad_token_id),
+        collator,
         fingerprint(split_parameters(model).base),
+        config,
         watched,
+        choice,
     )
+
+
+def _built(config: RunConfig, base: BaseSpec) -> tuple[nn.Module, Any, int]:
+    """The model with its adapter, its tokenizer, and the number of scales that were unnested."""
+    model, tokenizer = base.load(resolve_device(config.device))
+    unnested, method = 0, METHODS[config.method]
+    if method.base == "zeroth":
+        unnested = unnest_scales(model)
+    if method.base == "first":
+        check_can_move(model, config.method, by_gradient=True)
+    if method.needs_adapter:
+        model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
+    return model, tokenizer, unnested
 
 
 def num_steps(config: RunConfig, num_rows: int) -> int:

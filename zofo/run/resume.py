@@ -72,7 +72,11 @@ def resumed_config(
 
 
 def _with_advised(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:
-    """Replace each `auto` by the number that the run has measured for it, if there is one."""
+    """Replace `auto` and an open budget by what the run has measured for them, if it has."""
+    then, now = saved.adapter, config.adapter
+    if now.has_open_budget and then.budget == now.budget:
+        adapter = now.model_copy(update={"modules": then.modules})
+        config = config.model_copy(update={"adapter": adapter})
     asked = [key for key in AUTO_KEYS if getattr(config, key) == AUTO]
     if not asked or not (folder / ADVICE_FILE).exists():
         return config

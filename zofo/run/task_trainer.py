@@ -23,6 +23,7 @@ from zofo.console import quiet
 from zofo.environment import resolve_device
 from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
+from zofo.run.cost import cost_of_budget
 from zofo.run.display import MetricsFile, TrainingDisplay
 from zofo.run.own_rows import NoRows, OwnRows
 from zofo.run.peers import Peers
@@ -76,6 +77,7 @@ class TaskTrainer(HybridTrainer):
     """`HybridTrainer` whose loss is the task's objective and whose dev scores are zofo's."""
 
     drift: Drift | None = None  # measured at each evaluation
+    cost_before: float = 0.0  # forward-equivalents that were spent before the first step
     own: OwnRows = NoRows()
     watched: Watched | None = None  # scored at each evaluation and before training
 
@@ -203,6 +205,11 @@ class TaskTrainer(HybridTrainer):
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Cost so far, with that of choosing the adapter's modules before the first step."""
+        return super().forward_equivalents + self.cost_before
 
     def watch_logs(self) -> dict[str, float]:
         """The scores of the second task, under names that decide nothing; empty without one."""
@@ -422,7 +429,7 @@ def build_trainer(
             **own.arguments,
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.own = own
+    trainer.own, trainer.cost_before = own, cost_of_budget(config)
     if own.arguments and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
         trainer.drift = Drift(model, writer.tokenizer)
     if watched is not None:

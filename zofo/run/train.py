@@ -2,6 +2,7 @@
 
 run.yaml           the complete configuration, with numbers in place of auto
 base.json          the base as it was before training, and the names of the classes
+modules.json       the measurement by which adapter.budget chose the modules of the adapter
 advise.json        the measurements behind the numbers that replaced auto
 environment.json   versions, machine, device
 metrics.jsonl      the log, one JSON object per line
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -55,6 +57,7 @@ from zofo.saved.layout import (
     BASE_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    MODULES_FILE,
     STOPPED_FILE,
 )
 from zofo.saved.source import read_base, run_id_of, watched_rows_of, write_base
@@ -134,6 +137,8 @@ def train_in(
     peers.check_equal(_contents(prepared))
     for note in (*prepared.splits.notes, *notes_on_new(prepared.model)):
         _note(console, note)
+    config = prepared.config
+    _show_choice(console, prepared)
     if checkpoint is not None and peers.size > 1:
         _note_rebuilding(console, checkpoint, prepared, peers.size)
     config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
@@ -308,6 +313,23 @@ def _note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _show_choice(console: Console, prepared: Prepared) -> None:
+    """Show the modules that hold the adapter, if `adapter.budget` has chosen them."""
+    choice = prepared.choice
+    if choice is None:
+        return
+    _note(
+        console,
+        f"adapter.budget {prepared.config.adapter.budget:,}: {choice.num_parameters:,} parameters "
+        f"in {len(choice.modules)} of {len(choice.places)} modules, chosen by the gradient of "
+        f"{choice.num_batches} batches ({choice.forward_equivalents:,} forward-equivalents)",
+    )
+    table = Table("module", "in layers", "parameters", "share of importance")
+    for line in choice.lines():
+        table.add_row(*line)
+    console.print(table)
+
+
 def _note_rebuilding(
     console: Console, checkpoint: Path, prepared: Prepared, num_processes: int
 ) -> None:
@@ -335,6 +357,7 @@ def _contents(prepared: Prepared) -> dict[str, str]:
     return {
         "the base (fingerprint)": prepared.base_fingerprint,
         "the classes": str(prepared.splits.labels),
+        "the modules of the adapter": str(prepared.config.adapter.modules),
         **{f"the rows of {part} (digest)": json_digest(rows[part]) for part in rows},
         "the rows of watch_task (digest)": prepared.watched.digest if prepared.watched else "",
     }
@@ -353,5 +376,7 @@ def _begin_folder(
     watched = None if prepared.watched is None else prepared.watched.digest
     write_base(folder, prepared.base, prepared.splits.labels, run_id, watched)
     write_json(folder / ENVIRONMENT_FILE, environment())
+    if prepared.choice is not None:
+        write_json(folder / MODULES_FILE, prepared.choice.as_json())
     if advice is not None:
         write_json(folder / ADVICE_FILE, advice)

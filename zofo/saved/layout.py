@@ -12,6 +12,8 @@ BASE_FILE: Final = "base.json"
 """The base as it was before training, and the names of the classes."""
 ENVIRONMENT_FILE: Final = "environment.json"
 ADVICE_FILE: Final = "advise.json"
+MODULES_FILE: Final = "modules.json"
+"""The measurement by which the adapter's modules were chosen."""
 METRICS_FILE: Final = "metrics.jsonl"
 STOPPED_FILE: Final = "stopped.json"
 RESULT_FILE: Final = "result.json"
@@ -35,6 +37,7 @@ WRITTEN_WHOLE: Final = (
     BASE_FILE,
     ENVIRONMENT_FILE,
     ADVICE_FILE,
+    MODULES_FILE,
     METRICS_FILE,
     STOPPED_FILE,
     RESULT_FILE,

@@ -22,7 +22,8 @@ from zofo.config.load import read_config
 from zofo.config.schema import RunConfig
 from zofo.errors import UserError, shown
 from zofo.optim.methods import METHODS, Method
-from zofo.study.spec import SECTIONS, TIED, Entry, Pattern, Rates, StudySpec, Where, label_of
+from zofo.study.entries import SECTIONS, Entry, label_of
+from zofo.study.spec import TIED, Pattern, Rates, StudySpec, Where
 
 NONE: Final = "none"
 _MAX_NAME_BYTES: Final = 240  # File systems allow 255, with a suffix.

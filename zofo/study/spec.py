@@ -30,12 +30,11 @@ from zofo.errors import UserError
 from zofo.optim.methods import METHODS, MethodName
 from zofo.rewards.functions import with_absolute_paths
 from zofo.sections import MAX_THREADS, Section
+from zofo.study.entries import SECTIONS, Entry, expand_each, label_of
 from zofo.tasks.spec import TaskSpec
 
 SPEC_FILE: Final = "study.yaml"
 TIED: Final = "hybrid-tied"
-SECTIONS: Final = {"model": "name", "task": "name", "adapter": "type"}
-"""Sections of a run's configuration that are axes -> the key that an entry given as text sets."""
 _SECTION_TYPES: Final[dict[str, type[BaseModel]]] = {
     "models": ModelConfig,
     "tasks": TaskSpec,
@@ -67,7 +66,6 @@ _NO_AUTO: Final = (
     "each seed; list the rates, or compare with auto by benchmarks/advisor.py"
 )
 StudyMethod = Literal[MethodName, "hybrid-tied"]
-Entry = str | dict[str, Any]
 Pattern = str | list[str]
 
 
@@ -240,6 +238,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
         base = Path(given["base"]).expanduser()
         given["base"] = read_yaml(base if base.exists() else file.parent / base)
     problems += _take_from_base(given)
+    problems += expand_each(given)
     # A single entry may be given without a list.
     if isinstance(given.get("rates"), dict):
         given["rates"] = [given["rates"]]
@@ -384,19 +383,6 @@ def _check_entries(spec: StudySpec, axis: str) -> list[str]:
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         problems.append(f"{axis} holds {label} twice; give one of them a label of its own")
     return list(dict.fromkeys(problems))
-
-
-def label_of(entry: Entry, key: str) -> str:
-    """The name of an entry in cells and runs: its label, or the last part of its value.
-
-    A quantised model without a label has the name of its quantisation too.
-    """
-    values: Mapping[str, Any] = {key: entry} if isinstance(entry, str) else entry
-    text = str(values.get("label") or values.get(key) or "").rstrip("/").split("/")[-1]
-    if key == "name" and values.get("quantization") and not values.get("label"):
-        text += f"-{values['quantization']}"
-    # Run names are file names, so only these characters are left in them.
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
 
 
 def _with_absolute_paths(spec: StudySpec) -> StudySpec:
