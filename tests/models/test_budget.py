@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -66,6 +66,7 @@ def test_the_importance_is_the_fall_of_the_loss_over_the_rate():
         assert float(fall) / rate == pytest.approx(scores[name], rel=0.05)
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1), st.tuples(st.integers(1, 50), st.floats(0, 1e6)), min_size=1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zofo.config.schema import RunConfig
 from zofo.environment import resolve_device
+from zofo.errors import UserError
 from zofo.models.budget import Choice, adapter_parts, check_sizes, importances, places_within
 from zofo.run.cost import cost_of_budget
 from zofo.tasks.encode import Collator, Encoded
@@ -22,13 +23,22 @@ from zofo.tasks.losses import losses_and_errors
 
 
 def sizes_of(config: RunConfig, model: nn.Module) -> dict[str, int]:
-    """Module -> number of parameters of the wide adapter.
+    """Module -> number of parameters of the adapter; empty without `adapter.budget`.
 
     Raises:
-        UserError: if `adapter.budget` is less than the smallest.
+        UserError: if the budget is less than the smallest, or than the sum of modules that are
+            chosen already.
     """
+    adapter = config.adapter
+    if adapter.budget is None:
+        return {}
     sizes = {m: sum(p.numel() for p in part) for m, part in adapter_parts(model).items()}
-    check_sizes(sizes, config.adapter.budget or 0)
+    check_sizes(sizes, adapter.budget)
+    if adapter.modules is not None and sum(sizes.values()) > adapter.budget:
+        raise UserError(
+            f"adapter.budget is {adapter.budget}, and adapter.modules need {sum(sizes.values()):,} "
+            "parameters with these options; leave adapter.modules out to choose them anew"
+        )
     return sizes
 
 

@@ -28,6 +28,7 @@ from zofo.run.pairs import PairRows
 from zofo.run.places import largest, sizes_of
 from zofo.run.prepare import num_steps
 from zofo.run.rewards import has_rewards, reward_options, reward_rows
+from zofo.saved.artifact import BaseSpec
 from zofo.saved.source import base_of
 from zofo.scoring.watched import encode_watched, read_watched
 from zofo.tasks.encode import Encoded, encoder_for
@@ -63,19 +64,11 @@ def make_plan(config: RunConfig) -> Plan:
     splits = load_splits(config.task, seed=config.seed, tokenizer=tokenizer)
     base = base_of(config, splits)
     encoder = encoder_for(tokenizer, base.head, config.task)
-    model: Any = base.empty()
-    config_of_model = model.config
-    if METHODS[config.method].base == "zeroth":
-        unnest_scales(model)
-    if METHODS[config.method].needs_adapter:
-        model = config.adapter.build(model, base.head, tokenizer)
+    model, config_of_model = _empty(config, base, tokenizer)
     budget_notes: list[str] = []
     if config.adapter.has_open_budget:
         config, budget_notes = _within_budget(config, model)
-        model = base.empty()
-        if METHODS[config.method].base == "zeroth":
-            unnest_scales(model)
-        model = config.adapter.build(model, base.head, tokenizer)
+        model, config_of_model = _empty(config, base, tokenizer)
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
     )
@@ -106,6 +99,18 @@ def make_plan(config: RunConfig) -> Plan:
         max_tokens=max(row.length for part in rows.values() for row in part),
         notes=(*splits.notes, *notes, *budget_notes, *_of_auto(config, len(rows["train"]))),
     )
+
+
+def _empty(config: RunConfig, base: BaseSpec, tokenizer: Any) -> tuple[Any, Any]:
+    """The model with its adapter but without weights, and the configuration of its base."""
+    model: Any = base.empty()
+    config_of_model = model.config
+    if METHODS[config.method].base == "zeroth":
+        unnest_scales(model)
+    if METHODS[config.method].needs_adapter:
+        model = config.adapter.build(model, base.head, tokenizer)
+        sizes_of(config, model)
+    return model, config_of_model
 
 
 def _within_budget(config: RunConfig, model: nn.Module) -> tuple[RunConfig, list[str]]:

@@ -83,8 +83,6 @@ def prepare(
             second, base, splits.labels, seed=config.seed, tokenizer=tokenizer
         )
     model, tokenizer, unnested = _built(config, base)
-    if config.adapter.has_open_budget:
-        sizes_of(config, model)  # A budget that is too small is refused before the rows are read.
     encoder = encoder_for(tokenizer, base.head, config.task)
     rows, notes = encode_parts(
         encoder, splits, model, may_be_empty=() if config.measure_test else ("test",)
@@ -128,6 +126,7 @@ def _built(config: RunConfig, base: BaseSpec) -> tuple[nn.Module, Any, int]:
         check_can_move(model, config.method, by_gradient=True)
     if method.needs_adapter:
         model = config.adapter.build(model, base.head, tokenizer, seed=config.seed)
+        sizes_of(config, model)  # A budget that is too small is refused before anything is run.
     return model, tokenizer, unnested
 
 
