@@ -83,9 +83,7 @@ def test_a_resumed_run_keeps_its_modules_and_ends_with_the_same_bits(finished, t
     assert not (folder / "modules.json").exists(), "nothing was measured again"
     models = [dict(load(f).model.named_parameters()) for f in (result.folder, folder)]
     assert_same_bits(*models)
-    with pytest.raises(
-        UserError, match=r"adapter.modules need 512 parameters .* leave adapter.mod"
-    ):
+    with pytest.raises(UserError, match=r"adapter.modules need 512 parameters .* leave"):
         prepare(load_config(folder / "run.yaml", ["adapter.r=4"]))
     with pytest.raises(UserError, match=r"adapter.budget: 300 -> 600"):
         resumed_config(folder, None, ["adapter.budget=600"])

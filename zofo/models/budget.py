@@ -95,8 +95,10 @@ def problem_of_budget(
         type: a name in `zofo.models.adapter_kinds.KINDS`.
         in_file: whether a configuration file of peft describes the adapter instead.
     """
+    if budget is None and modules is None:
+        return None
     if budget is None:
-        return modules and (
+        return (
             f"adapter.modules is {shown(modules)} without adapter.budget, whose choice it holds; "
             "name modules in adapter.targets"
         )
