@@ -24,7 +24,7 @@ from mkdocs.structure.files import File
 import zofo
 from zofo.cli.app import app
 from zofo.config.schema import RunConfig
-from zofo.results.table import COLUMNS, CURVE_COLUMNS
+from zofo.results.table import COLUMNS, CURVE_COLUMNS, REWARD_COLUMNS
 from zofo.smoothness.options import SmoothnessOptions
 from zofo.study.spec import StudySpec
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 MARKER = re.compile(r"^<!-- generated: (\w+) ([\w-]+) -->$", re.MULTILINE)
 COPIED = ("*.md", "LICENSE", "examples/*.py", "configs/**/*.yaml", "benchmarks/*.py")
 """Files outside docs/ that a page may link to."""
-SECTIONS = {"model": "model.", "adapter": "adapter.", "task": "task.", "reward": "reward."}
+SECTIONS = {name: f"{name}." for name in ("model", "adapter", "task", "reward", "preference")}
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -133,8 +133,8 @@ def options(section: str) -> str:
 
 
 def columns(table: str) -> str:
-    """The columns of the tables of runs and of curves."""
-    known = {"runs": COLUMNS, "curves": CURVE_COLUMNS}[table]
+    """The columns of the tables of runs, curves and rewards."""
+    known = {"runs": COLUMNS, "curves": CURVE_COLUMNS, "rewards": REWARD_COLUMNS}[table]
     return _table(("column", "what"), [(f"`{key}`", text) for key, text in known.items()])
 
 

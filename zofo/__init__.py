@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zofo.saved.export import export_model as export_model
     from zofo.saved.export_card import Exported as Exported
     from zofo.saved.hub import push_to_hub as push_to_hub
+    from zofo.tasks.preference import PreferenceOptions as PreferenceOptions
     from zofo.trainer.answers import RewardSource as RewardSource
     from zofo.trainer.interrupt import StopOnSignal as StopOnSignal
     from zofo.trainer.interrupt import TrainingInterrupt as TrainingInterrupt
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from zofo.trainer.mixin import HybridMixin as HybridMixin
     from zofo.trainer.mixin import HybridOptions as HybridOptions
     from zofo.trainer.mixin import HybridTrainer as HybridTrainer
+    from zofo.trainer.pairs import PairSource as PairSource
 
 _HOMES = {
     "BaseSpec": "saved.artifact",
@@ -49,7 +51,9 @@ _HOMES = {
     "HybridOptimizer": "optim.optimizer",
     "HybridOptions": "trainer.mixin",
     "HybridTrainer": "trainer.mixin",
+    "PairSource": "trainer.pairs",
     "Perturbation": "perturb.view",
+    "PreferenceOptions": "tasks.preference",
     "ReshufflingSampler": "optim.reshuffle",
     "RewardOptions": "rewards.options",
     "RewardSource": "trainer.answers",

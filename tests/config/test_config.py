@@ -168,7 +168,7 @@ def test_every_key_is_described():
     assert all(
         field.description
         for name, field in RunConfig.model_fields.items()
-        if name not in ("model", "adapter", "task", "reward")
+        if name not in ("model", "adapter", "task", "reward", "preference")
     )
 
 

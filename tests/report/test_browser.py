@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.support.run_folders import write_run, write_study
+from tests.support.run_folders import add_rewards, write_run, write_study
 from zofo.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -47,6 +47,9 @@ def address(tmp_path_factory):
         write_run(
             folder / "runs" / f"{HOSTILE.replace('/', '')}-{method}", method=method, task=HOSTILE
         )
+    run = write_run(folder / "runs" / f"rewards-{HOSTILE.replace('/', '')}", method="zo-ft")
+    answers = {"before": ["x", "y"], "after": [HOSTILE + "\n" * 3 + HOSTILE, "short"]}
+    add_rewards(run, prompts=[HOSTILE * 20, "b?"], **answers)
     write_report([folder], folder / "report.html")
     return (folder / "report.html").as_uri()
 
@@ -188,6 +191,37 @@ def test_hostile_names_are_shown_as_they_are(page):
     assert HOSTILE in page.locator("table").first.text_content()
     labels = page.locator("[data-figure=differences] .ytick").all_text_contents()
     assert HOSTILE in labels
+
+
+def test_long_answers_open_and_figures_of_rewards_switch(page):
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+    section = page.locator("section[aria-labelledby=rewards-title]")
+    table = section.locator("table").first
+    assert table.locator("tbody tr").count() == 2
+    long = table.locator("td details").first
+    full, summary = long.locator("div"), long.locator("summary")
+    assert not full.is_visible()
+    summary.focus()
+    page.keyboard.press("Enter")
+    assert full.is_visible()
+    assert full.text_content() == HOSTILE + "\n" * 3 + HOSTILE
+    assert not summary.locator("span").is_visible()
+    summary.click()
+    assert not full.is_visible()
+    # Short texts have nothing to open, and while nothing is opened, no training sample is seen.
+    assert table.locator("tr", has_text="short").locator("td details").count() == 0
+    samples = section.locator("table").last
+    assert not samples.is_visible()
+    section.locator("details > summary", has_text="rewards-").last.click()
+    assert samples.is_visible()
+    title = section.locator(".ytitle")
+    assert title.text_content() == "reward"
+    section.locator("select").select_option(label="drift, nats per token")
+    until(
+        page,
+        "document.querySelector('[data-figure=rewards] .ytitle').textContent != 'reward'",
+    )
+    assert title.text_content() == "drift, nats per token"
 
 
 def test_the_page_prints(page):

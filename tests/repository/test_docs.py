@@ -13,8 +13,14 @@ import zofo
 from docs import hooks
 from zofo.cli.app import app
 from zofo.config.load import load_config
-from zofo.config.schema import AdapterConfig, ModelConfig, RewardConfig, RunConfig
-from zofo.results.table import COLUMNS, CURVE_COLUMNS
+from zofo.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RunConfig,
+)
+from zofo.results.table import COLUMNS, CURVE_COLUMNS, REWARD_COLUMNS
 from zofo.smoothness.options import SmoothnessOptions, load_smoothness
 from zofo.study.spec import StudySpec, load_spec
 from zofo.tasks.families.table import BUILTIN
@@ -49,12 +55,14 @@ def test_every_option_is_documented_with_its_default():
         (AdapterConfig, "adapter."),
         (TaskSpec, "task."),
         (RewardConfig, "reward."),
+        (PreferenceConfig, "preference."),
         (SmoothnessOptions, "smoothness."),
         (StudySpec, ""),
     )
+    sections_of_a_run = {prefix.rstrip(".") for _, prefix in sections[1:6]}
     for section, prefix in sections:
         for name, field in section.model_fields.items():
-            if prefix or name not in ("model", "adapter", "task", "reward"):
+            if prefix or name not in sections_of_a_run:
                 is_set = not field.is_required() and field.default is not None
                 default = field.default if is_set else ""
                 default = str(default).lower() if isinstance(default, bool) else default
@@ -83,7 +91,7 @@ def test_every_task_is_documented_with_its_prompt():
 
 def test_every_column_of_the_tables_of_runs_is_documented():
     text = built("files.md")
-    for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items()):
+    for name, meaning in (*COLUMNS.items(), *CURVE_COLUMNS.items(), *REWARD_COLUMNS.items()):
         assert f"| `{name}` | {meaning} |" in text
 
 

@@ -14,7 +14,13 @@ from typer.testing import CliRunner
 from tests.support.trainers import untimed_metrics
 from zofo.cli.app import app
 from zofo.config.load import load_config
-from zofo.config.schema import AdapterConfig, ModelConfig, RewardConfig, RunConfig
+from zofo.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RunConfig,
+)
 from zofo.run.resume import FREE, differences, is_finished, newest_checkpoint, resumed_config
 from zofo.run.train import train
 from zofo.tasks.spec import TaskSpec
@@ -94,7 +100,7 @@ def test_what_does_not_change_the_result_may_differ(run):
 
 def test_every_key_is_either_compared_or_free():
     sections = {"model": ModelConfig, "adapter": AdapterConfig, "task": TaskSpec}
-    sections |= {"reward": RewardConfig}
+    sections |= {"reward": RewardConfig, "preference": PreferenceConfig}
 
     def other(section, **kept):
         fields = {name: f"another {name}" for name in section.model_fields if name not in kept}

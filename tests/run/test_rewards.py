@@ -17,6 +17,8 @@ from zofo.disk.files import read_json, read_tensors
 from zofo.errors import TrainingStoppedError, UserError
 from zofo.optim.blocks import split_parameters
 from zofo.optim.trajectory import Trajectory
+from zofo.results.answers import read_held_out, read_samples
+from zofo.results.table import read_runs
 from zofo.run.plan import make_plan
 from zofo.run.resume import resumed_config
 from zofo.run.train import train
@@ -94,6 +96,12 @@ def test_a_run_shows_its_rewards_and_resumes_bit_for_bit(folder, decoder_folder)
     for when in ("before", "after"):
         rewards = [json.loads(line)[f"reward_{when}"] for line in lines]
         assert found[when]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    runs = read_runs(["whole"])
+    assert runs.table["reward"].tolist() == [found["after"]["reward"]]
+    assert runs.table["drift"].tolist() == runs.rewards["eval_drift"].dropna().tolist()[-1:]
+    assert runs.rewards["step"].tolist() == [1, 2, 3, 4]
+    assert len(read_held_out(folder / "whole")) == len(lines)
+    assert {sample.step for sample in read_samples(folder / "whole")} == {1, 2, 3, 4}
 
     stops = (f"reward=rewards.py:{name}" for name in ("wanted",))
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +156,7 @@ def test_rewards_alone_on_prompts_of_their_own(folder, decoder_folder):
     result = train(config, console=QUIET)
     lines = (folder / "run" / "held_out_answers.jsonl").read_text().splitlines()
     assert len(lines) == 2  # a fifth of them
-    assert result.rewards["before"]["reward"] >= 0
+    assert result.held_out["rewards"]["before"]["reward"] >= 0
     plan = make_plan(config)
     assert result.cost["forward_equivalents"] <= plan.forward_equivalents * 1.1
     assert plan.memory_bytes["answers"] > 0

@@ -125,3 +125,17 @@ def test_names_of_models_and_data(tmp_path, monkeypatch, name, train, base, data
     assert card.data.datasets == datasets
     assert "/home" not in path.read_text()
     assert "\n# c" not in path.read_text()
+
+
+def test_rewards_are_on_the_card(tmp_path):
+    rewards = {"before": {"reward": 0.25}, "after": {"reward": None}}
+    path = write_card(
+        tmp_path,
+        base=BaseSpec("smollm2-135m"),
+        task={"name": "sst2", "train": None},
+        num_rows={"train": 3, "dev": 2, "test": 9},
+        summary=summary_of("hybrid", test=None, rewards=rewards),
+    )
+    text = ModelCard(path.read_text()).text
+    assert "| mean reward | 0.25 | none |" in text
+    assert "test rows" not in text

@@ -63,6 +63,19 @@ def test_a_result_with_other_types(run, scores):
     assert "result.json is damaged" in info(run)
 
 
+@pytest.mark.parametrize("rewards", [3, "text", [1], {"after": 3}, {"after": {"reward": "1"}}])
+def test_rewards_with_other_types(run, rewards):
+    (run / "result.json").write_text(json.dumps({"rewards": rewards}))
+    assert "result.json is damaged" in info(run)
+
+
+def test_rewards_of_a_run_are_shown(run):
+    rewards = {"before": {"reward": 0.25, "reward_best": 1.0}, "after": {"reward": None}}
+    (run / "result.json").write_text(json.dumps({"rewards": rewards}))
+    shown = " ".join(info(run).split())
+    assert "before reward 0.25 on held-out prompts after reward none on held-out prompts" in shown
+
+
 @pytest.mark.parametrize("content", CONTENTS, ids=lambda text: text[:9])
 def test_a_result_that_is_no_object(run, content):
     (run / "result.json").write_text(content)

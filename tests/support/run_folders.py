@@ -142,6 +142,49 @@ def write_result(folder, config, accuracy, steps, seconds_per_step, memory):
     (folder / "artifact" / "zofo.json").write_text("{}")
 
 
+def add_rewards(folder: Path, *, prompts=("a?", "b?"), before=None, after=None, gain=0.5) -> Path:
+    """Add to a run folder what a run with rewards writes.
+
+    Args:
+        prompts: held-out prompts, which are also those of training.
+        before, after: the answer to each held-out prompt.
+        gain: mean reward on the held-out prompts after training; it was 0 before.
+    """
+    before = before or [f"old answer to {prompt}" for prompt in prompts]
+    after = after or [f"{folder.name}'s answer to {prompt}" for prompt in prompts]
+    lines, samples = [], []
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        step = line["step"]
+        if "eval_loss" in line:
+            line["eval_drift"] = step / 1000
+        else:
+            line |= {"reward": step / 100, "reward_spread": 0.1, "reward_best": step / 50}
+            line |= {"answers_differ": 0.9, "answer_words": 4.5, "answers_left_out": 1.0}
+            entries = [(f"at step {step}", step / 100), ("no score", None)]
+            samples += [
+                {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
+                for prompt, (answer, reward) in zip(prompts, entries, strict=False)
+            ]
+        lines.append(line)
+    held_out = [
+        {"prompt": p, "before": old, "reward_before": 0.0, "after": new, "reward_after": gain}
+        for p, old, new in zip(prompts, before, after, strict=True)
+    ]
+    for name, entries in (
+        ("metrics.jsonl", lines),
+        ("answers.jsonl", samples),
+        ("held_out_answers.jsonl", held_out),
+    ):
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        (folder / name).write_text(text)
+    if (folder / "result.json").exists():
+        result = json.loads((folder / "result.json").read_text())
+        result["rewards"] = {"before": {"reward": 0.0}, "after": {"reward": gain}}
+        result["dev"] = {"after": {"drift": lines[-1]["eval_drift"]}}
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
 BASE = {"rte": 0.62, "sst2": 0.86, "boolq": 0.66}
 GAIN = {"hybrid": 0.03, "fo-peft": 0.0, "zo-ft": -0.05, "fo-ft": 0.04}
 

@@ -274,3 +274,20 @@ def test_no_token_ends_a_turn_of_a_template_that_refuses():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert turn_ends(tokenizer) == ()
+
+
+def test_of_joined_columns_the_last_is_learnt(tmp_path, tokenizer):
+    """TRL's prompt and completion as messages."""
+    before = [user("a"), assistant("b"), user("c")]
+    rows = [{"prompt": before, "completion": [assistant(f"d{i}")]} for i in range(4)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = TaskSpec(
+        name="chat", train=str(path), messages="prompt+completion", num_dev=1, num_test=1
+    )
+    splits = load_splits(spec, tokenizer=tokenizer)
+    for row in (*splits.train, *splits.dev, *splits.test):
+        assert [text for text, is_learnt in row.segments if is_learnt] == [f"d{row.row - 1}<eos>"]
+    wrong = spec.model_copy(update={"messages": "prompt+chosen"})
+    with pytest.raises(UserError, match="no column 'chosen'"):
+        load_splits(wrong, tokenizer=tokenizer)

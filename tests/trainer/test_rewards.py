@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
 from zofo.rewards.options import RewardOptions
-from zofo.trainer.answers import RewardSource
+from zofo.trainer.answers import Answered, RewardSource
 from zofo.trainer.mixin import HybridTrainer
+from zofo.trainer.sources import SampleAnswers
 
 PROMPTS = [
     {"prompt": text, "wanted": wanted}
@@ -278,6 +280,21 @@ def test_rewards_that_fail_are_left_out_and_said_and_all_of_them_end_the_run(tmp
 def test_what_does_not_fit_is_refused(tmp_path, loaded, changes, words):
     with pytest.raises(UserError, match=words):
         trainer_of(tmp_path, loaded, **changes)
+
+
+def test_a_resumed_run_keeps_answers_with_line_separators(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    lines = [
+        json.dumps({"step": step, "answer": "a\u2028b"}, ensure_ascii=False) for step in (1, 2)
+    ]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    answered = Answered(["ask"], ["c\x85d"], [1.0])
+    callback = SampleAnswers(path, SimpleNamespace(last=answered))
+    state = SimpleNamespace(global_step=1)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(SimpleNamespace(should_save=True), state, None, {"loss": 0.5})
+    found = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x]
+    assert [entry["answer"] for entry in found] == ["a\u2028b", "c\x85d"]
 
 
 @pytest.mark.parametrize("row", [{}, {"prompt": 3}, {"prompt": ""}, {"prompt": ["a"]}])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zofo.report.page import Report
 
 # A terminal has no room for these columns.
-_PAGE_ONLY = ("setting", "accuracy_before", "best_dev_loss", "artifact_bytes")
+_PAGE_ONLY = ("setting", "accuracy_before", "drift", "best_dev_loss", "artifact_bytes")
 
 
 @app.command()

@@ -141,6 +141,8 @@ def verify(
 
 
 def _show_info(found: Info) -> None:
+    from zofo.results.answers import reward_text
+
     console = plain_console(soft_wrap=True)
     problem = " ".join((found.problem or "").splitlines())
     whole = "whole" if found.is_whole else f"NOT whole: {problem}"
@@ -172,3 +174,6 @@ def _show_info(found: Info) -> None:
             if values.get(name) is not None
         )
         console.print(one_line(f"  {when:<12}{shown} on {values['num_rows']} test rows"))
+    for when, values in (found.rewards or {}).items():
+        reward = reward_text(values.get("reward"))
+        console.print(one_line(f"  {when:<12}reward {reward} on held-out prompts"))

@@ -21,16 +21,19 @@ from zofo.cli.exits import (
     reports_errors,
     split_arguments,
 )
-from zofo.cli.output import warn_of_idle_options
+from zofo.cli.output import one_line, warn_of_idle_options
 from zofo.console import plain_console, say
 from zofo.errors import TrainingStoppedError, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from zofo.config.schema import RunConfig
     from zofo.run.peers import Peers
     from zofo.run.result import Result
     from zofo.scoring.evaluate import Metrics
 
+_NUM_PROMPTS = 3  # number of held-out prompts that the end of a run shows
 _SHOWN = ("f1", "exact_match", "accuracy", "auc", "loss", "perplexity")
 
 
@@ -183,11 +186,20 @@ def _how_to_continue(folder: Path | None) -> str:
 
 
 def _show(result: Result) -> None:
+    from zofo.results.answers import reward_text
+
     console = plain_console()
     if result.before is not None and result.after is not None:
         console.print(_table(result.before, result.after))
-    for when, figures in result.rewards.items():
-        console.print(f"reward {when} training  {figures['reward']:.4g}, on held-out prompts")
+    for when, figures in result.held_out.get("rewards", {}).items():
+        reward = reward_text(figures["reward"])
+        console.print(f"reward {when} training  {reward}, on held-out prompts", soft_wrap=True)
+    for when, figures in result.held_out.get("preference", {}).items():
+        console.print(
+            f"pairs {when} training  margin {figures['preference_margin']:.4g} nats, "
+            f"{figures['preference_ranked_right']:.1%} ranked right, held out"
+        )
+    _show_answers(result.folder, console)
     if result.watch:
         then, now = result.watch["before"], result.watch["after"]
         names = [name for name in _SHOWN if name in now]
@@ -205,6 +217,28 @@ def _show(result: Result) -> None:
     )
     console.print(f"in Python zofo.load({str(result.folder)!r}).model", soft_wrap=True)
     console.print(f"plain     zofo export {result.folder} --to DIR", soft_wrap=True)
+
+
+def _show_answers(folder: Path, console: Console) -> None:
+    """Print the first held-out prompts with their answers, each on one line of the console."""
+    from zofo.results.answers import HELD_OUT_FILE, read_held_out, reward_text
+
+    held_out = read_held_out(folder)
+    for sample in held_out[:_NUM_PROMPTS]:
+        prompt, start = " ".join(sample.prompt.split()), console.width // 3
+        if len(prompt) > console.width:  # Prompts often begin alike, so their ends are shown too.
+            prompt = f"{prompt[:start]}…{prompt[start + 1 - console.width :]}"
+        console.print(one_line(prompt), no_wrap=True, overflow="ellipsis")
+        rewards = [reward_text(answer.reward) for answer in sample.answers.values()]
+        width = max(map(len, rewards), default=0)
+        for when, answer in sample.answers.items():
+            text = " ".join(answer.text.split()) or "(no text)"
+            line = f"  {when:6}  {reward_text(answer.reward):>{width}}  {text}"
+            console.print(one_line(line), no_wrap=True, overflow="ellipsis")
+    if len(held_out) > _NUM_PROMPTS:
+        console.print(
+            f"all {len(held_out)} held-out prompts are in {folder / HELD_OUT_FILE}", soft_wrap=True
+        )
 
 
 def _table(before: Metrics, after: Metrics) -> Table:

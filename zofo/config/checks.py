@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Final
 
-from zofo.config.schema import AdapterConfig, RunConfig, share_of
+from zofo.config.schema import AdapterConfig, RunConfig, has_own_rows, share_of
 from zofo.disk.files import problem_of_name
 from zofo.models.adapter_kinds import KINDS
 from zofo.models.layers import problem_of_layers
@@ -25,6 +25,7 @@ PATHS: Final = {
     "task": _DATA,
     "adapter": ("config_file",),
     "reward": ("data",),
+    "preference": ("data",),
     "watch_task": _DATA,
 }
 """Section -> its options that may be paths."""
@@ -75,7 +76,7 @@ def check_sections(config: RunConfig) -> list[str]:
             "the base would never see the last rows of a batch; choose sampling reshuffle"
         )
     problems += _check_paths(config) + _check_scores(config) + _check_reports(config)
-    problems += _check_rewards(config)
+    problems += _check_rewards(config) + _check_preference(config) + _check_own_rows(config)
     if config.zo_objective != "reward":  # which sets the directions of the rows itself
         problems += rank_one_problems(config)
     if config.directions_per_step != 1 and config.zo_objective == "f1":
@@ -131,30 +132,61 @@ def _check_rewards(config: RunConfig) -> list[str]:
     if not given:
         return ["zo_objective is reward, and reward names none; give one, such as reward=json"]
     problems = [problem for problem in [problem_of(given)] if problem]
-    if not METHODS[config.method].zeroth:
-        problems.append(
-            f"zo_objective is reward and method {config.method} has no zeroth-order block; choose "
-            f"{methods_that(lambda m: bool(m.zeroth))}"
-        )
     if config.distribution == "gaussian" or config.num_directions > 1:
         problems.append(
             "zo_objective is reward, whose answers have a rank-one direction each; leave "
             "distribution and num_directions out"
         )
-    if config.base_batch_fraction < 1:
-        problems.append(
-            "zo_objective is reward, which does not use the examples; leave base_batch_fraction "
-            "at 1, and set reward.batch_size"
-        )
-    if config.epochs is not None and not METHODS[config.method].first:
-        problems.append(
-            f"epochs is {config.epochs:g}, which counts examples, and method {config.method} with "
-            "zo_objective=reward reads none; give steps"
-        )
     if config.model.head not in ("auto", "causal-lm"):
         problems.append(
             f"zo_objective is reward and model.head is {config.model.head}; rewards need a decoder "
             "that writes text"
+        )
+    return problems
+
+
+def _check_preference(config: RunConfig) -> list[str]:
+    """A message for each contradiction between preference pairs and other options."""
+    data, task = config.preference.data, config.task.name
+    if config.zo_objective != "preference":
+        wrong = (
+            f"preference.data is given and zo_objective is {config.zo_objective}; set "
+            "zo_objective=preference"
+        )
+        return [wrong] if data else []
+    problems = []
+    if data is None and task not in ("completion", "chat"):
+        problems.append(
+            f"zo_objective is preference and the rows of task {task} are no pairs; give the pairs "
+            "as preference.data, or choose task completion or chat"
+        )
+    if config.model.head == "classification":
+        problems.append(
+            "zo_objective is preference and model.head is classification; the likelihood of an "
+            "answer needs a decoder or an encoder-decoder"
+        )
+    return problems
+
+
+def _check_own_rows(config: RunConfig) -> list[str]:
+    """A message for each option that does not fit rows of the zeroth-order block's own."""
+    if not has_own_rows(config):
+        return []
+    method, objective, problems = METHODS[config.method], config.zo_objective, []
+    if not method.zeroth:
+        problems.append(
+            f"zo_objective is {objective} and method {config.method} has no zeroth-order block; "
+            f"choose {methods_that(lambda m: bool(m.zeroth))}"
+        )
+    if config.base_batch_fraction < 1:
+        problems.append(
+            f"zo_objective is {objective}, which does not use the examples; leave "
+            f"base_batch_fraction at 1, and set {objective}.batch_size"
+        )
+    if config.epochs is not None and not method.first:
+        problems.append(
+            f"epochs is {config.epochs:g}, which counts examples, and method {config.method} with "
+            f"zo_objective={objective} reads none; give steps"
         )
     return problems
 

@@ -12,7 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from zofo.config.checks import check_sections
-from zofo.config.schema import AUTO, AUTO_KEYS, AdapterConfig, ModelConfig, RewardConfig, RunConfig
+from zofo.config.schema import (
+    AUTO,
+    AUTO_KEYS,
+    AdapterConfig,
+    ModelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RunConfig,
+    has_own_rows,
+)
 from zofo.disk.yaml import parse_yaml, read_yaml
 from zofo.errors import UserError, problem_in_words, shown
 from zofo.models.adapter_kinds import KINDS
@@ -27,6 +36,7 @@ SHORTHANDS: Final = {
     "adapter": "type",
     "task": "name",
     "reward": "functions",
+    "preference": "data",
     "watch_task": "name",
 }
 """Section -> the key that a text in place of the section sets."""
@@ -35,6 +45,7 @@ _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "adapter": AdapterConfig,
     "task": TaskSpec,
     "reward": RewardConfig,
+    "preference": PreferenceConfig,
     "watch_task": TaskSpec,
 }
 # pydantic names the members of a union in the path of an error, where a user would not write them.
@@ -230,6 +241,22 @@ def _complete(config: RunConfig) -> RunConfig:
         update["steps"] = 200
     if config.zo_objective == "reward":
         update |= {"distribution": "rank-one", "directions_per_step": "rows"}
-        if "select_best" not in config.model_fields_set:
-            update["select_best"] = False  # The dev loss does not tell which base has the rewards.
+    if has_own_rows(config) and "select_best" not in config.model_fields_set:
+        update["select_best"] = False  # The dev loss does not tell which base is better at them.
+    if config.zo_objective == "preference":
+        pairs = config.preference
+        if pairs.data is None:
+            update["task"] = _of_chosen(config.task, pairs)
+        if pairs.max_length is None:
+            update["preference"] = pairs.model_copy(update={"max_length": config.task.max_length})
     return config.model_copy(update=update)
+
+
+def _of_chosen(task: TaskSpec, pairs: PreferenceConfig) -> TaskSpec:
+    """The task whose examples are the chosen answers, unless it names other columns."""
+    columns = {
+        "completion": {"prompt": pairs.prompt, "completion": pairs.chosen},
+        "chat": {"messages": f"{pairs.prompt}+{pairs.chosen}"},
+    }[task.name]
+    new = {key: value for key, value in columns.items() if key not in task.model_fields_set}
+    return task.model_copy(update=new)

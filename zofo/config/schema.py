@@ -20,6 +20,7 @@ from zofo.optim.methods import METHODS, MethodName
 from zofo.optim.options import STEP_KEYS, Radius, StepOptions
 from zofo.rewards.options import RewardOptions
 from zofo.sections import MAX_COUNT, MAX_THREADS, Section
+from zofo.tasks.preference import PreferenceOptions
 from zofo.tasks.spec import TaskSpec
 
 AUTO: Final = "auto"
@@ -124,6 +125,23 @@ class RewardConfig(Section, RewardOptions):
     )
 
 
+class PreferenceConfig(Section, PreferenceOptions):
+    """The pairs of zo_objective preference; `PreferenceOptions` are among its keys."""
+
+    data: str | None = Field(
+        None, description="pairs: a file or a hub dataset id; default: the task's training rows"
+    )
+    prompt: str = Field(
+        "prompt",
+        description="column of the prompt; without it, both answers begin with the prompt",
+    )
+    chosen: str = Field("chosen", description="column of the preferred answer, a text or messages")
+    rejected: str = Field("rejected", description="column of the other answer")
+    num_held_out: int = Field(
+        64, ge=0, description="pairs to compare before and after training, and at evaluations"
+    )
+
+
 class RunConfig(Section, StepOptions):
     """One run; the fields of `StepOptions` are among its keys."""
 
@@ -132,6 +150,7 @@ class RunConfig(Section, StepOptions):
     adapter: AdapterConfig = AdapterConfig()
     task: TaskSpec = TaskSpec()
     reward: RewardConfig = RewardConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     watch_task: TaskSpec | None = Field(
         None,
         description="a second task, by its name or with the keys of task; its score on dev rows is "
@@ -172,9 +191,10 @@ class RunConfig(Section, StepOptions):
     base_batch_fraction: float = Field(
         1.0, gt=0, le=1, description="share of each batch on which the loss difference is measured"
     )
-    zo_objective: Literal["loss", "accuracy", "f1", "reward"] = Field(
+    zo_objective: Literal["loss", "accuracy", "f1", "reward", "preference"] = Field(
         "loss",
-        description="what the zeroth-order block follows: training loss, accuracy, F1 or reward",
+        description="what the zeroth-order block follows: training loss, accuracy, F1, reward, or "
+        "the margin of preference pairs",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a loss is not finite: stop with a checkpoint, or skip the step"
@@ -241,6 +261,11 @@ class RunConfig(Section, StepOptions):
     def to_yaml(self) -> str:
         """The configuration as YAML, which reads back to an equal configuration."""
         return yaml_text(self.model_dump())
+
+
+def has_own_rows(config: RunConfig) -> bool:
+    """Whether the zeroth-order block has rows of its own instead of the examples."""
+    return config.zo_objective in ("reward", "preference")
 
 
 def share_of(config: RunConfig) -> float:

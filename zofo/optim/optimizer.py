@@ -242,6 +242,7 @@ class HybridOptimizer(StatefulOptimizer):
                         with_graph=self.evaluates_with_graph,
                     )
                 before += instead.cost_so_far() - spent
+            examples = examples if instead.examples is None else instead.examples
             scalars, counts, left_out = self._difference(
                 instead.closure, reference, generators, examples
             )
@@ -353,7 +354,7 @@ class HybridOptimizer(StatefulOptimizer):
         Args:
             closure: as for `accumulate`, which is called first if a closure is given. Gradients are
                 zeroed before it unless micro-batches were accumulated.
-            zeroth_loss: as for `accumulate`; without a closure, a population.
+            zeroth_loss: as for `accumulate`; it may stand without a closure.
 
         Returns:
             The unperturbed loss of the closure, or None without a closure.

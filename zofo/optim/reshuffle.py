@@ -35,6 +35,38 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, sampling: Sampling) 
     return generator.permutation(num_samples)
 
 
+class Turns:
+    """The samples of numbered batches under reshuffling, as a pure function of seed and number.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples of a batch; the last one of an epoch goes on with the next epoch.
+        seed: seed of the order.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
+
+    def __call__(self, number: int) -> list[int]:
+        """The samples of a batch, by its number in the run, from 0."""
+        start = number * self.batch_size
+        return [self._at(place) for place in range(start, start + self.batch_size)]
+
+    def first(self, num_batches: int) -> list[int]:
+        """The samples of the first batches, each once, in ascending order."""
+        if num_batches * self.batch_size >= self.num_samples:
+            return list(range(self.num_samples))
+        return sorted({sample for number in range(num_batches) for sample in self(number)})
+
+    def _at(self, place: int) -> int:
+        epoch, place = divmod(place, self.num_samples)
+        if self._order[0] != epoch:
+            order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, sampling="reshuffle")
+            self._order = epoch, order
+        return int(self._order[1][place])
+
+
 class ReshufflingSampler(Sampler[int]):
     """Yields one epoch's order at each iteration, then moves to the next epoch.
 

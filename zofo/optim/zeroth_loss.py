@@ -23,15 +23,19 @@ class ZerothLoss:
     """The loss h that `HybridOptimizer` evaluates instead of the loss of the micro-batch.
 
     Attributes:
-        closure: returns the loss, a scalar. With n micro-batches per step, it divides by n.
+        closure: returns the loss, a scalar, or the shares of its rows. With n micro-batches per
+            step, it divides by n.
         cost: cost of one evaluation in forward-equivalents of the micro-batch, such as the share of
             rows; or a function that returns the cost of all evaluations so far.
         loss: h(x), if a pass over the same rows under the same masks gave it; None: evaluate it.
+        examples: the number of the share that each row of the model's input belongs to, int64
+            [rows of the input], where they are other rows than those of the micro-batch.
     """
 
     closure: Callable[[], Tensor | float]
     cost: float | Callable[[], float] = 1.0
     loss: Tensor | None = None
+    examples: Tensor | None = None
 
     def cost_so_far(self) -> float:
         """The cost of all evaluations so far if `cost` is a function, else 0."""

@@ -16,6 +16,7 @@ class Cell:
     aside: str = ""  # fainter text beside `text`
     href: str = ""  # target of a link
     mark: str = ""  # CSS class
+    more: str = ""  # long form of `text`, which a reader can open
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Final
 from zofo.disk.files import write_text
 from zofo.pages.document import check_target
 from zofo.pages.tables import Table
+from zofo.report.answers import held_out_tables
 from zofo.report.page import Report, smoothness_of
 from zofo.report.tables import gate_table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"
+_NUM_PROMPTS: Final = 4  # held-out prompts with answers, for each table of runs
 _SIGNS: Final = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 # Brackets around numbers are an interval and not a link, so they need no escape.
 _PLAIN_BRACKETS: Final = re.compile(r"\\\[([-+.,\d\s]+)\\\]")
@@ -65,6 +67,13 @@ def render_markdown(report: Report) -> str:
     for title, table in sections:
         if table.rows:
             parts += [f"### {title}", _markdown(table)]
+    answers = held_out_tables(report.runs, _NUM_PROMPTS)
+    if answers:
+        parts.append("### Held-out prompts before and after training")
+    for found in answers:
+        where = f"{found.file} in the folder of {', '.join(found.runs)}"
+        parts.append(escape(f"{len(found.table.rows)} of {found.num_all:,} prompts of {where}."))
+        parts.append(_markdown(found.table))
     return "\n\n".join(parts) + "\n"
 
 

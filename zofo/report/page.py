@@ -17,8 +17,10 @@ from zofo.pages.document import check_target, json_of, render_document
 from zofo.pages.figures import Choices
 from zofo.pages.tables import Table
 from zofo.pages.themes import THEMES, template_of
+from zofo.report.answers import held_out_tables, num_left_out, sample_tables
 from zofo.report.curves_figure import curve_figures
 from zofo.report.rates_figure import rate_figures
+from zofo.report.rewards_figure import reward_figures
 from zofo.report.scores_figure import difference_figure, pareto_figures
 from zofo.report.tables import (
     gate_table,
@@ -100,6 +102,10 @@ def _context(report: Report, folder: Path) -> dict[str, Any]:
         "no_ranks": comparison.no_ranks,
         "rank_table": None if comparison.ranks is None else rank_table(comparison.ranks),
         "unwell": _nonempty(run_table(unwell, links, comparison.left_out)),
+        "held_out": held_out_tables(runs),
+        "samples": sample_tables(runs),
+        "num_left_out": num_left_out(runs),
+        "links": links,
         "smoothness": smoothness_table(smoothness_of(runs), links),
         "all_runs": run_table(rows, links, comparison.left_out),
         "figures": figures["light"],
@@ -127,6 +133,7 @@ def _figures(report: Report, theme_name: str) -> dict[str, Choices]:
     found = {
         "pareto": pareto_figures(comparison.groups, theme),
         "curves": curve_figures(comparison, report.runs, theme),
+        "rewards": reward_figures(comparison, report.runs, theme),
         "rates": rates,
         "ratios": ratios,
         "smoothness": path_figures(smoothness_of(report.runs), theme),

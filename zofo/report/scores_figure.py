@@ -75,10 +75,11 @@ def difference_figure(pairs: Sequence[Pair], total: Estimate, theme: Theme) -> F
 
 def pareto_figures(groups: Sequence[Group], theme: Theme) -> Choices:
     """Score against each cost with one panel per task; a line marks the Pareto frontier."""
-    panels = list(dict.fromkeys((group.model, group.task) for group in groups))
+    scored = [group for group in groups if group.accuracy is not None]
+    panels = list(dict.fromkeys((group.model, group.task) for group in scored))
     figures = {}
     for i, panel in enumerate(panels):
-        inside = [g for g in groups if g.is_chosen and (g.model, g.task) == panel]
+        inside = [g for g in scored if g.is_chosen and (g.model, g.task) == panel]
         for cost in COST_AXES:
             figures[f"{i}|{cost}"] = _pareto(inside, groups, cost, theme)
     return Choices(
@@ -96,8 +97,12 @@ def _pareto(
 
     title, unit = COST_AXES[cost]
     figure = go.Figure()
-    known = [(g, value / unit) for g in inside if (value := g.costs[cost]) is not None]
-    front = frontier([(x, g.accuracy.value) for g, x in known])
+    known = [
+        (g, g.accuracy, value / unit)
+        for g in inside
+        if (value := g.costs[cost]) is not None and g.accuracy is not None
+    ]
+    front = frontier([(x, accuracy.value) for _, accuracy, x in known])
     figure.add_scatter(
         x=[x for x, _ in front],
         y=[100 * y for _, y in front],
@@ -106,14 +111,14 @@ def _pareto(
         line={"color": theme.faint, "width": 1.5, "dash": "dot", "shape": "hv"},
         hoverinfo="skip",
     )
-    for group, x in known:
+    for group, accuracy, x in known:
         figure.add_scatter(
             x=[x],
-            **_with_interval([group.accuracy], "y"),
+            **_with_interval([accuracy], "y"),
             mode="markers",
             name=html.escape(treatment_of(group, groups), quote=False),
             marker={**mark_of(group, theme), "size": 12},
-            customdata=[[_interval_text(group.accuracy, signed=False), len(group.seeds)]],
+            customdata=[[_interval_text(accuracy, signed=False), len(group.seeds)]],
             hovertemplate=(
                 "%{fullData.name}<br>accuracy %{customdata[0]} %<br>"
                 f"%{{x:,.4~g}} {title}<br>%{{customdata[1]}} seeds<extra></extra>"

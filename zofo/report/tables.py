@@ -34,8 +34,8 @@ def group_table(comparison: Comparison) -> Table:
         return Cell(text, text, "represents its cell" if is_one_of_many else "", mark="name short")
 
     def accuracy(group: Group) -> Cell:
-        cell = estimate_cell(group.accuracy, 100, ".2f")
-        if group.majority is not None and group.accuracy.value <= group.majority:
+        cell, majority = estimate_cell(group.accuracy, 100, ".2f"), group.majority
+        if group.accuracy and majority is not None and group.accuracy.value <= majority:
             return Cell(cell.text, cell.value, f"{cell.aside} ≤ majority".strip(), mark="weak")
         return cell
 
@@ -57,6 +57,11 @@ def group_table(comparison: Comparison) -> Table:
         Column("auc", "AUC"): mean("auc", ".3f"),
         Column("majority", "majority, %"): lambda group: _number(group.majority, ".1f", 100),
         Column("accuracy_before", "before, %"): mean("accuracy_before", ".1f", 100),
+        Column("reward", "held-out reward [95% interval]"): lambda group: estimate_cell(
+            group.reward, 1, ".4g"
+        ),
+        Column("reward_before", "reward before"): mean("reward_before", ".4g"),
+        Column("drift", "drift, nats"): mean("drift", ".3g"),
         Column("best_dev_loss", "dev loss"): mean("best_dev_loss", ".4f"),
         Column("forward_equivalents", "forward-eq."): cost("forward_equivalents", ",.0f"),
         Column("train_s", "training, s"): cost("train_s", ",.1f"),
@@ -203,6 +208,7 @@ def run_table(rows: Sequence[Any], links: Mapping[str, str], reasons: Mapping[st
         Column("seed", "seed"): lambda row: _number(row.seed, ".0f"),
         Column("steps", "steps"): steps,
         Column("accuracy", "accuracy, %"): lambda row: _number(row.accuracy, ".2f", 100),
+        Column("reward", "held-out reward"): lambda row: _number(row.reward, ".4g"),
         Column("best_dev_loss", "best dev loss"): lambda row: _number(row.best_dev_loss, ".4f"),
         Column("train_s", "training, s"): lambda row: _number(row.train_s, ",.1f"),
     }

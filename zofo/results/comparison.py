@@ -52,7 +52,8 @@ class Group:
         adapter_lr: learning rate; None if there is no adapter.
         runs, seeds: names and seeds of the runs, ordered by seed.
         is_chosen: whether the group represents its cell.
-        accuracy, auc, accuracy_before, best_dev_loss: means over seeds; None if not measured.
+        accuracy, auc, accuracy_before, reward, reward_before, drift, best_dev_loss: means over
+            seeds; None if not measured. Either the accuracy or the reward is known.
         majority: share of the most frequent class of the test rows.
         num_test: number of test rows.
         costs: mean of each of `COSTS`; None if not measured.
@@ -70,9 +71,12 @@ class Group:
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
     is_chosen: bool
-    accuracy: Estimate
+    accuracy: Estimate | None
     auc: Estimate | None
     accuracy_before: Estimate | None
+    reward: Estimate | None
+    reward_before: Estimate | None
+    drift: Estimate | None
     best_dev_loss: Estimate | None
     majority: float | None
     num_test: int | None
@@ -157,9 +161,10 @@ def compare(runs: Runs) -> Comparison:
 
 def _groups(table: pd.DataFrame, left_out: dict[str, str]) -> tuple[Group, ...]:
     finished = table[(table["stage"] == "final") & (table["status"] == "done")]
-    for name in finished["run"][finished["accuracy"].isna()]:
+    has_score = finished["accuracy"].notna() | finished["reward"].notna()
+    for name in finished["run"][~has_score]:
         left_out[str(name)] = "its result has no test score"
-    finished = finished[finished["accuracy"].notna() & finished["seed"].notna()]
+    finished = finished[has_score & finished["seed"].notna()]
     keys = [*CELL, "rates", "setting"]
     for _, same in finished.groupby([*keys, "seed"], sort=False):
         # A repetition is no second observation, so only the first of equal runs counts.
@@ -193,8 +198,6 @@ def _group(key: Any, rows: pd.DataFrame, is_chosen: bool) -> Group:
         values = rows[column].dropna()
         return mean_interval(values.tolist()) if len(values) else None
 
-    accuracy = over_seeds("accuracy")
-    assert accuracy is not None
     num_test = _first(rows["num_test"]) if rows["num_test"].nunique() == 1 else None
     return Group(
         **dict(zip((*CELL, "rates", "setting"), key, strict=True)),
@@ -203,9 +206,12 @@ def _group(key: Any, rows: pd.DataFrame, is_chosen: bool) -> Group:
         runs=tuple(rows["run"]),
         seeds=tuple(int(seed) for seed in rows["seed"]),
         is_chosen=is_chosen,
-        accuracy=accuracy,
+        accuracy=over_seeds("accuracy"),
         auc=over_seeds("auc"),
         accuracy_before=over_seeds("accuracy_before"),
+        reward=over_seeds("reward"),
+        reward_before=over_seeds("reward_before"),
+        drift=over_seeds("drift"),
         best_dev_loss=over_seeds("best_dev_loss"),
         majority=_mean(rows["majority"]),
         num_test=None if num_test is None else int(num_test),
@@ -227,10 +233,10 @@ def _pair(hybrid: Group, fo_peft: Group, runs: Runs) -> Pair | None:
     table = runs.table.set_index("run")
     of_hybrid = dict(zip(hybrid.seeds, hybrid.runs, strict=True))
     of_peft = dict(zip(fo_peft.seeds, fo_peft.runs, strict=True))
-    accuracy = table["accuracy"].to_dict()
+    accuracy = table["accuracy"].dropna().to_dict()  # A run with rewards may have none.
     difference = paired_difference(
-        {seed: accuracy[run] for seed, run in of_hybrid.items()},
-        {seed: accuracy[run] for seed, run in of_peft.items()},
+        {seed: accuracy[run] for seed, run in of_hybrid.items() if run in accuracy},
+        {seed: accuracy[run] for seed, run in of_peft.items() if run in accuracy},
     )
     if difference is None:
         return None
@@ -302,12 +308,12 @@ def _ranks(groups: Sequence[Group]) -> tuple[Ranks | None, str]:
     """Ranks over (model, task); drops the rarest treatments until two blocks are complete."""
     import pandas as pd
 
-    chosen = [group for group in groups if group.is_chosen]
+    scored = [(g, g.accuracy.value) for g in groups if g.is_chosen and g.accuracy is not None]
     frame = pd.DataFrame(
         {
-            "block": [f"{g.model}, {g.task}" for g in chosen],
-            "treatment": [treatment_of(g, groups) for g in chosen],
-            "accuracy": [g.accuracy.value for g in chosen],
+            "block": [f"{g.model}, {g.task}" for g, _ in scored],
+            "treatment": [treatment_of(g, groups) for g, _ in scored],
+            "accuracy": [accuracy for _, accuracy in scored],
         }
     )
     scores = frame.pivot(index="block", columns="treatment", values="accuracy")

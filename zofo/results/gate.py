@@ -50,7 +50,7 @@ def gates_of(groups: Sequence[Group], runs: Runs) -> tuple[Gate, ...]:
         groups: groups of runs; those that represent their cells count.
         runs: the runs of these groups.
     """
-    accuracy: dict[Any, float] = runs.table.set_index("run")["accuracy"].to_dict()
+    accuracy: dict[Any, float] = runs.table.set_index("run")["accuracy"].dropna().to_dict()
     chosen = [group for group in groups if group.is_chosen]
     full = {(g.model, g.task): g for g in chosen if (g.method, g.optimizer) == ("fo-ft", "adamw")}
     gates = []
@@ -59,7 +59,11 @@ def gates_of(groups: Sequence[Group], runs: Runs) -> tuple[Gate, ...]:
         if group.method != "fo-peft" or other is None:
             continue
         of_full, of_peft = (
-            {seed: accuracy[run] for seed, run in zip(g.seeds, g.runs, strict=True)}
+            {
+                seed: accuracy[run]
+                for seed, run in zip(g.seeds, g.runs, strict=True)
+                if run in accuracy
+            }
             for g in (other, group)
         )
         difference = paired_difference(of_full, of_peft)

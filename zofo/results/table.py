@@ -7,26 +7,24 @@ row with the reason.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.disk.files import (
-    MAX_LOG_BYTES,
     json_digest,
-    parse_json,
     problem_of_name,
     read_json,
-    read_text,
 )
 from zofo.disk.recorded import alterations, read_digests
 from zofo.disk.yaml import read_yaml
 from zofo.errors import UserError
 from zofo.optim.methods import METHODS
+from zofo.results.answers import FIGURES, reward_points
 from zofo.results.belonging import mixed_up
+from zofo.results.log import log_lines, number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +59,9 @@ COLUMNS: Final[dict[str, str]] = {
     "majority": "share of the most frequent class of the test rows",
     "test_loss": "loss on the test rows, after training",
     "num_test": "number of test rows",
+    "reward": "mean reward on the held-out prompts, after training with rewards",
+    "reward_before": "mean reward on the held-out prompts, before training",
+    "drift": "KL divergence from the model before training, in nats per token (with rewards)",
     "best_dev_loss": "lowest loss on dev",
     "last_dev_loss": "loss on dev when last measured",
     "forward_equivalents": "cost of training, in forward passes of a micro-batch without gradients",
@@ -77,9 +78,14 @@ CURVE_COLUMNS: Final[dict[str, str]] = {
     "dev_loss": "loss on the dev rows",
     "dev_accuracy": "accuracy on the dev rows",
 }
+REWARD_COLUMNS: Final[dict[str, str]] = {
+    **{key: CURVE_COLUMNS[key] for key in ("run", "step", "forward_equivalents", "elapsed_s")},
+    **FIGURES,
+}
 _NUMBERS: Final = (
     *("adapter_lr", "seed", "steps", "planned_steps", "accuracy", "accuracy_before"),
     *("auc", "majority", "test_loss", "num_test", "best_dev_loss", "last_dev_loss"),
+    *("reward", "reward_before", "drift"),
     *("forward_equivalents", "train_s", "peak_memory_bytes", "artifact_bytes"),
 )
 APART: Final = frozenset(
@@ -113,12 +119,14 @@ class Runs:
     Attributes:
         table: one row per run, with the columns `COLUMNS`.
         curves: one row per evaluation on dev, with the columns `CURVE_COLUMNS`.
+        rewards: one row per step with figures of rewards, with the columns `REWARD_COLUMNS`.
         configs: run -> its resolved configuration, with dotted keys.
         environments: run -> versions and machine, with dotted keys.
     """
 
     table: pd.DataFrame
     curves: pd.DataFrame
+    rewards: pd.DataFrame
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     environments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -137,21 +145,24 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     folders = find_runs(paths)
     rows: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
+    rewards: list[dict[str, Any]] = []
     configs, environments = {}, {}
     for name, folder in zip(_names(folders), folders, strict=True):
         config = _read_config(folder)
-        row, curve = _read_run(folder, config)
+        row, curve, figures = _read_run(folder, config)
         rows.append({"run": name, "folder": folder, **row})
         points += [{"run": name, **point} for point in curve]
+        rewards += [{"run": name, **point} for point in figures]
         configs[name] = flat(config)
         environments[name] = flat(_mapping(folder / "environment.json"))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in _NUMBERS:
         table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
-    curves = pd.DataFrame(points, columns=list(CURVE_COLUMNS))
-    numbers = [column for column in CURVE_COLUMNS if column != "run"]
-    curves[numbers] = curves[numbers].astype(float)
-    return Runs(table, curves, configs, environments)
+    curves, steps = (
+        pd.DataFrame(found, columns=list(columns)).astype(dict.fromkeys(list(columns)[1:], float))
+        for found, columns in ((points, CURVE_COLUMNS), (rewards, REWARD_COLUMNS))
+    )
+    return Runs(table, curves, steps, configs, environments)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
@@ -223,17 +234,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(
     folder: Path, config: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The row of a run, and its evaluations."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The row of a run, its evaluations, and the figures of its rewards."""
     study = _mapping(folder / STUDY_FILE)
     altered = _alterations(folder)
     if altered:
         error = "; ".join(altered)
         known = {"study": _text(study.get("study")), "stage": "final", "chosen": False}
-        return {**known, "status": "damaged", "error": error, **_what_ran(config, study)}, []
+        return {**known, "status": "damaged", "error": error, **_what_ran(config, study)}, [], []
     is_chosen = study.get("chosen") is True
     result = _mapping(folder / "result.json")
-    log = list(_log_lines(folder / "metrics.jsonl"))
+    log = list(log_lines(folder / "metrics.jsonl"))
     curve = _curve(log)
     before, after = _inner(result, "test", "before"), _inner(result, "test", "after")
     is_final = is_chosen and bool(after)
@@ -247,24 +258,29 @@ def _read_run(
         "chosen": is_chosen,
         **_status(folder, study, result, config, last),
         **_what_ran(config, study),
-        "steps": _number(cost.get("steps", last.get("step"))),
-        "planned_steps": _number(config.get("steps")),
-        "accuracy": _number(after.get("accuracy")),
-        "accuracy_before": _number(before.get("accuracy")),
-        "auc": _number(after.get("auc")),
-        "majority": _number(after.get("majority")),
-        "test_loss": _number(after.get("loss")),
-        "num_test": _number(after.get("num_rows")),
+        "steps": number_of(cost.get("steps", last.get("step"))),
+        "planned_steps": number_of(config.get("steps")),
+        "accuracy": number_of(after.get("accuracy")),
+        "accuracy_before": number_of(before.get("accuracy")),
+        "auc": number_of(after.get("auc")),
+        "majority": number_of(after.get("majority")),
+        "test_loss": number_of(after.get("loss")),
+        "num_test": number_of(after.get("num_rows")),
+        "reward": number_of(_inner(result, "rewards", "after").get("reward")),
+        "reward_before": number_of(_inner(result, "rewards", "before").get("reward")),
+        "drift": number_of(_inner(result, "dev", "after").get("drift")),
         "best_dev_loss": min(losses, default=None),
         "last_dev_loss": losses[-1] if losses else None,
-        "forward_equivalents": _number(
+        "forward_equivalents": number_of(
             cost.get("forward_equivalents", last.get("forward_equivalents"))
         ),
-        "train_s": _number(cost.get("train_s") if elapsed is None else elapsed),
-        "peak_memory_bytes": _number(cost.get("peak_memory_bytes", last.get("peak_memory_bytes"))),
-        "artifact_bytes": _number(cost.get("artifact_bytes", _size(folder / "artifact"))),
+        "train_s": number_of(cost.get("train_s") if elapsed is None else elapsed),
+        "peak_memory_bytes": number_of(
+            cost.get("peak_memory_bytes", last.get("peak_memory_bytes"))
+        ),
+        "artifact_bytes": number_of(cost.get("artifact_bytes", _size(folder / "artifact"))),
     }
-    return row, curve
+    return row, curve, reward_points(log)
 
 
 def _status(
@@ -305,7 +321,7 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
     if orders is not None and orders.base != "frozen":
         base_lr = _base_lr(config.get("base_lr", rates.get("base_lr")))
     if orders is not None and orders.needs_adapter:
-        adapter_lr = _number(config.get("adapter_lr", rates.get("adapter_lr")))
+        adapter_lr = number_of(config.get("adapter_lr", rates.get("adapter_lr")))
     has_optimizer = orders is not None and orders.first is not None
     return {
         "model": _text(cell.get("model") or _model_name(model)),
@@ -318,7 +334,7 @@ def _what_ran(config: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, 
         "base_lr": base_lr,
         "adapter_lr": adapter_lr,
         "rates": f"{base_lr}, {adapter_lr}",
-        "seed": _number(config.get("seed", study.get("seed"))),
+        "seed": number_of(config.get("seed", study.get("seed"))),
         "setting": json_digest({k: v for k, v in flat(config).items() if not is_apart(k)})[:8],
     }
 
@@ -331,7 +347,7 @@ def _model_name(model: Mapping[str, Any]) -> str:
 def _base_lr(rate: Any) -> float | str | None:
     if isinstance(rate, Mapping):
         return ", ".join(f"{key}: {value}" for key, value in rate.items())
-    return _number(rate)
+    return number_of(rate)
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -341,35 +357,20 @@ def _curve(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in log:
         if "eval_loss" not in entry:
             continue
-        step = _number(entry.get("step"))
+        step = number_of(entry.get("step"))
         both = {**at_step.get(entry.get("step"), {}), **entry}
         points[step] = {
             "step": step,
-            "forward_equivalents": _number(both.get("forward_equivalents")),
-            "elapsed_s": _number(both.get("elapsed_s")),
-            "dev_loss": _number(entry.get("eval_loss")),
-            "dev_accuracy": _number(entry.get("eval_accuracy")),
+            "forward_equivalents": number_of(both.get("forward_equivalents")),
+            "elapsed_s": number_of(both.get("elapsed_s")),
+            "dev_loss": number_of(entry.get("eval_loss")),
+            "dev_accuracy": number_of(entry.get("eval_accuracy")),
         }
     return sorted((p for s, p in points.items() if s is not None), key=lambda p: p["step"])
 
 
 def _last_values(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for entry in log for key, value in entry.items()}
-
-
-def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log that can be read; the last may be incomplete."""
-    try:
-        lines = read_text(path, max_bytes=MAX_LOG_BYTES, errors="replace").splitlines()
-    except UserError:
-        return
-    for line in lines:
-        try:
-            entry = parse_json(line, has_nan=True)
-        except ValueError:  # an incomplete line, or one that zofo did not write
-            continue
-        if isinstance(entry, dict):
-            yield entry
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -396,13 +397,6 @@ def _inner(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
         inner = values.get(key)
         values = inner if isinstance(inner, Mapping) else {}
     return values
-
-
-def _number(value: Any) -> float | None:
-    """The value if it is a finite number, else None; a diverged run logs "nan"."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def _text(value: Any) -> str:

@@ -112,7 +112,8 @@ def _notes(pairs: Sequence[Pair], counts: dict[str, int]) -> list[str]:
 def _is_guessing(pair: Pair) -> bool:
     majority = pair.hybrid.majority
     return majority is not None and all(
-        group.accuracy.value <= majority for group in (pair.hybrid, pair.fo_peft)
+        group.accuracy is not None and group.accuracy.value <= majority
+        for group in (pair.hybrid, pair.fo_peft)
     )
 
 

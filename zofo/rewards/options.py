@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from zofo.errors import UserError, problem_in_words
 from zofo.rewards.score import TIME_LIMIT_S
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -37,14 +39,14 @@ class RewardOptions:
     ] = 2.0  # Choice.
 
 
-def checked(options: RewardOptions) -> RewardOptions:
-    """A copy of the options, converted to their types.
+def checked(options: T) -> T:
+    """A copy of options that a dataclass holds, converted to their types.
 
     Raises:
         UserError: for values outside their ranges; it lists all of them.
     """
     try:
-        return TypeAdapter(RewardOptions).validate_python(vars(options))
+        return TypeAdapter(type(options)).validate_python(vars(options))
     except ValidationError as error:
         problems = [problem_in_words(str(e["loc"][0]), e) for e in error.errors()]
         raise UserError("; ".join(problems)) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zofo.config.schema import RunConfig, share_of
+from zofo.config.schema import RunConfig, has_own_rows, share_of
 from zofo.models.layers import ALL, share_by_config
 from zofo.optim import cost
 from zofo.optim.methods import METHODS
@@ -18,14 +18,15 @@ def forward_equivalents(
         steps: number of optimizer steps with full batches.
         part_again: whether the unperturbed loss of a part of the batch needs a second forward pass,
             as with dropout or in half precision.
-        cost_of_answers: cost of generating the answers of a micro-batch, in its forward passes.
+        cost_of_answers: cost of generating the answers of a micro-batch, or of evaluating its
+            preference pairs for a move, in its forward passes.
 
     Raises:
         UserError: if the adapter is in some layers only, and the model's `config.json` cannot be
             read or has fewer layers.
     """
     method, share = METHODS[config.method], share_of(config)
-    if config.zo_objective == "reward":
+    if has_own_rows(config):
         moves = cost.num_moves(steps, config.base_every)
         return cost.forward_equivalents(
             config.accumulation * steps if method.first else 0,

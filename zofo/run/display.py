@@ -20,6 +20,7 @@ from zofo.errors import UserError
 _SHOWN = {
     "loss": "loss {:.4f}",
     "reward": "reward {:.4f}",
+    "preference_margin": "margin {:+.3g}",
     "projected_grad": "s {:+.3g}",
     "learning_rate": "adapter_lr {:.2g}",
     "base_lr": "base_lr {:.2g}",

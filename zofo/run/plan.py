@@ -18,11 +18,13 @@ from zofo.config.schema import AUTO, RunConfig
 from zofo.environment import resolve_device
 from zofo.models.layers import backward_share
 from zofo.models.quantized import num_weights, quantized_bytes
+from zofo.optim.cost import num_moves
 from zofo.optim.estimator import forwards_per_direction
 from zofo.optim.methods import METHODS, apply_method, param_groups
 from zofo.perturb.quantized import unnest_scales
 from zofo.perturb.view import Perturbation
 from zofo.run.cost import forward_equivalents
+from zofo.run.pairs import PairRows
 from zofo.run.prepare import num_steps
 from zofo.run.rewards import has_rewards, reward_options, reward_rows
 from zofo.saved.source import base_of
@@ -32,6 +34,7 @@ from zofo.tasks.encode_rows import encode_parts
 from zofo.tasks.load import load_splits
 from zofo.tasks.spec import Splits
 from zofo.trainer.answers import RewardSource, bytes_of_answer
+from zofo.trainer.pairs import PairSource
 
 _ACTIVATION_BYTES = 34 / 2  # bytes that a layer keeps per hidden value, over the bytes of a value
 
@@ -77,7 +80,11 @@ def make_plan(config: RunConfig) -> Plan:
         scored = f"watch_task {second.name} is scored before training and at each evaluation"
         notes = (*notes, *watched.notes, scored)
     prompts = _prompts(config, splits, tokenizer, model)
+    pairs = _pairs(config, splits, tokenizer, base.head, model)
     answers = _cost_of_answers(config, rows["train"], prompts)
+    if pairs is not None:
+        answers = _cost_of_pairs(config, rows["train"], pairs)
+        notes = (*notes, *pairs.notes, _of_reference(config, steps, rows["train"], pairs))
     again = config.model.dtype != "float32" or _has_dropout(model, config_of_model)
     return Plan(
         steps=steps,
@@ -115,6 +122,44 @@ def _prompts(config: RunConfig, splits: Splits, tokenizer: Any, model: Any) -> l
     source = RewardSource(rows, functions, tokenizer, reward_options(config))
     source.check(model)
     return [len(ids) for ids in source.ids]
+
+
+def _pairs(
+    config: RunConfig, splits: Splits, tokenizer: Any, head: str, model: Any
+) -> PairSource | None:
+    """The preference pairs of the run, which the model can read."""
+    if config.zo_objective != "preference":
+        return None
+    source = PairRows(config, splits, tokenizer, head).source
+    source.check(model)
+    return source
+
+
+def _unit(config: RunConfig, train: Sequence[Encoded], pairs: PairSource) -> float:
+    """Pairs whose tokens are those of one forward-equivalent."""
+    if not METHODS[config.method].first:
+        return config.preference.batch_size
+    length = sum(row.length for row in train) / len(train)
+    return config.batch_size * length / pairs.mean_tokens
+
+
+def _cost_of_pairs(config: RunConfig, train: Sequence[Encoded], pairs: PairSource) -> float:
+    """Cost of all evaluations of a micro-batch of pairs, in forward passes over the rows."""
+    evaluations = config.num_directions * forwards_per_direction(config.estimator)
+    evaluations += config.estimator == "forward" or config.directions_per_step != 1
+    return evaluations * config.preference.batch_size / _unit(config, train, pairs)
+
+
+def _of_reference(
+    config: RunConfig, steps: int, train: Sequence[Encoded], pairs: PairSource
+) -> str:
+    """A note on the pairs that are evaluated once before the first step."""
+    num = len(pairs.used(num_moves(steps, config.base_every) * config.accumulation))
+    cost = num / _unit(config, train, pairs)
+    return (
+        f"reference: {num} preference pairs are evaluated once before the first step, for "
+        f"{cost:,.1f} forward-equivalents more"
+    )
 
 
 def _memory_of_answers(model: Any, config: RunConfig, prompts: Sequence[int]) -> dict[str, int]:

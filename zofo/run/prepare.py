@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from zofo.config.schema import RunConfig
+from zofo.config.schema import RunConfig, has_own_rows
 from zofo.disk.files import fingerprint, problem_of_target
 from zofo.disk.locks import LOCK_FILE, take_lock
 from zofo.environment import resolve_device
@@ -135,10 +135,10 @@ def check_processes(config: RunConfig, size: int) -> None:
         UserError: if its rows, or those that the base sees, cannot be shared evenly.
     """
     fraction, num_rows = config.base_batch_fraction, config.batch_size
-    if size > 1 and config.zo_objective == "reward":
+    if size > 1 and has_own_rows(config):
         raise UserError(
-            f"zo_objective is reward, whose answers one process writes, and there are {size} "
-            "processes; start one"
+            f"zo_objective is {config.zo_objective}, whose rows one process evaluates, and there "
+            f"are {size} processes; start one"
         )
     if size > 1 and config.base_anchor:
         raise UserError(

@@ -28,8 +28,8 @@ class Result:
     before: Metrics | None  # scores on the test rows before training; None without measure_test
     after: Metrics | None  # the same after training
     cost: dict[str, float]  # seconds, forward-equivalents, peak memory, bytes of the artefact
-    rewards: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """On held-out prompts, "before" and "after" training; empty without rewards."""
+    held_out: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """"rewards" or "preference" -> "before" and "after" training -> figures of held-out rows."""
     watch: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores of the second task on dev rows, "before" and "after" training; empty without it."""
 
@@ -87,7 +87,7 @@ def write_result(
         "adapter": config.adapter.label,
         "seed": config.seed,
         **({"test": scores} if scores else {}),
-        **({"rewards": result.rewards} if result.rewards else {}),
+        **result.held_out,
         "dev": {
             **({} if dev_before is None else {"before": dev_before.as_dict()}),
             "after": scores_at_end(trainer.state, config.select_best),
@@ -96,7 +96,7 @@ def write_result(
         "best_dev": trainer.state.best_metric,
         "best_checkpoint": Path(best).name if best else None,
         "cost": result.cost,
-        "notes": list(prepared.splits.notes),
+        "notes": [*prepared.splits.notes, *trainer.own.notes],
         "files": digests_of(result.folder),
     }
     write_json(result.folder / RESULT_FILE, summary)

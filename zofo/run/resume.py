@@ -31,7 +31,7 @@ FREE: Final = frozenset(
     )
 )
 """Keys that may differ from those of the saved run."""
-_SECTIONS: Final = ("model", "adapter", "task", "reward", "watch_task")
+_SECTIONS: Final = ("model", "adapter", "task", "reward", "preference", "watch_task")
 
 
 def resumed_config(

@@ -11,20 +11,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import write_text
+from zofo.results.answers import HELD_OUT_FILE
 from zofo.rewards.options import RewardOptions
 from zofo.tasks.files import SUFFIXES
 from zofo.tasks.reasoning import is_generated
-from zofo.tasks.rows import read_table, require_columns
-from zofo.tasks.spec import Completion, Example, Splits
+from zofo.tasks.rows import Table, read_table, require_columns
+from zofo.tasks.spec import Completion, Example, Splits, TaskSpec
 from zofo.trainer.answers import Answered, RewardSource
 
-HELD_OUT_FILE: Final = "held_out_answers.jsonl"
 Rows = list[dict[str, Any]]
 
 
@@ -67,11 +67,7 @@ def _of_task(config: RunConfig, examples: Sequence[Any], part: str | None = None
     task = config.task
     if task.name not in ("completion", "chat"):
         return [{"prompt": _prompt_of(row), "answer": _answer_of(row)} for row in examples]
-    if part is None or part.lower().endswith(SUFFIXES) or is_generated(part):
-        table = read_table(part or task.train or "", subset=task.subset)
-    else:
-        table = read_table(task.train or "", subset=task.subset, split=part)
-    columns = dict(table.rows)
+    columns = dict(table_of(task, part).rows)
     found = []
     for example in examples:
         row = dict(columns[example.row])
@@ -81,6 +77,13 @@ def _of_task(config: RunConfig, examples: Sequence[Any], part: str | None = None
             row["prompt"] = [dict(message) for message in example.chat.messages[:-1]]
         found.append(row)
     return found
+
+
+def table_of(task: TaskSpec, part: str | None = None) -> Table:
+    """The rows of a part of the user's own task, with all columns; None: those of training."""
+    if part is None or part.lower().endswith(SUFFIXES) or is_generated(part):
+        return read_table(part or task.train or "", subset=task.subset)
+    return read_table(task.train or "", subset=task.subset, split=part)
 
 
 def _prompt_of(example: Example | Completion) -> str:
@@ -100,29 +103,47 @@ def _plain(prompt: Any) -> Any:
     return [dict(m) for m in prompt] if isinstance(prompt, list) else prompt
 
 
-class HeldOut:
-    """Answers to held-out prompts, written without perturbation and with the likeliest tokens.
+class RewardRows:
+    """The prompts of a run, and answers to held-out ones before and after it.
+
+    The latter are written without perturbation and with the likeliest tokens.
 
     Args:
-        rows: the prompts, with columns for the rewards; if there are none, nothing is measured.
         config: of the run.
+        splits: the rows of the task.
         tokenizer: the model's tokenizer.
     """
 
-    def __init__(self, rows: Rows, config: RunConfig, tokenizer: Any) -> None:
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, config: RunConfig, splits: Splits, tokenizer: Any) -> None:
         options = replace(reward_options(config), temperature=0.0, num_answers=1)
         functions: Any = config.reward.functions
-        self._source = RewardSource(rows, functions, tokenizer, options) if rows else None
+        self._config, (self._prompts, held) = config, reward_rows(config, splits)
+        self._source = RewardSource(held, functions, tokenizer, options) if held else None
         self.found: dict[str, Answered] = {}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the trainer."""
+        return {
+            "reward_funcs": self._config.reward.functions,
+            "reward_dataset": self._prompts,
+            "reward": reward_options(self._config),
+        }
+
+    def at_evaluation(self, model: Any) -> dict[str, float]:
+        """Nothing, because answers are long to write."""
+        return {}
 
     def measure(self, model: Any, when: str) -> None:
         """Answer the prompts, "before" or "after" training."""
         if self._source is not None:
             self.found[when] = self._source.answer_all(model)
 
-    def figures(self) -> dict[str, dict[str, float | None]]:
-        """The figures of the rewards before and after training."""
-        return {
+    def figures(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """The figures of the rewards before and after training, by the name of the rows."""
+        found = {
             when: {
                 key: value if math.isfinite(value) else None
                 for key, value in answered.figures(1).items()
@@ -130,6 +151,7 @@ class HeldOut:
             }
             for when, answered in self.found.items()
         }
+        return {"rewards": found} if found else {}
 
     def write(self, folder: Path) -> None:
         """Write the answers, one prompt a line."""

@@ -24,8 +24,8 @@ from zofo.environment import resolve_device
 from zofo.optim.options import step_values
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.run.display import MetricsFile, TrainingDisplay
+from zofo.run.own_rows import NoRows, OwnRows
 from zofo.run.peers import Peers
-from zofo.run.rewards import has_rewards, reward_options
 from zofo.saved.layout import METRICS_FILE
 from zofo.scoring.drift import Drift
 from zofo.scoring.evaluate import evaluate
@@ -76,6 +76,7 @@ class TaskTrainer(HybridTrainer):
     """`HybridTrainer` whose loss is the task's objective and whose dev scores are zofo's."""
 
     drift: Drift | None = None  # measured at each evaluation
+    own: OwnRows = NoRows()
     watched: Watched | None = None  # scored at each evaluation and before training
 
     def __init__(
@@ -194,12 +195,11 @@ class TaskTrainer(HybridTrainer):
                     writer=self.writer,
                 )
             )
-            drift = None if self.drift is None else self.drift.measure(self.model)
+            values = metrics.as_dict() | self.own.at_evaluation(self.model)
+            if self.drift is not None:
+                values["drift"] = self.drift.measure(self.model)
             watch = self.watch_logs()
-        logs = {f"{metric_key_prefix}_{key}": value for key, value in metrics.as_dict().items()}
-        if drift is not None:
-            logs[f"{metric_key_prefix}_drift"] = drift
-        logs |= watch
+        logs = {f"{metric_key_prefix}_{key}": value for key, value in values.items()} | watch
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -375,7 +375,7 @@ def build_trainer(
     digests: RowDigests | None = None,
     run_id: str | None = None,
     peers: Peers | None = None,
-    prompts: Sequence[Mapping[str, Any]] = (),
+    own: OwnRows | None = None,
     watched: Watched | None = None,
 ) -> TaskTrainer:
     """The trainer of a run. Building it checks that the method suits the model.
@@ -394,17 +394,10 @@ def build_trainer(
         digests: those of the rows, which every checkpoint keeps.
         run_id: names the run, in every checkpoint.
         peers: the processes that share each micro-batch; None: one.
-        prompts: rows with the prompts that rewards score the answers to.
+        own: the rows of the zeroth-order block's own; None: it follows the examples.
         watched: the second task.
     """
-    peers = peers or Peers()
-    rewarded: dict[str, Any] = {}
-    if has_rewards(config):
-        rewarded = {
-            "reward_funcs": config.reward.functions,
-            "reward_dataset": prompts,
-            "reward": reward_options(config),
-        }
+    peers, own = peers or Peers(), own or NoRows()
     written = [MetricsFile(folder / METRICS_FILE)] if peers.is_first else []
     with quiet():
         trainer = TaskTrainer(
@@ -426,10 +419,11 @@ def build_trainer(
                 TrainingDisplay(console, config.batch_size * config.accumulation),
                 _MeasureAtTheEnd(),
             ],
-            **rewarded,
+            **own.arguments,
         )
     trainer.remove_callback(PrinterCallback)
-    if rewarded:
+    trainer.own = own
+    if own.arguments and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
         trainer.drift = Drift(model, writer.tokenizer)
     if watched is not None:
         trainer.watched = watched

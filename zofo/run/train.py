@@ -34,6 +34,7 @@ from zofo.models.loading import stored_weights
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import METHODS
 from zofo.optim.trajectory import TRAJECTORY_FILE
+from zofo.run.own_rows import own_rows
 from zofo.run.peers import Peers, joined
 from zofo.run.prepare import (
     Prepared,
@@ -46,7 +47,6 @@ from zofo.run.prepare import (
 from zofo.run.result import Result, run_cost, save_run_artifact, watch_scores, write_result
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
-from zofo.run.rewards import HeldOut, has_rewards, reward_rows
 from zofo.run.stopping import StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.checkpoint_folders import find_misfit, remove_leftovers
@@ -139,8 +139,9 @@ def train_in(
     config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
     run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
     with peers.together():
-        prompts, held = reward_rows(config, prepared.splits) if has_rewards(config) else ([], [])
-        answers = HeldOut(held, config, prepared.tokenizer)
+        own = own_rows(config, prepared.splits, prepared.tokenizer, prepared.base.head)
+        for note in own.notes:
+            _note(console, note)
         trainer = build_trainer(
             config,
             prepared.model,
@@ -155,7 +156,7 @@ def train_in(
             digests=RowDigests.of(prepared.splits),
             run_id=run_id,
             peers=peers,
-            prompts=prompts,
+            own=own,
             watched=prepared.watched,
         )
     peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
@@ -167,7 +168,7 @@ def train_in(
 
     prepared.model.to(trainer.args.device)
     before = measured("test before") if config.measure_test else None
-    answers.measure(prepared.model, "before")
+    own.measure(prepared.model, "before")
     dev_before = measured("dev before") if config.early_stopping is not None else None
     stop_early = StopEarly(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
@@ -177,16 +178,16 @@ def train_in(
         trainer.add_callback(watcher)
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
     after = measured("test after") if config.measure_test else None
-    answers.measure(prepared.model, "after")
+    own.measure(prepared.model, "after")
 
     def save() -> Result:
         require_kept(folder)
         artifact = save_run_artifact(folder, config, prepared, trainer)
         cost = run_cost(trainer, artifact, train_s=trained_s, total_s=time.monotonic() - started)
         watch = watch_scores(trainer.state, config.select_best)
-        result = Result(folder, before, after, cost, answers.figures(), watch)
+        result = Result(folder, before, after, cost, own.figures(), watch)
         require_kept(folder)
-        answers.write(folder)
+        own.write(folder)
         write_result(artifact, config, prepared, trainer, result, dev_before)
         return result
 

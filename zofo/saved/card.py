@@ -15,6 +15,7 @@ from zofo.disk.yaml import yaml_text
 from zofo.environment import environment
 from zofo.models.loading import HEAD_NAMES
 from zofo.optim.methods import METHODS
+from zofo.results.answers import TIMES, reward_text
 from zofo.saved.hub import looks_like_hub_id, public_name
 from zofo.saved.manifest import CARD_FILE, BaseSpec
 from zofo.tasks.families.table import BUILTIN
@@ -85,6 +86,7 @@ def _body(
             "",
             _table(("", ""), facts.items()),
             *_scores(num_rows["test"], summary.get("test")),
+            *_rewards(summary.get("rewards")),
             "## What it cost",
             _table(("", ""), costs.items()),
             "## How to load it",
@@ -145,6 +147,13 @@ def _scores(num_rows: int, scores: Mapping[str, Any] | None) -> list[str]:
         "",
         _table(("", "before", "after"), lines),
     ]
+
+
+def _rewards(rewards: Mapping[str, Any] | None) -> list[str]:
+    if not rewards:
+        return []
+    shown = [reward_text(rewards[when].get("reward")) for when in TIMES]
+    return ["## Reward on held-out prompts", _table(("", *TIMES), [("mean reward", *shown)])]
 
 
 def _table(header: tuple[str, ...], rows: Any) -> str:

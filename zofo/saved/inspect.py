@@ -46,7 +46,16 @@ class _Scores(pydantic.BaseModel):
     perplexity: _Number | None = None
 
 
+class _Rewards(pydantic.BaseModel):
+    """The rewards of `result.json` that are shown; others are kept as they are."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    reward: _Number | None = None
+
+
 _SCORES: Final = pydantic.TypeAdapter(dict[str, _Scores])
+_REWARDS: Final = pydantic.TypeAdapter(dict[str, _Rewards])
 
 
 @dataclass
@@ -69,6 +78,7 @@ class Info:
     checkpoints: dict[int, bool] = field(default_factory=dict)  # step -> whether it is undamaged
     size_bytes: int = 0  # of all files
     scores: dict[str, Any] | None = None  # on the test rows, before and after training
+    rewards: dict[str, Any] | None = None  # on the held-out prompts, before and after training
 
     def as_dict(self) -> dict[str, Any]:
         """The values that apply, as JSON can hold them."""
@@ -202,10 +212,12 @@ def _read_run(info: Info) -> None:
         for step, path in checkpoints(info.path).items()
     }
     if (info.path / RESULT_FILE).exists():
-        scores = read_json_object(info.path / RESULT_FILE).get("test")
+        result = read_json_object(info.path / RESULT_FILE)
+        scores, rewards = result.get("test"), result.get("rewards")
         with refusing(f"{info.path / RESULT_FILE} is damaged", "copy it again"):
             _SCORES.validate_python(scores or {})
-        info.scores = scores
+            _REWARDS.validate_python(rewards or {})
+        info.scores, info.rewards = scores, rewards
     if not (info.path / ARTIFACT_FOLDER / HEADER_FILE).is_file():
         more = any(info.checkpoints.values())
         remedy = f"continue it with 'zofo train --resume {info.path}'" if more else "start it again"

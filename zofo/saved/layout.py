@@ -25,6 +25,8 @@ ORIGINAL_BASE_FILE: Final = "base_original.safetensors"
 SNAPSHOT_FILE: Final = "base_snapshot.safetensors"
 BUFFERS_FILE: Final = "base_buffers.safetensors"
 """Buffers that training has changed, in a checkpoint or an artefact."""
+REFERENCE_FILE: Final = "preference_reference.safetensors"
+"""In a checkpoint: log-likelihoods of the answers of preference pairs before training."""
 BASE_COPIES: Final = (ORIGINAL_BASE_FILE, SNAPSHOT_FILE)
 """Copies of the base that a run keeps until it ends."""
 

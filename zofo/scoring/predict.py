@@ -33,7 +33,7 @@ def table_of_texts(spec: TaskSpec, texts: Sequence[str]) -> Table:
     """
     values: Sequence[Any] = texts
     if spec.name == "chat":
-        columns: Sequence[str] = [spec.messages]
+        columns: Sequence[str] = [spec.messages.split("+")[0]]
         values = [[{"role": "user", "content": text}] for text in texts]
     else:
         columns = [spec.prompt] if spec.name == "completion" else _columns(spec)
@@ -216,7 +216,7 @@ def _answers(spec: TaskSpec, row: dict[str, Any]) -> Answers | None:
 
 
 def _chat_prompts(artifact: Artifact, spec: TaskSpec, table: Table) -> list[str]:
-    tokenizer, column = artifact.tokenizer, spec.messages
+    tokenizer, column = artifact.tokenizer, spec.messages.split("+")[0]  # what is given
     require_columns(table, [column], "Name yours with task.messages")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {artifact.base.name} has no chat template")

@@ -251,7 +251,8 @@ class StudyFolder:
             entry |= {k: cost.get(k) for k in ("steps", "forward_equivalents")}
             has_result = record["status"] == "done"
             result = read_json_object(self.run_folder(run) / RESULT_FILE) if has_result else {}
-            runs.append({**entry, "test": result.get("test")})
+            rewards = {"rewards": result["rewards"]} if "rewards" in result else {}
+            runs.append({**entry, "test": result.get("test"), **rewards})
             timings[run.id] = {k: v for k, v in cost.items() if k not in entry}
         # Timings differ between repetitions of a study, so they stand apart from the results.
         study, dropped = self.grid.spec.name, self.grid.dropped

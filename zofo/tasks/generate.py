@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from zofo.errors import UserError, shown
@@ -57,23 +58,23 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
     """One conversation per row, in the chat template; the model learns the assistant turns.
 
     The column `tools`, if there is one, describes the tools that the assistant may call. The model
-    does not learn a message with `weight` 0.
+    does not learn a message with `weight` 0. Of several columns of messages, joined by +, it learns
+    those of the last.
 
     Raises:
         UserError: for a missing column, bad rows, or a tokenizer without a chat template.
     """
-    require_columns(table, [messages_column], "Name yours with task.messages")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the tokenizer has no chat template, so messages cannot be written as text; choose an "
-            "instruction-tuned model, or use task completion"
-        )
+    columns = parts_of(messages_column, table.rows[0][1])
+    require_columns(table, columns, "Name yours with task.messages")
+    require_template(tokenizer)
 
     def convert(number: int, row: dict[str, Any]) -> Completion:
-        chat = chat_in(row, messages_column, source=table.source)
-        text = "\n".join(map(_text_of, chat.messages))
-        segments = segments_of(chat, tokenizer)
-        return Completion(segments, text, number, is_rendered=True, chat=chat)
+        before = [
+            chat_in(row, column, source=table.source, must_end_with_answer=False).messages
+            for column in columns[:-1]
+        ]
+        chat = chat_in(row, columns[-1], source=table.source)
+        return conversation([m for part in before for m in part], chat, number, tokenizer)
 
     rows = convert_rows(table, convert)
     tools = next((row.chat.tools for row in rows if row.chat and row.chat.tools), None)
@@ -84,6 +85,40 @@ def chats(table: Table, *, messages_column: str, tokenizer: Any) -> list[Complet
             stacklevel=2,
         )
     return rows
+
+
+def parts_of(column: str, row: Mapping[str, Any]) -> list[str]:
+    """The columns of messages that a name stands for: itself, or those that it joins by +."""
+    return [column] if column in row else column.split("+")
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raises UserError if a tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template, so messages cannot be written as text; choose an "
+            "instruction-tuned model, or use task completion"
+        )
+
+
+def conversation(
+    before: Sequence[Mapping[str, Any]], chat: Chat, number: int, tokenizer: Any
+) -> Completion:
+    """A conversation of which the model learns only what comes after its first messages.
+
+    Args:
+        before: the first messages.
+        chat: the further ones.
+        number: of the row.
+        tokenizer: has a chat template.
+
+    Raises:
+        ValueError: if the chat template cannot write it.
+    """
+    known = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in before]
+    chat = replace(chat, messages=[*known, *chat.messages])
+    text = "\n".join(map(_text_of, chat.messages))
+    return Completion(segments_of(chat, tokenizer), text, number, is_rendered=True, chat=chat)
 
 
 def _text_of(message: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from zofo.tasks.spec import Objective
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-likelihood (float32) of each target token, and whether it is the likeliest token."""
+    """Log-likelihood (at least float32) of each target token, and whether it is the likeliest."""
 
     log_likelihood: Tensor
     is_first_choice: Tensor | None
@@ -43,7 +43,8 @@ def token_scores(
     else:
         logits = model(**inputs).logits
         slot = place[:, 1] + virtual_tokens(model)
-    scored = logits[place[:, 0], slot].float()  # [places, vocabulary]
+    scored = logits[place[:, 0], slot]  # [places, vocabulary]
+    scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
     # Log-softmax at the target tokens only, without a second tensor of this shape.
     chosen = scored[batch["token_place"], batch["token_id"]]
     first = scored.argmax(dim=-1)[batch["token_place"]] if with_first_choice else None

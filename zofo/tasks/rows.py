@@ -151,7 +151,9 @@ def value_in(row: Mapping[str, Any], column: str) -> str:
         raise ValueError(f"the column {column!r} is missing; every row needs it")
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {shown(value)}, not a text; write one text in quotes")
+        is_list = isinstance(value, list)
+        remedy = "choose task chat for messages" if is_list else "write one text in quotes"
+        raise ValueError(f"{column!r} is {shown(value)}, not a text; {remedy}")
     return value
 
 

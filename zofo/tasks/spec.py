@@ -42,7 +42,11 @@ class TaskSpec(Section):
     label: str = Field("label", description="column of the label (classification)")
     prompt: str = Field("prompt", description="column of the prompt (completion)")
     completion: str = Field("completion", description="column of the completion (completion)")
-    messages: str = Field("messages", description="column of the messages (chat)")
+    messages: str = Field(
+        "messages",
+        description="column of the messages, or several joined by +, such as prompt+completion, of "
+        "which the last is learnt (chat)",
+    )
     template: str | None = Field(
         None, description="prompt with columns in braces, such as '{text} It was'"
     )

@@ -95,7 +95,7 @@ class WholeText:
         return list(encoded["input_ids"]), first, end
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

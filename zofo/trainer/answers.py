@@ -24,7 +24,7 @@ from torch import Tensor
 from zofo.errors import UserError, shown
 from zofo.models.sequence_limits import limits_of
 from zofo.optim.population import Population
-from zofo.optim.reshuffle import epoch_order
+from zofo.optim.reshuffle import Turns
 from zofo.rewards.functions import Given, load_rewards
 from zofo.rewards.options import RewardOptions, checked
 from zofo.rewards.score import Scorer
@@ -118,7 +118,7 @@ class RewardSource:
         self.last: Answered | None = None
         self.num_tokens = 0  # that the model has processed, padding included
         self._said: set[str] = set()
-        self._order: tuple[int, np.ndarray] = -1, np.empty(0)
+        self._turns = Turns(len(self.rows), options.batch_size, seed)
 
     def check(self, model: Any) -> None:
         """Raise UserError if the model cannot read the longest prompt and write its answer."""
@@ -138,8 +138,7 @@ class RewardSource:
 
     def batch(self, number: int) -> list[int]:
         """The rows of a micro-batch of prompts, by its number in the run, from 0."""
-        size, num = self.options.batch_size, len(self.rows)
-        return [self._row_at(place, num) for place in range(number * size, (number + 1) * size)]
+        return self._turns(number)
 
     def population(
         self,
@@ -197,13 +196,6 @@ class RewardSource:
         self._score(range(len(self.rows)), written.texts, [])
         assert self.last is not None
         return self.last
-
-    def _row_at(self, place: int, num: int) -> int:
-        epoch = place // num
-        if self._order[0] != epoch:
-            order = epoch_order(num, seed=self.seed, epoch=epoch, sampling="reshuffle")
-            self._order = epoch, order
-        return int(self._order[1][place % num])
 
     def _draws(self, number: int, row: int) -> int:
         """The seed of an answer's draws."""

@@ -22,11 +22,11 @@ from zofo.optim.generators import GeneratorState
 from zofo.optim.population import Population
 from zofo.optim.processes import Processes
 from zofo.optim.zeroth_loss import ZerothLoss
-from zofo.trainer.rewards import RewardMixin
 from zofo.trainer.row_losses import check_shares, row_shares
+from zofo.trainer.sources import SourceMixin
 
 
-class BatchLossMixin(RewardMixin):
+class BatchLossMixin(SourceMixin):
     """Evaluates the losses of `HybridMixin`."""
 
     _shares_are_checked = False
@@ -58,7 +58,7 @@ class BatchLossMixin(RewardMixin):
     def has_zeroth_loss(self) -> bool:
         """Whether the zeroth-order block follows another loss than the first-order one."""
         own = type(self).compute_zeroth_loss
-        return self._rewards is not None or own is not BatchLossMixin.compute_zeroth_loss
+        return self.has_source or own is not BatchLossMixin.compute_zeroth_loss
 
     def whole_batch(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
@@ -137,7 +137,7 @@ class BatchLossMixin(RewardMixin):
     @property
     def is_by_rows(self) -> bool:
         """Whether the rows of a batch of examples have directions of their own."""
-        return self._rewards is None and self.hybrid_optimizer.options.directions_per_step != 1
+        return not self.has_source and self.hybrid_optimizer.options.directions_per_step != 1
 
     @contextmanager
     def noting_row_losses(self) -> Iterator[list[Tensor]]:
@@ -224,8 +224,8 @@ class BatchLossMixin(RewardMixin):
         generators: GeneratorState,
     ) -> tuple[ZerothLoss | Population | None, ZerothLoss | None]:
         """The loss that is differenced (None for the training loss), and that of the other rows."""
-        if self._rewards is not None:
-            return self._population(model, inputs), None
+        if self.has_source:
+            return self._of_source(model, inputs), None
         fraction = self.hybrid_options.base_batch_fraction
         num_rows = self.num_batch_rows(inputs) if fraction < 1 else 0
         num_first = num_rows_of(fraction, num_rows)

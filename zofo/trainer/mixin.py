@@ -36,6 +36,7 @@ from zofo.optim.trajectory import Trajectory
 from zofo.optim.zeroth_loss import ZerothLoss
 from zofo.rewards.functions import Given
 from zofo.rewards.options import RewardOptions
+from zofo.tasks.preference import PreferenceOptions
 from zofo.trainer.base_history import BaseHistory
 from zofo.trainer.checkpoints import CheckpointMixin, RestoreAccounts
 from zofo.trainer.checks import allowing_scales, can_be_hashed, check_setup, has_shards
@@ -60,6 +61,10 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         reward_dataset: rows with the key "prompt", a text or chat messages, and further columns for
             the rewards; None: those of `train_dataset`.
         reward: how answers are written and compared.
+        preference_dataset: preference pairs whose margin the zeroth-order block follows: a
+            `PairSource`, or rows with the keys prompt, chosen and rejected, texts or chat messages.
+            Let the examples of `train_dataset` be the chosen answers.
+        preference: how pairs are compared.
         original_base: returns the base before training, name -> tensor. It is needed to return to
             the best checkpoint, and for `base_anchor`. Default: a temporary copy beside the
             checkpoints.
@@ -87,6 +92,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         reward_weights: Sequence[float] | None = None,
         reward_dataset: Any = None,
         reward: RewardOptions | None = None,
+        preference_dataset: Any = None,
+        preference: PreferenceOptions | None = None,
         **kwargs: Any,
     ) -> None:
         # Trainer's __init__ may call methods of this class, so the attributes are set before it.
@@ -103,6 +110,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
         if reward_funcs is not None:
             seed = self.hybrid_options.zo_seed
             self._take_rewards(reward_funcs, reward_weights, reward_dataset, reward, seed)
+        if preference_dataset is not None:
+            self._take_pairs(preference_dataset, preference, self.hybrid_options.zo_seed)
         self.watch = StopOnNonFinite(self, self.hybrid_options.on_non_finite)
         self.add_callback(self.watch)
         self.add_callback(RestoreAccounts(self))
@@ -241,7 +250,8 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
             examples = self.examples_of(inputs)
             optimizer.measure(closure, measured, generators, instead, examples)
         if loss is None:
-            loss = torch.tensor(-self._reward_logs()["reward"], device=self.args.device)
+            loss = torch.as_tensor(self._source_loss, dtype=torch.float32)
+            loss = loss.to(self.args.device)
             loss = loss / self.current_gradient_accumulation_steps
         return loss
 
@@ -337,7 +347,7 @@ class HybridMixin(CheckpointMixin, BatchLossMixin):
                 logs["signal_to_rounding"] = watch.signal_to_rounding(
                     measured.loss, measured.projected_grad
                 )
-            logs |= self._reward_logs()
+            logs |= self._source_logs()
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
         if "train_loss" in logs:  # The mean over all steps includes those before a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
