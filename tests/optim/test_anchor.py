@@ -11,10 +11,11 @@ import torch
 from tests.support.models import assert_same_bits, batch_for, build, loss_of
 from zofo.disk.copied import CopyOnDisk
 from zofo.errors import UserError
+from zofo.noise.pull import pull, pull_by_torch
 from zofo.optim.blocks import split_parameters
 from zofo.optim.methods import param_groups
 from zofo.optim.optimizer import HybridOptimizer
-from zofo.optim.trajectory import Trajectory, Update
+from zofo.optim.trajectory import Trajectory
 
 
 def base_of(model):
@@ -43,8 +44,7 @@ def distance(one, other):
 
 def pulled(now, origin, share, dtype, step=0):
     weight = torch.full((4096,), now, dtype=dtype)
-    update = Update(step, (0.0,), 0.5, 0.0, share / 0.5)
-    update.pull(weight, torch.full((4096,), origin, dtype=dtype), seed=3, tensor=2)
+    pull(weight, torch.full((4096,), origin, dtype=dtype), share, seed=3, step=step, tensor=2)
     return weight
 
 
@@ -71,9 +71,8 @@ def test_a_pull_is_the_same_for_every_layout():
     table = torch.randn(6, 8, dtype=torch.float32).to(torch.bfloat16)
     origin = torch.randn(6, 8).to(torch.bfloat16)
     other = table.t().contiguous().t()
-    update = Update(0, (0.0,), 0.5, 0.0, 0.01)
     for weight in (table, other):
-        update.pull(weight, origin, seed=3, tensor=2)
+        pull(weight, origin, 0.005, seed=3, step=0, tensor=2)
     assert not other.is_contiguous()
     assert torch.equal(table, other)
 
@@ -83,11 +82,30 @@ def test_a_weight_is_rounded_alike_whatever_its_neighbours_do():
     goal = torch.zeros(4096, dtype=torch.bfloat16)
     many, few = torch.full_like(goal, 3.0), torch.zeros_like(goal)
     few[5::64] = 3.0
-    update = Update(0, (0.0,), 0.5, 0.0, 1e-3)
     for weight in (many, few):
-        update.pull(weight, goal, seed=3, tensor=2)
+        pull(weight, goal, 5e-4, seed=3, step=0, tensor=2)
     assert torch.equal(many[5::64], few[5::64])
     assert 0 < int((many[5::64] != 3.0).sum()) < 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_has_the_bits_of_the_torch_operations(dtype):
+    """Whether many weights are off their origin or few, and whatever their size."""
+    size = 2**18 + 2**17 + 5
+    generator = torch.Generator().manual_seed(0)
+    origin = torch.randn(size, generator=generator).to(dtype)
+    origin[:400] = torch.logspace(-9, 4.5, 400).to(dtype)  # down to denormal numbers of float16
+    off = torch.rand(size, generator=generator) < torch.linspace(0, 1, size)
+    off[:400] = True
+    moved = torch.where(off, origin * 1.01 + 1e-3 * origin.roll(1), origin)
+    moved[1], origin[1] = 0.0, -0.0
+    for share in (1e-4, 0.3, 1.0):
+        ends = [moved.clone(), moved.clone()]
+        options = {"seed": 2**63 + 7, "step": 9, "tensor": 5}
+        pull(ends[0], origin, share, **options)
+        pull_by_torch(ends[1], origin, share, **options)
+        assert torch.equal(*(end.view(torch.int16) for end in ends))
+        assert not torch.equal(ends[0], moved)
 
 
 def test_the_step_is_that_of_the_equation():

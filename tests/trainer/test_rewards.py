@@ -318,3 +318,28 @@ def test_chat_messages_are_answered_and_scored_as_messages(loaded):
     asked, answer = seen[0]
     assert asked == prompt
     assert answer == [{"role": "assistant", "content": source.last.texts[0]}]
+
+
+def test_rewards_that_compare_nothing_are_warned_of_once(loaded):
+    """A reward with differences in between is not."""
+    model, tokenizer = model_of(loaded, "hybrid")
+    constant = [True] * 12 + [False] + [True] * 4
+    calls = iter(constant)
+
+    def reward(prompts, completions):
+        same = next(calls)
+        return [0.3 if same else float(i) for i in range(len(prompts))]
+
+    source = RewardSource(PROMPTS, reward, tokenizer, OPTIONS)
+    population = source.population(model, 0)
+    texts = ["yes"] * population.num_rows
+    with pytest.warns(UserWarning, match="same reward in 5 steps") as said:
+        for _ in constant:
+            population.score(texts)
+    assert len(said) == 1
+    calls = iter([True, True, True, True, False] * 3)
+    source = RewardSource(PROMPTS, reward, tokenizer, OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(15):
+            source.population(model, 0).score(texts)

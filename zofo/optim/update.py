@@ -3,33 +3,21 @@
     w ← round(w + lr λ (w_0 − w))                                          if there is an anchor λ
     w ← round((1 − lr · weight_decay) · w − (lr / K) Σ_k s_k v_k)
 
-w_0 is the weight before training. The pull towards it is a pass of its own in plain torch
-operations, each of which has the same bits on every device. A 16-bit weight is rounded
-stochastically in both passes, from different counters; one that equals w_0 has nothing to round.
+w_0 is the weight before training. The pull towards it (`zofo.noise.pull`) is a pass of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from zofo.noise.combine import Distribution, combine_many
-from zofo.noise.philox import (
-    ELEMENTS_PER_BLOCK,
-    ROUNDING,
-    round_stochastically,
-    rounding_bits,
-    words,
-)
+from zofo.noise.pull import pull
 from zofo.perturb.quantized import unit_of
 from zofo.perturb.shards import local_part
-
-_CHUNK: Final = 1 << 18
-"""Elements that a pull takes at a time: a multiple of a block of random words."""
 
 
 @dataclass(frozen=True)
@@ -124,45 +112,10 @@ class Update:
                 rounding="stochastic",
             )
 
-    @torch.no_grad()
     def pull(self, parameter: Tensor, origin: Tensor, *, seed: int, tensor: int) -> None:
-        """Move a weight the share lr λ of the way to where it began, in place.
-
-        Args:
-            parameter: the weight; not sharded.
-            origin: its value before training, on any device.
-            seed: seed of the run.
-            tensor: the tensor index, which addresses the bits of the rounding.
-        """
-        weight = parameter.detach()
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        share = torch.tensor(self.lr * self.anchor, dtype=wide)
-        flat = weight.reshape(-1)  # a copy if the weight is not contiguous
-        goal = origin.to(weight.device).reshape(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            here, there = flat[start : start + _CHUNK], goal[start : start + _CHUNK]
-            # Separate operations, because a fused one rounds only once on some devices.
-            if weight.dtype == wide:
-                here += (there - here) * share
-                continue
-            places = (here != there).nonzero()[:, 0]  # few, if updates are small
-            exact = here[places].to(wide)
-            exact += (there[places].to(wide) - exact) * share
-            bits = _bits_at(places, start, len(here), seed=seed, step=self.step, tensor=tensor)
-            here[places] = round_stochastically(exact, bits, weight.dtype)
-        if flat.data_ptr() != weight.data_ptr():
-            weight.copy_(flat.view(weight.shape))
-
-
-def _bits_at(places: Tensor, start: int, size: int, **address: int) -> Tensor:
-    """The bits of a pull's rounding at some places of the `size` elements from `start` on."""
-    each = ELEMENTS_PER_BLOCK[ROUNDING]
-    if len(places) * each < size:
-        return rounding_bits(places + start, draw=1, **address)
-    # The bits of all elements cost less, because those of a block come from one evaluation.
-    first = torch.arange(start, start + size, each, device=places.device)
-    four = words(first, direction=1, purpose=ROUNDING, **address)  # [blocks, 4], two in each
-    return torch.stack((four & 0xFFFF, four >> 16), -1).reshape(-1)[places]
+        """Move a weight the share lr λ of the way to `origin`, in place."""
+        share = self.lr * self.anchor
+        pull(parameter, origin, share, seed=seed, step=self.step, tensor=tensor)
 
 
 def drawn_from(distribution: Distribution, *, is_rank_one: bool) -> Distribution:

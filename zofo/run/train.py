@@ -144,26 +144,8 @@ def train_in(
     config, advice = peers.from_first(lambda: _without_auto(config, prepared, console))
     run_id = _run_id(config, prepared) if checkpoint is None else run_id_of(folder)
     with peers.together():
-        own = own_rows(config, prepared.splits, prepared.tokenizer, prepared.base.head)
-        for note in own.notes:
-            _note(console, note)
-        trainer = build_trainer(
-            config,
-            prepared.model,
-            prepared.rows,
-            kind=prepared.splits.kind,
-            collator=prepared.collator,
-            writer=writer_for(prepared.tokenizer, config.task),
-            original_base=_original_base(config, prepared),
-            total_steps=num_steps(config, len(prepared.rows["train"])),
-            folder=folder,
-            console=console,
-            digests=RowDigests.of(prepared.splits),
-            run_id=run_id,
-            peers=peers,
-            own=own,
-            watched=prepared.watched,
-        )
+        trainer = _trainer(folder, config, prepared, run_id, console, peers)
+    own = trainer.own
     peers.from_first(lambda: _begin_folder(folder, config, prepared, run_id, advice))
     if on_start is not None:
         on_start(folder)
@@ -197,6 +179,37 @@ def train_in(
         return result
 
     return peers.from_first(save)
+
+
+def _trainer(
+    folder: Path,
+    config: RunConfig,
+    prepared: Prepared,
+    run_id: str,
+    console: Console,
+    peers: Peers,
+) -> TaskTrainer:
+    """The trainer of the run; notes what it did to the rows of the zeroth-order block's own."""
+    own = own_rows(config, prepared.splits, prepared.tokenizer, prepared.base.head)
+    for note in own.notes:
+        _note(console, note)
+    return build_trainer(
+        config,
+        prepared.model,
+        prepared.rows,
+        kind=prepared.splits.kind,
+        collator=prepared.collator,
+        writer=writer_for(prepared.tokenizer, config.task),
+        original_base=_original_base(config, prepared),
+        total_steps=num_steps(config, len(prepared.rows["train"])),
+        folder=folder,
+        console=console,
+        digests=RowDigests.of(prepared.splits),
+        run_id=run_id,
+        peers=peers,
+        own=own,
+        watched=prepared.watched,
+    )
 
 
 def _prepared_again(config: RunConfig, checkpoint: Path) -> Prepared:

@@ -32,6 +32,8 @@ from zofo.scoring.generate import Writer, batches_of
 from zofo.tasks.generate import rendered, turn_ends
 from zofo.tasks.whole_text import WholeText
 
+_PATIENCE = 5  # populations without any difference, after which a warning says so
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -118,6 +120,7 @@ class RewardSource:
         self.last: Answered | None = None
         self.num_tokens = 0  # that the model has processed, padding included
         self._said: set[str] = set()
+        self._num_flat = 0  # newest populations in a row whose rewards are all alike
         self._turns = Turns(len(self.rows), options.batch_size, seed)
 
     def check(self, model: Any) -> None:
@@ -221,7 +224,25 @@ class RewardSource:
             [r for side in seen for r in side.rewards],
             {n: [v for side in seen for v in side.by_reward[n]] for n in scores.by_reward},
         )
+        self._say_if_flat()
         return torch.tensor(scores.total, dtype=torch.float64)
+
+    def _say_if_flat(self) -> None:
+        """Warn once if the rewards of several steps compare no answers."""
+        num = self.options.num_answers
+        assert self.last is not None
+        if num == 1 or self.last.figures(num)["reward_spread"] != 0:
+            self._num_flat = 0
+            return
+        self._num_flat += 1
+        if self._num_flat == _PATIENCE and "flat" not in self._said:
+            self._said.add("flat")
+            warnings.warn(
+                f"all answers to a prompt had the same reward in {_PATIENCE} steps, which does not "
+                "move the base; if answers_differ is near 0, raise eps, otherwise choose a reward "
+                "that also rewards parts, or raise num_answers",
+                stacklevel=2,
+            )
 
     def _say(self, problems: Mapping[str, int], printed: Mapping[str, tuple[int, str]]) -> None:
         """Warn of each problem of a reward once in a run; the log counts the answers left out."""
