@@ -1,5 +1,6 @@
 """A run with `adapter.budget` is the run that names the modules which the budget chose."""
 
+import io
 import json
 import shutil
 
@@ -29,7 +30,7 @@ BUDGET = ("adapter.r=2", "adapter.budget=300", "adapter.budget_batches=2")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, reviews, decoder_folder):
     folder = tmp_path_factory.mktemp("budget")
-    console = Console(record=True, width=100, file=(folder / "shown.txt").open("w"))
+    console = Console(record=True, width=100, file=io.StringIO())
     config = config_for(folder / "run", reviews, decoder_folder, *BUDGET)
     return config, train(config, console=console), console.export_text()
 
