@@ -26,7 +26,8 @@ def expand_each(given: dict[str, Any]) -> list[str]:
         entries = given.get(axis)
         if not isinstance(entries, list):
             continue
-        given[axis] = found = []
+        found: list[Any] = []
+        given[axis] = found
         for entry in entries:
             if not isinstance(entry, dict) or _EACH not in entry:
                 found.append(entry)
