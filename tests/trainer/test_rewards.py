@@ -333,10 +333,11 @@ def test_rewards_that_compare_nothing_are_warned_of_once(loaded):
     source = RewardSource(PROMPTS, reward, tokenizer, OPTIONS)
     population = source.population(model, 0)
     texts = ["yes"] * population.num_rows
-    with pytest.warns(UserWarning, match="same reward in 5 steps") as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         for _ in constant:
             population.score(texts)
-    assert len(said) == 1
+    assert ["same reward in 5 steps" in str(warning.message) for warning in said] == [True]
     calls = iter([True, True, True, True, False] * 3)
     source = RewardSource(PROMPTS, reward, tokenizer, OPTIONS)
     with warnings.catch_warnings():
