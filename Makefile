@@ -13,7 +13,7 @@ CURVATURE := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_o
 AUDIT_TOOLS := pip-audit==2.10.1 uv==0.13.9
 AUDIT := .venv-audit/bin
 
-.PHONY: env env-hashed demo test test-flower fuzz test-all lint docs bench audit hashes clean
+.PHONY: env env-hashed demo demo-reward test test-flower fuzz test-all lint docs bench audit hashes clean
 
 env: .venv/.stamp
 
@@ -43,6 +43,10 @@ demo: env
 	"t = AutoTokenizer.from_pretrained(\"$$run\"); m = AutoModelForCausalLM.from_pretrained(\"$$run\");" \
 	"x = m(**t(\"a fine film It was\", return_tensors=\"pt\")).logits[0, -1];" \
 	"print({word: x[t(word)[\"input_ids\"][0]].item() for word in (\" terrible\", \" great\")})'"
+
+# An evolution strategy on a reward, with answers before and after.
+demo-reward: env
+	HF_HUB_OFFLINE=1 $(BIN)/zofo train configs/demo-reward.yaml
 
 # Python keeps the compiled tests and sources, even where the environment says otherwise.
 test: env

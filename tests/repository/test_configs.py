@@ -23,7 +23,8 @@ SIZES = ["task.num_train=16", "task.num_dev=8", "task.num_test=8"]
 
 
 def rows_of_users(folder: Path) -> None:
-    """Write the files that the headers name."""
+    """Write the files that the headers name, beside the folder with the configurations."""
+    (folder / "configs").symlink_to(CONFIGS[0].parent)
     kinds = (("warm", "good"), ("dull", "bad"))
     texts = [(f"film {i} is {kinds[i % 2][0]}", kinds[i % 2][1]) for i in range(60)]
     lines = "\n".join(",".join(row) for row in texts)
