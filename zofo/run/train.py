@@ -185,7 +185,7 @@ def _trainer(
     folder: Path,
     config: RunConfig,
     prepared: Prepared,
-    run_id: str,
+    run_id: str | None,
     console: Console,
     peers: Peers,
 ) -> TaskTrainer:
