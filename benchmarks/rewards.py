@@ -28,6 +28,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ def _encoded(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
 
 
 def print_table(task: str, before: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Print a row for each contender: means over the seeds, at its best rate."""
+    """Print a row for each contender and rate with all seeds: means over them."""
     keys = ["reward", "full", "right", "drift", "steps", "tokens", "cpu_seconds"]
     keys += ["auc", "loss"] if "auc" in before else []
     print(f"| {task} | rate |", " | ".join(keys), "| gain in reward [95%] |")
@@ -330,18 +331,16 @@ def print_table(task: str, before: dict[str, Any], runs: list[dict[str, Any]]) -
     print("| before | |", " | ".join(f"{before.get(key, 0):.3g}" for key in keys), "| |")
     for name in RATES:
         found = [run for run in runs if (run["task"], run["name"]) == (task, name)]
-        seeds = {rate: sum(r["rate"] == rate for r in found) for rate in {r["rate"] for r in found}}
-        if not seeds:
-            continue
-        best = max(seeds, key=lambda rate: (seeds[rate], rate))
-        of_best = [run for run in found if run["rate"] == best]
-        means = [statistics.fmean(run[key] for run in of_best) for key in keys]
-        gain = mean_interval([run["reward"] - before["reward"] for run in of_best])
-        print(
-            f"| {name} | {best:g} |",
-            " | ".join(f"{mean:.3g}" for mean in means),
-            f"| {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] |",
-        )
+        seeds = Counter(run["rate"] for run in found)
+        for rate in sorted(rate for rate in seeds if seeds[rate] == max(seeds.values())):
+            of_rate = [run for run in found if run["rate"] == rate]
+            means = [statistics.fmean(run.get(key, 0) for run in of_rate) for key in keys]
+            gain = mean_interval([run["reward"] - before["reward"] for run in of_rate])
+            print(
+                f"| {name} | {rate:g} |",
+                " | ".join(f"{mean:.3g}" for mean in means),
+                f"| {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] |",
+            )
 
 
 def main() -> None:
@@ -353,9 +352,12 @@ def main() -> None:
         for name in args.contenders:
             rates = RATES[name] if task == "sums" else [CHOSEN[name]]
             tried = [study.run(name, rate, args.seeds[0]) for rate in rates]
-            best = max(tried, key=lambda run: run["reward"])["rate"]
-            for seed in args.seeds[1:]:
-                study.run(name, best, seed)
+            chosen = {max(tried, key=lambda run: run["reward"])["rate"]}
+            if name == "es" and task == "sums":
+                chosen |= set(RATES["anchored"])  # the same rate without the anchor
+            for rate in sorted(chosen):
+                for seed in args.seeds[1:]:
+                    study.run(name, rate, seed)
         print_table(task, before, study.runs)
 
 
