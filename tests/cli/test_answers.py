@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.run_folders import add_rewards, write_run
 from zofo.cli.train import _show
-from zofo.run.train import Result
+from zofo.run.result import Result
 
 COST = {
     "steps": 3,
@@ -22,7 +22,7 @@ def test_a_run_ends_with_answers_before_and_after(tmp_path, monkeypatch, capsys,
     after = ["new\nanswer " * 20, "", "\u202ethird", "fourth", "fifth"]
     folder = add_rewards(write_run(tmp_path / "run"), prompts=prompts, after=after)
     figures = {"before": {"reward": 0.0}, "after": {"reward": None}}
-    _show(Result(folder, None, None, COST, figures))
+    _show(Result(folder, None, None, COST, {"rewards": figures}))
     lines = capsys.readouterr().out.splitlines()
     assert "reward before training  0, on held-out prompts" in lines
     assert "reward after training  none, on held-out prompts" in lines

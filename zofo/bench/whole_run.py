@@ -40,7 +40,7 @@ PHASES: Final = (  # module, function or method in it, name of the phase
     ("zofo.run.task_trainer", "TaskTrainer.train", "training"),
     ("zofo.run.task_trainer", "TaskTrainer._save_checkpoint", "checkpoint"),
     ("zofo.run.task_trainer", "TaskTrainer._load_best_model", "going back to the best step"),
-    ("zofo.run.train", "save_artifact", "artefact"),
+    ("zofo.run.result", "save_artifact", "artefact"),
 )
 _CPU: Final = torch.device("cpu")
 _MIB: Final = 2**20
