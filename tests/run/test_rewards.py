@@ -6,6 +6,7 @@ import json
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file as load_tensors
 from typer.testing import CliRunner
 
 from tests.support.damage import refused
@@ -182,10 +183,42 @@ def test_without_any_reward_the_run_stops_with_a_checkpoint(folder, decoder_fold
     assert (folder / "run" / "checkpoint-1").is_dir()
 
 
+SCORED = ["method=fo-peft", "adapter_lr=0.01", "steps=4", "batch_size=4", "reward=length:1-2"]
+
+
+def test_rewards_are_a_score_of_a_run_that_follows_its_loss(folder, decoder_folder):
+    task = [f"model={decoder_folder}", "task=completion", "task.train=rows.jsonl"]
+    train(load_config(overrides=[*task, *SCORED, "output_dir=run"]), console=QUIET)
+    plain = [*task, *SCORED, "reward.functions=null", "output_dir=plain"]
+    train(load_config(overrides=plain), console=QUIET)
+    found = read_json(folder / "run" / "result.json")["rewards"]
+    held = read_held_out(folder / "run")
+    assert len(held) > 1
+    for when in ("before", "after"):
+        rewards = [sample.answers[when].reward for sample in held]
+        assert found[when]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert "rewards" not in read_json(folder / "plain" / "result.json")
+    trained = [
+        load_tensors(folder / name / "artifact/adapter/adapter_model.safetensors")
+        for name in ("run", "plain")
+    ]
+    assert_same_bits(*trained)
+
+
+def test_a_model_that_writes_no_text_has_no_rewards(folder, encoder_folder):
+    lines = (f"film {i} is {word},{word}" for i in range(20) for word in ("good", "bad"))
+    (folder / "rows.csv").write_text("text,label\n" + "\n".join(lines))
+    task = [f"model={encoder_folder}", "task=classification", "task.train=rows.csv"]
+    config = load_config(overrides=[*task, *SCORED, "output_dir=run"])
+    with pytest.raises(UserError, match="decoder that writes text"):
+        train(config, console=QUIET)
+    assert not (folder / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["zo_objective=loss"], "set zo_objective=reward"),
+        (["zo_objective=preference"], "leave reward out"),
         (["reward.functions=null"], "reward names none"),
         (["reward=nothing"], "package.module:function"),
         (["reward=regex:("], "regular expression"),

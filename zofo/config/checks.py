@@ -140,24 +140,25 @@ def _check_rewards(config: RunConfig) -> list[str]:
     """A message for each contradiction between rewards and other options."""
     from zofo.rewards.functions import problem_of
 
-    given = config.reward.functions
-    if config.zo_objective != "reward":
-        wrong = (
-            f"reward is given and zo_objective is {config.zo_objective}; set zo_objective=reward"
-        )
-        return [wrong] if given else []
+    given, is_followed = config.reward.functions, config.zo_objective == "reward"
     if not given:
-        return ["zo_objective is reward, and reward names none; give one, such as reward=json"]
+        wrong = "zo_objective is reward, and reward names none; give one, such as reward=json"
+        return [wrong] if is_followed else []
     problems = [problem for problem in [problem_of(given)] if problem]
-    if config.distribution == "gaussian" or config.num_directions > 1:
+    if config.zo_objective == "preference":
+        problems.append(
+            "reward is given and zo_objective is preference, which has held-out rows of its own; "
+            "leave reward out, or set another zo_objective"
+        )
+    if is_followed and (config.distribution == "gaussian" or config.num_directions > 1):
         problems.append(
             "zo_objective is reward, whose answers have a rank-one direction each; leave "
             "distribution and num_directions out"
         )
     if config.model.head not in ("auto", "causal-lm"):
         problems.append(
-            f"zo_objective is reward and model.head is {config.model.head}; rewards need a decoder "
-            "that writes text"
+            f"reward is given and model.head is {config.model.head}; rewards need a decoder that "
+            "writes text"
         )
     return problems
 

@@ -127,7 +127,10 @@ class AdapterConfig(Section):
 
 
 class RewardConfig(Section, RewardOptions):
-    """The rewards of zo_objective reward; the fields of `RewardOptions` are among its keys."""
+    """Rewards of answers: followed with zo_objective reward, else only measured before and after.
+
+    The fields of `RewardOptions` are among the keys.
+    """
 
     functions: str | list[str] | dict[str, float] | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""The rows that the zeroth-order block of a run has of its own: prompts with rewards, or pairs."""
+"""The rows that a run has beside its examples: prompts with rewards, or preference pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zofo.tasks.spec import Splits
 
 
 class NoRows:
-    """The zeroth-order block follows the examples."""
+    """The run has only examples."""
 
     notes: tuple[str, ...] = ()
 
@@ -21,6 +21,9 @@ class NoRows:
     def arguments(self) -> dict[str, Any]:
         """Arguments of the trainer."""
         return {}
+
+    def check(self, model: Any) -> None:
+        """Accept any model, where the others refuse one that cannot read held-out rows."""
 
     def measure(self, model: Any, when: str) -> None:
         """Measure nothing, where the others measure held-out rows before and after training."""
@@ -46,8 +49,8 @@ def own_rows(config: RunConfig, splits: Splits, tokenizer: Any, head: str) -> Ow
     Raises:
         UserError: if they cannot be read or used.
     """
-    if config.zo_objective == "reward":
-        return RewardRows(config, splits, tokenizer)
     if config.zo_objective == "preference":
         return PairRows(config, splits, tokenizer, head)
+    if config.reward.functions is not None:
+        return RewardRows(config, splits, tokenizer, head)
     return NoRows()

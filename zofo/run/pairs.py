@@ -52,11 +52,15 @@ class PairRows:
         """Arguments of the trainer."""
         return {"preference_dataset": self.source}
 
+    def check(self, model: Any) -> None:
+        """Raise UserError if the model cannot read the held-out pairs."""
+        if self.held is not None:
+            self.held.check(model)
+
     def measure(self, model: Any, when: str) -> None:
         """Compare the held-out pairs "before" training, which is the reference, or "after" it."""
         if self.held is not None:
             if when == "before":
-                self.held.check(model)
                 self.held.measure_reference(model)
             self.found[when] = self.held.compare(model).figures()
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from zofo.config.schema import RunConfig
 from zofo.disk.files import write_text
+from zofo.errors import UserError
 from zofo.results.answers import HELD_OUT_FILE
 from zofo.rewards.options import RewardOptions
 from zofo.tasks.files import SUFFIXES
@@ -106,17 +107,27 @@ def _plain(prompt: Any) -> Any:
 class RewardRows:
     """The prompts of a run, and answers to held-out ones before and after it.
 
-    The latter are written without perturbation and with the likeliest tokens.
+    The latter are written without perturbation and with the likeliest tokens. If the run follows
+    another objective, they are all that it has: the rewards are then a score.
 
     Args:
         config: of the run.
         splits: the rows of the task.
         tokenizer: the model's tokenizer.
+        head: the head of the model.
+
+    Raises:
+        UserError: if the rows cannot be read or used, or the model writes no text.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, config: RunConfig, splits: Splits, tokenizer: Any) -> None:
+    def __init__(self, config: RunConfig, splits: Splits, tokenizer: Any, head: str) -> None:
+        if head != "causal-lm":
+            raise UserError(
+                f"reward is given and the head of the model is {head}; rewards need a decoder that "
+                "writes text, such as model=smollm2-135m"
+            )
         options = replace(reward_options(config), temperature=0.0, num_answers=1)
         functions: Any = config.reward.functions
         self._config, (self._prompts, held) = config, reward_rows(config, splits)
@@ -126,6 +137,8 @@ class RewardRows:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of the trainer."""
+        if not has_rewards(self._config):
+            return {}
         return {
             "reward_funcs": self._config.reward.functions,
             "reward_dataset": self._prompts,
@@ -135,6 +148,11 @@ class RewardRows:
     def at_evaluation(self, model: Any) -> dict[str, float]:
         """Nothing, because answers are long to write."""
         return {}
+
+    def check(self, model: Any) -> None:
+        """Raise UserError if the model cannot answer the held-out prompts."""
+        if self._source is not None:
+            self._source.check(model)
 
     def measure(self, model: Any, when: str) -> None:
         """Answer the prompts, "before" or "after" training."""

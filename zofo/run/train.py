@@ -191,6 +191,7 @@ def _trainer(
 ) -> TaskTrainer:
     """The trainer of the run; notes what it did to the rows of the zeroth-order block's own."""
     own = own_rows(config, prepared.splits, prepared.tokenizer, prepared.base.head)
+    own.check(prepared.model)
     for note in own.notes:
         _note(console, note)
     return build_trainer(
