@@ -61,8 +61,11 @@ RATES: dict[str, list[float]] = {
     "anchored": [4e-4],
 }
 """Rates of the base, or else of LoRA. The LoRA of hybrid has that of `examples`."""
-CHOSEN = {"es": 2e-4, "examples": 1e-3, "hybrid": 2e-4, "grpo": 1e-3, "anchored": 2e-4}
-"""Rates of json, without a grid: half of those for sums, as a step has half as many answers."""
+CHOSEN = {"es": 2e-4, "examples": 1e-3, "hybrid": 2e-4, "grpo": 1e-3}
+"""Rates of json, without a grid; those of a base are halved, as a step has half as many answers.
+
+The anchor is measured on sums only.
+"""
 SHARE = 0.05
 """What `anchored` goes back of the way to the original base in a step."""
 SUMS = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=1500"
@@ -350,6 +353,8 @@ def main() -> None:
         study = Study(args, task)
         before = study.before()
         for name in args.contenders:
+            if task == "json" and name not in CHOSEN:
+                continue
             rates = RATES[name] if task == "sums" else [CHOSEN[name]]
             tried = [study.run(name, rate, args.seeds[0]) for rate in rates]
             chosen = {max(tried, key=lambda run: run["reward"])["rate"]}
