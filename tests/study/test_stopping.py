@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from tests.support.tiny_study import write_rows
 from zofo.cli.train import _show
 from zofo.config.load import load_config
 from zofo.errors import TrainingStoppedError
-from zofo.run.stopping import is_hopeless, stop_reason
+from zofo.run.stopping import is_hopeless, is_out_of_patience, stop_reason
 from zofo.run.train import train
 from zofo.study.measure import main
 
@@ -100,3 +101,49 @@ def test_a_hopeless_run_ends_at_its_half(tmp_path, run):
     assert max(steps) == 4
     run("good", "measure_test=false", "early_stopping=0")
     assert result_of(tmp_path / "good")["dev"]["before"]["num_rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "expected"),
+    [
+        ([3, 2, 1], 1, False),
+        ([3, 2, 2], 1, True),  # an equal score is no better one
+        ([3, 2, 2.5], 2, False),
+        ([3, 2, 2.5, 2.1], 2, True),
+        ([3, 2, 2.5, 1.9, 2], 2, False),
+        ([3], 1, False),
+        ([], 1, False),
+    ],
+)
+def test_patience_counts_evaluations_without_a_better_score(losses, patience, expected):
+    history = [{"eval_loss": loss} for loss in losses]
+    history.insert(0, {"loss": 0.0})  # a line of training is no evaluation
+    found = is_out_of_patience(history, "eval_loss", larger_is_better=False, patience=patience)
+    assert found is expected
+    negative = [{"eval_accuracy": -loss} for loss in losses]
+    ours = is_out_of_patience(negative, "eval_accuracy", larger_is_better=True, patience=patience)
+    assert ours is expected
+
+
+def test_a_run_out_of_patience_is_complete_and_a_resumed_one_makes_no_further_step(tmp_path, run):
+    high = ["measure_test=false", "adapter_lr=30", "optimizer=sgd", "max_grad_norm=null"]
+    result = run("ended", *high, "steps=20", "patience=1")
+    folder = tmp_path / "ended"
+    once = result_of(folder)
+    assert stop_reason(folder) is None
+    assert 4 <= result.cost["steps"] < 20
+    losses = [
+        entry["eval_loss"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" in (entry := json.loads(line))
+    ]
+    assert once["best_dev"] == min(losses[:-1]) <= losses[-1]
+    assert once["dev"]["after"]["loss"] == min(losses)
+    # As if it had been killed after its last step and before it was saved.
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "artifact")
+    again = train(load_config(folder / "run.yaml"), resume=folder, console=QUIET)
+    assert again.cost["steps"] == result.cost["steps"]
+    twice = result_of(folder)
+    for key in ("best_dev", "best_checkpoint", "dev"):
+        assert once[key] == twice[key], key

@@ -244,6 +244,11 @@ class RunConfig(Section, StepOptions):
         ge=0,
         description="in the second half, stop if the dev loss exceeds its start by this (nats)",
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after so many evaluations on dev without a better score",
+    )
     measure_test: bool = Field(True, description="score the test rows before and after training")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     snapshot_every: int | None = Field(

@@ -1,14 +1,18 @@
-"""End a run before its last step, and record the reason.
+"""End a run before its last step: one that is hopeless, or one that no longer improves.
 
 With early_stopping = m, a dev loss ends the run if it is not finite. In the second half of the
 steps, it also ends the run if it exceeds the dev loss before training by more than m nats. The rule
 uses only the run's own history, so other runs have no influence. The record `stopped.json` is
 written before the last checkpoint, so that a run killed in between is not continued by mistake.
+
+With patience = n, a run also ends once n evaluations in a row have brought no better dev score. Such
+a run is complete: it has a result as if it had made all its steps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,60 @@ def is_hopeless(loss: float, start: float, margin: float, step: int, num_steps: 
     `start` is the dev loss before training. All losses and the margin are in nats.
     """
     return not math.isfinite(loss) or (2 * step >= num_steps and loss > start + margin)
+
+
+def is_out_of_patience(
+    history: Sequence[Mapping[str, Any]], metric: str, *, larger_is_better: bool, patience: int
+) -> bool:
+    """Whether the last `patience` evaluations of a log brought no better score than those before.
+
+    Args:
+        history: the log of the run; its entries with `metric` are the evaluations.
+        metric: name of the dev score.
+        larger_is_better: whether a larger score is a better one. An equal score is no better one.
+        patience: number of evaluations.
+    """
+    scores = [float(entry[metric]) for entry in history if metric in entry]
+    better = max if larger_is_better else min
+    return len(scores) > patience and better(scores) in scores[:-patience]
+
+
+class Patience(TrainerCallback):
+    """Ends a run whose dev score no longer improves.
+
+    It reads the log that the checkpoints keep, so a resumed run ends where the other would have.
+
+    Args:
+        trainer: the trainer, whose arguments name the score that selects the best step.
+        patience: number of evaluations without a better score that end the run.
+        note: told what happened, in words.
+    """
+
+    def __init__(self, trainer: Any, patience: int, note: Callable[[str], None]) -> None:
+        self.trainer, self.patience, self.note = trainer, patience, note
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make no further step if the run has been killed after its last one."""
+        if self._has_ended(state):
+            state.max_steps = state.global_step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """End the run after an evaluation."""
+        if state.global_step < state.max_steps and self._has_ended(state):
+            self.note(
+                f"ended at step {state.global_step} of {state.max_steps}: the last "
+                f"{self.patience} evaluations on dev brought no better score (patience)"
+            )
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def _has_ended(self, state: Any) -> bool:
+        return is_out_of_patience(
+            state.log_history,
+            self.trainer.args.metric_for_best_model,
+            larger_is_better=self.trainer.args.greater_is_better,
+            patience=self.patience,
+        )
 
 
 class StopEarly(TrainerCallback):

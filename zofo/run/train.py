@@ -49,7 +49,7 @@ from zofo.run.prepare import (
 from zofo.run.result import Result, run_cost, save_run_artifact, watch_scores, write_result
 from zofo.run.resume import FREE, flat_options, newest_checkpoint
 from zofo.run.resume import resumed_config as resumed_config
-from zofo.run.stopping import StopEarly
+from zofo.run.stopping import Patience, StopEarly
 from zofo.run.task_trainer import TaskTrainer, build_trainer, close_displays
 from zofo.saved.checkpoint_folders import find_misfit, remove_leftovers
 from zofo.saved.layout import (
@@ -161,6 +161,8 @@ def train_in(
         trainer, folder, config.early_stopping, dev_before.loss if dev_before else None
     )
     trainer.add_callback(stop_early)
+    if config.patience is not None:
+        trainer.add_callback(Patience(trainer, config.patience, lambda text: _note(console, text)))
     for watcher in () if watchers is None else watchers(trainer):
         trainer.add_callback(watcher)
     trained_s = _fit(trainer, checkpoint, stop, stop_early)
