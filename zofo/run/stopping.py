@@ -5,8 +5,8 @@ steps, it also ends the run if it exceeds the dev loss before training by more t
 uses only the run's own history, so other runs have no influence. The record `stopped.json` is
 written before the last checkpoint, so that a run killed in between is not continued by mistake.
 
-With patience = n, a run also ends once n evaluations in a row have brought no better dev score. Such
-a run is complete: it has a result as if it had made all its steps.
+With patience = n, a run also ends once n evaluations in a row have brought no better dev score.
+Such a run is complete: it has a result as if it had made all its steps.
 """
 
 from __future__ import annotations
