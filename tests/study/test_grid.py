@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.tiny_study import values
 from zofo.config.load import load_config
+from zofo.disk.yaml import parse_yaml
 from zofo.errors import UserError
 from zofo.run.cost import forward_equivalents
 from zofo.study.grid import Cell, Pair, expand, rate_text, steps_within
@@ -428,3 +429,37 @@ def test_a_gate_that_cannot_compare(write, changes, message):
     given = {"gate": True, "steps": None, "methods": ["fo-peft"], **changes}
     with pytest.raises(UserError, match=message):
         expand(load_spec(write(**given)))
+
+
+def test_a_map_of_rates_is_a_point_of_the_grid_after_the_single_rates(write):
+    maps = [{"*mlp*": 1e-3}, {"*q_proj*": 2e-4, "*mlp*": 1e-5}]
+    rates = [{"base_lr": [maps[0], 1e-5, maps[1]], "adapter_lr": 1e-3}]
+    spec = load_spec(write(methods=["hybrid"], rates=rates))
+    grid = expand(spec)
+    (pairs,) = grid.rates.values()
+    assert [pair.base_lr for pair in pairs] == [1e-5, maps[1], maps[0]]
+    assert [pair.name for pair in pairs] == [
+        "b1e-5_a1e-3",
+        "b-q-proj-2e-4-mlp-1e-5_a1e-3",
+        "b-mlp-1e-3_a1e-3",
+    ]
+    assert [grid.config(run).base_lr for run in grid.search] == [1e-5, maps[1], maps[0]]
+    # A study writes itself into its folder, and is read from there when it is continued.
+    again = StudySpec.model_validate(parse_yaml(spec.to_yaml()))
+    assert list(expand(again).rates.values()) == [pairs]
+
+
+@pytest.mark.parametrize(
+    ("maps", "problem"),
+    [
+        ([{}], "empty map"),
+        ([{"*mlp*": -1.0}], "finite numbers of at least 0"),
+        ([{"*mlp*": "auto"}], "number"),
+        ([{"*mlp*": 1e-3}, {"*mlp*": 1e-3}], "twice"),
+        ([{"*mlp*": 1e-3}, {"mlp": 1e-3}], "name of a folder"),
+    ],
+)
+def test_maps_of_rates_that_are_refused(write, maps, problem):
+    rates = [{"base_lr": maps, "adapter_lr": 1e-3}]
+    with pytest.raises(UserError, match=problem):
+        expand(load_spec(write(methods=["hybrid"], rates=rates)))

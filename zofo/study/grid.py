@@ -46,15 +46,22 @@ class Cell(NamedTuple):
         return "_".join([*parts, *(["-".join(rest)] if rest else [])])
 
 
+class RateMap(dict[str, float]):
+    """A map from patterns of weight names to rates that can be a part of a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
 class Pair(NamedTuple):
     """The learning rates of a run; None for a frozen block."""
 
-    base_lr: float | None
+    base_lr: float | RateMap | None
     adapter_lr: float | None
 
     @property
     def name(self) -> str:
-        """Both rates in words, such as b1e-6_a1e-3."""
+        """Both rates in words, such as b1e-6_a1e-3, or b-proj-6e-4_a1e-3 for a map."""
         parts = (("b", self.base_lr), ("a", self.adapter_lr))
         return "_".join(mark + rate_text(rate) for mark, rate in parts if rate is not None)
 
@@ -118,8 +125,14 @@ class Grid:
         return config_of(self.spec, run.cell, run.rates, run.seed, output_dir)
 
 
-def rate_text(rate: float) -> str:
-    """A rate with all its digits, such as 1e-6, 2.5e-4 or 0."""
+def rate_text(rate: float | RateMap) -> str:
+    """A rate with all its digits, such as 1e-6, 2.5e-4 or 0; for a map, also its patterns."""
+    if isinstance(rate, RateMap):
+        words = ("".join(c if c.isalnum() else "-" for c in pattern) for pattern in rate)
+        return "".join(
+            f"-{'-'.join(filter(None, word.split('-')))}-{rate_text(value)}"
+            for word, value in zip(words, rate.values(), strict=True)
+        )
     # Decimal of repr keeps the shortest digits that restore the float, so different rates never
     # share a name.
     _, digits, exponent = Decimal(repr(float(rate))).normalize().as_tuple()
@@ -153,6 +166,11 @@ def expand(spec: StudySpec) -> Grid:
         cells[cell], lacking = _pairs(spec, cell)
         problems += lacking
         ids = [Run(cell, pair, 2**32 - 1).id for pair in cells[cell]]
+        if len(set(ids)) < len(ids):
+            problems.append(
+                f"two maps of base_lr for {shown(cell.name)} differ only in characters that the "
+                "name of a folder cannot have; write the patterns so that their letters differ"
+            )
         if any(len(name.encode()) > _MAX_NAME_BYTES for name in ids):
             problems.append(
                 f"the runs of {shown(cell.name)} have names of more than {_MAX_NAME_BYTES} bytes, "
@@ -284,12 +302,13 @@ def _pairs(spec: StudySpec, cell: Cell) -> tuple[tuple[Pair, ...], list[str]]:
     orders = method_of(cell.method)
     base, adapter = _last(fitting, "base_lr"), _last(fitting, "adapter_lr")
     if cell.method == TIED:
-        tied = _last(fitting, "tied") or sorted({*(base or ()), *(adapter or ())})
+        single = [rate for rate in (*(base or ()), *(adapter or ())) if not isinstance(rate, dict)]
+        tied = _last(fitting, "tied") or sorted(set(single))
         lacking = [] if tied else [f"rates give no tied for {cell.name}; add them"]
         return tuple(Pair(rate, rate) for rate in sorted(tied)), lacking
     # A frozen block has the single rate None, so that the product below has a pair.
-    grids: dict[str, Sequence[float | None]] = {
-        "base_lr": [None] if orders.base == "frozen" else sorted(base or ()),
+    grids: dict[str, Sequence[Any]] = {
+        "base_lr": [None] if orders.base == "frozen" else _ascending(base or ()),
         "adapter_lr": [None] if orders.adapter == "frozen" else sorted(adapter or ()),
     }
     missing = [key for key, rates in grids.items() if not rates]
@@ -297,7 +316,14 @@ def _pairs(spec: StudySpec, cell: Cell) -> tuple[tuple[Pair, ...], list[str]]:
     return tuple(Pair(*rates) for rates in itertools.product(*grids.values())), lacking
 
 
-def _last(fitting: Sequence[Rates], key: str) -> list[float] | None:
+def _ascending(rates: Sequence[float | dict[str, float]]) -> list[float | RateMap]:
+    """The rates in ascending order, then the maps by their largest rate."""
+    maps = [RateMap(rate) for rate in rates if isinstance(rate, dict)]
+    single = sorted(rate for rate in rates if not isinstance(rate, dict))
+    return [*single, *sorted(maps, key=lambda rate: max(rate.values()))]
+
+
+def _last(fitting: Sequence[Rates], key: str) -> list[Any] | None:
     # Later entries of `rates` override earlier ones, but only in the keys that they give.
     given = [getattr(rates, key) for rates in fitting if getattr(rates, key) is not None]
     return given[-1] if given else None

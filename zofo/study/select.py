@@ -57,10 +57,6 @@ def _choice(scores: Mapping[Pair, Sequence[float | None]]) -> Choice:
         finite = [s for s in by_seed if s is not None and math.isfinite(s)]
         # fsum rounds once, so the mean does not depend on the order of the seeds.
         means[pair] = math.fsum(finite) / len(finite) if len(finite) == len(by_seed) else None
-    # Among equal means the smallest rates win, first by base_lr and then by adapter_lr.
-    left = [
-        (mean, pair.base_lr or 0.0, pair.adapter_lr or 0.0, pair)
-        for pair, mean in means.items()
-        if mean is not None
-    ]
-    return Choice(min(left)[3] if left else None, means)
+    # Pairs are in ascending order, and among equal means the first wins: the smallest rates.
+    left = {pair: mean for pair, mean in means.items() if mean is not None}
+    return Choice(min(left, key=lambda pair: left[pair], default=None), means)

@@ -79,10 +79,17 @@ class Where(Section):
     optimizers: Pattern = "*"
 
 
+RateMap = dict[str, float]
+
+
 class Rates(Where):
     """Grids of learning rates for the cells that match."""
 
-    base_lr: list[float] | None = Field(None, min_length=1, description="of the base")
+    base_lr: list[float | RateMap] | None = Field(
+        None,
+        min_length=1,
+        description="of the base; also maps from patterns of weight names to rates",
+    )
     adapter_lr: list[float] | None = Field(None, min_length=1, description="of the adapter")
     tied: list[float] | None = Field(
         None, min_length=1, description="of hybrid-tied; default: the rates of both blocks together"
@@ -91,7 +98,7 @@ class Rates(Where):
     @field_validator("base_lr", "adapter_lr", "tied", mode="before")
     @classmethod
     def _are_grids(cls, value: Any) -> Any:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if isinstance(value, str | int | float | dict) and not isinstance(value, bool):
             value = [value]  # a single rate needs no brackets in YAML
         if isinstance(value, list) and AUTO in value:
             raise ValueError(_NO_AUTO)
@@ -99,11 +106,15 @@ class Rates(Where):
 
     @field_validator("base_lr", "adapter_lr", "tied")
     @classmethod
-    def _are_rates(cls, value: list[float] | None) -> list[float] | None:
-        for rate in value or ():
-            if not (math.isfinite(rate) and rate >= 0):
+    def _are_rates(cls, value: list[float | RateMap] | None) -> list[float | RateMap] | None:
+        for given in value or ():
+            if given == {}:
+                raise ValueError("must not hold an empty map; name the weights that move")
+            rates = given.values() if isinstance(given, dict) else [given]
+            if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
                 raise ValueError("must be finite numbers of at least 0")
-        if value is not None and len(set(value)) < len(value):
+        # Maps with their patterns in another order are other maps: the first match counts.
+        if value is not None and len(set(map(str, value))) < len(value):
             raise ValueError("must not hold a rate twice")
         return value
 
