@@ -316,3 +316,16 @@ def test_a_direction_a_row_is_measured_along_rank_one_directions_and_given_a_lar
         )
     assert found[1].at_start.signal == found["rows"].at_start.signal > 0
     assert found["rows"].zeroth_start.one_step > 2 * found[1].zeroth_start.one_step
+
+
+def test_a_short_backward_pass_costs_less():
+    costs = []
+    for share in (1.0, 0.25):
+        setting = Setting(num_steps=64, backward_share=share)
+        model = quadratic()
+        advice = advise(model, loss, batch_of, model.num_rows, setting)
+        assert advice.cost <= most_forwards(setting)
+        costs.append((advice.cost, setting.forwards_of_run))
+    (whole, of_whole), (short, of_short) = costs
+    assert short < whole
+    assert of_whole - of_short == pytest.approx(64 * 0.75)

@@ -99,6 +99,7 @@ def advise(
             num_rows=num_rows,
             batch_size=min(setting.batch_size, num_rows // 2),
             seed=seed,
+            backward_share=setting.backward_share,
         )
         advisor = _Advisor(probe, setting, split, report)
         with untouched(model, advisor.first, seed=seed % 2**63):
@@ -115,11 +116,12 @@ def most_forwards(setting: Setting) -> int:
     A small model or training set costs less. One unit is the forward pass of a micro-batch.
     """
     zeroth, first = setting.zeroth, setting.first
-    gradient = METHODS[setting.method].forwards_per_gradient
+    forwards = METHODS[setting.method].forwards_per_gradient
+    gradient = 1 + (forwards - 1) * setting.backward_share
     steps, held = num_virtual_steps(setting.num_steps), math.ceil(NUM_HELD / setting.batch_size)
     training = steps * setting.accumulation * gradient + held
     at_the_start = (steps - steps // 2) * setting.accumulation + held
-    most = 0
+    most = 0.0
     if zeroth is not None and (setting.asks(zeroth) or setting.eps == "auto"):
         most += LADDER_FORWARDS
     if setting.asks(first):
@@ -131,7 +133,7 @@ def most_forwards(setting: Setting) -> int:
             most += 3 * max(NUM_DIRECTIONS, NUM_KINDS * DIRECTIONS_A_GROUP)
             # The search may have skipped the short training that this point needs.
             most += training if setting.asks(first) else training + at_the_start
-    return most
+    return math.ceil(most)
 
 
 class _Advisor:

@@ -2,7 +2,8 @@
 
     pass                     cost in forward-equivalents
     forward                  rows / batch_size
-    forward and backward     twice as much for an adapter's gradient, three times for all weights
+    forward and backward     three times as much for all weights; for an adapter 1 + the share of the
+                             layers that its backward pass reaches
 
 Rows come in one permutation of the training set, drawn from the advisor's own seed. The first rows
 are held aside. The others are drawn batch by batch. No evaluation changes the model: the base is
@@ -40,6 +41,7 @@ class Probe:
         num_rows: rows of the training set.
         batch_size: rows of a micro-batch.
         seed: seed of the row order and of the dropout masks.
+        backward_share: share of the layers that a backward pass to the adapter reaches.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Probe:
         num_rows: int,
         batch_size: int,
         seed: int = 0,
+        backward_share: float = 1.0,
     ) -> None:
         self.model, self.loss, self.batch_of = model, loss, batch_of
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
@@ -58,7 +61,7 @@ class Probe:
         order = generator.permutation(num_rows).tolist()
         num_held = min(NUM_HELD, num_rows // 4)
         self.held, self.open = order[:num_held], order[num_held:]
-        self.cost = 0.0
+        self.cost, self.backward_share = 0.0, backward_share
         self._next = 0
 
     def rewind(self) -> None:
@@ -112,7 +115,8 @@ class Probe:
             share: factor of the loss.
         """
         # The gradient of an adapter needs no products for the base's weights.
-        self.cost += (3 if is_full else 2) * len(indices) / self.batch_size
+        cost = 3 if is_full else 1 + self.backward_share
+        self.cost += cost * len(indices) / self.batch_size
         with torch.enable_grad():
             loss = self.loss(self.model, self.batch_of(indices))[0]
             (loss * share).backward()

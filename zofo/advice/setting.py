@@ -38,6 +38,7 @@ class Setting(StepOptions):
         eps, base_lr, adapter_lr: the given numbers, or "auto" for those to find.
         usual_rate: first rate of the search if the measurements give none. Adam's search begins at
             most half a decade away from it.
+        backward_share: share of the layers that a backward pass reaches, from 0 to 1.
         seed: seed of the run.
         caps: whether the theorem's caps lower the rates; they are always shown.
         target: the theorem's ε, which sets the number of epochs in the caps.
@@ -55,6 +56,7 @@ class Setting(StepOptions):
     base_lr: float | dict[str, float] | Literal["auto"] | None = "auto"
     adapter_lr: float | Literal["auto"] | None = "auto"
     usual_rate: float = 1e-3
+    backward_share: float = 1.0
     seed: int = 0
     caps: Caps = "ignore"
     target: float | None = None
@@ -89,6 +91,7 @@ class Setting(StepOptions):
             self.accumulation * self.num_steps,
             METHODS[self.method].forwards_per_gradient,
             self.accumulation * moves * a_move,
+            self.backward_share,
         )
 
 

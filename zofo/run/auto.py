@@ -19,6 +19,7 @@ from zofo.errors import UserError
 from zofo.models.adapter_kinds import KINDS
 from zofo.optim.methods import METHODS
 from zofo.optim.options import step_values
+from zofo.run.cost import backward_share_of
 from zofo.run.prepare import Prepared, num_steps
 from zofo.tasks.losses import losses_and_errors
 
@@ -43,6 +44,7 @@ def setting_of(
         base_lr=config.base_lr,
         adapter_lr=config.adapter_lr,
         usual_rate=FIRST_ORDER_BASE_LR if is_full else kind.lr,
+        backward_share=backward_share_of(config),
         seed=config.seed,
         caps=caps,
         target=target,

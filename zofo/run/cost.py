@@ -32,7 +32,7 @@ def forward_equivalents(
             config.accumulation * steps if method.first else 0,
             method.forwards_per_gradient,
             config.accumulation * moves * cost_of_answers,
-            _backward_share(config),
+            backward_share_of(config),
         )
     writes = config.zo_objective == "f1"
     again = writes or (share < 1 and part_again)
@@ -49,7 +49,7 @@ def forward_equivalents(
         config.accumulation * steps,
         method.forwards_per_gradient,
         config.accumulation * moves * a_move,
-        _backward_share(config),
+        backward_share_of(config),
     )
 
 
@@ -63,11 +63,11 @@ def cost_of_budget(config: RunConfig) -> float:
         return 0
     forwards = METHODS["fo-peft"].forwards_per_gradient
     return cost.forward_equivalents(
-        config.adapter.budget_batches, forwards, 0, _backward_share(config)
+        config.adapter.budget_batches, forwards, 0, backward_share_of(config)
     )
 
 
-def _backward_share(config: RunConfig) -> float:
+def backward_share_of(config: RunConfig) -> float:
     """The share of the layers that the backward pass of the adapter reaches."""
     layers, model = config.adapter.layers, config.model
     # Gradient checkpointing of transformers asks for the gradient of the embeddings' output.
