@@ -2,8 +2,8 @@
 
     pass                     cost in forward-equivalents
     forward                  rows / batch_size
-    forward and backward     three times as much for all weights; for an adapter 1 + the share of the
-                             layers that its backward pass reaches
+    forward and backward     three times as much for all weights; for an adapter, 1 + the share of
+                             the layers that its backward pass reaches
 
 Rows come in one permutation of the training set, drawn from the advisor's own seed. The first rows
 are held aside. The others are drawn batch by batch. No evaluation changes the model: the base is

@@ -6,6 +6,7 @@ use the others. The colours are those of Okabe and Ito, lightened for the dark t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -94,3 +95,26 @@ def faded(colour: str, opacity: float) -> str:
     """A colour of six hex digits with an opacity from 0 to 1."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+def add_band(
+    figure: Any,
+    xs: Sequence[float],
+    low: Sequence[float | None],
+    high: Sequence[float | None],
+    *,
+    colour: str,
+    group: str,
+) -> None:
+    """Shade the range between two lines of a figure; it comes and goes with a legend's group."""
+    figure.add_scatter(
+        x=[*xs, *reversed(xs)],  # The outline runs along the minimum and back along the maximum.
+        y=[*low, *reversed(high)],
+        fill="toself",
+        fillcolor=faded(colour, 0.16),
+        line={"width": 0},
+        legendgroup=group,
+        showlegend=False,
+        hoverinfo="skip",
+        mode="lines",
+    )

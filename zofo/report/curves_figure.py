@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.themes import DASHES, Theme, faded
+from zofo.pages.themes import DASHES, Theme, add_band
 from zofo.report.scores_figure import mark_of, panel_labels
 from zofo.results.comparison import CURVE_COSTS, Comparison, Group, treatment_of
 from zofo.results.table import Runs
@@ -71,17 +71,8 @@ def _curves(
             continue
         xs = band["x"].tolist()
         if (band["num"] > 1).any():
-            figure.add_scatter(
-                x=xs + xs[::-1],  # The outline runs along the minimum and back along the maximum.
-                y=band["low"].tolist() + band["high"].tolist()[::-1],
-                fill="toself",
-                fillcolor=faded(colour, 0.16),
-                line={"width": 0},
-                legendgroup=name,
-                showlegend=False,
-                hoverinfo="skip",
-                mode="lines",
-            )
+            low, high = band["low"].tolist(), band["high"].tolist()
+            add_band(figure, xs, low, high, colour=colour, group=name)
         figure.add_scatter(
             x=xs,
             y=band["mean"].tolist(),

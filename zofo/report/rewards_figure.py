@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from zofo.pages.figures import Choices, Figure, plain
-from zofo.pages.themes import DASHES, Theme, faded
+from zofo.pages.themes import DASHES, Theme, add_band
 from zofo.report.scores_figure import panel_labels
 from zofo.results.comparison import Comparison, treatment_of
 from zofo.results.table import Runs
@@ -91,17 +91,7 @@ def _figure(
         if key == "reward":
             spread = points["reward_spread"].fillna(0)
             low, high = (_short((points[key] + sign * spread).tolist()) for sign in (-1, 1))
-            figure.add_scatter(
-                x=xs + xs[::-1],
-                y=low + high[::-1],
-                fill="toself",
-                fillcolor=faded(colour, 0.16),
-                line={"width": 0},
-                legendgroup=name,
-                showlegend=False,
-                hoverinfo="skip",
-                mode="lines",
-            )
+            add_band(figure, xs, low, high, colour=colour, group=name)
             figure.add_scatter(
                 **of_line,
                 y=_short(points["reward_best"].tolist()),
