@@ -31,7 +31,7 @@ def shrink(name: str, folder: Path, decoder: str, encoder: str) -> Grid:
     models, tasks = [], []
     for entry in spec.models:
         section = {"name": entry} if isinstance(entry, str) else dict(entry)
-        model = encoder if section["name"] == "minilm" else decoder
+        model = encoder if label_of(entry, "name") == "minilm" else decoder
         models.append({**section, "label": label_of(entry, "name"), "name": model})
     for entry in spec.tasks:
         section = {"name": entry} if isinstance(entry, str) else dict(entry)
@@ -42,7 +42,9 @@ def shrink(name: str, folder: Path, decoder: str, encoder: str) -> Grid:
             rows = [make_row(section["name"], first + i) for i in range(60)]
             write_rows(data / f"{split}.jsonl", rows)
         tasks.append({**section, **SMALL, "data_dir": str(data)})
-    changes = {"models": models, "tasks": tasks, "steps": 2, "budget": None, "num_evaluations": 1}
+    # A gate compares at equal cost: two steps of hybrid, which costs 3.
+    length = {"budget": 6, "steps": None} if spec.gate else {"budget": None, "steps": 2}
+    changes = {"models": models, "tasks": tasks, "num_evaluations": 1, **length}
     base = {**spec.base, "device": "cpu"} if isinstance(spec.base, dict) else spec.base
     values = {**spec.model_dump(), **changes, "base": base, "output": str(folder / "study")}
     path = folder / "shrunk.yaml"
