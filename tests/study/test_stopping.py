@@ -113,6 +113,8 @@ def test_a_hopeless_run_ends_at_its_half(tmp_path, run):
         ([3, 2, 2.5, 1.9, 2], 2, False),
         ([3], 1, False),
         ([], 1, False),
+        ([math.nan, 1], 1, False),
+        ([1, math.nan], 1, True),
     ],
 )
 def test_patience_counts_evaluations_without_a_better_score(losses, patience, expected):

@@ -41,9 +41,11 @@ def is_out_of_patience(
         larger_is_better: whether a larger score is a better one. An equal score is no better one.
         patience: number of evaluations.
     """
-    scores = [float(entry[metric]) for entry in history if metric in entry]
-    better = max if larger_is_better else min
-    return len(scores) > patience and better(scores) in scores[:-patience]
+    sign = -1 if larger_is_better else 1
+    scores = [sign * float(entry[metric]) for entry in history if metric in entry]
+    # NaN compares with nothing, so it counts as the worst score.
+    scores = [math.inf if math.isnan(score) else score for score in scores]
+    return len(scores) > patience and min(scores) in scores[:-patience]
 
 
 class Patience(TrainerCallback):
