@@ -20,7 +20,7 @@ import pandas as pd
 from svg import Interval, Series, interval_chart, line_chart
 
 from zofo.disk.files import write_text
-from zofo.report.page import Report, make_report
+from zofo.report.data import Report, make_report
 from zofo.results.comparison import Group
 
 METHODS = ("fo-peft", "hybrid", "zo-peft", "zo-ft", "fo-ft", "hybrid-tied")

@@ -7,7 +7,8 @@ import pytest
 from tests.support.run_folders import write_run
 from zofo.pages.document import json_of
 from zofo.pages.text import isolated
-from zofo.report.page import make_report, render
+from zofo.report.data import make_report
+from zofo.report.page import render
 
 HEBREW, ARABIC = "\u05d0\u05d1\u05d2", "\u0627\u0628"
 

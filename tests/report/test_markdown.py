@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from tests.support.run_folders import write_run, write_study
 from zofo.cli.app import app
 from zofo.errors import UserError
+from zofo.report.data import make_report
 from zofo.report.markdown import MARK, escape, render_markdown, write_markdown
-from zofo.report.page import make_report
 from zofo.report.tables import group_table
 
 

@@ -14,7 +14,7 @@ from zofo.cli.app import app
 from zofo.cli.output import one_line
 from zofo.cli.report import show
 from zofo.config.load import load_config
-from zofo.report.page import make_report
+from zofo.report.data import make_report
 from zofo.results.table import read_runs
 from zofo.run.train import train
 

@@ -8,8 +8,8 @@ from tests.support.pages import read_page
 from tests.support.run_folders import add_rewards, write_run
 from zofo.report import write_report
 from zofo.report.answers import MAX_ROWS
+from zofo.report.data import make_report
 from zofo.report.markdown import render_markdown
-from zofo.report.page import make_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{7*7}}\n" + "long " * 100
 HELD_OUT = "at weights that are not perturbed"

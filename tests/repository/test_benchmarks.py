@@ -140,7 +140,7 @@ def test_a_studys_figures(svg, monkeypatch, tmp_path):
     import study_figures
 
     from tests.support.run_folders import write_run, write_study
-    from zofo.report.page import make_report
+    from zofo.report.data import make_report
 
     study = write_study(tmp_path / "study")
     study_figures.main([str(study), "--to", str(tmp_path / "a")])

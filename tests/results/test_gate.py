@@ -3,8 +3,9 @@
 import pytest
 
 from tests.support.run_folders import write_run
+from zofo.report.data import make_report, summary_of
 from zofo.report.markdown import render_markdown
-from zofo.report.page import make_report, render, summary_of
+from zofo.report.page import render
 
 SEEDS = (0, 1, 2)
 GAINS = {

@@ -14,6 +14,7 @@ from zofo.statistics.estimates import (
     outcome_of,
     paired_difference,
     rank_treatments,
+    seeds_to_decide,
 )
 
 
@@ -65,6 +66,37 @@ def test_pairing_uses_the_seeds_that_both_have():
     expected = stats.ttest_rel([0.7, 0.8, 0.75], [0.65, 0.7, 0.7]).confidence_interval(0.95)
     assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(expected))
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(("effect", "num"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_the_number_of_seeds_is_that_of_published_power_tables(effect, num):
+    # Sizes for a two-sided one-sample t-test at 5% with a power of 80% (G*Power 3.1).
+    values = np.array([-1.0, 0.0, 1.0]) + effect  # standard deviation 1
+    assert seeds_to_decide(values) == num
+    assert seeds_to_decide(-7 * values) == num
+    assert paired_difference(dict(enumerate(values)), dict.fromkeys(range(3), 0)).seeds_to_decide
+
+
+def test_that_many_seeds_decide_four_of_five_times():
+    generator = np.random.default_rng(0)
+    num = seeds_to_decide([0.0, 1.0, 2.0])
+    decided = sum(
+        outcome_of(mean_interval(generator.normal(1.0, 1.0, size=num))) == "win" for _ in range(500)
+    )
+    # In 500 trials at 80%, the standard deviation of the number is 9.
+    assert 365 <= decided <= 435
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, 0.3], [0.2, 0.2, 0.2], [-1.0, 0.0, 1.0], [-1.0, 0.0, 1.01]]
+)
+def test_no_number_of_seeds_is_named_without_a_spread_a_mean_or_an_end(values):
+    assert seeds_to_decide(values) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_differences_that_are_equal_but_for_rounding_need_the_fewest_seeds():
+    assert seeds_to_decide([0.8 - 0.7, 0.7 - 0.6, 0.6 - 0.5]) == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from zofo.console import say
 from zofo.errors import UserError
 
 if TYPE_CHECKING:
-    from zofo.report.page import Report
+    from zofo.report.data import Report
 
 # A terminal has no room for these columns.
 _PAGE_ONLY = ("setting", "accuracy_before", "drift", "best_dev_loss", "artifact_bytes")
@@ -33,25 +34,43 @@ def report(
     markdown: Annotated[
         Path | None, typer.Option(help="Markdown file for the verdict and the tables.")
     ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="JSON file for the comparison and every run.")
+    ] = None,
 ) -> None:
     """Compare runs in a table, and write one self-contained page with figures and statistics.
 
     zofo report runs/rte-hybrid-lora runs/rte-fo-peft-lora --to report.html
     """
+    from zofo.report.data import check_json_target, write_report_json
     from zofo.report.markdown import check_markdown_target, write_markdown
     from zofo.report.page import write_report
 
+    _must_differ({"--to": to, "--markdown": markdown, "--json": json})
+    # Checked now, so that a wrong name costs no report.
     if markdown is not None:
-        if markdown.expanduser().resolve() == to.expanduser().resolve():
-            raise UserError(f"--markdown and --to are both {to}; give the page another name")
-        check_markdown_target(markdown)  # Checked now, so that a wrong name costs no report.
+        check_markdown_target(markdown)
+    if json is not None:
+        check_json_target(json)
     found = write_report(runs, to)
     if markdown is not None:
         write_markdown(found, markdown)
+    if json is not None:
+        write_report_json(found, json)
     show(found, stdout_console())
-    say(f"page: {to}")
-    if markdown is not None:
-        say(f"Markdown: {markdown}")
+    for title, path in (("page", to), ("Markdown", markdown), ("JSON", json)):
+        if path is not None:
+            say(f"{title}: {path}")
+
+
+def _must_differ(targets: Mapping[str, Path | None]) -> None:
+    """Refuse two options that name one file."""
+    first: dict[Path, str] = {}
+    for option, path in targets.items():
+        if path is not None:
+            other = first.setdefault(path.expanduser().resolve(), option)
+            if other != option:
+                raise UserError(f"{option} and {other} are both {path}; give one another name")
 
 
 def show(report: Report, console: Console) -> None:

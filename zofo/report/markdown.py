@@ -15,7 +15,8 @@ from zofo.disk.files import write_text
 from zofo.pages.document import check_target
 from zofo.pages.tables import Table
 from zofo.report.answers import held_out_tables
-from zofo.report.page import Report, smoothness_of
+from zofo.report.data import Report
+from zofo.report.page import smoothness_of
 from zofo.report.tables import gate_table, group_table, pair_table, rank_table, reach_table
 
 MARK: Final = "<!-- written by zofo report -->"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +17,7 @@ from zofo.pages.tables import Table
 from zofo.pages.themes import THEMES, template_of
 from zofo.report.answers import held_out_tables, num_left_out, sample_tables
 from zofo.report.curves_figure import curve_figures
+from zofo.report.data import Report, make_report, summary_of
 from zofo.report.rates_figure import rate_figures
 from zofo.report.rewards_figure import reward_figures
 from zofo.report.scores_figure import difference_figure, pareto_figures
@@ -30,36 +29,10 @@ from zofo.report.tables import (
     reach_table,
     run_table,
 )
-from zofo.results.comparison import Comparison, compare
-from zofo.results.gate import Gate, gates_of
-from zofo.results.table import Runs, read_runs, relative_to
-from zofo.results.verdict import Verdict, judge
-from zofo.statistics.estimates import Estimate
+from zofo.results.table import Runs, relative_to
 
 MARK: Final = '<meta name="generator" content="zofo report">'
 _MAX_VALUES: Final = 12  # The page counts further values of an option without listing them.
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The content of a page: runs, their comparison, the verdict on hybrid, and the gates."""
-
-    runs: Runs
-    comparison: Comparison
-    verdict: Verdict
-    gates: tuple[Gate, ...]
-
-
-def make_report(paths: Sequence[str | Path]) -> Report:
-    """Read runs and compare them; a path is a run folder or contains some, as that of a study.
-
-    Raises:
-        UserError: if a path neither is nor contains a run folder.
-    """
-    runs = read_runs(paths)
-    comparison = compare(runs)
-    gates = gates_of(comparison.groups, runs)
-    return Report(runs, comparison, judge(comparison.pairs, gates), gates)
 
 
 def write_report(paths: Sequence[str | Path], to: str | Path) -> Report:
@@ -152,52 +125,6 @@ def smoothness_of(runs: Runs) -> dict[str, dict[str, Any]]:
     rows: list[Any] = list(runs.table.itertuples())
     found = {row.run: read_summary(row.folder) for row in rows}
     return {run: summary for run, summary in found.items() if summary is not None}
-
-
-def summary_of(report: Report) -> dict[str, Any]:
-    """The results as plain values; NaN becomes None, and infinity becomes "never"."""
-    comparison, verdict = report.comparison, report.verdict
-    table = report.runs.table.drop(columns="folder")
-    indices = {id(group): i for i, group in enumerate(comparison.groups)}
-    pairs = [
-        vars(p) | {"hybrid": indices[id(p.hybrid)], "fo_peft": indices[id(p.fo_peft)]}
-        for p in comparison.pairs
-    ]
-    gates = [
-        vars(gate) | {"full": indices[id(gate.full)], "fo_peft": indices[id(gate.fo_peft)]}
-        for gate in report.gates
-    ]
-    ranks = comparison.ranks and vars(comparison.ranks) | {
-        "p_values": [[*names, p] for names, p in comparison.ranks.p_values.items()]
-    }
-    return _plain(
-        {
-            "verdict": verdict,
-            "groups": comparison.groups,
-            "pairs": pairs,
-            "gates": gates,
-            "ranks": ranks,
-            "grids": comparison.grids,
-            "left_out": comparison.left_out,
-            "runs": table.to_dict(orient="records"),
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        value = value.as_dict()
-    elif dataclasses.is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers.
-        return None if math.isnan(value) else "never"
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
 
 
 def _options(

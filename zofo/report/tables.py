@@ -13,7 +13,7 @@ from typing import Any
 from zofo.pages.tables import Cell, Column, Columns, Table, make_short_table, text_cell
 from zofo.results.comparison import Comparison, Group, Pair, treatment_of
 from zofo.results.gate import Gate
-from zofo.statistics.estimates import Estimate, Ranks
+from zofo.statistics.estimates import Difference, Estimate, Ranks
 
 _MIB = 2**20
 _OUTCOMES = {"win": "won", "loss": "lost", "tie": "tie", "undecided": "undecided"}
@@ -102,6 +102,9 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
         ),
         Column("seeds", "seeds"): lambda pair: _number(len(pair.difference.seeds), ".0f"),
         Column("outcome", "outcome", False): outcome,
+        Column("seeds_to_decide", "seeds that would decide"): lambda pair: _more_seeds(
+            pair.difference
+        ),
         Column("forward_equivalents", "× forward-eq."): ratio("forward_equivalents"),
         Column("train_s", "× seconds"): ratio("train_s"),
         Column("peak_memory_bytes", "× peak memory"): ratio("peak_memory_bytes"),
@@ -126,6 +129,9 @@ def gate_table(gates: Sequence[Gate]) -> Table:
         ),
         Column("seeds", "seeds"): lambda gate: _number(len(gate.difference.seeds), ".0f"),
         Column("state", "room for the base", False): lambda gate: text_cell(gate.state),
+        Column("seeds_to_decide", "seeds that would decide"): lambda gate: _more_seeds(
+            gate.difference
+        ),
         Column("forward_equivalents", "× forward-eq."): lambda g: _number(g.cost_ratio, ".2f"),
     }
     return make_short_table(columns, gates)
@@ -226,6 +232,12 @@ def estimate_cell(
         aside = f"[{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
         aside = "no interval" if math.isnan(estimate.low) else aside
     return Cell(f"{scale * estimate.value:{form}}", estimate.value, aside)
+
+
+def _more_seeds(difference: Difference) -> Cell:
+    """How many seeds would decide a comparison; blank if it is decided, or if nobody can say."""
+    is_decided = difference.outcome in ("win", "loss")
+    return _number(None if is_decided else difference.seeds_to_decide, ",.0f")
 
 
 def _rate(rate: float | str | None) -> Cell:

@@ -17,10 +17,12 @@ References:
     Liang, Zeger, Longitudinal data analysis using generalized linear models, Biometrika 73, 1986
     (the variance of a sum of dependent observations, by clusters).
     Demšar, Statistical comparisons of classifiers over multiple data sets, JMLR 7, 2006.
+    Cohen, Statistical power analysis for the behavioral sciences, 1988 (the number of seeds).
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 MIN_FOR_INTERVAL: Final = 3
 MIN_FOR_BOOTSTRAP: Final = 20
 _NUM_RESAMPLES: Final = 9_999
+POWER: Final = 0.8
+"""Chance to decide a comparison, by which the number of seeds is planned (Cohen's convention)."""
+_MAX_SEEDS: Final = 1_000
 
 Outcome = Literal["win", "tie", "loss", "undecided"]
 
@@ -62,11 +67,13 @@ class Difference:
         seeds: the seeds that both have, ascending.
         outcome: "win" or "loss" of the first if the interval excludes 0, "tie" if the interval
             contains 0, "undecided" if there is no interval.
+        seeds_to_decide: as `seeds_to_decide`, for these differences.
     """
 
     estimate: Estimate
     seeds: tuple[int, ...]
     outcome: Outcome
+    seeds_to_decide: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,38 @@ def paired_difference(
     seeds = tuple(sorted(first.keys() & second.keys()))
     if not seeds:
         return None
-    estimate = mean_interval([first[s] - second[s] for s in seeds], seed=seed)
-    return Difference(estimate, seeds, outcome_of(estimate))
+    values = [first[s] - second[s] for s in seeds]
+    estimate = mean_interval(values, seed=seed)
+    return Difference(estimate, seeds, outcome_of(estimate), seeds_to_decide(values))
+
+
+def seeds_to_decide(values: Sequence[float]) -> int | None:
+    """The number of seeds with which the interval of the mean would exclude 0 with 80% chance.
+
+    It supposes that more seeds have the mean and the spread of these, which few seeds know only
+    roughly. The power is that of a two-sided t-test, by the noncentral t distribution.
+
+    Args:
+        values: one difference per seed.
+
+    Returns:
+        The number, at least 3; None if `values` are fewer than 3, if their mean or their spread is
+        0, or if more than 1,000 seeds would be needed.
+    """
+    from scipy.stats import nct
+
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < MIN_FOR_INTERVAL or np.ptp(sample) == 0 or sample.mean() == 0:
+        return None
+    effect = abs(float(sample.mean())) / float(sample.std(ddof=1))
+
+    def power(num: int) -> float:
+        shift = effect * math.sqrt(num)
+        return float(nct.sf(_t_quantile(num - 1), num - 1, shift))
+
+    candidates = range(MIN_FOR_INTERVAL, _MAX_SEEDS + 1)
+    found = bisect.bisect_left(candidates, POWER, key=power)
+    return candidates[found] if found < len(candidates) else None
 
 
 def outcome_of(estimate: Estimate) -> Outcome:
