@@ -21,7 +21,11 @@ class UserError(ValueError):
 
 def problem_in_words(key: str, error: Any) -> str:
     """Describe one of pydantic's errors: the value, the constraint and the nearest choice."""
-    message = re.sub(r"^Input should be ", "must be ", error["msg"])
+    message = re.sub(
+        r"^(Input|List|String|Value) should (.+?)( after validation, not \d+)?$",
+        r"must \2",
+        error["msg"],
+    )
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
     message = re.sub(r"^Value error, ", "", message)
     text = f"{key} is {shown(error['input'])}; it {message}"

@@ -142,9 +142,10 @@ def test_rates_and_eps_may_be_auto():
         ("base_lr={'*q*': auto}", r"base_lr\.\*q\* is 'auto'; it must be a number"),
         ("eps=automatic", "eps is 'automatic'; it must be a valid number, or auto"),
         ("adapter_lr=-1", "adapter_lr is -1; it must be greater than or equal to 0"),
+        ("base_lr={}", "base_lr is an empty map; name the weights that move"),
     ],
 )
-def test_what_cannot_be_auto_is_said(override, words):
+def test_what_cannot_be_a_rate_is_said_once(override, words):
     with pytest.raises(UserError, match=words) as caught:
         load_config(overrides=[override])
     assert "problems" not in str(caught.value)

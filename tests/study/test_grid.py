@@ -453,6 +453,7 @@ def test_a_map_of_rates_is_a_point_of_the_grid_after_the_single_rates(write):
     ("maps", "problem"),
     [
         ([{}], "empty map"),
+        ([], r"is \[\]; it must have at least 1 item$"),
         ([{"*mlp*": -1.0}], "finite numbers of at least 0"),
         ([{"*mlp*": "auto"}], "number"),
         ([{"*mlp*": 1e-3}, {"*mlp*": 1e-3}], "twice"),
@@ -461,5 +462,6 @@ def test_a_map_of_rates_is_a_point_of_the_grid_after_the_single_rates(write):
 )
 def test_maps_of_rates_that_are_refused(write, maps, problem):
     rates = [{"base_lr": maps, "adapter_lr": 1e-3}]
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match=problem) as caught:
         expand(load_spec(write(methods=["hybrid"], rates=rates)))
+    assert "problems" not in str(caught.value)

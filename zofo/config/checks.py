@@ -96,6 +96,8 @@ def check_sections(config: RunConfig) -> list[str]:
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given; keep one")
     rates = config.base_lr if isinstance(config.base_lr, dict) else {"": config.base_lr}
+    if not rates:
+        problems.append("base_lr is an empty map; name the weights that move, or set base_lr=0")
     for pattern, rate in rates.items():
         if isinstance(rate, float) and rate < 0:
             name = f"base_lr[{pattern!r}]" if pattern else "base_lr"

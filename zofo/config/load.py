@@ -122,9 +122,7 @@ def read_config(
     try:
         config = RunConfig.model_validate(given)
     except ValidationError as error:
-        found = error.errors()
-        # pydantic reports a wrong entry of a map of rates twice, the second time for the whole map.
-        found = [e for e in found if not _is_whole_map(e)] or found
+        found = most_precise(error.errors())
         problems += list(dict.fromkeys(describe_problem(e) for e in found))
         # Without the wrong keys, the checks between sections can run and report their problems too.
         for e in found:
@@ -138,9 +136,24 @@ def read_config(
     return _complete(config)
 
 
-def _is_whole_map(error: Any) -> bool:
-    is_map = error["loc"][0] == "base_lr" and isinstance(error["input"], dict)
-    return is_map and error["type"] != "value_error"
+def most_precise(errors: Sequence[Any]) -> list[Any]:
+    """The errors of pydantic without those that another one says better.
+
+    A value of several forms has an error for each form: a map of rates is no number, and one entry
+    of the map is wrong. The error of the entry says it all, and so does that of our own check.
+    """
+
+    def is_better(one: Any, other: Any) -> bool:
+        outer, inner = _place(other), _place(one)
+        if inner == outer:
+            return bool(one["type"] == "value_error" != other["type"])
+        return inner[: len(outer)] == outer
+
+    return [error for error in errors if not any(is_better(other, error) for other in errors)]
+
+
+def _place(error: Any) -> tuple[Any, ...]:
+    return tuple(part for part in error["loc"] if part not in _UNION_PARTS)
 
 
 def join_problems(where: str, problems: Sequence[str]) -> str:
@@ -196,7 +209,7 @@ def _drop(given: dict[str, Any], path: Sequence[Any]) -> None:
 def describe_problem(error: Any) -> str:
     """Describe one of pydantic's errors: the value, the constraint and the nearest known name."""
     path = error["loc"]
-    key = ".".join(str(part) for part in path if part not in _UNION_PARTS)
+    key = ".".join(map(str, _place(error)))
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = RunConfig
         if len(path) > 1:
@@ -211,7 +224,8 @@ def describe_problem(error: Any) -> str:
         return f"unknown key {key}{hint}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {shown(error['input'])}; it takes keys and values of its own"
-    if path[0] == "base_lr" and error["type"] != "value_error":
+    # A study has lists of these rates, so the key stands before a number there.
+    if (path[0] == "base_lr" or "base_lr" in path[1:-1]) and error["type"] != "value_error":
         return f"{key} is {shown(error['input'])}; it must be a number" + (
             "" if key != "base_lr" else ", a map from patterns of weight names to numbers, or auto"
         )

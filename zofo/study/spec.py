@@ -23,7 +23,13 @@ from urllib.parse import unquote
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from zofo.config.checks import PATHS
-from zofo.config.load import SHORTHANDS, apply_override, describe_problem, join_problems
+from zofo.config.load import (
+    SHORTHANDS,
+    apply_override,
+    describe_problem,
+    join_problems,
+    most_precise,
+)
 from zofo.config.schema import AUTO, AdapterConfig, ModelConfig, RunConfig
 from zofo.disk.yaml import read_yaml, yaml_text
 from zofo.errors import UserError
@@ -261,7 +267,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     try:
         spec = StudySpec.model_validate(given)
     except ValidationError as error:
-        problems += list(dict.fromkeys(_described(e) for e in error.errors()))
+        problems += list(dict.fromkeys(_described(e) for e in most_precise(error.errors())))
         raise UserError(join_problems(str(file), problems)) from None
     problems += _check(spec)
     if problems:
