@@ -89,7 +89,9 @@ def _place(group: Group, report: Report) -> tuple[str, ...]:
 
 def _series(group: Group, curves: pd.DataFrame) -> Series:
     own = curves[curves["run"].isin(group.runs)].groupby("forward_equivalents")["dev_loss"]
-    table = own.agg(["mean", "min", "max"]).reset_index()
+    table = own.agg(["mean", "min", "max", "count"]).reset_index()
+    # Patience ends runs at different costs, and a mean over the others would jump there.
+    table = table[table["count"] == table["count"].max()]
     return Series(
         group.method,
         [list(zip(table["forward_equivalents"], table["mean"], strict=True))],

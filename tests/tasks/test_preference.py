@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.hub_folders import CHAT_TEMPLATE, make_tokenizer
+from tests.support.models import enliven
 from zofo.errors import UserError
 from zofo.models.loading import load_model
 from zofo.tasks.encode import Encoder
@@ -32,10 +33,7 @@ ROWS = [
 def loaded(decoder_folder):
     """A lively model in float64, and its tokenizer."""
     model, tokenizer = load_model(decoder_folder)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    enliven(model)
     return model.double().eval(), tokenizer
 
 

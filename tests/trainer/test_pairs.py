@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.support.models import assert_same_bits, bits
+from tests.support.models import assert_same_bits, bits, enliven
 from tests.support.trainers import arguments, history, untimed_logs
 from tests.trainer.test_rewards import Examples
 from zofo.disk.files import read_tensors, write_tensors
@@ -42,10 +42,7 @@ BY_ROWS = {"distribution": "rank-one", "directions_per_step": "rows"}
 def loaded(decoder_folder):
     """A lively model with an adapter, and its tokenizer."""
     model, tokenizer = load_model(decoder_folder)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    enliven(model)
     return create_adapter(model, "lora", tokenizer=tokenizer), tokenizer
 
 

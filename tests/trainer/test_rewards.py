@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tests.support.models import assert_same_bits, bits
+from tests.support.models import assert_same_bits, bits, enliven
 from tests.support.trainers import arguments, history, untimed_logs
 from zofo.errors import UserError
 from zofo.models.adapters import create_adapter
@@ -62,10 +62,7 @@ class Examples(Dataset):
 def loaded(decoder_folder):
     """A lively model with an adapter, and its tokenizer."""
     model, tokenizer = load_model(decoder_folder)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    enliven(model)
     return create_adapter(model, "lora", tokenizer=tokenizer), model, tokenizer
 
 
