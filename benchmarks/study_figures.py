@@ -69,7 +69,8 @@ def differences_and_curves(report: Report) -> dict[str, str]:
     for pair in report.comparison.pairs:
         task, adapter = pair.hybrid.task, pair.hybrid.adapter
         beside = [g for g in chosen if (g.model, g.task) == (pair.hybrid.model, task)]
-        groups = [g for g in beside if g.adapter in (adapter, "none", "")]
+        own = adapter, pair.hybrid.optimizer
+        groups = [g for g in beside if g.adapter == "none" or (g.adapter, g.optimizer) == own]
         groups.sort(key=lambda g: METHODS.index(g.method))
         place = _place(pair.hybrid, report)
         found["-".join(("-curves", *place))] = line_chart(
@@ -82,9 +83,11 @@ def differences_and_curves(report: Report) -> dict[str, str]:
 
 
 def _place(group: Group, report: Report) -> tuple[str, ...]:
-    """Return the task and the adapter, and before them the model if there are several."""
-    models = {other.model for other in report.comparison.groups}
-    return (*((group.model,) if len(models) > 1 else ()), group.task, group.adapter)
+    """Return task and adapter, before them the model and after them the optimizer if several."""
+    groups = [other for pair in report.comparison.pairs for other in (pair.hybrid, pair.fo_peft)]
+    model = (group.model,) if len({other.model for other in groups}) > 1 else ()
+    optimizer = (group.optimizer,) if len({other.optimizer for other in groups}) > 1 else ()
+    return (*model, group.task, group.adapter, *optimizer)
 
 
 def _series(group: Group, curves: pd.DataFrame) -> Series:
