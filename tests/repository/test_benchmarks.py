@@ -153,6 +153,20 @@ def test_a_studys_figures(svg, monkeypatch, tmp_path):
     for name in names:
         words = [node.text for node in ElementTree.fromstring(texts[name]).iter(f"{SVG}text")]
         assert {"hybrid", "fo-peft"} <= set(words)
+    # Two optimizers are two pairs; a curve ends where the first of its runs ended.
+    for optimizer in ("adamw", "sgd"):
+        for method in ("hybrid", "fo-peft"):
+            for seed, dev in ((0, (0.7, 0.6, 0.5)), (1, (0.9, 0.8))):
+                name = f"{optimizer}-{method}-{seed}"
+                made = {"method": method, "optimizer": optimizer, "seed": seed, "steps": 30}
+                write_run(tmp_path / "two" / name, dev=dev, **made)
+    study_figures.main([str(tmp_path / "two"), "--to", str(tmp_path / "c")])
+    curves = sorted(tmp_path.glob("c-curves-*.svg"))
+    assert [path.stem for path in curves] == [f"c-curves-rte-lora-{o}" for o in ("adamw", "sgd")]
+    for path in curves:
+        lines = list(ElementTree.fromstring(path.read_text()).iter(f"{SVG}polyline"))
+        assert [len(line.get("points").split()) for line in lines] == [2, 2]
+
     # The study has nine pairs of rates, more than there are colours.
     with pytest.raises(SystemExit):
         study_figures.main([str(study), "--to", str(tmp_path / "b"), "--rates"])
