@@ -27,7 +27,7 @@ def test_the_json_holds_every_run_and_every_evaluation(tmp_path):
     assert losses == list(zip(runs.curves["run"], runs.curves["dev_loss"], strict=True))
     assert len(found["pairs"]) >= 1
     assert found["verdict"]["sentence"] in done.output.replace("\n", " ")
-    # The file may be published, so it names no folder of the machine.
+    # The file may be published, so it does not say where the runs lie.
     assert str(tmp_path) not in to.read_text()
 
 
