@@ -208,3 +208,31 @@ def test_several_processes_are_refused_before_they_start(svg, capsys, arguments,
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
     sys.modules.pop("processes")
+
+
+def test_a_studys_differences(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import study_differences
+
+    from tests.support.run_folders import write_run
+    from zofo.report.data import make_report, write_report_json
+
+    scores = {"adamw": (0.70, 0.72, 0.74), "sgd": (0.60, 0.62, 0.64)}
+    for optimizer, accuracies in scores.items():
+        for seed, accuracy in enumerate(accuracies):
+            for method, gain in (("fo-peft", 0), ("hybrid", 0.01), ("fo-ft", 0.1)):
+                if (method, optimizer) != ("fo-ft", "sgd"):
+                    own = {"method": method, "optimizer": optimizer, "seed": seed}
+                    folder = tmp_path / "runs" / f"{method}-{optimizer}-{seed}"
+                    write_run(folder, accuracy=accuracy + gain, **own)
+    write_report_json(make_report([tmp_path]), tmp_path / "found.json")
+    monkeypatch.setattr(sys, "argv", ["study_differences.py", str(tmp_path / "found.json")])
+    study_differences.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {tuple(row[:3]): row[3] for row in rows if len(row) > 3}
+    assert found["lora", "adamw", "hybrid − fo-peft"] == "+1.0 [+1.0, +1.0]"
+    assert found["lora", "adamw", "fo-ft − fo-peft"] == "+10.0 [+10.0, +10.0]"
+    assert found["lora", "sgd", "fo-ft − fo-peft"] == "+20.0 [+20.0, +20.0]"
+    assert found["lora", "sgd", "hybrid − fo-ft"] == "-19.0 [-19.0, -19.0]"
+    assert found["mean", "sgd − adamw", "of fo-peft"] == "-10.0 [-10.0, -10.0]"
+    sys.modules.pop("study_differences")

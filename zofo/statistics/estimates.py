@@ -73,7 +73,7 @@ class Difference:
     estimate: Estimate
     seeds: tuple[int, ...]
     outcome: Outcome
-    seeds_to_decide: int | None = None
+    seeds_to_decide: int | None
 
 
 @dataclass(frozen=True)
